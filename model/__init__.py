@@ -1,0 +1,1 @@
+"""The AGQ network: tensors and checkpoints; nothing of volumes on disk or clusters."""

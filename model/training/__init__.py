@@ -1,0 +1,1 @@
+"""Training of the AGQ network: targets, matching, losses, data, loop."""

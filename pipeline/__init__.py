@@ -1,0 +1,1 @@
+"""What a user runs: configuration, stages, command line. Composes ``blockwise`` and ``model``."""

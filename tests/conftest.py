@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with real EM data and golden outputs that only developers have."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip("developer data (../shared) is not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the small reference files that are part of the repository."""
+    return Path(__file__).parent / "data"
