@@ -1,0 +1,146 @@
+"""The configuration of an AGQ network: everything that decides shapes and results."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from model.errors import ModelInputError
+
+SeedOrder = Literal["label", "largest"]
+
+
+class ModelConfig(BaseModel):
+    """Architecture and inference constants of one AGQ network.
+
+    The defaults are the published network. The configuration is stored inside our checkpoints,
+    so that a checkpoint alone is enough to run it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    filters: tuple[int, ...] = Field((32, 64, 96, 128, 160), min_length=2)
+    """Channels of the backbone levels, full resolution first."""
+
+    isotropy: tuple[bool, ...] = (False, False, False, True, True)
+    """Per level: kernel and stride also act along z (level 0 is never strided)."""
+
+    embed_dim: int = Field(64, ge=1)
+    """Channels of the fused features, the mask features and the queries."""
+
+    norm_groups: int = Field(8, ge=1)
+    """Groups of the group norms of backbone and fusion."""
+
+    iterations: int = Field(2, ge=1)
+    """Decoder iterations after the first prediction."""
+
+    attention_heads: int = Field(8, ge=1)
+    """Heads of the self-attention among queries."""
+
+    mlp_ratio: int = Field(4, ge=1)
+    """Width of the MLP behind the attention, in units of ``embed_dim``."""
+
+    branch_layers: int = Field(4, ge=1)
+    """Convolution units of the affinity branch, the mask branch and the instance convolutions."""
+
+    learned_queries: int = Field(100, ge=1)
+    """Learned queries, always appended after the affinity-guided ones."""
+
+    max_seeds: int = Field(100, ge=0)
+    """Most affinity-guided queries per block; further components are dropped and counted."""
+
+    min_seed_voxels: int = Field(100, ge=0)
+    """A component becomes a query if it has strictly more voxels, at the resolution of P1."""
+
+    min_mass: float = Field(40.0, ge=0)
+    """A channel whose softmax mass over the block is below this many voxels is dropped."""
+
+    seed_order: SeedOrder = "label"
+    """Which components are kept above ``max_seeds``: first in raster order, or the largest."""
+
+    input_shape: tuple[int, int, int] = (17, 257, 257)
+    """Block size (z, y, x) in voxels that the network was trained at."""
+
+    voxel_size: tuple[float, float, float] = (30.0, 6.0, 6.0)
+    """Voxel size (z, y, x) in nanometres that the network was trained at."""
+
+    @field_validator("filters")
+    @classmethod
+    def _positive_filters(cls, filters: tuple[int, ...]) -> tuple[int, ...]:
+        if min(filters) < 1:
+            raise ValueError("every level needs at least one channel")
+        return filters
+
+    @field_validator("input_shape", "voxel_size")
+    @classmethod
+    def _positive_sizes(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if min(value) <= 0:
+            raise ValueError("must be positive on every axis")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.isotropy) != len(self.filters):
+            raise ValueError(
+                f"isotropy has {len(self.isotropy)} levels but filters has {len(self.filters)}"
+            )
+        for name, channels in [
+            *(("filters", f) for f in self.filters),
+            ("embed_dim", self.embed_dim),
+        ]:
+            if channels % self.norm_groups:
+                raise ValueError(
+                    f"{name} {channels} is not a multiple of norm_groups {self.norm_groups}"
+                )
+        if self.embed_dim % self.attention_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of "
+                f"attention_heads {self.attention_heads}"
+            )
+        return self
+
+    @property
+    def levels(self) -> int:
+        """Number of backbone levels."""
+        return len(self.filters)
+
+    def kernel(self, level: int) -> tuple[int, int, int]:
+        """Return the kernel (z, y, x) of the convolutions that change level."""
+        return (3, 3, 3) if self.isotropy[level] else (1, 3, 3)
+
+    def stride(self, level: int) -> tuple[int, int, int]:
+        """Return the stride (z, y, x) from the level above to this one."""
+        if level == 0:
+            return (1, 1, 1)
+        return (2, 2, 2) if self.isotropy[level] else (1, 2, 2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "model configuration") -> ModelConfig:
+        """Parse a configuration from JSON.
+
+        Parameters
+        ----------
+        text : str or bytes
+            JSON object of the fields above; absent ones take the published values.
+        source : str
+            Where the text comes from, for the error message.
+
+        Returns
+        -------
+        ModelConfig
+            The validated configuration.
+
+        Raises
+        ------
+        ModelInputError
+            If the text is not JSON, a field is unknown, or a value cannot be used.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}"
+                for e in error.errors(include_url=False)
+            )
+            raise ModelInputError(f"{source} is not a valid ModelConfig: {problems}") from None
