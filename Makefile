@@ -1,0 +1,55 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment with pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A CPU-only torch is a tenth of the download: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+DEMO := runs/demo
+
+.PHONY: demo test test-slow lint format bench install clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(if $(TORCH_INDEX),$(BIN)/pip install -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,view,slurm]'
+	@touch $@
+
+# The database that the ledger tests talk to has its own environment: it is no part of the product.
+.venv-services/.installed: tests/requirements-services.txt
+	$(PYTHON) -m venv .venv-services
+	.venv-services/bin/pip install -q -r tests/requirements-services.txt || \
+	  echo "no test database for this Python: the ledger tests will say so and skip" >&2
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/agq synthetic $(DEMO)-input.zarr --shape 40,768,768 --seed 7
+	$(BIN)/agq run configs/demo.yaml --overwrite
+	@echo
+	@echo "Picture: $(DEMO)/demo.png    Viewer: $(BIN)/agq view $(DEMO)"
+
+test: $(VENV)/.installed .venv-services/.installed
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed .venv-services/.installed
+	$(BIN)/pytest -m "slow and not cluster" --timeout 1200
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/forward.py
+
+clean:
+	rm -rf $(VENV) .venv-services runs build dist *.egg-info
