@@ -1,0 +1,301 @@
+"""Checkpoints: our safetensors files, and the published ``.pth.tar`` without unpickling code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from model.agq import AGQ
+from model.config import ModelConfig
+from model.errors import ModelInputError
+
+FORMAT_VERSION = 1
+# One metadata entry only: the order of several is not fixed, and equal checkpoints should be
+# equal files.
+METADATA_KEY = "agq"
+BUNDLED = {"demo": "demo.safetensors"}
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checked checkpoint.
+
+    Attributes
+    ----------
+    config : ModelConfig
+        Architecture and inference constants.
+    state_dict : dict of str to Tensor
+        float32 on the CPU (counters int64), exactly the keys and shapes of ``AGQ(config)``.
+    provenance : dict
+        How the weights came to be, as given to `save`; empty for published files.
+    sha256 : str
+        Hex digest of the file.
+    """
+
+    config: ModelConfig
+    state_dict: dict[str, Tensor]
+    provenance: dict[str, Any]
+    sha256: str
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """Return the file of a checkpoint given as a path or as the name of a bundled one.
+
+    Raises
+    ------
+    ModelInputError
+        If there is no such file.
+    """
+    bundled = BUNDLED.get(os.fspath(name))
+    path = Path(__file__).parent / "weights" / bundled if bundled else Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ModelInputError(f"checkpoint {name} is a folder: give the file itself")
+    known = ", ".join(repr(n) for n in BUNDLED)
+    raise ModelInputError(
+        f"checkpoint {name} does not exist: give a .safetensors or .pth.tar file, or {known}"
+    )
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module | Mapping[str, Tensor],
+    config: ModelConfig,
+    provenance: Mapping[str, Any] | None = None,
+    *,
+    half: bool = False,
+) -> None:
+    """Write a checkpoint: weights, configuration and provenance in one safetensors file.
+
+    Equal input gives an equal file. The file appears under its name only when it is complete.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write; replaced if it exists.
+    model : nn.Module or mapping of str to Tensor
+        The network or its state dict.
+    config : ModelConfig
+        Its configuration.
+    provenance : mapping, optional
+        JSON-serialisable facts on how the weights came to be.
+    half : bool
+        Store weight matrices and kernels as float16 (half the size); vectors such as the
+        statistics of norms stay float32.
+
+    Raises
+    ------
+    ModelInputError
+        If keys or shapes are not those of ``AGQ(config)``, or a value is not finite.
+    """
+    path = Path(path)
+    state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
+    _check(state, config, str(path))
+    tensors = {
+        key: (v.half() if half and v.is_floating_point() and v.ndim > 1 else v)
+        .detach().cpu().contiguous().clone()
+        for key, v in state.items()
+    }  # fmt: skip
+    _check_finite(tensors, str(path))
+    header = {
+        "format_version": FORMAT_VERSION,
+        "config": config.model_dump(mode="json"),
+        "provenance": dict(provenance or {}),
+    }
+    data = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def load(path: str | os.PathLike[str], config: ModelConfig | None = None) -> LoadedCheckpoint:
+    """Read and check a checkpoint, ours or a published one; never runs code from the file.
+
+    Parameters
+    ----------
+    path : path-like
+        A safetensors file, or one written by ``torch.save`` holding a state dict or a dict with
+        the entry ``state_dict``. ``module.`` prefixes of data-parallel training are removed.
+        Told apart by content.
+    config : ModelConfig, optional
+        Use this configuration. By default: the one in the file, or, for a published file,
+        inferred from the shapes of its tensors.
+
+    Returns
+    -------
+    LoadedCheckpoint
+        Keys, shapes and values are checked.
+
+    Raises
+    ------
+    ModelInputError
+        If the file is absent, unreadable or corrupt, holds something else, or does not fit the
+        configuration; then every missing, unexpected and mis-shaped key is named.
+    """
+    path = resolve(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelInputError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    header: dict[str, Any] = {}
+    if start[8:9] == b"{":
+        state, header = _read_safetensors(path)
+    else:
+        state = _read_torch(path)
+    if config is None:
+        config = (
+            ModelConfig.from_json(json.dumps(header["config"]), f"configuration in {path}")
+            if "config" in header
+            else infer_config(state, str(path))
+        )
+    _check(state, config, str(path))
+    _check_finite(state, str(path))
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    return LoadedCheckpoint(config, state, dict(header.get("provenance", {})), digest)
+
+
+def infer_config(state: Mapping[str, Tensor], source: str = "state dict") -> ModelConfig:
+    """Infer the configuration of a state dict from its shapes.
+
+    Attention heads and norm groups leave no trace in shapes and take the published value, 8.
+
+    Raises
+    ------
+    ModelInputError
+        If the tensors that carry the architecture are not there.
+    """
+
+    def count(pattern: str) -> int:
+        found = (re.match(pattern, key) for key in state)
+        return len({match.group(1) for match in found if match})
+
+    try:
+        downs = [
+            state[f"down_layers.{i}.1.0.weight"].shape
+            for i in range(count(r"down_layers\.(\d+)\.1\.0\.weight$"))
+        ]
+        embed_dim = state["fusion_block.post_convs.0.0.weight"].shape[0]
+        mlp_width = state["inst_decoder.kernel_interactors.0.mlp.c_fc.weight"].shape[0]
+        return ModelConfig(
+            filters=tuple(shape[0] for shape in downs),
+            isotropy=tuple(shape[2] > 1 for shape in downs),
+            embed_dim=embed_dim,
+            iterations=count(r"inst_decoder\.predictors\.(\d+)\."),
+            mlp_ratio=mlp_width // embed_dim,
+            branch_layers=count(r"affinity_branch\.mask_convs\.(\d+)\."),
+            learned_queries=state["inst_decoder.rpn.learned_masks_embed.weight"].shape[0],
+        )
+    except (KeyError, IndexError):
+        raise ModelInputError(
+            f"{source} is not an AGQ checkpoint: it lacks the tensors that define the "
+            f"architecture (its first keys: {', '.join(sorted(state)[:3]) or 'none'})"
+        ) from None
+    except ValueError as error:
+        reason = "; ".join(str(e["msg"]) for e in getattr(error, "errors", list)()) or error
+        raise ModelInputError(
+            f"{source}: no usable configuration can be inferred from its shapes ({reason}): "
+            "give the model configuration"
+        ) from None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        header = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ModelInputError(f"checkpoint {path} is corrupt: {_line(error)}") from None
+    if not isinstance(header, dict) or header.get("format_version", 1) != FORMAT_VERSION:
+        raise ModelInputError(
+            f"checkpoint {path} has a format this version does not know "
+            f"(it reads format_version {FORMAT_VERSION}): update agq-pipeline"
+        )
+    return state, header
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise ModelInputError(
+                f"checkpoint {path} holds Python objects ({refused.group(1)}), which are not "
+                "loaded for safety: save its state_dict alone with torch.save"
+            ) from None
+        raise ModelInputError(f"checkpoint {path} is corrupt or no checkpoint") from None
+    except (
+        RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+        AttributeError, AssertionError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        # What torch raises on a damaged file depends on the byte that is wrong.
+        raise ModelInputError(f"checkpoint {path} is corrupt: {_line(error)}") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise ModelInputError(f"checkpoint {path} holds no state dict")
+    others = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
+    if others:
+        raise ModelInputError(
+            f"checkpoint {path} holds no state dict: entries that are not tensors: "
+            f"{', '.join(others[:5])}"
+        )
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _check(state: Mapping[str, Tensor], config: ModelConfig, source: str) -> None:
+    """Raise one error naming every key that is missing, unexpected or mis-shaped."""
+    with torch.device("meta"):
+        expected = {key: tuple(v.shape) for key, v in AGQ(config).state_dict().items()}
+    problems = []
+    if missing := [key for key in expected if key not in state]:
+        problems.append(f"missing: {', '.join(missing)}")
+    if unexpected := [key for key in state if key not in expected]:
+        problems.append(f"unexpected: {', '.join(unexpected)}")
+    if wrong := [
+        f"{key} {tuple(state[key].shape)} instead of {shape}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]:
+        problems.append(f"wrong shape: {', '.join(wrong)}")
+    if problems:
+        raise ModelInputError(
+            f"checkpoint {source} does not fit the architecture: {'; '.join(problems)}"
+        )
+
+
+def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise ModelInputError(f"checkpoint {source} has NaN or infinite values in {', '.join(bad)}")
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
