@@ -1,0 +1,101 @@
+"""The snapshot beside the journal files: columns in an npz, plus one JSON member.
+
+It holds what all lines up to some byte of each file mean. It can be deleted at any time, and a
+damaged or newer one is passed over: the lines say it all again.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockwise.journal_table import ROW
+
+SNAPSHOT: Final = "compact.npz"
+_VERSION: Final = 1
+_STALE_S: Final = 3600.0
+
+
+def write_snapshot(folder: Path, rows: NDArray[np.void], meta: dict[str, Any]) -> Path:
+    """Replace the snapshot of a journal folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Journal folder of one stage.
+    rows : ndarray
+        One row per block, dtype ROW, any order.
+    meta : dict
+        JSON-able rest.
+
+    Returns
+    -------
+    Path
+        The file, durable.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the old one is then still there.
+    """
+    folder = Path(folder)
+    _remove_stale(folder)
+    order = np.argsort(rows["block"], kind="stable")
+    text = json.dumps(meta | {"version": _VERSION}, separators=(",", ":")).encode("ascii")
+    temporary = folder / f".compact-{secrets.token_hex(6)}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            # Member by member: np.savez would hold a copy of every column at once.
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                _add(archive, "meta", np.frombuffer(text, np.uint8))
+                for name in ROW.names or ():
+                    _add(archive, name, rows[name][order])
+            file.flush()
+            os.fsync(file.fileno())
+        target = folder / SNAPSHOT
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return target
+
+
+def read_snapshot(folder: Path) -> tuple[NDArray[np.void], dict[str, Any]] | None:
+    """Rows and meta of the snapshot, or None where there is no usable one."""
+    try:
+        with np.load(Path(folder) / SNAPSHOT, allow_pickle=False) as archive:
+            meta: dict[str, Any] = json.loads(archive["meta"].tobytes())
+            if meta["version"] != _VERSION:
+                return None
+            rows = np.zeros(len(archive["block"]), ROW)
+            for name in ROW.names or ():
+                rows[name] = archive[name]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return rows, meta
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what a killed compaction has left."""
+    for path in folder.glob(".compact-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                path.unlink()

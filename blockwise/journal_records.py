@@ -1,0 +1,293 @@
+"""What a journal line says: worker, block record and event, and their bytes.
+
+A line is one JSON object in ASCII, closed by a checksum of everything before it::
+
+    {"event":"block","time":1.7e9,"token":"..","block":5,...,"crc":"89abcdef"}
+
+The checksum is there because a machine that loses power may keep the length of a file and lose a
+page of it: a line that parses is then not yet a line that was written. Readers ignore fields they
+do not know, so that a newer writer may add some.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final, Literal
+
+State = Literal["done", "skipped", "failed"]
+
+#: A larger rank beats a smaller one, whatever the order in which the lines are read.
+STATE_RANK: Final[dict[str, int]] = {"failed": 1, "skipped": 2, "done": 3}
+#: Inverse of STATE_RANK; index 0 is "no line yet".
+RANK_STATE: Final[tuple[str, ...]] = ("", "failed", "skipped", "done")
+
+FORMAT_VERSION: Final = 1
+#: A traceback longer than this keeps its end: one line stays one small write.
+MAX_TEXT: Final = 16_384
+
+_CRC_HEAD: Final = b',"crc":"'
+_CRC_SIZE: Final = len(_CRC_HEAD) + 8 + len(b'"}')
+
+Numbers = tuple[float, ...]
+
+
+class BadLineError(ValueError):
+    """A complete line that is no journal line; the reader counts it and goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """Who writes one journal file.
+
+    Attributes
+    ----------
+    name : str
+        Name of the worker in reports, unique enough for people (``worker-3``).
+    host : str
+        Machine name.
+    pid : int
+        Process id on that machine.
+    device : str
+        Device the predictor runs on (``cpu``, ``cuda:1``).
+    job : str or None
+        Batch job id, where there is one.
+    started : float
+        Start of the process, seconds since the epoch.
+    """
+
+    name: str
+    host: str
+    pid: int
+    device: str = "cpu"
+    job: str | None = None
+    started: float = 0.0
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "WorkerInfo":
+        """Worker of a JSON object; unknown keys are ignored, ``host`` and ``pid`` are needed.
+
+        Raises
+        ------
+        BadLineError
+            If a needed key is missing or a value has the wrong type.
+        """
+        try:
+            job = data.get("job")
+            return WorkerInfo(
+                name=str(data["name"]),
+                host=str(data["host"]),
+                pid=int(data["pid"]),
+                device=str(data.get("device", "cpu")),
+                job=None if job is None else str(job),
+                started=float(data.get("started", 0.0)),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadLineError(f"worker: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """The end of one attempt at one block.
+
+    Attributes
+    ----------
+    block : int
+        Block number in the grid of the whole volume.
+    state : {"done", "skipped", "failed"}
+        Outcome.
+    attempt : int
+        Attempt in this run, from 1.
+    token : str
+        Random token of the process; filled in by the writer.
+    worker : str
+        Name of the worker; filled in by the writer.
+    started, finished : float
+        Seconds since the epoch.
+    read_s, compute_s, write_s : float
+        Seconds spent in each part.
+    labels, components, dropped : int
+        Labels written, components found, components dropped by the query limit.
+    voxels : int
+        Voxels of the write box.
+    sums : dict of str to str
+        Checksum of each thing written (``{"fragments": ".."}``).
+    reason : str or None
+        One word or line: why skipped (``mask``, ``constant``) or failed.
+    error : str or None
+        Traceback of a failure.
+    roi : tuple or None
+        Write ROI ``(offset, shape)`` in world units, z, y, x.
+    """
+
+    block: int
+    state: State
+    attempt: int = 1
+    token: str = ""
+    worker: str = ""
+    started: float = 0.0
+    finished: float = 0.0
+    read_s: float = 0.0
+    compute_s: float = 0.0
+    write_s: float = 0.0
+    labels: int = 0
+    components: int = 0
+    dropped: int = 0
+    voxels: int = 0
+    sums: dict[str, str] = field(default_factory=dict)
+    reason: str | None = None
+    error: str | None = None
+    roi: tuple[Numbers, Numbers] | None = None
+
+    def __post_init__(self) -> None:
+        if self.state not in STATE_RANK:
+            raise BadLineError(f"state {self.state!r} is none of {', '.join(STATE_RANK)}")
+        if not 0 <= self.block < 2**63:
+            raise BadLineError(f"block number {self.block} is out of range")
+
+    @property
+    def order(self) -> tuple[int, float, int, str]:
+        """Key that decides between two records of a block: the larger one is kept."""
+        return STATE_RANK[self.state], self.finished, self.attempt, self.token
+
+    @property
+    def digest(self) -> int:
+        """64 bits of the checksums, to compare two attempts."""
+        return sums_digest(self.sums)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object of the record; empty fields are left out."""
+        data = {k: v for k, v in asdict(self).items() if v not in (None, {}, "")}
+        for name in ("reason", "error"):
+            if len(data.get(name, "")) > MAX_TEXT:
+                data[name] = "[...] " + data[name][-MAX_TEXT:]
+        return data
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "BlockRecord":
+        """Record of a JSON object; unknown keys are ignored.
+
+        Raises
+        ------
+        BadLineError
+            If ``block`` or ``state`` is missing, or a value has the wrong type.
+        """
+        try:
+            values = {
+                name: convert(data[name]) for name, convert in _CONVERT.items() if name in data
+            }
+            return BlockRecord(**values)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BadLineError(f"block: {error}") from error
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _roi(value: Any) -> tuple[Numbers, Numbers] | None:
+    if value is None:
+        return None
+    offset, shape = value
+    return tuple(offset), tuple(shape)
+
+
+def _sums(value: Any) -> dict[str, str]:
+    return {str(k): str(v) for k, v in value.items()}
+
+
+_CONVERT: Final[dict[str, Any]] = {
+    **dict.fromkeys(("block", "attempt", "labels", "components", "dropped", "voxels"), int),
+    **dict.fromkeys(("state", "token", "worker"), str),
+    **dict.fromkeys(("started", "finished", "read_s", "compute_s", "write_s"), float),
+    **dict.fromkeys(("reason", "error"), _text),
+    "sums": _sums,
+    "roi": _roi,
+}
+assert set(_CONVERT) == {f.name for f in fields(BlockRecord)}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One journal line.
+
+    Attributes
+    ----------
+    kind : str
+        ``worker``, ``begin``, ``block`` or ``exit``; another word comes from a newer writer.
+    time : float
+        When it was written, seconds since the epoch.
+    token : str
+        Random token of the process that wrote it.
+    data : dict
+        The whole JSON object.
+    file : str
+        Name of the journal file.
+    offset : int
+        Byte at which the line starts.
+    """
+
+    kind: str
+    time: float
+    token: str
+    data: dict[str, Any]
+    file: str = ""
+    offset: int = 0
+
+    @property
+    def record(self) -> BlockRecord:
+        """The block record of a ``block`` event.
+
+        Raises
+        ------
+        BadLineError
+            If the event is none.
+        """
+        return BlockRecord.from_dict(self.data)
+
+
+def sums_digest(sums: dict[str, str]) -> int:
+    """64-bit number of a set of checksums, 0 for none."""
+    if not sums:
+        return 0
+    text = "\0".join(f"{k}\0{sums[k]}" for k in sorted(sums)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") or 1
+
+
+def encode(event: str, time: float, token: str, data: dict[str, Any]) -> bytes:
+    """Bytes of one journal line, newline included."""
+    head = {"event": event, "time": round(time, 6), "token": token}
+    body = json.dumps(head | data, separators=(",", ":")).encode("ascii")[:-1]
+    return b'%s%s%08x"}\n' % (body, _CRC_HEAD, zlib.crc32(body))
+
+
+def decode(line: bytes, file: str = "", offset: int = 0) -> Event:
+    """Event of one complete line (without or with its newline).
+
+    Raises
+    ------
+    BadLineError
+        If the line is damaged or is no journal line.
+    """
+    line = line.rstrip(b"\r\n")
+    body, tail = line[:-_CRC_SIZE], line[-_CRC_SIZE:]
+    if tail != b'%s%08x"}' % (_CRC_HEAD, zlib.crc32(body)):
+        raise BadLineError("checksum missing or wrong")
+    try:
+        data = json.loads(line)
+        return Event(
+            kind=str(data["event"]),
+            time=float(data["time"]),
+            token=str(data["token"]),
+            data=data,
+            file=file,
+            offset=offset,
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadLineError(str(error)) from error
+
+
+def safe_name(text: str) -> str:
+    """Keep the characters that any file system takes, at most 64 of them."""
+    return re.sub(r"[^A-Za-z0-9._]+", "_", text)[:64] or "_"
