@@ -20,40 +20,40 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    filters: tuple[int, ...] = Field((32, 64, 96, 128, 160), min_length=2)
+    filters: tuple[int, ...] = Field(default=(32, 64, 96, 128, 160), min_length=2)
     """Channels of the backbone levels, full resolution first."""
 
     isotropy: tuple[bool, ...] = (False, False, False, True, True)
     """Per level: kernel and stride also act along z (level 0 is never strided)."""
 
-    embed_dim: int = Field(64, ge=1)
+    embed_dim: int = Field(default=64, ge=1)
     """Channels of the fused features, the mask features and the queries."""
 
-    norm_groups: int = Field(8, ge=1)
+    norm_groups: int = Field(default=8, ge=1)
     """Groups of the group norms of backbone and fusion."""
 
-    iterations: int = Field(2, ge=1)
+    iterations: int = Field(default=2, ge=1)
     """Decoder iterations after the first prediction."""
 
-    attention_heads: int = Field(8, ge=1)
+    attention_heads: int = Field(default=8, ge=1)
     """Heads of the self-attention among queries."""
 
-    mlp_ratio: int = Field(4, ge=1)
+    mlp_ratio: int = Field(default=4, ge=1)
     """Width of the MLP behind the attention, in units of ``embed_dim``."""
 
-    branch_layers: int = Field(4, ge=1)
+    branch_layers: int = Field(default=4, ge=1)
     """Convolution units of the affinity branch, the mask branch and the instance convolutions."""
 
-    learned_queries: int = Field(100, ge=1)
+    learned_queries: int = Field(default=100, ge=1)
     """Learned queries, always appended after the affinity-guided ones."""
 
-    max_seeds: int = Field(100, ge=0)
+    max_seeds: int = Field(default=100, ge=0)
     """Most affinity-guided queries per block; further components are dropped and counted."""
 
-    min_seed_voxels: int = Field(100, ge=0)
+    min_seed_voxels: int = Field(default=100, ge=0)
     """A component becomes a query if it has strictly more voxels, at the resolution of P1."""
 
-    min_mass: float = Field(40.0, ge=0)
+    min_mass: float = Field(default=40.0, ge=0)
     """A channel whose softmax mass over the block is below this many voxels is dropped."""
 
     seed_order: SeedOrder = "label"
