@@ -1,0 +1,379 @@
+"""One YAML file describes a run: the configuration model, its reader and its error messages."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from blockwise.errors import InputError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
+Margin = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, attribute docstrings are the schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class VolumeSection(Section):
+    """Where a volume is and, if its file does not say so, how it lies in the world."""
+
+    path: str
+    """Container: zarr v2/v3, OME-Zarr or N5 (local path, s3://, gs://, https://), or a tif stack,
+    h5, npz or npy file, which is imported once into the run folder."""
+
+    dataset: str | None = None
+    """Array inside the container (zarr, N5, h5) or key of an npz file."""
+
+    level: NonNegativeInt | None = None
+    """Resolution level of an OME-Zarr multiscale; 0 is full resolution."""
+
+    voxel_size: Triple | None = None
+    """Voxel size (z, y, x) in nanometres; needed where the file does not hold it, checked where
+    it does."""
+
+    offset: tuple[int, int, int] | None = None
+    """World position (z, y, x) of the first voxel in nanometres, where the file does not say."""
+
+
+class RoiSection(Section):
+    """The part of the volume to process; blocks that touch it are processed whole."""
+
+    offset: tuple[int, int, int]
+    """First voxel, or first world coordinate, (z, y, x)."""
+
+    shape: Triple
+    """Extent (z, y, x) in the same units."""
+
+    units: Literal["voxels", "world"] = "voxels"
+    """`voxels` count from the first voxel of the volume; `world` is nanometres."""
+
+
+class InputSection(Section):
+    """What is segmented."""
+
+    raw: VolumeSection
+    """The EM volume: 3-D, uint8, uint16 or float32 in [0, 1]."""
+
+    mask: VolumeSection | None = None
+    """Optional mask at any scale; blocks without a nonzero mask voxel are skipped."""
+
+    roi: RoiSection | None = None
+    """Optional part of the volume."""
+
+
+class ModelSection(Section):
+    """The network that labels one block."""
+
+    checkpoint: str = "demo"
+    """A safetensors file of ours, a published .pth.tar, or `demo` for the packaged weights."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` (one GPU per worker) or `mps`."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32 is the reference; the others are faster on GPUs and may move a few voxels."""
+
+    batch_size: PositiveInt = 1
+    """Blocks per forward pass; does not change the result."""
+
+    seed_order: Literal["label", "largest"] | None = None
+    """Which components become queries when there are more than the limit; default: as trained."""
+
+    max_seeds: PositiveInt | None = None
+    """Limit of affinity-guided queries per block; default: as trained. What it drops is counted."""
+
+    factory: str = "model.predictor:AGQPredictor"
+    """`module:callable` that makes the predictor; another model can be put here."""
+
+    options: dict[str, Any] | None = None
+    """Keyword arguments for a factory other than the default one."""
+
+
+class BlocksSection(Section):
+    """How the volume is cut into blocks (z, y, x), in voxels."""
+
+    read_shape: Triple | None = None
+    """What the network sees; default: the size the checkpoint was trained at."""
+
+    before: Margin = (0, 0, 0)
+    """Context read before the written part, per axis."""
+
+    after: Margin = (1, 1, 1)
+    """Context read after the written part, per axis; (0,0,0) and (1,1,1) is the published
+    overlap of one voxel."""
+
+    @model_validator(mode="after")
+    def _write_shape_is_positive(self) -> "BlocksSection":
+        if self.read_shape is not None:
+            for axis, read, low, high in zip(
+                "zyx", self.read_shape, self.before, self.after, strict=True
+            ):
+                if read <= low + high:
+                    raise ValueError(
+                        f"read_shape {read} on {axis} leaves nothing to write after the context "
+                        f"{low} + {high}; enlarge read_shape or shrink before/after"
+                    )
+        return self
+
+
+class WorkersSection(Section):
+    """Prediction worker processes on this machine."""
+
+    count: PositiveInt | Literal["auto"] = "auto"
+    """Worker processes; `auto` is one per visible GPU, or one per CPU core that memory allows."""
+
+    threads: PositiveInt = 1
+    """CPU threads per worker for the network. Sums on a CPU depend in their last bits on the
+    number of threads, so it is fixed for a run and does not follow the number of workers."""
+
+    prefetch: PositiveInt = 2
+    """Blocks read ahead per worker while another is computed."""
+
+    retries: NonNegativeInt = 2
+    """How often a failed block is tried again in the same run."""
+
+    timeout_s: PositiveInt = 3600
+    """A block that takes longer is given to another worker."""
+
+    max_restarts: PositiveInt = 100
+    """How many killed workers are replaced before the run is given up."""
+
+
+class DaskSection(Section):
+    """Where the stitch runs."""
+
+    address: str | None = None
+    """Address of a running scheduler (tcp:// or tls://); default: a local cluster."""
+
+    workers: PositiveInt | None = None
+    """Processes of the local cluster; default: from the number of cores."""
+
+    threads: PositiveInt = 1
+    """Threads per process of the local cluster."""
+
+    memory_limit: str = "auto"
+    """Memory limit per process of the local cluster, such as `4GiB`."""
+
+
+class StitchSection(Section):
+    """How fragments of different blocks become segments."""
+
+    across: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Affinity that a contact across a block border must exceed to count for a merge (published:
+    0.7)."""
+
+    within: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The same for contacts inside a block; at 1.0 (published) they only veto."""
+
+    segment_ids: Literal["consecutive", "smallest"] = "consecutive"
+    """Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
+
+    min_size: NonNegativeInt = 0
+    """Segments with fewer voxels become background (counted in the report); 0 keeps all."""
+
+    allow_missing: bool = False
+    """Stitch even when blocks failed or are missing; they stay background."""
+
+    dask: DaskSection = DaskSection()
+    """Scheduler and workers."""
+
+
+class PyramidSection(Section):
+    """Lower resolutions of the segmentation."""
+
+    levels: Annotated[int, Field(ge=0, le=20)] | Literal["auto"] = "auto"
+    """Levels beyond full resolution; `auto` stops when a level fits into one block."""
+
+
+class OutputSection(Section):
+    """What is kept."""
+
+    affinities: bool = False
+    """Also keep the affinities (3 bytes per voxel before compression)."""
+
+
+class LedgerSection(Section):
+    """Block progress in MongoDB; leave it out to work without a database."""
+
+    uri: SecretStr | None = None
+    """MongoDB URI; write `${MONGODB_URI}` rather than a password into the file."""
+
+    uri_file: str | None = None
+    """File that holds the URI, as an alternative."""
+
+    database: str = "agq"
+    """Database name; several runs and users may share it."""
+
+    required: bool = False
+    """True: do not start without the database. False: warn and go on with the journal alone."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "LedgerSection":
+        if (self.uri is None) == (self.uri_file is None):
+            raise ValueError("give either uri or uri_file")
+        return self
+
+
+class EvaluateSection(Section):
+    """Scores of the result against ground truth."""
+
+    truth: VolumeSection
+    """Ground-truth labels with the voxel size of the raw volume; 0 is ignored."""
+
+
+class Config(Section):
+    """A run of the pipeline."""
+
+    run_dir: str
+    """Folder of the run: journal, output volumes, reports. Relative to where the command runs."""
+
+    input: InputSection
+    """The volume, its mask and the part of it to process."""
+
+    model: ModelSection = ModelSection()
+    """The network."""
+
+    blocks: BlocksSection = BlocksSection()
+    """The block grid."""
+
+    workers: WorkersSection = WorkersSection()
+    """Prediction workers."""
+
+    stitch: StitchSection = StitchSection()
+    """Agglomeration of fragments into segments."""
+
+    pyramid: PyramidSection = PyramidSection()
+    """Multiscale output."""
+
+    output: OutputSection = OutputSection()
+    """What is kept besides fragments and segmentation."""
+
+    ledger: LedgerSection | None = None
+    """MongoDB ledger."""
+
+    evaluate: EvaluateSection | None = None
+    """Ground truth, if there is one."""
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read and check a configuration file.
+
+    Parameters
+    ----------
+    path
+        YAML file. Values may hold ``${NAME}`` or ``${NAME:-default}``, replaced from the
+        environment.
+    overrides
+        ``a.b=value`` settings, with YAML values, that replace those of the file.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or a value is wrong; the message names every field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"config {path}: {error.strerror or error}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"config {path}: expected a mapping with the keys run_dir, input, ...")
+    for override in overrides or []:
+        _apply_override(data, override)
+    return parse_config(data, source=str(path))
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> Config:
+    """Check a configuration given as a mapping (see `load_config`)."""
+    expanded = _expand(data, ())
+    try:
+        return Config.model_validate(expanded)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors(include_url=False, include_input=True)]
+        raise InputError(f"{source}: " + "; ".join(lines)) from None
+
+
+def masked(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain data without any secret, for records and logs."""
+    return config.model_dump(mode="json")
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {override}: expected section.field=value")
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"--set {override}: {parent} is a value, not a section")
+        node = child
+    node[last] = yaml.safe_load(value)
+
+
+def _expand(value: Any, where: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, (*where, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, (*where, str(i))) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise InputError(
+                f"{'.'.join(where)}: the environment variable {name} is not set; set it or write "
+                f"${{{name}:-default}}"
+            )
+        return found
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _explain(item: Any) -> str:
+    """Turn one pydantic error into a line with the field's full name and, if close, the fix."""
+    loc = [part for part in item["loc"] if isinstance(part, str)]
+    field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        valid = _fields_at(loc[:-1])
+        close = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else f"valid keys: {', '.join(valid)}"
+        return f"unknown key '{field}' ({hint})"
+    if item["type"] == "missing":
+        return f"{field} is missing"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    # A URI may hold a password, so the ledger's values are never repeated.
+    shown = item["input"]
+    if isinstance(shown, str | int | float | list | tuple) and "ledger" not in loc:
+        return f"{field}: {message} (got {shown!r})"
+    return f"{field}: {message}"
+
+
+def _fields_at(loc: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in loc:
+        field = model.model_fields.get(name)
+        if field is None:
+            break
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return sorted(model.model_fields)
