@@ -1,0 +1,111 @@
+"""The run folder: one coordinator at a time, one identity, nothing deleted that is no run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from blockwise.errors import InputError
+from pipeline.run_folder import RunFolder, identity_hash
+
+IDENTITY = {"raw": {"shape": [4, 4, 4]}, "model": {"sha": "a"}}
+
+
+def test_create_records_and_joins(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create({"run_dir": "x"}, IDENTITY)
+    run.update_stage("predict", state="running", blocks_total=3)
+    run.update_stage("predict", state="done")
+    run.create({"run_dir": "y"}, IDENTITY)
+    record = run.record()
+    assert record["config"] == {"run_dir": "y"}
+    assert record["stages"]["predict"] == {"state": "done", "blocks_total": 3}
+    assert len(record["commands"]) == 2
+    assert record["commands"][0]["versions"]["torch"]
+    assert record["identity_hash"] == identity_hash(IDENTITY)
+
+
+def test_another_identity_is_refused_with_every_difference(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create({}, IDENTITY)
+    before = run.record_path.read_bytes()
+    other = {"raw": {"shape": [4, 4, 8]}, "model": {"sha": "b"}}
+    with pytest.raises(InputError) as error:
+        run.create({}, other)
+    message = str(error.value)
+    assert 'model.sha: "a" -> "b"' in message
+    assert "raw.shape: [4, 4, 4] -> [4, 4, 8]" in message
+    assert "--overwrite" in message
+    assert run.record_path.read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    run = RunFolder(tmp_path)
+    run.clear()
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        run.create({}, IDENTITY)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_clear_keeps_imports_and_removes_the_rest(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    (run.path / "imported" / "raw.zarr").mkdir(parents=True)
+    run.create({}, IDENTITY)
+    (run.path / "data.zarr" / "fragments").mkdir(parents=True)
+    (run.path / "report.png").write_bytes(b"x")
+    run.clear()
+    assert [p.name for p in run.path.iterdir()] == ["imported"]
+    run.create({}, {"other": 1})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}'])
+def test_damaged_record_is_one_line(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run\.json"):
+        RunFolder(tmp_path).record()
+
+
+def test_second_process_is_refused_while_the_first_lives(tmp_path):
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).lock():\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(InputError, match=f"another agq process.*pid {holder.pid}"),
+            RunFolder(tmp_path).lock(),
+        ):
+            pass
+        # The kernel drops the lock of a killed process: no stale lock to remove by hand.
+        holder.kill()
+    with RunFolder(tmp_path).lock():
+        pass
+
+
+def test_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="not writable"), RunFolder(tmp_path / "file" / "r").lock():
+        pass
+
+
+def test_record_is_valid_json_after_many_updates(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create({}, IDENTITY)
+    for i in range(20):
+        run.update_stage(f"stage{i}", state="done")
+        json.loads(run.record_path.read_text())
+    assert len(run.record()["stages"]) == 20
