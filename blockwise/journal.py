@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from blockwise.files import fsync_path, make_folder
 from blockwise.journal_read import Journal, compact
 from blockwise.journal_records import (
     FORMAT_VERSION,
@@ -83,14 +84,13 @@ class JournalWriter:
         self.token = secrets.token_hex(8)
         self._lock = threading.Lock()
         self._torn = False
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         self.path = folder / f"{safe_name(worker.host)}-{worker.pid}-{self.token}.jsonl"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd = os.open(self.path, flags, 0o644)
         self._append("worker", {"version": FORMAT_VERSION, "worker": asdict(worker)})
         self._sync()
-        _sync_folder(folder)
+        fsync_path(folder)
 
     def begin(self, block: int, attempt: int = 1) -> None:
         """Say that a block is being worked on; for watching only, so neither synced nor needed."""
@@ -177,11 +177,3 @@ class JournalWriter:
 
     def _sync(self) -> None:
         os.fdatasync(self._fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

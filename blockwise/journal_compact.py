@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from blockwise.files import fsync_path
 from blockwise.journal_table import ROW
 
 SNAPSHOT: Final = "compact.npz"
@@ -65,18 +66,18 @@ def write_snapshot(folder: Path, rows: NDArray[np.void], meta: dict[str, Any]) -
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    fsync_path(folder)
     return target
 
 
 def read_snapshot(folder: Path) -> tuple[NDArray[np.void], dict[str, Any]] | None:
     """Rows and meta of the snapshot, or None where there is no usable one."""
     try:
-        with np.load(Path(folder) / SNAPSHOT, allow_pickle=False) as archive:
+        # Opened here: np.load leaks the file it opens when it finds no zip archive in it.
+        with (
+            (Path(folder) / SNAPSHOT).open("rb") as file,
+            np.load(file, allow_pickle=False) as archive,
+        ):
             meta: dict[str, Any] = json.loads(archive["meta"].tobytes())
             if meta["version"] != _VERSION:
                 return None
