@@ -249,8 +249,9 @@ def _shifted(axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     return tuple(lower), tuple(upper)
 
 
-def pack_arrays(arrays: Mapping[str, NDArray]) -> bytes:
-    """Return a compressed npz of plain arrays whose bytes depend on the arrays alone."""
+def pack_arrays(arrays: Mapping[str, NDArray], *, compress: bool = True) -> bytes:
+    """Return an npz of plain arrays whose bytes depend on the arrays alone."""
+    method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, array in arrays.items():
@@ -259,7 +260,7 @@ def pack_arrays(arrays: Mapping[str, NDArray]) -> bytes:
             # A ZipInfo of its own carries the fixed date 1980-01-01; level 1 because label
             # planes compress by their runs and higher levels only cost time.
             info = zipfile.ZipInfo(f"{name}.npy")
-            archive.writestr(info, member.getbuffer(), zipfile.ZIP_DEFLATED, compresslevel=1)
+            archive.writestr(info, member.getbuffer(), method, compresslevel=1)
     return buffer.getvalue()
 
 
