@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from agglomeration_reference import greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,6 @@ from blockwise.agglomerate import MergeTable, Thresholds, agglomerate, scores
 from blockwise.agglomerate_kernel import agglomerate_edges, compare_fractions
 from blockwise.contacts import ContactTable
 from blockwise.errors import InputError
-from agglomeration_reference import greedy
 
 COLUMNS = ("u", "v", "across_sum", "across_count", "within_sum", "within_count")
 
