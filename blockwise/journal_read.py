@@ -251,7 +251,7 @@ class Journal:
             (
                 block,
                 rank,
-                _clip(record.attempt, _U16),
+                min(max(record.attempt, 0), _U16),
                 self._source(event.file, record.token),
                 event.offset,
                 record.started,
@@ -259,10 +259,10 @@ class Journal:
                 record.read_s,
                 record.compute_s,
                 record.write_s,
-                _clip(record.labels, _U32),
-                _clip(record.components, _U32),
-                _clip(record.dropped, _U32),
-                _clip(record.voxels, _U32),
+                min(max(record.labels, 0), _U32),
+                min(max(record.components, 0), _U32),
+                min(max(record.dropped, 0), _U32),
+                min(max(record.voxels, 0), _U32),
                 record.digest,
                 self._reason(record.reason if rank != _FAILED else None),
             ),
@@ -320,10 +320,6 @@ class Journal:
             current = {block: (attempt, begun) for block, attempt, begun in data.pop("current")}
             info = WorkerInfo.from_dict(data.pop("info"))
             self.workers[data["token"]] = WorkerState(info=info, current=current, **data)
-
-
-def _clip(value: int, top: int) -> int:
-    return min(max(value, 0), top)
 
 
 def compact(folder: Path) -> Path | None:

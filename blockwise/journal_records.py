@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
 State = Literal["done", "skipped", "failed"]
@@ -27,6 +27,8 @@ FORMAT_VERSION: Final = 1
 #: A traceback longer than this keeps its end: one line stays one small write.
 MAX_TEXT: Final = 16_384
 
+# json.loads guesses the encoding of bytes first, which takes as long as reading a line.
+_JSON: Final = json.JSONDecoder()
 _CRC_HEAD: Final = b',"crc":"'
 _CRC_SIZE: Final = len(_CRC_HEAD) + 8 + len(b'"}')
 
@@ -158,7 +160,8 @@ class BlockRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object of the record; empty fields are left out."""
-        data = {k: v for k, v in asdict(self).items() if v not in (None, {}, "")}
+        values = [(name, getattr(self, name)) for name in _CONVERT]
+        data: dict[str, Any] = {k: v for k, v in values if v or v == 0}
         for name in ("reason", "error"):
             if len(data.get(name, "")) > MAX_TEXT:
                 data[name] = "[...] " + data[name][-MAX_TEXT:]
@@ -174,11 +177,8 @@ class BlockRecord:
             If ``block`` or ``state`` is missing, or a value has the wrong type.
         """
         try:
-            values = {
-                name: convert(data[name]) for name, convert in _CONVERT.items() if name in data
-            }
-            return BlockRecord(**values)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            return BlockRecord(**{k: _CONVERT[k](v) for k, v in data.items() if k in _CONVERT})
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadLineError(f"block: {error}") from error
 
 
@@ -251,7 +251,7 @@ def sums_digest(sums: dict[str, str]) -> int:
     """64-bit number of a set of checksums, 0 for none."""
     if not sums:
         return 0
-    text = "\0".join(f"{k}\0{sums[k]}" for k in sorted(sums)).encode("utf-8", "surrogatepass")
+    text = repr(sorted(sums.items())).encode("ascii", "backslashreplace")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") or 1
 
 
@@ -275,7 +275,7 @@ def decode(line: bytes, file: str = "", offset: int = 0) -> Event:
     if tail != b'%s%08x"}' % (_CRC_HEAD, zlib.crc32(body)):
         raise BadLineError("checksum missing or wrong")
     try:
-        data = json.loads(line)
+        data = _JSON.raw_decode(line.decode("ascii"))[0]
         return Event(
             kind=str(data["event"]),
             time=float(data["time"]),
