@@ -61,9 +61,10 @@ class Backbone(nn.Module):
             x = layer(x)
             levels.append(x)
         for j in range(len(levels) - 1, 0, -1):
-            unit, residual = self.up_layers[j - 1]
-            x = resize(unit(levels[j]), levels[j - 1].shape[2:], align_corners=True)
-            levels[j - 1] = residual(x + levels[j - 1])
+            layer = self.up_layers[j - 1]
+            assert isinstance(layer, nn.Sequential)
+            x = resize(layer[0](levels[j]), levels[j - 1].shape[2:], align_corners=True)
+            levels[j - 1] = layer[1](x + levels[j - 1])
         return levels
 
 

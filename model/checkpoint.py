@@ -171,7 +171,7 @@ def load(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Loa
         state = _read_torch(path)
     if config is None:
         config = (
-            ModelConfig.from_json(json.dumps(header["config"]), f"configuration in {path}")
+            ModelConfig.from_values(header["config"], f"configuration in {path}")
             if "config" in header
             else infer_config(state, str(path))
         )

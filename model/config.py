@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -117,14 +118,22 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "model configuration") -> ModelConfig:
-        """Parse a configuration from JSON.
+        """Parse a configuration from a JSON object; see `from_values`."""
+        try:
+            return cls.from_values(json.loads(text), source)
+        except ValueError as error:
+            raise ModelInputError(f"{source} is not JSON: {error}") from None
+
+    @classmethod
+    def from_values(cls, values: object, source: str = "model configuration") -> ModelConfig:
+        """Validate a configuration.
 
         Parameters
         ----------
-        text : str or bytes
-            JSON object of the fields above; absent ones take the published values.
+        values : mapping
+            Some of the fields above; absent ones take the published values.
         source : str
-            Where the text comes from, for the error message.
+            Where the values come from, for the error message.
 
         Returns
         -------
@@ -134,10 +143,10 @@ class ModelConfig(BaseModel):
         Raises
         ------
         ModelInputError
-            If the text is not JSON, a field is unknown, or a value cannot be used.
+            If a field is unknown or a value cannot be used.
         """
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate(values)
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}"

@@ -135,16 +135,15 @@ class MaskDecoder(nn.Module):
         list of Tensor
             1 + iterations logit maps (1 + Q, z1, y1, x1); channel 0 is the background.
         """
-        size = features.shape[1:]
         pixels, pooled_from = mask_features.flatten(1), features.flatten(1).T
         logits = normalised_logits(self.rpn.norm_logits, self.rpn.kernels(queries) @ pixels)
         predictions = [self._with_background(-1, logits, mask_features)]
         for i, predictor in enumerate(self.predictors):
+            assert isinstance(predictor, MaskPredictor)
             pooled = torch.softmax(logits, dim=0) @ pooled_from
             queries = self.refine(i, pooled, queries)
             logits = normalised_logits(predictor.norm_logits, predictor.kernels(queries) @ pixels)
             predictions.append(self._with_background(i, logits, mask_features))
-        assert all(p.shape[1:] == size for p in predictions)
         return predictions
 
     def refine(self, iteration: int, pooled: Tensor, queries: Tensor) -> Tensor:

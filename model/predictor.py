@@ -1,0 +1,269 @@
+"""Raw blocks in, instance labels and affinities out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from model import checkpoint as checkpoints
+from model.agq import AGQ
+from model.config import ModelConfig, SeedOrder
+from model.errors import ModelInputError
+from model.inference import (
+    assign_voxels,
+    connected_labels,
+    decode,
+    dense_maps,
+    quantised_affinities,
+    seeds_of,
+)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BlockPrediction:
+    """What the network says about one block of shape (z, y, x).
+
+    Attributes
+    ----------
+    labels : np.ndarray
+        uint16 (z, y, x): 0 background; 1..n_labels, each one 6-connected piece, in raster order
+        of their first voxels. uint32 in the rare block with more than 65535 pieces.
+    affinities : np.ndarray
+        uint8 (3, z, y, x), rint(a * 255); channel c at a voxel is the affinity to its previous
+        voxel on axis c of (z, y, x).
+    components : int
+        Seed regions found: connected components of the foreground above the size limit.
+    dropped : int
+        Of these, how many exceed the limit on queries and were not used.
+    n_labels : int
+        Number of labels.
+    """
+
+    labels: np.ndarray
+    affinities: np.ndarray
+    components: int
+    dropped: int
+    n_labels: int
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """The network's answer before labels are made connected and consecutive.
+
+    Attributes
+    ----------
+    affinity_logits : np.ndarray
+        float32 (3, z1, y1, x1), at the resolution of P1.
+    channels : np.ndarray
+        int16 (z, y, x): the winning channel, 0 background, then one per query.
+    mass : np.ndarray
+        float64 (1 + queries,): softmax mass of each channel in voxels.
+    components, dropped : int
+        As in `BlockPrediction`.
+    """
+
+    affinity_logits: np.ndarray
+    channels: np.ndarray
+    mass: np.ndarray
+    components: int
+    dropped: int
+
+
+class AGQPredictor:
+    """A checkpoint on a device, ready to segment blocks.
+
+    A block's result depends on its voxels, the checkpoint and these settings alone. Blocks of a
+    batch go through the network one after the other: one block is enough work for a device,
+    and convolution algorithms, chosen by shape, would otherwise differ with the batch size.
+
+    Parameters
+    ----------
+    checkpoint : path-like
+        Checkpoint file, or ``"demo"`` for the bundled one.
+    device : str
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"``: the first there is of
+        cuda, mps and cpu.
+    precision : {"fp32", "bf16", "fp16"}
+        Of the convolutions; queries, decoder and softmax are always float32. fp32 is the
+        reference, without TF32.
+    batch_size : int
+        How many blocks a caller should hand over at once.
+    seed_order : {"label", "largest"}, optional
+        Overrides the checkpoint's configuration.
+    max_seeds : int, optional
+        Overrides the checkpoint's configuration.
+    threads : int, optional
+        Threads torch uses on the CPU, in the whole process. By default torch's own choice.
+
+    Raises
+    ------
+    ModelInputError
+        If the checkpoint cannot be used, the device is not there or does not support the
+        precision, or a setting is invalid.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike[str],
+        device: str = "auto",
+        precision: Precision = "fp32",
+        batch_size: int = 1,
+        seed_order: SeedOrder | None = None,
+        max_seeds: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if precision not in get_args(Precision):
+            raise ModelInputError(
+                f"precision {precision!r}: give one of {', '.join(get_args(Precision))}"
+            )
+        for name, value in (("batch_size", batch_size), ("threads", threads)):
+            if value is not None and value < 1:
+                raise ModelInputError(f"{name} {value}: give at least 1")
+        self.device = resolve_device(device)
+        self.precision = precision
+        self.batch_size = batch_size
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = checkpoints.load(checkpoint)
+        changes = {"seed_order": seed_order, "max_seeds": max_seeds}
+        settings = loaded.config.model_dump() | {k: v for k, v in changes.items() if v is not None}
+        self.config = ModelConfig.from_values(settings, "predictor settings")
+        self.sha256 = loaded.sha256
+        self.provenance = loaded.provenance
+        with torch.device("meta"):
+            network = AGQ(self.config)
+        network.load_state_dict(loaded.state_dict, assign=True)
+        self.network = network.eval().requires_grad_(False).to(self.device)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Block shape (z, y, x) the network was trained at; results are best at this size."""
+        return self.config.input_shape
+
+    def predict(self, blocks: Sequence[np.ndarray]) -> list[BlockPrediction]:
+        """Segment blocks.
+
+        Parameters
+        ----------
+        blocks : sequence of np.ndarray
+            Raw blocks (z, y, x), of any and of different shapes: uint8 (0 to 255), uint16 (0 to
+            65535), or float32 already in [0, 1].
+
+        Returns
+        -------
+        list of BlockPrediction
+            One per block, in order.
+
+        Raises
+        ------
+        ModelInputError
+            If a block is not 3-D, is empty, has another dtype, or has NaN, infinite or
+            out-of-range values; the message names the block's place in the sequence.
+        """
+        results = []
+        for image in self._images(blocks):
+            masks, affinities = self._run(image)
+            labels, n = connected_labels(masks.channels)
+            results.append(BlockPrediction(labels, affinities, masks.components, masks.dropped, n))
+        return results
+
+    def masks(self, block: np.ndarray) -> BlockMasks:
+        """Run the network on one block and return its masks, as `predict` sees them."""
+        (image,) = self._images([block])
+        return self._run(image)[0]
+
+    def _images(self, blocks: Sequence[np.ndarray]) -> list[np.ndarray]:
+        # All blocks are checked before the first is computed.
+        return [normalised(block, f"block {i} of the batch") for i, block in enumerate(blocks)]
+
+    def _run(self, image: np.ndarray) -> tuple[BlockMasks, np.ndarray]:
+        size = (image.shape[0], image.shape[1], image.shape[2])
+        with torch.inference_mode(), self._numerics():
+            x = torch.from_numpy(image).to(self.device)
+            with self._autocast():
+                maps = dense_maps(self.network, x)
+            seeds = seeds_of(self.network, maps)
+            head = decode(self.network, maps, seeds)
+            channels, mass = assign_voxels(head, maps.mask_features, size, self.config.min_mass)
+            affinities = quantised_affinities(maps.affinity_logits, size)
+            logits = maps.affinity_logits.cpu().numpy()
+        return BlockMasks(logits, channels, mass, seeds.components, seeds.dropped), affinities
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=AUTOCAST[self.precision])
+
+    @contextlib.contextmanager
+    def _numerics(self) -> Iterator[None]:
+        """Full float32 products, and algorithms that give the same bits every time."""
+        if self.device.type != "cuda":
+            yield
+            return
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ):
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of a name, or raise ModelInputError if this machine lacks it."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", "cuda", "mps"}:
+        raise ModelInputError(f"device {name!r}: give auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise ModelInputError(f"device {name!r} is not there: torch sees {found} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelInputError("device 'mps' is not there on this machine")
+    return device
+
+
+def normalised(block: np.ndarray, name: str) -> np.ndarray:
+    """Return a raw block as float32 in [-1, 1], as the network takes it.
+
+    Raises
+    ------
+    ModelInputError
+        If the block cannot be used; ``name`` says in the message which it is.
+    """
+    if block.ndim != 3 or 0 in block.shape:
+        raise ModelInputError(f"{name} has shape {block.shape}: give (z, y, x), not empty")
+    if block.dtype == np.uint8 or block.dtype == np.uint16:
+        scaled = block.astype(np.float32) / np.float32(np.iinfo(block.dtype).max)
+    elif block.dtype == np.float32:
+        scaled = block.copy()
+        if not np.isfinite(scaled).all():
+            raise ModelInputError(f"{name} has NaN or infinite voxels")
+        if scaled.min() < 0 or scaled.max() > 1:
+            raise ModelInputError(
+                f"{name} is float32 with values from {scaled.min():g} to {scaled.max():g}: "
+                "scale it to [0, 1]"
+            )
+    else:
+        raise ModelInputError(f"{name} has dtype {block.dtype}: give uint8, uint16 or float32")
+    scaled -= np.float32(0.5)
+    scaled /= np.float32(0.5)
+    return np.ascontiguousarray(scaled)
