@@ -577,11 +577,15 @@ class QuietHandler(SimpleHTTPRequestHandler):
         self.send_error(404)
 
 
+class QuietServer(ThreadingHTTPServer):
+    request_queue_size = 64  # the default of 5 makes parallel reads wait for TCP retries
+
+
 def test_http(tmp_path: Path) -> None:
     put(tmp_path / "a.zarr", "raw", voxels(), **PLACE)
     put(tmp_path / "b.zarr", "raw", voxels(), 2, **PLACE)
     put_n5(tmp_path / "c.n5" / "raw", voxels(), resolution=[6, 6, 30])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path)))
+    server = QuietServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
