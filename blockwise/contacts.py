@@ -23,10 +23,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from blockwise.array_files import pack_arrays, unpack_arrays
 from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.pairs import PairTable
-from blockwise.sidecar import Sidecar, pack_arrays, unpack_arrays
+from blockwise.sidecar import Sidecar
 
 HALF_UNITS = 510
 """Half units in an affinity of 1."""

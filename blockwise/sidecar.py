@@ -11,9 +11,6 @@ the affinity between ``v`` and the previous voxel on axis ``c`` (0 = z, 1 = y, 2
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from blockwise.array_files import pack_arrays, unpack_arrays
 from blockwise.errors import InputError
 from blockwise.pairs import PairTable
 
@@ -247,33 +245,3 @@ def _shifted(axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     upper = [slice(None)] * 3
     lower[axis], upper[axis] = slice(None, -1), slice(1, None)
     return tuple(lower), tuple(upper)
-
-
-def pack_arrays(arrays: Mapping[str, NDArray], *, compress: bool = True) -> bytes:
-    """Return an npz of plain arrays whose bytes depend on the arrays alone."""
-    method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, array in arrays.items():
-            member = io.BytesIO()
-            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
-            # A ZipInfo of its own carries the fixed date 1980-01-01; level 1 because label
-            # planes compress by their runs and higher levels only cost time.
-            info = zipfile.ZipInfo(f"{name}.npy")
-            archive.writestr(info, member.getbuffer(), method, compresslevel=1)
-    return buffer.getvalue()
-
-
-def unpack_arrays(data: bytes) -> dict[str, NDArray]:
-    """Read :func:`pack_arrays`.
-
-    Raises
-    ------
-    InputError
-        If the data are not a readable npz.
-    """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise InputError(f"file is damaged ({error})") from None

@@ -1,0 +1,72 @@
+"""A dask client: on a cluster of this machine's processes, or on a scheduler that runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distributed import Client, LocalCluster
+
+from blockwise.errors import InputError
+
+
+@contextmanager
+def local_client(
+    address: str | None = None,
+    *,
+    workers: int | None = None,
+    processes: bool = True,
+    timeout: float = 30.0,
+) -> Iterator[Client]:
+    """Yield a dask client and close what was started for it.
+
+    Parameters
+    ----------
+    address
+        Of a running scheduler (``tcp://host:8786``, ``tls://...``); its workers must see the run
+        folder under the same path. None: start a cluster on this machine, on loopback only.
+    workers
+        Worker processes of the local cluster; None: one per usable core. They have one thread
+        each: the tasks hold the interpreter lock between compiled parts.
+    processes
+        False: workers are threads of this process (quick to start; for small volumes).
+    timeout
+        Seconds to wait for the scheduler.
+
+    Yields
+    ------
+    Client
+        ``client.dashboard_link`` is the address of dask's web page.
+
+    Raises
+    ------
+    InputError
+        If nothing answers at the address.
+    """
+    if address is not None:
+        try:
+            client = Client(address, timeout=timeout)
+        except (OSError, ValueError) as error:
+            raise InputError(f"dask scheduler {address}: cannot connect ({error})") from None
+        with client:
+            yield client
+        return
+    count = workers or len(os.sched_getaffinity(0))
+    with (
+        LocalCluster(
+            n_workers=count if processes else 1,
+            threads_per_worker=1 if processes else count,
+            processes=processes,
+            # Threads talk inside the process, without a port.
+            host="127.0.0.1" if processes else None,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+            # The agglomeration holds the whole graph in one worker: a share of the memory per
+            # worker would have dask kill it while the machine still has room.
+            memory_limit=0,
+        ) as cluster,
+        Client(cluster, timeout=timeout) as client,
+    ):
+        yield client

@@ -1,0 +1,107 @@
+"""What a stitch is asked to do, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from blockwise.errors import InputError
+from blockwise.grid import BlockGrid
+from blockwise.relabel import SegmentIds
+
+
+class StitchSpec(BaseModel):
+    """What to stitch; JSON round trip.
+
+    Attributes
+    ----------
+    run_dir
+        Run folder, after predict.
+    grid
+        ``BlockGrid.to_dict()`` of the run.
+    across, within
+        Affinity thresholds of contacts across and inside blocks.
+    segment_ids
+        ``consecutive``: 1, 2, ... in the order of the smallest fragment id; ``fragment``: that id.
+    min_size
+        Segments of fewer voxels become background; 0 keeps all.
+    start, stop
+        Voxel box (z, y, x) whose blocks are stitched; None: the whole volume.
+    allow_missing
+        Stitch although blocks failed or are missing; they stay background.
+    levels
+        Most levels of the pyramid, the full one included; None: down to one chunk.
+    batch_blocks
+        Most blocks per task. The result does not depend on it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_dir: Path
+    grid: dict[str, Any]
+    across: float = 0.7
+    within: float = 1.0
+    segment_ids: SegmentIds = "consecutive"
+    min_size: int = Field(0, ge=0)
+    start: tuple[int, int, int] | None = None
+    stop: tuple[int, int, int] | None = None
+    allow_missing: bool = False
+    levels: int | None = Field(None, ge=1)
+    batch_blocks: int = Field(256, ge=1)
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_is_valid(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return BlockGrid.from_dict(value).to_dict()
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    def block_grid(self) -> BlockGrid:
+        """Return the grid of the whole volume."""
+        return BlockGrid.from_dict(self.grid)
+
+
+@dataclass
+class StitchReport:
+    """What the stitch made.
+
+    Attributes
+    ----------
+    blocks, skipped, missing
+        Blocks with fragments, blocks skipped by predict, and blocks left out because they failed
+        or were never done (only with ``allow_missing``).
+    fragments, contacts, merges, segments
+        Counts; contacts are distinct pairs of fragments.
+    small_segments, small_voxels
+        Segments below ``min_size``, now background.
+    largest
+        The largest segments: ``id``, ``voxels``, ``fragments``. A merger shows here first.
+    levels
+        Levels of the pyramid.
+    seconds
+        Wall time of each step.
+    reused
+        Steps whose output was there already.
+    """
+
+    blocks: int = 0
+    skipped: int = 0
+    missing: int = 0
+    fragments: int = 0
+    contacts: int = 0
+    merges: int = 0
+    segments: int = 0
+    small_segments: int = 0
+    small_voxels: int = 0
+    largest: list[dict[str, int]] = field(default_factory=list)
+    levels: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return asdict(self)

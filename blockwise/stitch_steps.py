@@ -1,0 +1,156 @@
+"""Steps of the stitch: what is done already, and running tasks on dask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, KilledWorker, as_completed
+from distributed.client import FutureCancelledError
+
+from blockwise.errors import InputError
+from blockwise.files import write_atomic
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the step, items done and items in all."""
+
+
+class StitchError(Exception):
+    """A part of the stitch failed at run time; stitching again does only what is missing."""
+
+
+def digest(*parts: Any) -> str:
+    """Return a key of JSON values and bytes (32 hex digits)."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()[:32]
+
+
+class Step:
+    """One step of a run's stitch and its marker file.
+
+    The marker says which inputs the outputs on disk belong to. A step first drops what other
+    inputs left behind, then marks itself started, then (after its work) done.
+
+    Parameters
+    ----------
+    run_dir
+        Run folder; markers lie in its ``stitch`` folder.
+    name
+        Of the step.
+    key
+        Digest of everything the outputs depend on.
+    outputs
+        Files and folders that the step makes.
+    """
+
+    def __init__(self, run_dir: Path, name: str, key: str, outputs: Sequence[Path]) -> None:
+        self.name = name
+        self.key = key
+        self.reused = False
+        self._path = Path(run_dir) / "stitch" / f"{name}.json"
+        self._outputs = outputs
+        self.begun = time.monotonic()
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the result of the step if it was done with the same key, else prepare for it.
+
+        Outputs that were begun with the same key stay; others are removed.
+        """
+        marker = self._read()
+        if marker.get("key") == self.key and all(path.exists() for path in self._outputs):
+            if marker.get("done"):
+                self.reused = True
+                result: dict[str, Any] = marker["result"]
+                return result
+            return None
+        self._path.unlink(missing_ok=True)
+        for path in self._outputs:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self._write({"key": self.key, "done": False})
+        return None
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Mark the step as done and return its result."""
+        self._write({"key": self.key, "done": True, "result": result})
+        return result
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            marker: dict[str, Any] = json.loads(self._path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise InputError(f"{self._path}: damaged; remove it and stitch again") from None
+        return marker
+
+    def _write(self, marker: dict[str, Any]) -> None:
+        write_atomic(self._path, json.dumps(marker, indent=1, sort_keys=True).encode())
+
+
+def run_tasks(
+    client: Client,
+    step: str,
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    weights: Sequence[int],
+    on_progress: Progress | None,
+    done: int = 0,
+) -> list[Any]:
+    """Run ``function(*call)`` for every call as one dask task each.
+
+    Parameters
+    ----------
+    weights
+        Items of each call, for the progress.
+    done
+        Items done before.
+
+    Returns
+    -------
+    list
+        Results, in the order of completion.
+
+    Raises
+    ------
+    StitchError
+        If workers kept dying or the scheduler is gone. Other errors of a task are raised as they
+        are. The remaining tasks are cancelled.
+    """
+    total = done + sum(weights)
+    results: list[Any] = []
+    if on_progress is not None:
+        on_progress(step, done, total)
+    # A random part: dask would otherwise take a task of an earlier stitch for the same one.
+    name = f"{step}-{secrets.token_hex(4)}"
+    futures = {
+        client.submit(function, *call, key=f"{name}-{i}", pure=False): weight
+        for i, (call, weight) in enumerate(zip(calls, weights, strict=True))
+    }
+    try:
+        for future in as_completed(list(futures)):
+            results.append(future.result())
+            done += futures.pop(future)
+            if on_progress is not None:
+                on_progress(step, done, total)
+    except KilledWorker as error:
+        raise StitchError(
+            f"{step}: workers died on a task again and again (out of memory?): {error}"
+        ) from None
+    except FutureCancelledError as error:
+        raise StitchError(f"{step}: lost the dask scheduler ({error})") from None
+    finally:
+        client.cancel(list(futures))
+    return results
