@@ -1,0 +1,370 @@
+"""Predict blocks: the coordinator of one run on one machine.
+
+`run_predict` starts a dispatcher (daisy) and local workers, watches them, and returns when every
+block is done, skipped, or has failed for good. It may be killed at any time; the caller resumes by
+passing the blocks that the journal does not have (`Journal.done`).
+
+How a block fails:
+
+- it raises: the worker records it with its traceback, daisy hands it out again, `retries` times;
+- it takes its worker down (killed, out of memory, timed out): daisy hands out again all blocks that
+  the worker held. Innocent ones may use up their attempts that way, so what is lost at the end is
+  tried once more in an *alone* session, in which a worker holds one block at a time. Only blocks
+  that are lost there too are recorded as failed.
+"""
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from blockwise.errors import InputError, RunStoppedError
+from blockwise.journal import BlockRecord, Journal, JournalWriter
+from blockwise.journal_records import STATE_RANK
+from blockwise.lanes import block_place
+from blockwise.predict_spec import (
+    EXIT_START_FAILED,
+    EXIT_STOP_RUN,
+    PredictSpec,
+    Session,
+    journal_folder,
+    retry_path,
+    session_path,
+)
+from blockwise.processes import describe_exit, this_worker
+from blockwise.supervise import Dispatcher, LocalWorkers, WorkerEnd
+
+__all__ = ["PredictProgress", "PredictReport", "PredictSpec", "run_predict"]
+
+_POLL_S = 0.1
+_PROGRESS_S = 0.5
+_LEAVE_S = 2.0
+_DISPATCHER_RESTARTS = 3
+_START_CRASHES = 3
+
+_TIMED_OUT = 87  # daisy's client ends a process that holds a block for too long with this status
+
+
+@dataclass(frozen=True)
+class PredictProgress:
+    """Where a run is.
+
+    Attributes
+    ----------
+    total
+        Blocks that this call was given.
+    done, skipped, failed
+        Of those: computed, skipped (constant raw), and failed at the last attempt so far.
+    voxels
+        Voxels written.
+    workers
+        Worker processes of this machine.
+    seconds
+        Since the start of this call.
+    """
+
+    total: int
+    done: int
+    skipped: int
+    failed: int
+    voxels: int
+    workers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """How a run ended.
+
+    Attributes
+    ----------
+    blocks
+        Blocks that this call was given.
+    done, skipped
+        Blocks computed, and blocks skipped because their raw is constant.
+    failed
+        Numbers of the blocks that failed for good; their records are in the journal.
+    voxels
+        Voxels written.
+    labels, dropped
+        Labels found, and objects dropped by a limit of the predictor, in the blocks computed.
+    retries
+        Attempts that failed or were lost with their worker.
+    workers_lost
+        Worker processes that died and were replaced.
+    read_s, compute_s, write_s
+        Sums over the blocks; they overlap.
+    wall_s
+        Seconds from start to end.
+    """
+
+    blocks: int
+    done: int
+    skipped: int
+    failed: tuple[int, ...]
+    voxels: int
+    labels: int
+    dropped: int
+    retries: int
+    workers_lost: int
+    read_s: float
+    compute_s: float
+    write_s: float
+    wall_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return asdict(self) | {"failed": list(self.failed)}
+
+
+def run_predict(
+    spec: PredictSpec,
+    blocks: npt.ArrayLike,
+    *,
+    on_progress: Callable[[PredictProgress], object] | None = None,
+) -> PredictReport:
+    """Predict blocks until each is done, skipped or failed for good.
+
+    Parameters
+    ----------
+    spec
+        The prediction; its run folder holds the output arrays (`blockwise.arrays`).
+    blocks
+        Numbers of the blocks to compute, those not yet done; any order.
+    on_progress
+        Called about twice a second, and at the end, from this thread.
+
+    Returns
+    -------
+    report
+        Failed blocks do not raise; they are listed.
+
+    Raises
+    ------
+    InputError
+        If a block number is not in the grid, or a worker cannot load the predictor or the input.
+    RunStoppedError
+        If the disk is full, workers keep dying or the dispatcher does. What is done stays done.
+    """
+    grid = spec.block_grid()
+    numbers = np.unique(np.asarray(blocks, dtype=np.int64))
+    if numbers.size and not 0 <= numbers[0] <= numbers[-1] < grid.n_blocks:
+        raise InputError(
+            f"blocks {numbers[0]}..{numbers[-1]} are not all in a grid of {grid.n_blocks} blocks"
+        )
+    spec.save()
+    run = _Run(spec, numbers, on_progress)
+    if numbers.size:
+        with _sigterm_raises():
+            run.execute()
+    return run.report()
+
+
+class _Run:
+    """State of one call of `run_predict`."""
+
+    def __init__(
+        self,
+        spec: PredictSpec,
+        numbers: npt.NDArray[np.int64],
+        on_progress: Callable[[PredictProgress], object] | None,
+    ) -> None:
+        self.spec = spec
+        self.grid = spec.block_grid()
+        self.numbers = numbers
+        self._on_progress = on_progress
+        self._started = time.monotonic()
+        self._next_progress = 0.0
+        self._journal = Journal(journal_folder(spec.run_dir))
+        self._workers = LocalWorkers(spec.run_dir)
+        self._failures: Counter[int] = Counter()
+        self._losses: Counter[int] = Counter()
+        self._last_loss: dict[int, str] = {}
+        # By place in `numbers`: the best outcome so far, as in STATE_RANK.
+        self._ranks = np.zeros(numbers.size, np.uint8)
+        self._totals: Counter[str] = Counter()
+        self._seconds = dict.fromkeys(("read_s", "compute_s", "write_s"), 0.0)
+        self._deaths_in_a_row = 0
+        self._deaths = 0
+
+    def execute(self) -> None:
+        """Run sessions until no block is left to try."""
+        # What an earlier, killed run left behind would be taken for this run's.
+        session_path(self.spec.run_dir).unlink(missing_ok=True)
+        shutil.rmtree(retry_path(self.spec.run_dir, 0).parent, ignore_errors=True)
+        ended = False
+        try:
+            for index in range(min(self.spec.workers, self.numbers.size)):
+                self._workers.start(index)
+            self._run_sessions()
+            ended = True
+        finally:
+            # Workers that see it leave by themselves, those of other machines too.
+            with contextlib.suppress(OSError):
+                Session(id="", state="closed").save(self.spec.run_dir)
+            self._workers.stop(grace_s=_LEAVE_S if ended else 0.0)
+        self._tick(final=True)
+
+    def _run_sessions(self) -> None:
+        pending, alone, crashes = self.numbers, False, 0
+        while pending.size:
+            before = pending.size
+            code = self._session(pending, alone=alone)
+            pending = pending[self._journal.ranks(pending) < STATE_RANK["skipped"]]
+            crashes = crashes + 1 if code and pending.size == before else 0
+            if crashes > _DISPATCHER_RESTARTS:
+                raise RunStoppedError(
+                    f"the dispatcher keeps ending with {describe_exit(code)}; see "
+                    f"{self.spec.run_dir}/logs/predict/dispatcher.log"
+                )
+            given_up = [self._failures[int(n)] > self.spec.retries for n in pending]
+            pending = pending[~np.array(given_up, bool)]
+            if code == 0 and alone:
+                self._record_lost(pending)
+                return
+            alone = alone or code == 0
+
+    def _session(self, numbers: npt.NDArray[np.int64], *, alone: bool) -> int:
+        """Hand out blocks until the dispatcher ends; return its exit status."""
+        dispatcher = Dispatcher(self.spec.run_dir, numbers, alone=alone)
+        try:
+            while (code := dispatcher.poll()) is None:
+                self._tick()
+                time.sleep(_POLL_S)
+        finally:
+            dispatcher.kill()
+        self._tick()
+        return code
+
+    def _tick(self, *, final: bool = False) -> None:
+        """Look after workers, read the journal, report progress."""
+        ends = self._workers.ended()
+        for event in self._journal.refresh():
+            if event.kind == "block":
+                self._note(event.record)
+        for end in ends:
+            self._replace(end)
+        now = time.monotonic()
+        if self._on_progress is not None and (final or now >= self._next_progress):
+            self._next_progress = now + _PROGRESS_S
+            self._on_progress(self._progress())
+
+    def _note(self, record: BlockRecord) -> None:
+        """Count the end of an attempt."""
+        place = int(np.searchsorted(self.numbers, record.block))
+        if place == self.numbers.size or self.numbers[place] != record.block:
+            return
+        if record.state == "failed":
+            self._failures[record.block] += 1
+        else:
+            self._deaths_in_a_row = 0
+        if STATE_RANK[record.state] <= self._ranks[place]:
+            return
+        self._ranks[place] = STATE_RANK[record.state]
+        if record.state == "done":
+            for name in ("voxels", "labels", "dropped"):
+                self._totals[name] += getattr(record, name)
+            for name in ("read_s", "compute_s", "write_s"):
+                self._seconds[name] += getattr(record, name)
+
+    def _replace(self, end: WorkerEnd) -> None:
+        """Start another worker for one that has ended, or stop the run."""
+        if end.code == EXIT_START_FAILED:
+            raise InputError(f"worker {end.index} cannot start: {end.message} (log: {end.log})")
+        if end.code == EXIT_STOP_RUN:
+            raise RunStoppedError(f"{end.message}; fix it and run again to resume")
+        self._deaths += 1
+        self._deaths_in_a_row += 1
+        how = describe_exit(end.code)
+        if end.code == _TIMED_OUT:
+            how = f"a block took longer than {self.spec.timeout_s:g} s"
+        if end.token is not None:
+            state = self._journal.workers.get(end.token)
+            for block in state.current if state is not None else ():
+                self._losses[block] += 1
+                self._last_loss[block] = f"worker {end.index} ended ({how}), log: {end.log}"
+        limit = self.spec.max_restarts
+        if end.token is None:
+            limit = min(limit, _START_CRASHES - 1)
+        if self._deaths_in_a_row > limit:
+            raise RunStoppedError(
+                f"{self._deaths_in_a_row} workers in a row ended without finishing a block, the "
+                f"last by {how}; see {end.log}, then run again to resume"
+            )
+        self._workers.start(end.index)
+
+    def _record_lost(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Record blocks that were alone in every worker they took down."""
+        now = time.time()
+        info = this_worker("coordinator")
+        with JournalWriter(journal_folder(self.spec.run_dir), info) as journal:
+            journal.finish_many(
+                BlockRecord(
+                    block=number,
+                    state="failed",
+                    attempt=self._failures[number] + self._losses[number],
+                    started=now,
+                    finished=now,
+                    reason=self._last_loss.get(number, "every worker that took it was lost"),
+                    **block_place(self.grid, number),
+                )
+                for number in numbers.tolist()
+            )
+
+    def _count(self, state: str) -> int:
+        return int(np.count_nonzero(self._ranks == STATE_RANK[state]))
+
+    def _progress(self) -> PredictProgress:
+        return PredictProgress(
+            total=int(self.numbers.size),
+            done=self._count("done"),
+            skipped=self._count("skipped"),
+            failed=self._count("failed"),
+            voxels=self._totals["voxels"],
+            workers=len(self._workers),
+            seconds=time.monotonic() - self._started,
+        )
+
+    def report(self) -> PredictReport:
+        """Return how the run ended."""
+        failed = self.numbers[self._ranks == STATE_RANK["failed"]]
+        return PredictReport(
+            blocks=int(self.numbers.size),
+            done=self._count("done"),
+            skipped=self._count("skipped"),
+            failed=tuple(failed.tolist()),
+            voxels=self._totals["voxels"],
+            labels=self._totals["labels"],
+            dropped=self._totals["dropped"],
+            retries=sum(self._failures.values()) + sum(self._losses.values()),
+            workers_lost=self._deaths,
+            read_s=self._seconds["read_s"],
+            compute_s=self._seconds["compute_s"],
+            write_s=self._seconds["write_s"],
+            wall_s=time.monotonic() - self._started,
+        )
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that workers are stopped; main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

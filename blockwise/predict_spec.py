@@ -1,0 +1,173 @@
+"""What the processes of one prediction share: the specification, the session and the paths.
+
+Everything a worker needs is in the run folder, so a worker that a scheduler starts on another
+machine, at any time, is told nothing but that folder:
+
+- ``predict.json``: `PredictSpec`, written once;
+- ``session.json``: `Session`, where the dispatcher listens now; replaced by every new dispatcher.
+"""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+
+from blockwise.errors import InputError
+from blockwise.files import write_atomic
+from blockwise.grid import BlockGrid
+
+TASK = "predict"
+"""Name of the stage: daisy task, journal folder, log folder."""
+
+EXIT_START_FAILED = 70
+"""Exit status of a worker whose predictor or input cannot be loaded."""
+
+EXIT_STOP_RUN = 71
+"""Exit status of a worker that met a condition no other worker or attempt could pass."""
+
+FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""A full, over-quota or read-only disk fails every block alike, so it stops the run."""
+
+
+class PredictSpec(BaseModel):
+    """One prediction: what to read, how to cut it, what predicts, who works."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_dir: str
+    """Run folder. Workers use the folder they are given, which may be mounted elsewhere."""
+
+    raw: dict[str, Any]
+    """Keyword arguments of `blockwise.arrays.open_volume` (path, dataset, voxel_size, ...)."""
+
+    grid: dict[str, Any]
+    """`BlockGrid.to_dict` of the whole volume."""
+
+    factory: str
+    """``module:callable`` that makes the predictor."""
+
+    options: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+
+    affinities: bool = False
+    """Also keep the affinities of every voxel (uint8, 3 channels)."""
+
+    workers: NonNegativeInt = 1
+    """Worker processes that the coordinator starts on its own machine; 0: others will join."""
+
+    prefetch: PositiveInt | None = None
+    """Blocks read ahead per worker while others are computed; default: one batch."""
+
+    retries: NonNegativeInt = 2
+    """How often a failed block is tried again."""
+
+    timeout_s: PositiveFloat = 3600.0
+    """Seconds from handing a block to a worker until it is written, its wait behind the blocks
+    read ahead included; a worker that takes longer is killed and the block tried again."""
+
+    max_restarts: NonNegativeInt = 100
+    """Workers that may die in a row, with no block finished in between, before the run stops."""
+
+    host: str = "127.0.0.1"
+    """Address that workers are told to connect to. daisy's protocol has no authentication: the
+    default listens on this machine only, any other name on every interface."""
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_is_valid(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return BlockGrid.from_dict(value).to_dict()
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    def block_grid(self) -> BlockGrid:
+        """Return the grid of the whole volume."""
+        return BlockGrid.from_dict(self.grid)
+
+    def save(self) -> None:
+        """Write ``predict.json`` into the run folder."""
+        write_atomic(spec_path(self.run_dir), self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> "PredictSpec":
+        """Read the specification of a run folder.
+
+        Raises
+        ------
+        InputError
+            If the folder has none, or it is damaged or of another release.
+        """
+        path = spec_path(run_dir)
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing: {run_dir} is no run folder") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "file"
+            raise InputError(f"{path}: {field}: {first['msg']}") from None
+
+
+class Session(BaseModel):
+    """Where a dispatcher listens; `state` "closed" tells workers that the run has ended."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    state: Literal["open", "closed"] = "open"
+    host: str = ""
+    port: int = 0
+    alone: bool = False
+    """Workers take one block at a time: whoever kills a worker then harms no other block."""
+
+    def save(self, run_dir: str | Path) -> None:
+        """Write ``session.json``, replacing the one of an earlier dispatcher."""
+        write_atomic(session_path(run_dir), self.model_dump_json().encode())
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> "Session | None":
+        """Return the present session, None where there is none."""
+        try:
+            return cls.model_validate(json.loads(session_path(run_dir).read_bytes()))
+        except FileNotFoundError:
+            return None
+
+
+def spec_path(run_dir: str | Path) -> Path:
+    """Return the path of the specification."""
+    return Path(run_dir) / "predict.json"
+
+
+def session_path(run_dir: str | Path) -> Path:
+    """Return the path of the session."""
+    return Path(run_dir) / "session.json"
+
+
+def journal_folder(run_dir: str | Path) -> Path:
+    """Return the folder of the prediction's journal."""
+    return Path(run_dir) / "journal" / TASK
+
+
+def container_path(run_dir: str | Path) -> Path:
+    """Return the zarr container of the run's outputs."""
+    return Path(run_dir) / "data.zarr"
+
+
+def log_path(run_dir: str | Path, name: str) -> Path:
+    """Return the path of the log of one process."""
+    return Path(run_dir) / "logs" / TASK / f"{name}.log"
+
+
+def retry_path(run_dir: str | Path, number: int) -> Path:
+    """Return the file that holds one byte per failed attempt at a block in this run."""
+    return Path(run_dir) / "retries" / TASK / str(number)

@@ -1,0 +1,176 @@
+"""A prediction worker: loads the predictor once, then computes blocks until the run has ended.
+
+Run as ``python -m blockwise.worker RUN_DIR``; it may be started at any time, on any machine that
+sees the run folder, by the coordinator or by a batch system.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blockwise.block_io import BlockFiles
+from blockwise.errors import InputError
+from blockwise.journal import JournalWriter
+from blockwise.lanes import BlockLoop
+from blockwise.predict_spec import (
+    EXIT_START_FAILED,
+    EXIT_STOP_RUN,
+    PredictSpec,
+    Session,
+    journal_folder,
+)
+from blockwise.predictor import load_predictor
+from blockwise.processes import die_with_parent, this_worker
+
+_POLL_S = 0.2
+
+_logger = logging.getLogger(__name__)
+
+
+class StopRun:
+    """Ends the process at once, after telling the coordinator why.
+
+    Parameters
+    ----------
+    status_fd
+        Pipe to the coordinator that started this worker, None for any other worker.
+    """
+
+    def __init__(self, status_fd: int | None) -> None:
+        self._fd = status_fd
+
+    def tell(self, **message: Any) -> None:
+        """Send the coordinator one message."""
+        if self._fd is not None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._fd, json.dumps(message).encode() + b"\n")
+
+    def __call__(self, reason: str) -> None:
+        """End the process with `EXIT_STOP_RUN`; other threads may be anywhere."""
+        self.tell(event="stop", message=reason)
+        _logger.error("stopping the run: %s", reason)
+        logging.shutdown()
+        os._exit(EXIT_STOP_RUN)
+
+
+def work(
+    run_dir: str | Path,
+    *,
+    index: int | None = None,
+    wait_s: float = 60.0,
+    status_fd: int | None = None,
+) -> int:
+    """Work for a run until it has ended.
+
+    Parameters
+    ----------
+    run_dir
+        Run folder, with ``predict.json`` and the output arrays.
+    index
+        Number of the worker on its machine, which chooses its GPU; default: the batch system's.
+    wait_s
+        Seconds to wait for a dispatcher (the first, or the next after one has gone).
+    status_fd
+        Pipe to the coordinator.
+
+    Returns
+    -------
+    status
+        Exit status: 0, or `EXIT_START_FAILED` after an error that is on stderr and in the pipe.
+    """
+    run_dir = Path(run_dir)
+    stop_run = StopRun(status_fd)
+    local = index if index is not None else int(os.environ.get("SLURM_LOCALID", "0"))
+    try:
+        spec = PredictSpec.load(run_dir)
+        files = BlockFiles.open(spec, run_dir)
+        predictor = load_predictor(spec.factory, spec.options, local)
+        device = str(getattr(predictor, "device", spec.options.get("device", "cpu")))
+        info = this_worker(None if index is None else f"worker-{index}", device)
+        journal = JournalWriter(journal_folder(run_dir), info)
+    # A predictor of the user's may raise anything; whatever it is, trying again will not help.
+    except Exception as error:
+        known = isinstance(error, InputError)
+        stop_run.tell(
+            event="start_failed",
+            message=str(error) if known else f"{type(error).__name__}: {error}",
+        )
+        _logger.exception("the worker cannot start")
+        return EXIT_START_FAILED
+    stop_run.tell(event="ready", token=journal.token)
+    loop = BlockLoop(spec, files, predictor, journal, stop_run)
+    reason = "terminated"
+    try:
+        for session in _sessions(run_dir, wait_s):
+            loop.run(session)
+        reason = "end"
+    finally:
+        journal.close(reason)
+    return 0
+
+
+def _sessions(run_dir: Path, wait_s: float) -> Iterator[Session]:
+    """Yield each new session, until the run has ended or none comes for `wait_s`."""
+    last, deadline = "", time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        session = Session.load(run_dir)
+        if session is not None and session.state == "closed":
+            return
+        if session is not None and session.id != last:
+            last = session.id
+            yield session
+            deadline = time.monotonic() + wait_s
+        time.sleep(_POLL_S)
+    _logger.warning("no dispatcher for %.0f s: leaving", wait_s)
+
+
+def _on_sigterm(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and work; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m blockwise.worker", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--index", type=int, help="number of the worker on this machine")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a dispatcher")
+    parser.add_argument("--parent", type=int, help="process to die with")
+    parser.add_argument("--status-fd", type=int, help="pipe to the coordinator")
+    options = parser.parse_args(arguments)
+    if options.parent is not None:
+        die_with_parent(options.parent)
+        # Ctrl-C reaches every process of the terminal; the coordinator decides what it means.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    faulthandler.enable()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(message)s"
+    )
+    # A refused connection is how every run ends, not a warning.
+    logging.getLogger("daisy").setLevel(logging.ERROR)
+    return work(
+        options.run_dir,
+        index=options.index,
+        wait_s=options.wait,
+        status_fd=options.status_fd,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    logging.shutdown()
+    sys.stderr.flush()
+    # Lanes may be inside a call that cannot be interrupted; all they could lose is redone.
+    os._exit(status)

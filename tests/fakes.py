@@ -1,0 +1,130 @@
+"""Predictors for tests: deterministic, fast, and able to misbehave on marked blocks.
+
+A block is marked by a voxel of a certain raw value, because raw is all that a predictor sees.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+
+RAISE = 250
+KILL = 251
+HANG = 252
+FULL_DISK = 253
+
+
+@dataclass(frozen=True)
+class Labelled:
+    labels: np.ndarray
+    affinities: np.ndarray
+    components: int
+    dropped: int
+    n_labels: int
+
+
+class ThresholdPredictor:
+    """Connected components of raw above a threshold; affinities from labels and raw.
+
+    Parameters
+    ----------
+    threshold
+        Raw above it is foreground.
+    batch_size
+        Blocks per call.
+    delay_s
+        Seconds per call.
+    marks
+        Whether marks are obeyed; off, every raw value is just raw.
+    times
+        Marks are obeyed that often in all processes together; needs `state`.
+    state
+        Folder for counting.
+    """
+
+    def __init__(
+        self,
+        threshold: int = 128,
+        batch_size: int = 1,
+        delay_s: float = 0.0,
+        marks: bool = False,
+        times: int | None = None,
+        state: str | None = None,
+    ) -> None:
+        self.threshold = threshold
+        self.batch_size = batch_size
+        self.delay_s = delay_s
+        self.marks = marks
+        self.times = times
+        self.state = state
+
+    def predict(self, blocks: Sequence[np.ndarray]) -> list[Labelled]:
+        assert 0 < len(blocks) <= self.batch_size
+        assert len({block.shape for block in blocks}) == 1
+        if self.state:
+            with (Path(self.state) / "batches").open("a") as file:
+                file.write(f"{len(blocks)}\n")
+        for block in blocks:
+            self._misbehave(int(block.max()))
+        time.sleep(self.delay_s)
+        return [self._one(np.asarray(block)) for block in blocks]
+
+    def _misbehave(self, value: int) -> None:
+        if not self.marks or value < RAISE:
+            return
+        if self.times is not None:
+            counter = Path(self.state or "") / f"mark-{value}"
+            with counter.open("a") as file:
+                file.write(".")
+            if counter.stat().st_size > self.times:
+                return
+        if value == RAISE:
+            raise RuntimeError("this block cannot be predicted")
+        if value == KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if value == HANG:
+            time.sleep(3600)
+        if value == FULL_DISK:
+            raise OSError(28, os.strerror(28), "/somewhere/fragments")
+
+    def _one(self, raw: np.ndarray) -> Labelled:
+        labels, count = cc3d.connected_components(
+            raw > self.threshold, connectivity=6, return_N=True, out_dtype=np.uint16
+        )
+        affinities = np.empty((3, *raw.shape), np.uint8)
+        tint = (raw % 50).astype(np.uint8)
+        for axis in range(3):
+            same = labels == np.roll(labels, 1, axis)
+            affinities[axis] = np.where(same & (labels > 0), 200, 20) + tint
+        return Labelled(labels, affinities, int(count) + 1, 1, int(count))
+
+
+def threshold(**options: Any) -> ThresholdPredictor:
+    """Return a `ThresholdPredictor`; the factory that tests name."""
+    return ThresholdPredictor(**options)
+
+
+def broken(**options: Any) -> ThresholdPredictor:
+    raise RuntimeError("no weights here")
+
+
+def crashing(**options: Any) -> ThresholdPredictor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def not_a_predictor() -> object:
+    return object()
+
+
+class WrongShape(ThresholdPredictor):
+    """Returns labels of another shape."""
+
+    def predict(self, blocks: Sequence[np.ndarray]) -> list[Labelled]:
+        return [self._one(block[1:]) for block in blocks]

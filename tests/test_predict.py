@@ -1,0 +1,279 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from blockwise.errors import InputError, RunStoppedError
+from blockwise.grid import BlockGrid
+from blockwise.journal import Journal
+from blockwise.predict import PredictProgress, PredictSpec, run_predict
+from blockwise.sidecar import build_sidecar, read_sidecar
+from tests import fakes
+from tests.predict_runs import SHAPE, make_grid, make_run, mark, outputs, raw_volume
+
+GRID = make_grid()
+ALL = np.arange(GRID.n_blocks)
+
+
+def journal(spec: PredictSpec) -> Journal:
+    return Journal(Path(spec.run_dir) / "journal" / "predict")
+
+
+def box(corners):
+    return tuple(slice(a, b) for a, b in zip(*corners, strict=True))
+
+
+def expected_fragments(raw: np.ndarray, grid: BlockGrid) -> np.ndarray:
+    """Block by block in this process, without any of the machinery."""
+    result = np.zeros(raw.shape, np.uint64)
+    predictor = fakes.threshold()
+    for number in range(grid.n_blocks):
+        window = raw[box(grid.read_box(number))]
+        missing = [(0, r - n) for r, n in zip(grid.read_shape, window.shape, strict=True)]
+        (labelled,) = predictor.predict([np.pad(window, missing, mode="reflect")])
+        labels = labelled.labels[grid.write_in_read(number)].astype(np.uint64)
+        result[box(grid.write_box(number))] = np.where(labels, labels + (number << 21), 0)
+    return result
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, str]:
+    """Output bytes of one worker, one block at a time."""
+    spec = make_run(tmp_path_factory.mktemp("undisturbed"), raw_volume())
+    seen: list[PredictProgress] = []
+    report = run_predict(spec, ALL, on_progress=seen.append)
+    assert (report.blocks, report.done, report.skipped, report.failed) == (27, 27, 0, ())
+    assert report.voxels == np.prod(SHAPE)
+    assert (seen[-1].total, seen[-1].done, seen[-1].failed) == (27, 27, 0)
+    fragments = zarr.open_array(Path(spec.run_dir) / "data.zarr" / "fragments")[:]
+    assert np.array_equal(fragments, expected_fragments(raw_volume(), GRID))
+    records = list(journal(spec).records())
+    assert [r.block for r in records] == list(range(27))
+    assert {r.state for r in records} == {"done"}
+    assert sum(r.voxels for r in records) == np.prod(SHAPE)
+    assert records[26].roi == ((60 + 8 * 30, -12 + 32 * 6, 600 + 32 * 6), (90, 30, 48))
+    assert {frozenset(r.sums) for r in records} == {
+        frozenset(("fragments", "sidecar", "affinities"))
+    }
+    for number in (0, 13, 26):
+        check_sidecar(spec, number)
+    result = outputs(spec)
+    assert sum(name.startswith("sidecars/") for name in result) == 27
+    assert sum("fragments/c/" in name for name in result) == 27
+    assert sum("affinities/c/" in name for name in result) == 27
+    return result
+
+
+def check_sidecar(spec: PredictSpec, number: int) -> None:
+    window = raw_volume()[box(GRID.read_box(number))]
+    (labelled,) = fakes.threshold().predict([window])
+    expected = build_sidecar(labelled.labels, labelled.affinities, GRID, number)
+    assert read_sidecar(Path(spec.run_dir), number).to_bytes() == expected.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch", "prefetch"), [(2, 1, None), (1, 3, None), (2, 3, 1), (0, 1, 2)]
+)
+def test_bytes_do_not_depend_on_workers_or_batches(tmp_path, undisturbed, workers, batch, prefetch):
+    options = {"batch_size": batch, "state": str(tmp_path), "delay_s": 0.02}
+    spec = make_run(
+        tmp_path, raw_volume(), options=options, workers=max(1, workers), prefetch=prefetch
+    )
+    report = run_predict(spec, np.random.default_rng(workers).permutation(ALL))
+    assert report.done == 27
+    assert outputs(spec) == undisturbed
+    batches = [int(n) for n in (tmp_path / "batches").read_text().split()]
+    assert sum(batches) == 27
+    assert (max(batches) > 1) == (batch > 1 and prefetch is None)
+
+
+def test_a_roi_computes_only_its_blocks_with_the_same_bytes(tmp_path, undisturbed):
+    spec = make_run(tmp_path, raw_volume())
+    numbers = GRID.select((5, 17, 20), (6, 40, 33))
+    chosen = numbers[numbers != 13]
+    assert run_predict(spec, chosen).done == chosen.size
+    done = journal(spec).done(GRID.n_blocks)
+    assert np.flatnonzero(done).tolist() == chosen.tolist()
+    partial = outputs(spec)
+    assert partial.items() <= undisturbed.items()
+    assert len([n for n in partial if n.startswith("sidecars/")]) == chosen.size
+    rest = run_predict(spec, np.flatnonzero(~done))
+    assert rest.blocks == 27 - chosen.size
+    assert outputs(spec) == undisturbed
+
+
+def test_nothing_to_do_starts_nothing(tmp_path):
+    spec = make_run(tmp_path, raw_volume(), factory="tests.fakes:broken")
+    report = run_predict(spec, np.zeros(0, np.int64))
+    assert (report.blocks, report.done, report.failed) == (0, 0, ())
+    assert not (Path(spec.run_dir) / "logs").exists()
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 10), (1, 1, 1), (5, 17, 17), (4, 40, 3)])
+@pytest.mark.parametrize("context", [((0, 0, 0), (1, 1, 1)), ((2, 5, 5), (2, 5, 5))])
+def test_volumes_smaller_than_a_window(tmp_path, shape, context):
+    raw = raw_volume((8, 40, 40))[: shape[0], : shape[1], : shape[2]].copy()
+    raw[0, 0, 0] = 200 if raw[0, 0, 0] < 128 else 0
+    grid = make_grid(shape, before=context[0], after=context[1])
+    spec = make_run(tmp_path, raw, grid)
+    report = run_predict(spec, np.arange(grid.n_blocks))
+    assert report.done + report.skipped == grid.n_blocks
+    assert report.failed == ()
+    fragments = zarr.open_array(Path(spec.run_dir) / "data.zarr" / "fragments")[:]
+    assert np.array_equal(fragments, expected_fragments(raw, grid)) or report.skipped
+
+
+def test_a_block_that_raises_fails_alone(tmp_path, undisturbed):
+    raw = raw_volume()
+    mark(GRID, raw, 13, fakes.RAISE)
+    spec = make_run(
+        tmp_path, raw, options={"marks": True, "batch_size": 3, "delay_s": 0.02}, retries=2
+    )
+    report = run_predict(spec, ALL)
+    assert report.failed == (13,)
+    assert (report.done, report.retries, report.workers_lost) == (26, 3, 0)
+    (record,) = journal(spec).failed()
+    assert (record.block, record.attempt) == (13, 3)
+    assert record.reason == "RuntimeError: this block cannot be predicted"
+    assert "in _misbehave" in record.error
+    roi = GRID.write_roi(13)
+    assert record.roi == (tuple(roi.offset), tuple(roi.shape))
+    clean = make_run(tmp_path / "clean", raw, options={"batch_size": 3})
+    run_predict(clean, ALL)
+    assert outputs(spec).items() < outputs(clean).items()
+    # The command that retries only what failed: same run, other circumstances.
+    spec = spec.model_copy(update={"options": {}})
+    assert run_predict(spec, [13]).done == 1
+    assert journal(spec).failed() == []
+    assert outputs(spec) == outputs(clean)
+
+
+def test_a_block_that_raises_once_is_retried(tmp_path):
+    raw = raw_volume()
+    mark(GRID, raw, 13, fakes.RAISE)
+    options = {"marks": True, "times": 1, "state": str(tmp_path)}
+    spec = make_run(tmp_path, raw, options=options, workers=2)
+    report = run_predict(spec, ALL)
+    assert (report.done, report.failed, report.retries) == (27, (), 1)
+    assert journal(spec).record(13).attempt == 2
+
+
+def test_a_block_that_kills_its_worker_fails_alone(tmp_path):
+    raw = raw_volume()
+    mark(GRID, raw, 13, fakes.KILL)
+    spec = make_run(tmp_path, raw, options={"marks": True}, workers=2, retries=1, prefetch=3)
+    report = run_predict(spec, ALL)
+    assert (report.done, report.failed) == (26, (13,))
+    # Twice in company, twice alone.
+    assert report.workers_lost == 4
+    (record,) = journal(spec).failed()
+    assert "SIGKILL" in record.reason
+    assert "worker-" in record.reason
+
+
+def test_a_block_that_hangs_is_given_up_after_its_timeout(tmp_path):
+    raw = raw_volume()
+    mark(GRID, raw, 13, fakes.HANG)
+    spec = make_run(tmp_path, raw, options={"marks": True}, retries=0, timeout_s=2)
+    report = run_predict(spec, ALL)
+    assert (report.done, report.failed, report.workers_lost) == (26, (13,), 2)
+    (record,) = journal(spec).failed()
+    assert "longer than 2 s" in record.reason
+
+
+def test_constant_blocks_are_skipped(tmp_path):
+    raw = raw_volume()
+    raw[box(GRID.read_box(0))] = 7
+    spec = make_run(tmp_path, raw, options={"state": str(tmp_path)})
+    report = run_predict(spec, ALL)
+    assert (report.done, report.skipped, report.failed) == (26, 1, ())
+    record = journal(spec).record(0)
+    assert (record.state, record.reason) == ("skipped", "constant")
+    assert len((tmp_path / "batches").read_text().split()) == 26
+    assert journal(spec).done(27).all()
+
+
+def test_bad_voxels_fail_their_blocks(tmp_path):
+    raw = raw_volume().astype(np.float32)
+    raw[1, 1, 1] = np.nan
+    raw[-1, -1, -1] = np.inf
+    spec = make_run(tmp_path, raw, retries=0)
+    report = run_predict(spec, ALL)
+    assert (report.done, report.failed) == (25, (0, 26))
+    assert (
+        journal(spec).failed()[0].reason == "BlockError: raw has 1 NaN or infinite of 1445 voxels"
+    )
+
+
+def test_a_corrupt_raw_chunk_fails_its_blocks(tmp_path):
+    spec = make_run(tmp_path, raw_volume(), retries=1)
+    (tmp_path / "in.zarr" / "raw" / "c" / "0" / "0" / "0").write_bytes(b"not zstd")
+    report = run_predict(spec, ALL)
+    readers = GRID.select((0, 0, 0), (11, 16, 16))
+    assert report.failed == tuple(readers.tolist())
+    assert report.done == 27 - readers.size
+    assert report.retries == 2 * readers.size
+    assert "Traceback" in journal(spec).failed()[0].error
+
+
+def test_a_predictor_of_the_wrong_shape_fails_blocks(tmp_path):
+    spec = make_run(tmp_path, raw_volume(), factory="tests.fakes:WrongShape", retries=0)
+    assert run_predict(spec, [3, 4]).failed == (3, 4)
+    assert "the predictor returned labels (4, 17, 17)" in journal(spec).failed()[0].reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factory": "tests.fakes:broken"}, "worker 0 cannot start: RuntimeError: no weights here"),
+        ({"factory": "tests.fakes:absent"}, "has no callable 'absent'"),
+        ({"factory": "no_such_module:f"}, "cannot import no_such_module"),
+        ({"factory": "tests.fakes"}, "expected 'module:callable'"),
+        ({"factory": "tests.fakes:not_a_predictor"}, "lacks predict"),
+        ({"options": {"wrong": 1}}, "unexpected keyword argument 'wrong'"),
+    ],
+)
+def test_a_worker_that_cannot_start_ends_the_run(tmp_path, changes, message):
+    spec = make_run(tmp_path, raw_volume(), **{"workers": 1, **changes})
+    with pytest.raises(InputError, match=message) as caught:
+        run_predict(spec, ALL)
+    assert "\n" not in str(caught.value)
+    assert json.loads((Path(spec.run_dir) / "session.json").read_bytes())["state"] == "closed"
+
+
+def test_input_that_is_gone_ends_the_run(tmp_path):
+    spec = make_run(tmp_path, raw_volume())
+    (tmp_path / "in.zarr").rename(tmp_path / "moved.zarr")
+    with pytest.raises(InputError, match=r"worker 0 cannot start: .*in\.zarr"):
+        run_predict(spec, ALL)
+
+
+def test_workers_that_die_at_the_start_end_the_run(tmp_path):
+    spec = make_run(tmp_path, raw_volume(), factory="tests.fakes:crashing")
+    with pytest.raises(RunStoppedError, match=r"3 workers in a row .* SIGKILL"):
+        run_predict(spec, ALL)
+
+
+def test_a_full_disk_stops_the_run_in_one_line(tmp_path):
+    raw = raw_volume()
+    mark(GRID, raw, 13, fakes.FULL_DISK)
+    spec = make_run(tmp_path, raw, options={"marks": True}, workers=2)
+    with pytest.raises(RunStoppedError, match=r"block 13 .*No space left on device") as caught:
+        run_predict(spec, ALL)
+    assert "\n" not in str(caught.value)
+    assert "resume" in str(caught.value)
+
+
+def test_blocks_outside_the_grid_are_refused(tmp_path):
+    spec = make_run(tmp_path, raw_volume())
+    with pytest.raises(InputError, match="27 blocks"):
+        run_predict(spec, [0, 27])
+
+
+def test_outputs_with_other_chunks_are_refused(tmp_path):
+    spec = make_run(tmp_path, raw_volume())
+    other = make_grid(write_shape=(2, 16, 16))
+    with pytest.raises(InputError, match="do not fit the block grid"):
+        run_predict(spec.model_copy(update={"grid": other.to_dict()}), [0])
