@@ -55,7 +55,7 @@ class SyntheticParams:
     seed: int = 0
     voxel_size: tuple[float, float, float] = (30.0, 6.0, 6.0)
     membrane: float = 3.0
-    noise: float = 14.0
+    noise: float = 12.0
     jitter: float = 1.3
 
 
