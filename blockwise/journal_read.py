@@ -69,8 +69,7 @@ class Journal:
         snapshot = read_snapshot(self.folder) if use_snapshot else None
         if snapshot is not None:
             self._restore(*snapshot)
-        while events := self._tail.poll():
-            self._apply(events)
+        self.catch_up()
 
     def refresh(self) -> list[Event]:
         """Read what is new and return it.
@@ -90,6 +89,11 @@ class Journal:
             self._apply(events)
             new += events
         return new
+
+    def catch_up(self) -> None:
+        """Read what is new without returning it, in bounded memory."""
+        while events := self._tail.poll():
+            self._apply(events)
 
     # What is done
 
@@ -125,6 +129,27 @@ class Journal:
     def counts(self) -> dict[str, int]:
         """Count the blocks ``failed``, ``skipped`` and ``done``."""
         return self._table.counts()
+
+    def totals(self) -> dict[str, float]:
+        """Add up the done blocks: voxels, labels, components, dropped and seconds of each part.
+
+        ``started`` and ``finished`` are the first start and last end of any block, 0 for none.
+        """
+        return self._table.totals()
+
+    def recent(self, since: float) -> tuple[int, int]:
+        """Count the blocks, and their voxels, that were done at or after a time."""
+        return self._table.recent(since)
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Bytes read of each file."""
+        return self._tail.positions
+
+    @property
+    def ended(self) -> set[str]:
+        """Files whose writer has said that it ended."""
+        return self._tail.ended
 
     @property
     def rows(self) -> NDArray[np.void]:

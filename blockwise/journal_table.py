@@ -29,6 +29,9 @@ ROW: Final = np.dtype(
     ]
 )
 
+_COUNTED: Final = ("voxels", "labels", "components", "dropped")
+_TIMED: Final = ("read_s", "compute_s", "write_s")
+
 # Block numbers come in runs along the last axis of the volume: small pages waste little on a
 # sparse selection and cost one dict entry per 1024 blocks on a full one.
 _PAGE_BITS: Final = 10
@@ -102,6 +105,26 @@ class BlockTable:
         """Count the blocks by state."""
         found = np.bincount(self.rows["rank"], minlength=len(RANK_STATE))
         return {state: int(found[rank]) for state, rank in STATE_RANK.items()}
+
+    def totals(self) -> dict[str, float]:
+        """Add up the done blocks; first start and last end of any block."""
+        rows = self.rows
+        done = rows["rank"] == STATE_RANK["done"]
+        counts = {n: int(rows[n].sum(where=done, dtype=np.int64)) for n in _COUNTED}
+        seconds = {n: float(rows[n].sum(where=done, dtype=np.float64)) for n in _TIMED}
+        started = rows["started"][rows["started"] > 0]
+        return {
+            **counts,
+            **seconds,
+            "started": float(started.min(initial=np.inf)) if len(started) else 0.0,
+            "finished": float(rows["finished"].max(initial=0.0)),
+        }
+
+    def recent(self, since: float) -> tuple[int, int]:
+        """Count the blocks done at or after a time, and their voxels."""
+        rows = self.rows
+        late = (rows["finished"] >= since) & (rows["rank"] == STATE_RANK["done"])
+        return int(late.sum()), int(rows["voxels"].sum(where=late, dtype=np.int64))
 
     def _index_all(self) -> None:
         blocks = self.rows["block"]

@@ -78,7 +78,13 @@ class JournalTail:
             if name in self.ended:
                 continue
             start = self.positions.get(name, 0)
-            data = self._read(name, start, limit)
+            try:
+                data = self._read(name, start, limit)
+            except OSError:
+                # What other files gave must not get lost; the next poll meets the error again.
+                if events:
+                    break
+                raise
             limit -= len(data)
             self._decode(name, start, data, events)
             self.positions[name] = start + len(data)

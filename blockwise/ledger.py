@@ -1,0 +1,374 @@
+"""Block progress in MongoDB: a view of the journal that may lag, never a truth of its own.
+
+Only the coordinator writes here, from journal lines (`blockwise.ledger_feed`); workers know nothing
+of the database. Every write says what is so (never "one more"), and carries a key that tells older
+from newer, so that a write sent twice, late or in another order changes nothing:
+
+- a block document is replaced only by one with a larger ``order`` (rank of the state, time,
+  attempt, token);
+- a worker document only by one made from at least as many journal bytes;
+- the totals of a stage likewise.
+
+Collections, fields and indexes: ``docs/ledger.md``.
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from pymongo import ASCENDING, MongoClient, UpdateOne
+from pymongo.errors import BulkWriteError, ConfigurationError, OperationFailure, PyMongoError
+
+from blockwise.journal_records import BlockRecord, WorkerInfo
+from blockwise.ledger_uri import (
+    URI_VARIABLE,
+    LedgerError,
+    LedgerSettings,
+    Secrets,
+    mask_secrets,
+    shown_uri,
+    storable,
+)
+
+__all__ = [
+    "RANK",
+    "URI_VARIABLE",
+    "Ledger",
+    "LedgerError",
+    "LedgerSettings",
+    "begin_update",
+    "block_update",
+    "connect",
+    "mask_secrets",
+    "worker_update",
+]
+
+logger = logging.getLogger(__name__)
+
+#: Precedence of block states: a document never goes back.
+RANK: Final[dict[str, int]] = {"queued": 0, "running": 1, "failed": 2, "skipped": 3, "done": 4}
+
+# Write errors that no retry can heal: the server refuses this document, not the moment.
+_REFUSED: Final = frozenset({2, 14, 52, 121, 10334, 17280})
+_AUTH_FAILED: Final = frozenset({18, 8000})
+_FORBIDDEN: Final = 13
+_I64: Final = 2**63 - 1
+
+Document = dict[str, Any]
+
+
+class Ledger:
+    """A database that mirrors runs. Made by `connect`.
+
+    Parameters
+    ----------
+    uri : str
+        MongoDB URI with its password.
+    settings : LedgerSettings
+        Database name and timeouts.
+
+    Attributes
+    ----------
+    shown : str
+        The URI as messages may show it.
+    runs, blocks, workers : Collection
+        The three collections.
+
+    Raises
+    ------
+    LedgerError
+        If the URI is malformed.
+    """
+
+    def __init__(self, uri: str, settings: LedgerSettings) -> None:
+        self._secrets = Secrets(uri)
+        self.shown = shown_uri(uri)
+        self.settings = settings
+        try:
+            # pymongo drops an option it does not understand with a warning; a misspelt tls would
+            # send the password in clear.
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                self._client = self._open(uri)
+
+        except (PyMongoError, ValueError, OSError, UserWarning) as error:
+            raise self.error(error) from None
+        database = self._client.get_database(settings.database)
+        self.runs = database["runs"]
+        self.blocks = database["blocks"]
+        self.workers = database["workers"]
+        self._prepared = False
+
+    def _open(self, uri: str) -> MongoClient[Document]:
+        milliseconds = int(self.settings.timeout_s * 1000)
+        query = uri.partition("?")[2].lower()
+        # Acknowledged means durable, unless the URI says otherwise: the feeder never sends again
+        # what the database has acknowledged.
+        durable: dict[str, Any] = {} if "w=" in query else {"w": "majority", "journal": True}
+        return MongoClient(
+            uri,
+            serverSelectionTimeoutMS=milliseconds,
+            connectTimeoutMS=milliseconds,
+            socketTimeoutMS=4 * milliseconds,
+            wTimeoutMS=4 * milliseconds,
+            appname="agq",
+            **durable,
+        )
+
+    def error(self, error: BaseException | str) -> LedgerError:
+        """Turn an error into one line without the password."""
+        text = self._secrets.hide(error)
+        if isinstance(error, OperationFailure) and error.code in _AUTH_FAILED:
+            text = "user or password refused"
+        elif isinstance(error, OperationFailure) and error.code == _FORBIDDEN:
+            text = f"the user may not do this in database {self.settings.database!r}: {text}"
+        elif isinstance(error, ConfigurationError | UserWarning):
+            text = f"malformed URI or option: {text}"
+        # pymongo appends the whole description of the servers; the reason comes before it.
+        text = text.partition(", Timeout:")[0].partition(" (configured timeouts:")[0]
+        return LedgerError(f"database {self.shown}: {text[:300]}")
+
+    def hide(self, text: object) -> str:
+        """Return one line of the text without the password."""
+        return self._secrets.hide(text)
+
+    def ping(self) -> None:
+        """Check that the database answers and takes the password.
+
+        Raises
+        ------
+        LedgerError
+            If it does not.
+        """
+        try:
+            self._client.admin.command("ping")
+            self.runs.find_one({"_id": ""})
+        except (PyMongoError, OSError) as error:
+            raise self.error(error) from None
+
+    def prepare(self) -> None:
+        """Make the indexes, once per process.
+
+        Raises
+        ------
+        PyMongoError
+            If the database is away or refuses.
+        """
+        if self._prepared:
+            return
+        key = [("run", ASCENDING), ("stage", ASCENDING)]
+        self.blocks.create_index([*key, ("block", ASCENDING)], unique=True, name="block")
+        self.blocks.create_index([*key, ("state", ASCENDING)], name="state")
+        self.workers.create_index([*key, ("exit", ASCENDING)], name="run")
+        self.runs.create_index([("created", ASCENDING)], name="created")
+        self._prepared = True
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    # Writing, for the feeder
+
+    def set_run(self, run: str, fields: Document) -> None:
+        """Set fields (dotted paths allowed, not ``created``) of a run's document; make it."""
+        update = {"$set": fields, "$setOnInsert": {"created": time.time()}}
+        self.runs.update_one({"_id": run}, update, upsert=True)
+
+    def set_totals(self, run: str, stage: str, size: int, totals: Document) -> None:
+        """Set the totals of a stage unless those there were made from more journal bytes."""
+        path = f"stages.{stage}.totals"
+        older = [{f"{path}.bytes": {"$lte": size}}, {path: {"$exists": False}}]
+        update = {"$set": {path: totals | {"bytes": size}}}
+        self.runs.update_one({"_id": run, "$or": older}, update)
+
+    def write(self, collection: str, updates: Sequence[UpdateOne]) -> int:
+        """Send updates unordered, in one bulk write.
+
+        Returns
+        -------
+        int
+            Documents that the server refuses for what they are; sending them again is no use.
+
+        Raises
+        ------
+        PyMongoError
+            If anything else went wrong: send all of them again.
+        """
+        if not updates:
+            return 0
+        try:
+            self.runs.database[collection].bulk_write(list(updates), ordered=False)
+        except BulkWriteError as error:
+            failed = error.details.get("writeErrors", [])
+            refused = [e for e in failed if e.get("code") in _REFUSED]
+            if len(refused) < len(failed) or error.details.get("writeConcernErrors"):
+                raise
+            logger.error(
+                "ledger: %d documents refused, first: %s",
+                len(refused),
+                self.hide(refused[0].get("errmsg"))[:200],
+            )
+            return len(refused)
+        return 0
+
+    # Reading
+
+    def delivered(self, run: str, stage: str) -> dict[str, int]:
+        """Return the bytes of each journal file that are already here."""
+        found = self.workers.find({"run": run, "stage": stage}, {"file": 1, "delivered": 1})
+        return {doc["file"]: int(doc["delivered"]) for doc in found}
+
+    def find_run(self, run: str) -> Document | None:
+        """Return the document of a run."""
+        return self.runs.find_one({"_id": run})
+
+    def find_blocks(
+        self, run: str, stage: str, state: str | None = None, limit: int = 0
+    ) -> Iterator[Document]:
+        """Yield block documents by block number (limit 0: all)."""
+        query = {"run": run, "stage": stage} | ({"state": state} if state else {})
+        yield from self.blocks.find(query).sort("block", ASCENDING).limit(limit)
+
+    def find_workers(self, run: str, stage: str, *, running: bool = False) -> list[Document]:
+        """Return the worker documents of a stage, or of those that have not ended."""
+        query: Document = {"run": run, "stage": stage}
+        if running:
+            query["exit"] = None
+        return list(self.workers.find(query).sort("name", ASCENDING))
+
+    def remove_run(self, run: str) -> None:
+        """Delete everything of a run."""
+        for collection in (self.blocks, self.workers):
+            collection.delete_many({"run": run})
+        self.runs.delete_one({"_id": run})
+
+
+def connect(settings: LedgerSettings) -> Ledger | None:
+    """Open the ledger that the settings name.
+
+    Parameters
+    ----------
+    settings : LedgerSettings
+        Where it is, and whether the run needs it.
+
+    Returns
+    -------
+    Ledger or None
+        None where no URI is given. Where `required` is false the database may be away: a warning
+        says so, and the feeder delivers when it is back.
+
+    Raises
+    ------
+    LedgerError
+        If the settings are wrong, or the database is required and there is none, or it cannot be
+        reached or refuses the password.
+    """
+    uri = settings.resolve()
+    if uri is None:
+        if settings.required:
+            raise LedgerError(
+                "ledger.required is set, but there is no ledger.uri, no ledger.uri_file and no "
+                f"environment variable {URI_VARIABLE}"
+            )
+        return None
+    ledger = Ledger(uri.get_secret_value(), settings)
+    try:
+        ledger.ping()
+    except LedgerError as error:
+        if settings.required:
+            ledger.close()
+            raise
+        logger.warning("%s; the run goes on, the journal keeps what is to be delivered", error)
+    return ledger
+
+
+def block_update(
+    run: str, stage: str, record: BlockRecord, worker: WorkerInfo | None = None
+) -> UpdateOne:
+    """Update that brings a block's document to a record, unless it is newer already."""
+    fields: Document = {
+        "state": record.state,
+        "reason": record.reason and storable(record.reason),
+        "error": record.error and storable(record.error),
+        "roi": record.roi and {"offset": list(record.roi[0]), "shape": list(record.roi[1])},
+        "sums": {k.replace(".", "_"): v for k, v in record.sums.items()},
+    }
+    for name in ("started", "finished", "read_s", "compute_s", "write_s"):
+        fields[name] = float(getattr(record, name))
+    for name in ("labels", "components", "dropped", "voxels"):
+        fields[name] = min(int(getattr(record, name)), _I64)
+    of = (record.block, record.attempt, record.finished, record.token)
+    return _block(run, stage, *of, worker, fields)
+
+
+def begin_update(
+    run: str,
+    stage: str,
+    block: int,
+    attempt: int,
+    begun: float,
+    token: str,
+    worker: WorkerInfo | None = None,
+) -> UpdateOne:
+    """Update that marks a block as running, unless it has ended."""
+    fields: Document = {"state": "running", "started": begun}
+    return _block(run, stage, block, attempt, begun, token, worker, fields)
+
+
+def _block(
+    run: str,
+    stage: str,
+    block: int,
+    attempt: int,
+    when: float,
+    token: str,
+    worker: WorkerInfo | None,
+    fields: Document,
+) -> UpdateOne:
+    key = f"{run}/{stage}/{block}"
+    order = [RANK[fields["state"]], float(when), min(attempt, _I64), token]
+    document = fields | {
+        "_id": key,
+        "run": run,
+        "stage": stage,
+        "block": block,
+        "attempt": order[2],
+        "token": token,
+        "worker": worker and storable(worker.name),
+        "host": worker and storable(worker.host),
+        "device": worker and worker.device,
+        "job": worker and worker.job,
+        "order": order,
+    }
+    # In a pipeline a value such as "$5 off" would be a field path: hence $literal. A missing
+    # order is smaller than any array, so the first write of a block always counts.
+    newer = {"$gt": [{"$literal": order}, "$order"]}
+    kept = {"$cond": [newer, {"$literal": document}, "$$ROOT"]}
+    return UpdateOne({"_id": key}, [{"$replaceWith": kept}], upsert=True)
+
+
+def worker_update(
+    run: str, stage: str, file: str, fields: Document, *, read: int, delivered: int
+) -> UpdateOne:
+    """Update of a worker's document.
+
+    Parameters
+    ----------
+    run, stage, file : str
+        Run, stage and journal file of the worker.
+    fields : dict
+        What the first `read` bytes of the file say.
+    read, delivered : int
+        Bytes of the file read, and of them delivered to the blocks collection.
+    """
+    key = f"{run}/{stage}/{file}"
+    document = fields | {"_id": key, "run": run, "stage": stage, "file": file, "read": read}
+    newer = {"$gte": [read, {"$ifNull": ["$read", -1]}]}
+    merged = [
+        "$$ROOT",
+        {"$cond": [newer, {"$literal": document}, {}]},
+        {"delivered": {"$max": ["$delivered", delivered]}},
+    ]
+    return UpdateOne({"_id": key}, [{"$replaceWith": {"$mergeObjects": merged}}], upsert=True)
