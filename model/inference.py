@@ -148,7 +148,7 @@ class Upsampler:
             plane = torch.lerp(plane, self.volume[second], weight)
         if tuple(plane.shape[:2]) != self.size[1:]:
             plane = F.interpolate(
-                plane.permute(2, 0, 1)[None], size=self.size[1:], mode="bilinear"
+                plane[None].permute(0, 3, 1, 2), size=self.size[1:], mode="bilinear"
             )[0].permute(1, 2, 0)
         return plane.contiguous()
 
