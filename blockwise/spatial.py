@@ -130,6 +130,11 @@ def from_attributes(
 def from_multiscale(multiscale: Mapping[str, Any], level: int, where: str) -> Placement:
     """Read one level of an OME-Zarr multiscale (NGFF 0.1 to 0.5).
 
+    NGFF translations place the centre of the first voxel, so a coarser level that covers the same
+    space is translated by half the growth of its voxel; many writers leave that out. Offsets here
+    are corners, and the corner of level 0 is taken to be its own translation: both ways of
+    writing then give all levels of one pyramid the same offset.
+
     Parameters
     ----------
     multiscale
@@ -151,16 +156,34 @@ def from_multiscale(multiscale: Mapping[str, Any], level: int, where: str) -> Pl
     first, those of the whole multiscale are applied to the result.
     """
     declared = multiscale.get("axes")
-    dataset = multiscale["datasets"][level]
     if declared is None:
         return Placement(unit_is_optional=False)
     axes = [axis if isinstance(axis, Mapping) else {"name": axis} for axis in declared]
     order = _axis_order([str(axis.get("name", "")).lower() for axis in axes], where)
-    scale = [Decimal(1)] * len(axes)
-    shift = [Decimal(0)] * len(axes)
+    first_scale, first_shift, _ = _transformed(multiscale, 0, len(axes), where)
+    scale, shift, scaled = _transformed(multiscale, level, len(axes), where)
+    corner = [
+        start if abs(place - start) <= _RELATIVE_ERROR * size else place - (size - first) / 2
+        for place, start, size, first in zip(shift, first_shift, scale, first_scale, strict=True)
+    ]
+    return Placement(
+        axes=order,
+        voxel_size=tuple(scale[i] for i in order) if scaled else None,
+        offset=tuple(corner[i] for i in order),
+        units=tuple(_unit(axes[i].get("unit")) for i in order),
+        unit_is_optional=False,
+    )
+
+
+def _transformed(
+    multiscale: Mapping[str, Any], level: int, ndim: int, where: str
+) -> tuple[list[Decimal], list[Decimal], bool]:
+    """Return scale and translation of a level, and whether any scale was declared."""
+    scale = [Decimal(1)] * ndim
+    shift = [Decimal(0)] * ndim
     scaled = False
     for transform in [
-        *(dataset.get("coordinateTransformations") or []),
+        *(multiscale["datasets"][level].get("coordinateTransformations") or []),
         *(multiscale.get("coordinateTransformations") or []),
     ]:
         kind = transform.get("type")
@@ -172,21 +195,15 @@ def from_multiscale(multiscale: Mapping[str, Any], level: int, where: str) -> Pl
                 "translation given in the metadata can"
             )
         values = _numbers(transform[kind], f"{where}: {kind}")
-        if len(values) != len(axes):
-            raise InputError(f"{where}: OME {kind} {transform[kind]} does not fit {len(axes)} axes")
+        if len(values) != ndim:
+            raise InputError(f"{where}: OME {kind} {transform[kind]} does not fit {ndim} axes")
         if kind == "scale":
             scaled = True
             scale = [a * b for a, b in zip(scale, values, strict=True)]
             shift = [a * b for a, b in zip(shift, values, strict=True)]
         else:
             shift = [a + b for a, b in zip(shift, values, strict=True)]
-    return Placement(
-        axes=order,
-        voxel_size=tuple(scale[i] for i in order) if scaled else None,
-        offset=tuple(shift[i] for i in order),
-        units=tuple(_unit(axes[i].get("unit")) for i in order),
-        unit_is_optional=False,
-    )
+    return scale, shift, scaled
 
 
 def to_world(

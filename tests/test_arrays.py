@@ -271,19 +271,20 @@ def test_nonsense_in_attributes(tmp_path: Path, attributes: Any, message: str) -
 # ----------------------------------------------------------------- OME-Zarr
 
 
+@pytest.mark.parametrize("growth", [0.003, 0])  # translations of centres, or of corners
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
-def test_ome_levels(tmp_path: Path, version: str) -> None:
+def test_ome_levels(tmp_path: Path, version: str, growth: float) -> None:
     levels = [voxels((8, 12, 10)), voxels((8, 6, 5))]
     ome_group(
         tmp_path / "a.zarr",
         "img",
         levels,
         [[0.03, 0.006, 0.006], [0.03, 0.012, 0.012]],
-        shifts=[[0.0, 0.06, 0.0], [0.0, 0.063, 0.003]],
+        shifts=[[0.0, 0.06, 0.0], [0.0, 0.06 + growth, growth]],
         version=version,
         unit="micrometer",
     )
-    for level, size, offset in ((0, (30, 6, 6), (0, 60, 0)), (1, (30, 12, 12), (0, 63, 3))):
+    for level, size, offset in ((0, (30, 6, 6), (0, 60, 0)), (1, (30, 12, 12), (0, 60, 0))):
         for volume in (
             open_volume(tmp_path / "a.zarr", "img", level=level),
             open_volume(tmp_path / "a.zarr", f"img/{level}"),
