@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockwise.errors import InputError
-from blockwise.journal_compact import read_snapshot, write_snapshot
+from blockwise.journal_compact import SNAPSHOT, read_snapshot, write_snapshot
 from blockwise.journal_records import (
     RANK_STATE,
     STATE_RANK,
@@ -140,6 +140,14 @@ class Journal:
     def recent(self, since: float) -> tuple[int, int]:
         """Count the blocks, and their voxels, that were done at or after a time."""
         return self._table.recent(since)
+
+    def replaced(self) -> bool:
+        """Tell whether files that were read are gone: a stage was started over.
+
+        Files that a snapshot stands for may be missing.
+        """
+        gone = set(self._tail.positions).difference(self._tail.names())
+        return bool(gone) and not (self.folder / SNAPSHOT).exists()
 
     @property
     def positions(self) -> dict[str, int]:

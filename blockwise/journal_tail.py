@@ -72,7 +72,7 @@ class JournalTail:
             If a file may not be read.
         """
         events: list[Event] = []
-        for name in self._names():
+        for name in self.names():
             if limit <= 0:
                 break
             if name in self.ended:
@@ -90,7 +90,8 @@ class JournalTail:
             self.positions[name] = start + len(data)
         return events
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """List the journal files that are there now, by name."""
         try:
             with os.scandir(self.folder) as entries:
                 return sorted(e.name for e in entries if e.name.endswith(".jsonl"))

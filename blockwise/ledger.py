@@ -238,6 +238,12 @@ class Ledger:
             query["exit"] = None
         return list(self.workers.find(query).sort("name", ASCENDING))
 
+    def remove_stage(self, run: str, stage: str) -> None:
+        """Delete the blocks, workers and totals of a stage that was started over."""
+        for collection in (self.blocks, self.workers):
+            collection.delete_many({"run": run, "stage": stage})
+        self.runs.update_one({"_id": run}, {"$unset": {f"stages.{stage}.totals": ""}})
+
     def remove_run(self, run: str) -> None:
         """Delete everything of a run."""
         for collection in (self.blocks, self.workers):

@@ -201,13 +201,7 @@ class LedgerFeeder:
         self._send_fields()
         if self._stages is None:
             self._stages = [
-                _StageFeed(
-                    self._ledger,
-                    self._run,
-                    stage,
-                    folder,
-                    {} if self._full else self._ledger.delivered(self._run, stage),
-                )
+                _StageFeed(self._ledger, self._run, stage, folder, full=self._full)
                 for stage, folder in self._folders.items()
             ]
         more = False
@@ -234,26 +228,35 @@ class LedgerFeeder:
 class _StageFeed:
     """Delivers the journal of one stage."""
 
-    def __init__(
-        self, ledger: Ledger, run: str, stage: str, folder: Path, delivered: dict[str, int]
-    ) -> None:
+    def __init__(self, ledger: Ledger, run: str, stage: str, folder: Path, *, full: bool) -> None:
         self.folder = folder
-        self.sent = delivered
         self.delivered = 0
         self.refused = 0
         self._ledger = ledger
         self._run = run
         self._stage = stage
-        self._journal = Journal(folder)
+        self._open({} if full else ledger.delivered(run, stage))
+
+    def _open(self, delivered: dict[str, int]) -> None:
+        """Start reading; ``delivered`` says how far the database has each file."""
+        self._journal = Journal(self.folder)
         read = self._journal.positions
+        if delivered.keys() - read.keys():
+            # The stage was started over: what the database has is of another attempt.
+            self._ledger.remove_stage(self._run, self._stage)
+            delivered = {}
         ended = {f for f in self._journal.ended if delivered.get(f) == read.get(f)}
-        self._tail = JournalTail(folder, delivered, ended)
+        self._tail = JournalTail(self.folder, delivered, ended)
         self._batch: list[Event] = []
         self._totals_key: tuple[int, int] | None = None
         self._totals_time = 0.0
+        self.sent = delivered
 
     def deliver(self) -> bool:
         """Send one batch of events; on an error the same batch is sent again the next time."""
+        if self._journal.replaced():
+            self._ledger.remove_stage(self._run, self._stage)
+            self._open({})
         if not self._batch:
             self._batch = self._tail.poll(_BATCH_BYTES)
             # After the tail, so that the journal knows at least as much.
@@ -308,7 +311,7 @@ class _StageFeed:
                 self._stage,
                 file,
                 _worker_fields(self._journal.workers.get(token)),
-                read=self._journal.positions[file],
+                read=self._journal.positions.get(file, 0),
                 delivered=self._tail.positions[file],
             )
             for file, token in files.items()

@@ -1,6 +1,7 @@
 import itertools
 import logging
 import random
+import shutil
 import signal
 import threading
 import time
@@ -210,6 +211,32 @@ def test_feeder_goes_on_where_the_last_one_stopped(ledger, tmp_path):
     sync.start()
     assert sync.stop().delivered == 26
     assert sorted(ledger.find_blocks("r", "predict"), key=lambda d: d["block"]) == before
+
+
+@pytest.mark.parametrize("while_feeding", [True, False])
+def test_stage_that_is_started_over(ledger, tmp_path, while_feeding):
+    """A stitch with other settings drops the journal of the relabelling and begins again."""
+    folder = tmp_path / "relabel"
+    feeder = LedgerFeeder(ledger, "r", {"relabel": folder})
+    feeder.start()
+    with JournalWriter(folder, WORKER) as writer:
+        writer.finish_many(record(b) for b in range(20))
+    if while_feeding:
+        wait_for(lambda: len(in_ledger(ledger, "r", "relabel")) == 20)
+        wait_for(lambda: (ledger.find_run("r") or {}).get("stages"))
+    else:
+        assert feeder.stop().complete
+        feeder = LedgerFeeder(ledger, "r", {"relabel": folder})
+    shutil.rmtree(folder)
+    if not while_feeding:
+        feeder.start()
+    with JournalWriter(folder, WORKER) as writer:
+        writer.finish_many(record(b) for b in range(5))
+    wait_for(lambda: len(in_ledger(ledger, "r", "relabel")) == 5)
+    assert feeder.stop().complete
+    assert in_ledger(ledger, "r", "relabel") == in_journal(folder)
+    assert ledger.find_run("r")["stages"]["relabel"]["totals"]["done"] == 5
+    assert len(ledger.find_workers("r", "relabel")) == 1
 
 
 def test_two_runs_in_one_database(ledger, tmp_path):
