@@ -33,6 +33,9 @@ from blockwise.arrays import chunk_box, create_array, open_array, write_chunk
 from blockwise.grid import Voxels
 from blockwise.relabel import run_journalled
 
+OME_UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
+"""OME-NGFF names of the world units."""
+
 _NONE = np.uint64(0)
 
 
@@ -179,6 +182,7 @@ def create_levels(
     levels: Sequence[Level],
     chunks: Sequence[int],
     offset: Sequence[int],
+    unit: str = "nm",
 ) -> None:
     """Create the arrays of some levels, or check those that exist."""
     for level in levels:
@@ -190,6 +194,7 @@ def create_levels(
             dtype=np.uint64,
             voxel_size=level.voxel_size,
             offset=offset,
+            unit=unit,
         )
 
 
@@ -242,7 +247,7 @@ def write_metadata(
     group: str,
     levels: Sequence[Level],
     offset: Sequence[int],
-    unit: str = "nanometer",
+    unit: str = "nm",
 ) -> None:
     """Write the OME-NGFF 0.5 ``multiscales`` and ``image-label`` metadata of a group."""
     node = zarr.open_group(store=str(container), path=group, mode="r+", zarr_format=3)
@@ -250,7 +255,7 @@ def write_metadata(
 
 
 def ome_metadata(
-    name: str, levels: Sequence[Level], offset: Sequence[int], unit: str = "nanometer"
+    name: str, levels: Sequence[Level], offset: Sequence[int], unit: str = "nm"
 ) -> dict[str, Any]:
     """Return the ``ome`` attribute of a multiscale label group (OME-NGFF 0.5)."""
     base = levels[0].voxel_size
@@ -268,7 +273,9 @@ def ome_metadata(
             {
                 "name": name,
                 "type": "mode",
-                "axes": [{"name": axis, "type": "space", "unit": unit} for axis in "zyx"],
+                "axes": [
+                    {"name": axis, "type": "space", "unit": OME_UNITS[unit]} for axis in "zyx"
+                ],
                 "datasets": [
                     {"path": level.name, "coordinateTransformations": transforms(level)}
                     for level in levels

@@ -96,10 +96,10 @@ class _Stitch:
         self.contacts = spec.run_dir / "contacts"
         self.lut = spec.run_dir / "lut"
         self.report = StitchReport()
+        self.unit = self._check_fragments()
 
     def run(self) -> StitchReport:
         thresholds = Thresholds(self.spec.across, self.spec.within)
-        self._check_fragments()
         numbers, key = self._blocks()
         key = self._collect(numbers, key)
         key = self._agglomerate(key, thresholds)
@@ -108,13 +108,16 @@ class _Stitch:
         self._pyramid(numbers, key)
         return self.report
 
-    def _check_fragments(self) -> None:
+    def _check_fragments(self) -> str:
+        """Return the world unit of the fragments; refuse those of another grid."""
         array = open_array(self.container, FRAGMENTS, "r")
         if array.shape != self.grid.volume_shape or array.chunks != self.grid.write_shape:
             raise InputError(
                 f"{self.container / FRAGMENTS}: shape {array.shape} in chunks {array.chunks} is not"
                 f" that of the block grid, {self.grid.volume_shape} in {self.grid.write_shape}"
             )
+        units: Any = array.attrs["units"]
+        return str(units[0])
 
     def _blocks(self) -> tuple[NDArray[np.int64], str]:
         """Return the blocks to stitch, and a digest of what predict wrote for them."""
@@ -230,7 +233,12 @@ class _Stitch:
         if step.finished() is None:
             levels = self._levels()
             create_levels(
-                self.container, SEGMENTATION, levels[:1], self.grid.write_shape, self.grid.offset
+                self.container,
+                SEGMENTATION,
+                levels[:1],
+                self.grid.write_shape,
+                self.grid.offset,
+                self.unit,
             )
             make_folder(folder)
             make_folder(journals / "pyramid")
@@ -265,13 +273,15 @@ class _Stitch:
         outputs = [group / name for name in sorted(names - {levels[0].name})]
         step = Step(self.run_dir, "pyramid", digest(key, len(levels)), [*outputs, folder])
         if step.finished() is None:
-            create_levels(self.container, SEGMENTATION, levels[1:], chunks, self.grid.offset)
+            create_levels(
+                self.container, SEGMENTATION, levels[1:], chunks, self.grid.offset, self.unit
+            )
             make_folder(folder)
             indices = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1)
             for i, level in enumerate(levels[1:], 1):
                 indices = coarse_chunks(indices, level.step)
                 self._coarsen(levels, i, indices, folder)
-            write_metadata(self.container, SEGMENTATION, levels, self.grid.offset)
+            write_metadata(self.container, SEGMENTATION, levels, self.grid.offset, self.unit)
             step.finish({})
         self.report.levels = len(levels)
         self._end(step)
