@@ -1,0 +1,258 @@
+"""The neuroglancer viewer of a run."""
+
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockwise.arrays import chunk_file, create_affinities, create_array, open_array, open_volume
+from blockwise.errors import InputError
+from pipeline import view
+from pipeline.view import LazyVolume, build_viewer, run_layers, volume_layer
+
+neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
+
+SHAPE = (8, 60, 70)
+PLACE: dict[str, Any] = {"voxel_size": (30, 6, 6), "offset": (60, 12, -5)}
+
+
+def fill(array: Any, data: np.ndarray) -> None:
+    array[...] = data
+
+
+@pytest.fixture
+def raw() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
+
+
+@pytest.fixture
+def labels() -> np.ndarray:
+    data = np.zeros(SHAPE, np.uint64)
+    data[:, :30] = 5
+    data[:, 30:, 35:] = 2**40 + 7
+    return data
+
+
+@pytest.fixture
+def folder(tmp_path: Path, raw: np.ndarray, labels: np.ndarray) -> Path:
+    options: Any = {"shape": SHAPE, "chunks": (4, 16, 16), **PLACE}
+    fill(create_array(tmp_path / "in.zarr", "raw", dtype=np.uint8, **options), raw)
+    truth = labels.astype(np.int32)
+    fill(create_array(tmp_path / "in.zarr", "labels", dtype=np.int32, **options), truth)
+    for name in ("fragments", "segmentation/s0"):
+        fill(create_array(tmp_path / "data.zarr", name, dtype=np.uint64, **options), labels)
+    affinities = create_affinities(tmp_path / "data.zarr", "affinities", **options)
+    fill(affinities, np.stack([raw // 2, raw // 3, raw // 4]))
+    return tmp_path
+
+
+@pytest.fixture
+def layers(folder: Path) -> list[view.Layer]:
+    truth = open_volume(folder / "in.zarr", "labels", kind="labels")
+    return [
+        volume_layer("raw", open_volume(folder / "in.zarr", "raw"), "image"),
+        *run_layers(folder / "data.zarr"),
+        volume_layer("truth", truth, "segmentation", visible=False),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _server_stops() -> Iterator[None]:
+    yield
+    neuroglancer.stop()
+
+
+def get(url: str) -> bytes:
+    assert url.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        return bytes(answer.read())
+
+
+def test_state_has_the_layers_in_place(layers: list[view.Layer]) -> None:
+    state = build_viewer(layers, at=(1, 2, 3)).state.to_json()
+    shown = {layer["name"]: layer for layer in state["layers"]}
+    assert list(shown) == ["raw", "affinities", "fragments", "segmentation", "truth"]
+    assert [layer["type"] for layer in state["layers"]] == ["image"] * 2 + ["segmentation"] * 3
+    visible = [name for name, layer in shown.items() if layer.get("visible", True)]
+    assert visible == ["raw", "segmentation"]
+    scales = {"z": [3e-8, "m"], "y": [6e-9, "m"], "x": [6e-9, "m"]}
+    assert state["dimensions"] == scales
+    assert list(state["dimensions"]) == ["x", "y", "z"]
+    assert state["position"] == pytest.approx([-5 / 6 + 3.5, 12 / 6 + 2.5, 60 / 30 + 1.5])
+    for name, layer in shown.items():
+        transform = layer["source"][0]["transform"]
+        dimensions = dict(transform["outputDimensions"])
+        dimensions.pop("c^", None)
+        assert dimensions == scales
+        moved = [row[-1] for row in transform["matrix"]]
+        assert moved[-3:] == pytest.approx([2, 2, -5 / 6])
+        assert len(moved) == (4 if name == "affinities" else 3)
+
+
+def test_browser_gets_the_page_and_the_voxels(
+    layers: list[view.Layer], raw: np.ndarray, labels: np.ndarray
+) -> None:
+    viewer = build_viewer(layers)
+    base = str(viewer).split("/v/")[0]
+    assert b"<html" in get(str(viewer)).lower()
+    for layer in viewer.state.to_json()["layers"]:
+        token = layer["source"][0]["url"].removeprefix("python://volume/")
+        info = json.loads(get(f"{base}/neuroglancer/info/{token}"))
+        four = layer["name"] == "affinities"
+        box = "0,1,30,20/3,5,50,60" if four else "1,30,20/5,50,60"
+        scale = "1,1,1,1" if four else "1,1,1"
+        data = get(f"{base}/neuroglancer/npz/{token}/{scale}/{box}")
+        voxels = np.load(io.BytesIO(zlib.decompress(data)))
+        expected = {
+            "raw": raw,
+            "affinities": np.stack([raw // 2, raw // 3, raw // 4]),
+            "truth": labels.astype(np.int32).astype(np.uint32),
+        }.get(layer["name"], labels)
+        assert info["shape"] == list(expected.shape)
+        assert info["dataType"] == expected.dtype.name
+        assert info["volumeType"] == layer["type"]
+        np.testing.assert_array_equal(voxels, expected[..., 1:5, 30:50, 20:60])
+
+
+def test_only_what_is_looked_at_is_read(folder: Path, labels: np.ndarray) -> None:
+    array = open_array(folder / "data.zarr", "fragments")
+    for index in np.ndindex(2, 4, 5):
+        if index != (0, 0, 0):
+            chunk_file(array, index).write_bytes(b"damaged")
+    volume = open_volume(folder / "data.zarr", "fragments", kind="labels")
+    viewer = build_viewer([volume_layer("fragments", volume, "segmentation")])
+    lazy = LazyVolume(volume)
+    np.testing.assert_array_equal(lazy[0:4, 0:16, 0:16], labels[:4, :16, :16])
+    with pytest.raises(Exception, match=r"[Zz]std|decompress"):
+        lazy[0:4, 0:16, 0:17]
+    assert get(str(viewer))
+
+
+def test_large_volumes_refuse_meshes_before_reading(
+    layers: list[view.Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    viewer = build_viewer(layers)
+    base = str(viewer).split("/v/")[0]
+    url = viewer.state.to_json()["layers"][3]["source"][0]["url"]
+    address = f"{base}/neuroglancer/mesh/{url.removeprefix('python://volume/')}/5"
+    assert len(get(address)) > 100
+    monkeypatch.setattr(view, "MESH_VOXELS", 10)
+    with pytest.raises(urllib.error.HTTPError, match="405"):
+        get(address)
+
+
+def test_a_run_that_has_only_begun(folder: Path) -> None:
+    shutil.rmtree(folder / "data.zarr" / "segmentation")
+    shutil.rmtree(folder / "data.zarr" / "affinities")
+    (fragments,) = run_layers(folder / "data.zarr")
+    assert fragments.name == "fragments"
+    assert fragments.visible
+    assert run_layers(folder / "nothing.zarr") == []
+    with pytest.raises(InputError, match="nothing to show yet"):
+        build_viewer([])
+
+
+@pytest.mark.parametrize("unit", ["nm", "angstrom", "pm"])
+def test_units(folder: Path, unit: str) -> None:
+    volume = open_volume(folder / "in.zarr", "raw", unit=unit)
+    state = build_viewer([volume_layer("raw", volume, "image")]).state.to_json()
+    assert [v[0] for v in state["dimensions"].values()] == pytest.approx([6e-9, 6e-9, 3e-8])
+
+
+def test_contrast_of_deep_images(tmp_path: Path) -> None:
+    array = create_array(
+        tmp_path / "in.zarr", "raw", shape=SHAPE, chunks=(4, 16, 16), dtype=np.uint16, **PLACE
+    )
+    fill(array, np.random.default_rng(0).integers(3000, 4000, SHAPE).astype(np.uint16))
+    layer = volume_layer("raw", open_volume(tmp_path / "in.zarr", "raw"), "image")
+    state = build_viewer([layer]).state.to_json()
+    low, high = state["layers"][0]["shaderControls"]["normalized"]["range"]
+    assert 3000 <= low < 3050
+    assert 3950 < high <= 4000
+
+
+def test_position_outside(layers: list[view.Layer]) -> None:
+    with pytest.raises(InputError, match=r"--at \(8, 0, 0\) is outside .* \(8, 60, 70\)"):
+        build_viewer(layers, at=(8, 0, 0))
+
+
+def test_port(layers: list[view.Layer]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port} cannot be used"):
+            build_viewer(layers, port=port)
+    assert str(build_viewer(layers, port=port)).startswith(f"http://127.0.0.1:{port}/")
+
+
+def test_without_neuroglancer(layers: list[view.Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "neuroglancer", None)
+    with pytest.raises(InputError, match=r"pip install 'agq-pipeline\[view\]'"):
+        build_viewer(layers)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[view.Layer]) -> None:
+    viewer = build_viewer([layers[0], layers[3]])
+    assert CHROMIUM is not None
+    browser = subprocess.Popen(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--no-first-run",
+            "--disable-quic",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--use-gl=angle",
+            "--use-angle=swiftshader",
+            "--enable-unsafe-swiftshader",
+            "--ignore-gpu-blocklist",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=900,700",
+            str(viewer),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        taken: dict[str, Any] = {}
+
+        def take() -> None:
+            taken["answer"] = viewer.screenshot(size=[800, 600])
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        thread.join(90)
+        assert "answer" in taken, "the browser took no screenshot in 90 s"
+    finally:
+        browser.terminate()
+        browser.wait(20)
+    pixels = taken["answer"].screenshot.image_pixels[..., :3].astype(int)
+    (tmp_path / "view.png").write_bytes(taken["answer"].screenshot.image)
+    # The x-y panel is the upper left one; one voxel is one pixel, the middle is in the middle.
+    first = pixels[122:148, 170:230].mean(axis=(0, 1))
+    second = pixels[152:178, 203:230].mean(axis=(0, 1))
+    background = pixels[152:178, 170:197].mean(axis=(0, 1))
+    assert np.ptp(background) < 10
+    assert np.ptp(first) > 30
+    assert np.ptp(second) > 30
+    assert np.abs(first - second).max() > 30
