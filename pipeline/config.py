@@ -4,12 +4,13 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from blockwise.errors import InputError
+from blockwise.ledger import LedgerSettings
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -37,11 +38,15 @@ class VolumeSection(Section):
     """Resolution level of an OME-Zarr multiscale; 0 is full resolution."""
 
     voxel_size: Triple | None = None
-    """Voxel size (z, y, x) in nanometres; needed where the file does not hold it, checked where
+    """Voxel size (z, y, x) in world units; needed where the file does not hold it, checked where
     it does."""
 
     offset: tuple[int, int, int] | None = None
-    """World position (z, y, x) of the first voxel in nanometres, where the file does not say."""
+    """World position (z, y, x) of the first voxel in world units, where the file does not say."""
+
+    unit: Literal["nm", "angstrom", "pm"] = "nm"
+    """World unit. World coordinates are whole numbers: a voxel of 4.2 nm needs `angstrom` (42)
+    or `pm`; every volume of a run uses the same unit."""
 
 
 class RoiSection(Section):
@@ -54,7 +59,7 @@ class RoiSection(Section):
     """Extent (z, y, x) in the same units."""
 
     units: Literal["voxels", "world"] = "voxels"
-    """`voxels` count from the first voxel of the volume; `world` is nanometres."""
+    """`voxels` count from the first voxel of the volume; `world` is the volume's world unit."""
 
 
 class InputSection(Section):
@@ -155,13 +160,7 @@ class DaskSection(Section):
     """Address of a running scheduler (tcp:// or tls://); default: a local cluster."""
 
     workers: PositiveInt | None = None
-    """Processes of the local cluster; default: from the number of cores."""
-
-    threads: PositiveInt = 1
-    """Threads per process of the local cluster."""
-
-    memory_limit: str = "auto"
-    """Memory limit per process of the local cluster, such as `4GiB`."""
+    """Processes of the local cluster, one thread each; default: one per core."""
 
 
 class StitchSection(Section):
@@ -174,7 +173,7 @@ class StitchSection(Section):
     within: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The same for contacts inside a block; at 1.0 (published) they only veto."""
 
-    segment_ids: Literal["consecutive", "smallest"] = "consecutive"
+    segment_ids: Literal["consecutive", "fragment"] = "consecutive"
     """Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
 
     min_size: NonNegativeInt = 0
@@ -199,28 +198,6 @@ class OutputSection(Section):
 
     affinities: bool = False
     """Also keep the affinities (3 bytes per voxel before compression)."""
-
-
-class LedgerSection(Section):
-    """Block progress in MongoDB; leave it out to work without a database."""
-
-    uri: SecretStr | None = None
-    """MongoDB URI; write `${MONGODB_URI}` rather than a password into the file."""
-
-    uri_file: str | None = None
-    """File that holds the URI, as an alternative."""
-
-    database: str = "agq"
-    """Database name; several runs and users may share it."""
-
-    required: bool = False
-    """True: do not start without the database. False: warn and go on with the journal alone."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "LedgerSection":
-        if (self.uri is None) == (self.uri_file is None):
-            raise ValueError("give either uri or uri_file")
-        return self
 
 
 class EvaluateSection(Section):
@@ -257,8 +234,9 @@ class Config(Section):
     output: OutputSection = OutputSection()
     """What is kept besides fragments and segmentation."""
 
-    ledger: LedgerSection | None = None
-    """MongoDB ledger."""
+    ledger: LedgerSettings | None = None
+    """Block progress in MongoDB. Without it, a URI in the environment variable AGQ_MONGO_URI is
+    used; without that, the run folder alone is enough."""
 
     evaluate: EvaluateSection | None = None
     """Ground truth, if there is one."""
@@ -267,11 +245,26 @@ class Config(Section):
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
+ModelType = TypeVar("ModelType", bound=BaseModel)
+
+
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read and check a configuration file.
+    """Read and check the configuration of a run; see `load_yaml`."""
+    return load_yaml(Config, path, overrides)
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> Config:
+    """Check the configuration of a run given as a mapping."""
+    return _validated(Config, data, source)
+
+
+def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = None) -> ModelType:
+    """Read and check a YAML file.
 
     Parameters
     ----------
+    model
+        What the file describes.
     path
         YAML file. Values may hold ``${NAME}`` or ``${NAME:-default}``, replaced from the
         environment.
@@ -285,6 +278,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"config {path}: not a text file") from None
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror or error}") from error
     try:
@@ -292,19 +287,20 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     except yaml.YAMLError as error:
         raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise InputError(f"config {path}: expected a mapping with the keys run_dir, input, ...")
+        keys = ", ".join(list(model.model_fields)[:3])
+        raise InputError(f"config {path}: expected a mapping with the keys {keys}, ...")
     for override in overrides or []:
         _apply_override(data, override)
-    return parse_config(data, source=str(path))
+    return _validated(model, data, str(path))
 
 
-def parse_config(data: dict[str, Any], source: str = "config") -> Config:
-    """Check a configuration given as a mapping (see `load_config`)."""
+def _validated(model: type[ModelType], data: dict[str, Any], source: str) -> ModelType:
     expanded = _expand(data, ())
     try:
-        return Config.model_validate(expanded)
+        return model.model_validate(expanded)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors(include_url=False, include_input=True)]
+        errors = error.errors(include_url=False, include_input=True)
+        lines = [_explain(model, item) for item in errors]
         raise InputError(f"{source}: " + "; ".join(lines)) from None
 
 
@@ -348,12 +344,12 @@ def _expand(value: Any, where: tuple[str, ...]) -> Any:
     return _VARIABLE.sub(replace, value)
 
 
-def _explain(item: Any) -> str:
+def _explain(model: type[BaseModel], item: Any) -> str:
     """Turn one pydantic error into a line with the field's full name and, if close, the fix."""
     loc = [part for part in item["loc"] if isinstance(part, str)]
     field = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        valid = _fields_at(loc[:-1])
+        valid = _fields_at(model, loc[:-1])
         close = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"valid keys: {', '.join(valid)}"
         return f"unknown key '{field}' ({hint})"
@@ -367,8 +363,7 @@ def _explain(item: Any) -> str:
     return f"{field}: {message}"
 
 
-def _fields_at(loc: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
+def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
     for name in loc:
         field = model.model_fields.get(name)
         if field is None:

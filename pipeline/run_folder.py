@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -98,6 +99,8 @@ class RunFolder:
             self._write(
                 {
                     "format": FORMAT,
+                    # Runs of several users share one ledger, so a name is not enough.
+                    "id": uuid.uuid4().hex,
                     "name": self.path.name,
                     "created": time.time(),
                     "config": config,

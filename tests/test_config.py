@@ -49,7 +49,7 @@ def test_shipped_configs_are_valid(name):
         ("blocks.read_shape", [17, 257], "blocks.read_shape"),
         ("model.precision", "fp8", "model.precision"),
         ("input.roi", {"offset": [0, 0, 0], "shape": [0, 1, 1]}, "input.roi.shape"),
-        ("ledger", {"database": "x"}, "give either uri or uri_file"),
+        ("ledger.databse", "x", "did you mean 'database'?"),
     ],
 )
 def test_errors_name_the_field(path, value, expected):
@@ -98,7 +98,7 @@ def test_secrets_are_not_in_records_or_errors():
     assert config.ledger.uri.get_secret_value() == uri
     assert "hunter2" not in str(masked(config)) + repr(config)
     with pytest.raises(InputError) as error:
-        parse_config(with_value("ledger", {"uri": uri, "uri_file": "x"}))
+        parse_config(with_value("ledger", {"uri": uri, "timeout_s": uri}))
     assert "hunter2" not in str(error.value)
 
 

@@ -1,0 +1,355 @@
+"""The command line: `agq COMMAND`. Thin: every command calls one function elsewhere."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from blockwise.errors import InputError, RunStoppedError
+from model.errors import ModelInputError
+from pipeline.config import Config, load_config, parse_config
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import EvaluationReport
+    from pipeline.prepare import Prepared
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Segment neurons in large EM volumes: predict blocks, stitch them, watch and evaluate.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check a configuration or print its schema.")
+app.add_typer(config_app, name="config")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)]
+Target = Annotated[
+    Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Replace a value of the file: section.field=value (repeatable)."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@app.callback()
+def _main(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks instead of one-line errors.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["AGQ_DEBUG"] = "1"
+
+
+def read_target(target: Path, settings: list[str] | None = None) -> Config:
+    """Return the configuration of a run folder, or of a file."""
+    if not target.is_dir():
+        return load_config(target, settings)
+    from pipeline.run_folder import RunFolder
+
+    recorded = RunFolder(target).record()["config"]
+    recorded["run_dir"] = str(target)
+    ledger = recorded.get("ledger")
+    # A recorded URI is masked; the environment may hold the real one.
+    if ledger is not None and ledger.get("uri") is not None:
+        uri = os.environ.get("MONGODB_URI")
+        recorded["ledger"] = None if uri is None else {**ledger, "uri": uri}
+    return parse_config(recorded, source=str(target / "run.json"))
+
+
+@app.command()
+def run(config: ConfigFile, overwrite: Overwrite = False, settings: Settings = None) -> None:
+    """Do the whole job: predict, stitch, pyramid, evaluation and report. Resumes by itself."""
+    from pipeline import stages
+    from pipeline.prepare import prepare
+    from pipeline.session import open_session
+
+    prepared = prepare(load_config(config, settings))
+    with open_session(prepared, overwrite=overwrite) as session:
+        report = stages.predict(session)
+        if report.failed:
+            _explain_failures(prepared.run.path, config, report.failed)
+            if not prepared.config.stitch.allow_missing:
+                raise typer.Exit(EXIT_FAILED)
+        stages.stitch(session)
+        scores = stages.score(session)
+        stages.picture(session)
+    _summary(prepared, scores)
+    if report.failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def predict(
+    config: ConfigFile,
+    overwrite: Overwrite = False,
+    only_failed: Annotated[
+        bool, typer.Option("--only-failed", help="Try only the blocks that failed before.")
+    ] = False,
+    settings: Settings = None,
+) -> None:
+    """Label every block that is not done yet."""
+    from pipeline import stages
+    from pipeline.prepare import prepare
+    from pipeline.session import open_session
+
+    prepared = prepare(load_config(config, settings))
+    with open_session(prepared, overwrite=overwrite) as session:
+        report = stages.predict(session, only_failed=only_failed)
+    if report.failed:
+        _explain_failures(prepared.run.path, config, report.failed)
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def stitch(
+    target: Target,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave failed or missing blocks background.")
+    ] = False,
+    settings: Settings = None,
+) -> None:
+    """Join the blocks of a finished prediction into one segmentation with its pyramid."""
+    from pipeline import stages
+    from pipeline.prepare import prepare
+    from pipeline.session import open_session
+
+    config = read_target(target, settings)
+    if allow_missing:
+        stitch_section = config.stitch.model_copy(update={"allow_missing": True})
+        config = config.model_copy(update={"stitch": stitch_section})
+    prepared = prepare(config)
+    with open_session(prepared) as session:
+        stages.stitch(session)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    time_block: Annotated[
+        bool, typer.Option("--time/--no-time", help="Compute one block to estimate the time.")
+    ] = True,
+    as_json: AsJson = False,
+    settings: Settings = None,
+) -> None:
+    """Say what a run would do and cost, and find what would stop it. Writes no result."""
+    from pipeline.plan import make_plan
+    from pipeline.prepare import prepare
+
+    report = make_plan(prepare(load_config(config, settings)), time_block=time_block)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=1))
+    else:
+        out.print(report.table())
+
+
+@app.command()
+def status(target: Target, as_json: AsJson = False) -> None:
+    """Say how far a run is, once."""
+    from pipeline import monitor
+    from pipeline.monitor_view import render
+
+    found = monitor.load_status(*_watched(target))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        out.print(render(found))
+
+
+@app.command()
+def watch(
+    target: Target,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 2.0,
+) -> None:
+    """Follow a run until it ends."""
+    from pipeline import monitor
+
+    monitor.watch(*_watched(target), interval_s=interval)
+
+
+@app.command()
+def evaluate(
+    segmentation: Annotated[str, typer.Argument(help="Labels to score: path or path::dataset.")],
+    groundtruth: Annotated[str, typer.Argument(help="Truth: path or path::dataset.")],
+    as_json: AsJson = False,
+) -> None:
+    """Score a segmentation against ground truth: variation of information and adapted Rand."""
+    from pipeline.evaluate import evaluate as score
+    from pipeline.locations import open_location
+
+    report = score(open_location(segmentation, "labels"), open_location(groundtruth, "labels"))
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=1))
+    else:
+        out.print(report.table())
+
+
+@app.command()
+def view(
+    target: Target,
+    port: Annotated[int, typer.Option(help="Port on the loopback interface; 0 takes any.")] = 0,
+    at: Annotated[str | None, typer.Option(help="Voxel z,y,x to start at.")] = None,
+    print_state: Annotated[
+        bool, typer.Option("--print-state", help="Print the viewer state as JSON and end.")
+    ] = False,
+) -> None:
+    """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
+    from pipeline.locations import parse_triple
+    from pipeline.view import view_run
+
+    position = None if at is None else parse_triple("--at", at)
+    view_run(read_target(target), port=port, at=position, print_state=print_state)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="tif file or folder of tifs, h5, npz or npy.")],
+    container: Annotated[Path, typer.Argument(help="zarr container to write to.")],
+    voxel_size: Annotated[str, typer.Option(help="z,y,x in nm.")],
+    dataset: Annotated[str, typer.Option(help="Name of the array to make.")] = "raw",
+    key: Annotated[str | None, typer.Option(help="Dataset of an h5 or key of an npz.")] = None,
+    offset: Annotated[str, typer.Option(help="World position z,y,x of the first voxel.")] = "0,0,0",
+) -> None:
+    """Turn an image stack into a zarr volume that knows its voxel size."""
+    from pipeline.importer import import_volume
+    from pipeline.locations import parse_triple
+
+    import_volume(
+        source,
+        container,
+        dataset,
+        parse_triple("--voxel-size", voxel_size, least=1),
+        key=key,
+        offset=parse_triple("--offset", offset),
+    )
+    out.print(f"wrote {container}/{dataset}")
+
+
+@app.command()
+def synthetic(
+    container: Annotated[Path, typer.Argument(help="zarr container to write raw and labels to.")],
+    shape: Annotated[str, typer.Option(help="Voxels z,y,x.")] = "40,768,768",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same volume.")] = 0,
+) -> None:
+    """Make an EM-like volume with ground truth."""
+    from pipeline import synthetic as generator
+    from pipeline.locations import parse_triple
+
+    generator.write(container, parse_triple("--shape", shape, least=1), seed=seed)
+    out.print(f"wrote {container}/raw and {container}/labels")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last state in the output folder.")
+    ] = False,
+    settings: Settings = None,
+) -> None:
+    """Train the network on annotated volumes."""
+    from model.training.config import TrainConfig
+    from model.training.loop import train as run_training
+    from pipeline.config import load_yaml
+
+    run_training(load_yaml(TrainConfig, config, settings), resume=resume, max_steps=max_steps)
+
+
+@config_app.command("check")
+def config_check(config: ConfigFile, settings: Settings = None) -> None:
+    """Check names and values of a configuration (`agq plan` also opens the files)."""
+    load_config(config, settings)
+    out.print(f"{config}: ok")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the configuration, every field described."""
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def _watched(target: Path) -> tuple[Path, Any]:
+    """Return the run folder to watch and the ledger that knows it, if there is one."""
+    from blockwise.ledger import LedgerSettings, connect
+
+    config = read_target(target)
+    settings = config.ledger or LedgerSettings()
+    # Watching works without the database: the journal says the same.
+    return Path(config.run_dir), connect(settings.model_copy(update={"required": False}))
+
+
+def _explain_failures(run_dir: Path, config: Path, failed: tuple[int, ...]) -> None:
+    from blockwise.journal import Journal
+
+    records = {r.block: r for r in Journal(run_dir / "journal" / "predict").failed()}
+    err.print(f"[red]{len(failed)} block{'s' if len(failed) > 1 else ''} failed:[/red]")
+    for number in failed[:20]:
+        record = records.get(number)
+        last = (record.error or "").strip().splitlines()[-1:] if record else []
+        err.print(f"  block {number} {record.roi if record else ''}: {''.join(last)}", markup=False)
+    if len(failed) > 20:
+        err.print(f"  ... and {len(failed) - 20} more (agq status {run_dir})")
+    err.print(f"Retry only these: agq predict {config} --only-failed", markup=False)
+
+
+def _summary(prepared: "Prepared", scores: "EvaluationReport | None") -> None:
+    run = prepared.run
+    stitch = run.record()["stages"]["stitch"]["report"]
+    predict = run.record()["stages"]["predict"]["report"]
+    table = Table(title=f"Run {run.path.name}", show_header=False, title_justify="left")
+    table.add_row("fragments", f"{stitch['fragments']:,} in {stitch['blocks']:,} blocks")
+    table.add_row("segments", f"{stitch['segments']:,} after {stitch['merges']:,} merges")
+    if predict["dropped"]:
+        table.add_row("dropped by the query limit", f"{predict['dropped']:,}")
+    if stitch["missing"]:
+        table.add_row("missing blocks", f"{stitch['missing']:,} (background)")
+    largest = stitch["largest"][:3]
+    table.add_row("largest", ", ".join(f"{s['id']} ({s['voxels']:,} voxels)" for s in largest))
+    table.add_row("segmentation", str(run.container / "segmentation"))
+    table.add_row("picture", str(run.path / f"{run.path.name}.png"))
+    table.add_row("viewer", f"agq view {run.path}")
+    out.print(table)
+    if scores is not None:
+        out.print(scores.table())
+
+
+def main() -> None:
+    """Run the command line; wrong input becomes one line and exit code 2."""
+    try:
+        app()
+    except BrokenPipeError:
+        # A reader that has seen enough (agq status | head). The interpreter must not flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, ModelInputError) as error:
+        _fail(error, EXIT_BAD_INPUT)
+    except RunStoppedError as error:
+        _fail(error, EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _fail(error, EXIT_BAD_INPUT)
+
+
+def _fail(error: Exception, code: int) -> None:
+    if os.environ.get("AGQ_DEBUG"):
+        raise error
+    err.print(f"agq: {' '.join(str(error).split())}", markup=False, soft_wrap=True)
+    sys.exit(code)

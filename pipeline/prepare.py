@@ -1,0 +1,294 @@
+"""Turn a configuration into opened inputs and a block grid, or one clear line of what is wrong.
+
+Everything that can be found out before a block runs is found out here: `agq plan` stops after it,
+the other commands start with it.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from blockwise.arrays import Kind, Volume, open_volume
+from blockwise.errors import InputError
+from blockwise.files import require_free_space, require_writable
+from blockwise.grid import BlockGrid
+from blockwise.ledger import connect
+from blockwise.predictor import resolve_factory
+from model import checkpoint as checkpoints
+from model.predictor import resolve_device
+from pipeline.config import Config, VolumeSection
+from pipeline.importer import import_volume, is_importable
+from pipeline.run_folder import RunFolder
+
+Triple = tuple[int, int, int]
+
+DEFAULT_FACTORY = "model.predictor:AGQPredictor"
+
+# Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
+_FRAGMENT_BYTES = 0.25
+_SIDECAR_BYTES = 0.15
+_SEGMENTATION_BYTES = 0.25 * 4 / 3
+_AFFINITY_BYTES = 2.5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: nothing of it has been computed yet.
+
+    Attributes
+    ----------
+    raw, mask, truth
+        Opened volumes; mask and truth may be None.
+    grid
+        Blocks of the whole volume.
+    box
+        Voxel box (start, stop) of the ROI; None for the whole volume.
+    selected
+        int64 numbers of the blocks that the ROI touches, ascending.
+    predictor_options
+        Keyword arguments for the predictor's factory.
+    identity
+        What decides the bytes of a block.
+    """
+
+    config: Config
+    run: RunFolder
+    raw: Volume
+    mask: Volume | None
+    truth: Volume | None
+    grid: BlockGrid
+    box: tuple[Triple, Triple] | None
+    selected: npt.NDArray[np.int64]
+    predictor_options: dict[str, Any]
+    identity: dict[str, Any]
+
+    def disk_estimate(self) -> dict[str, int]:
+        """Estimate the bytes that the selected blocks will take, by kind of output."""
+        voxels = self.selected.size * float(np.prod(self.grid.write_shape))
+        voxels = min(voxels, float(np.prod(self.grid.volume_shape)))
+        rates = {
+            "fragments": _FRAGMENT_BYTES,
+            "sidecars": _SIDECAR_BYTES,
+            "segmentation": _SEGMENTATION_BYTES,
+        }
+        if self.config.output.affinities:
+            rates["affinities"] = _AFFINITY_BYTES
+        return {name: int(voxels * rate) for name, rate in rates.items()}
+
+
+def prepare(config: Config, *, check_output: bool = True) -> Prepared:
+    """Open and check every input of a run.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    check_output
+        Also check that the run folder is writable, the disk has room and the database answers.
+
+    Raises
+    ------
+    InputError, ModelInputError
+        One line that names the field or file and the fix.
+    """
+    run = RunFolder(Path(config.run_dir))
+    if check_output:
+        require_writable(run.path, "run_dir")
+    raw = open_section(config.input.raw, run, "raw", "input.raw")
+    mask = None
+    if config.input.mask is not None:
+        mask = open_section(config.input.mask, run, "mask", "input.mask")
+        _same_unit(mask, raw, "input.mask")
+    truth = None
+    if config.evaluate is not None:
+        truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
+        _same_unit(truth, raw, "evaluate.truth")
+        if tuple(truth.voxel_size) != tuple(raw.voxel_size):
+            raise InputError(
+                f"evaluate.truth: voxel size {tuple(truth.voxel_size)} differs from the raw "
+                f"volume's {tuple(raw.voxel_size)}"
+            )
+    options, model_identity, trained_shape = _model(config)
+    grid = _grid(config, raw, trained_shape)
+    box = _roi_box(config, raw)
+    prepared = Prepared(
+        config=config,
+        run=run,
+        raw=raw,
+        mask=mask,
+        truth=truth,
+        grid=grid,
+        box=box,
+        selected=grid.select(*(box or ((0, 0, 0), grid.volume_shape))),
+        predictor_options=options,
+        identity={
+            "raw": raw.describe(),
+            "mask": None if mask is None else mask.describe(),
+            "grid": grid.to_dict(),
+            "model": model_identity,
+            "affinities": config.output.affinities,
+        },
+    )
+    if check_output:
+        done = run.exists()
+        if not done:
+            require_free_space(run.path, sum(prepared.disk_estimate().values()), "run_dir")
+        if config.ledger is not None and config.ledger.required:
+            ledger = connect(config.ledger)
+            if ledger is not None:
+                ledger.close()
+    return prepared
+
+
+def open_section(section: VolumeSection, run: RunFolder, kind: Kind, field: str) -> Volume:
+    """Open a configured volume; image files are imported into the run folder first.
+
+    Raises
+    ------
+    InputError
+        With the configuration field in front.
+    """
+    path, dataset = section.path, section.dataset
+    try:
+        if is_importable(path):
+            path, dataset = str(_import_once(section, run, kind)), kind
+        return open_volume(
+            path,
+            dataset,
+            voxel_size=section.voxel_size,
+            offset=section.offset,
+            level=section.level,
+            kind=kind,
+            unit=section.unit,
+        )
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from error.__cause__
+
+
+def _same_unit(volume: Volume, raw: Volume, field: str) -> None:
+    if volume.unit != raw.unit:
+        raise InputError(
+            f"{field}.unit: {volume.unit} differs from input.raw.unit {raw.unit}; use one unit"
+        )
+
+
+def _import_once(section: VolumeSection, run: RunFolder, kind: str) -> Path:
+    """Import an image file into the run folder, under a name that changes with the file."""
+    source = Path(section.path)
+    state = source.stat()
+    key = repr(
+        (
+            str(source.absolute()),
+            state.st_size,
+            state.st_mtime_ns,
+            section.dataset,
+            section.voxel_size,
+            section.offset,
+        )
+    )
+    name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zarr"
+    target = run.path / "imported" / name
+    if not target.exists():
+        if section.voxel_size is None:
+            raise InputError(f"{source} holds no voxel size; give voxel_size (z, y, x) in nm")
+        import_volume(
+            section.path,
+            target,
+            kind,
+            section.voxel_size,
+            key=section.dataset,
+            offset=section.offset or (0, 0, 0),
+        )
+    return target
+
+
+def _model(config: Config) -> tuple[dict[str, Any], dict[str, Any], Triple | None]:
+    """Check the model section; return factory options, identity and the size trained at."""
+    section = config.model
+    if section.factory != DEFAULT_FACTORY:
+        resolve_factory(section.factory)
+        options = dict(section.options or {})
+        return options, {"factory": section.factory, "options": options}, None
+    if section.options is not None:
+        raise InputError("model.options is for a model.factory of your own; remove it")
+    path = checkpoints.resolve(section.checkpoint)
+    loaded = checkpoints.load(path)
+    resolve_device(section.device)
+    options = {
+        "checkpoint": str(path),
+        "device": section.device,
+        "precision": section.precision,
+        "batch_size": section.batch_size,
+        "seed_order": section.seed_order,
+        "max_seeds": section.max_seeds,
+        "threads": config.workers.threads,
+    }
+    identity = {
+        "factory": section.factory,
+        "checkpoint_sha256": loaded.sha256,
+        "device": section.device,
+        "precision": section.precision,
+        "seed_order": section.seed_order or loaded.config.seed_order,
+        "max_seeds": section.max_seeds or loaded.config.max_seeds,
+        "threads": config.workers.threads,
+    }
+    return options, identity, loaded.config.input_shape
+
+
+def _grid(config: Config, raw: Volume, trained: Triple | None) -> BlockGrid:
+    blocks = config.blocks
+    read = blocks.read_shape or trained
+    if read is None:
+        raise InputError("blocks.read_shape is needed with a model.factory of your own")
+    write = _triple(
+        r - low - high for r, low, high in zip(read, blocks.before, blocks.after, strict=True)
+    )
+    if min(write) <= 0:
+        raise InputError(
+            f"blocks: the context {blocks.before} + {blocks.after} leaves nothing of the read "
+            f"shape {read}"
+        )
+    return BlockGrid(
+        volume_shape=raw.shape,
+        voxel_size=raw.voxel_size,
+        write_shape=write,
+        before=blocks.before,
+        after=blocks.after,
+        offset=raw.offset,
+    )
+
+
+def _roi_box(config: Config, raw: Volume) -> tuple[Triple, Triple] | None:
+    """Return the ROI as voxels of the volume."""
+    roi = config.input.roi
+    if roi is None:
+        return None
+    if roi.units == "voxels":
+        start = np.array(roi.offset)
+        shape = np.array(roi.shape)
+    else:
+        size = np.array(tuple(raw.voxel_size))
+        start, odd_start = np.divmod(np.array(roi.offset) - np.array(tuple(raw.offset)), size)
+        shape, odd_shape = np.divmod(np.array(roi.shape), size)
+        if odd_start.any() or odd_shape.any():
+            raise InputError(
+                f"input.roi: offset {roi.offset} and shape {roi.shape} are not on the voxel grid "
+                f"(voxel size {tuple(raw.voxel_size)}, volume offset {tuple(raw.offset)})"
+            )
+    stop = start + shape
+    if (start < 0).any() or (stop > np.array(raw.shape)).any():
+        raise InputError(
+            f"input.roi: voxels {start.tolist()} to {stop.tolist()} are outside the volume of "
+            f"{list(raw.shape)} voxels"
+        )
+    return _triple(start), _triple(stop)
+
+
+def _triple(values: Iterable[int]) -> Triple:
+    z, y, x = (int(v) for v in values)
+    return z, y, x

@@ -1,0 +1,210 @@
+"""The stages of a run as functions of an open session: predict, stitch, score, picture."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+
+from blockwise.arrays import Volume, create_affinities, create_array, open_volume
+from blockwise.files import write_atomic
+from blockwise.journal import BlockRecord, JournalWriter
+from blockwise.journal_read import Journal, compact
+from blockwise.lanes import block_place
+from blockwise.mask import mask_blocks
+from blockwise.predict import PredictReport, PredictSpec, run_predict
+from blockwise.processes import this_worker
+from blockwise.stitch import StitchReport, StitchSpec, local_client, run_stitch
+from pipeline.evaluate import EvaluationReport, evaluate
+from pipeline.picture import snapshot
+from pipeline.prepare import Prepared
+from pipeline.session import Session
+
+# What a CPU worker holds at its peak for a block of 17 x 257 x 257, with room to spare
+# (benchmarks/forward.py prints it).
+_CPU_WORKER_BYTES = 2.5 * 2**30
+
+
+def predict(session: Session, *, only_failed: bool = False) -> PredictReport:
+    """Label every selected block that is not done.
+
+    Parameters
+    ----------
+    session
+        The open run.
+    only_failed
+        Leave blocks that were never tried alone.
+
+    Returns
+    -------
+    report
+        Its `failed` lists the blocks that failed in the end.
+    """
+    prepared = session.prepared
+    _create_arrays(prepared)
+    folder = prepared.run.journal("predict")
+    compact(folder)
+    journal = Journal(folder)
+    journal.refresh()
+    todo = prepared.selected[~journal.done(prepared.grid.n_blocks)[prepared.selected]]
+    if only_failed:
+        todo = np.intersect1d(todo, [record.block for record in journal.failed()])
+    total = int(prepared.selected.size)
+    with session.stage("predict", total) as record:
+        todo = _skip_masked(prepared, todo)
+        session.progress.start("predict", total, done=total - int(todo.size))
+        report = run_predict(_predict_spec(prepared), todo, on_progress=session.progress.blocks)
+        record["report"] = report.to_dict()
+        if report.failed:
+            record["state"] = "failed"
+    return report
+
+
+def _create_arrays(prepared: Prepared) -> None:
+    grid, container = prepared.grid, prepared.run.container
+    create_array(
+        container,
+        "fragments",
+        shape=grid.volume_shape,
+        chunks=grid.write_shape,
+        dtype="uint64",
+        voxel_size=grid.voxel_size,
+        offset=grid.offset,
+        unit=prepared.raw.unit,
+    )
+    if prepared.config.output.affinities:
+        create_affinities(
+            container,
+            "affinities",
+            shape=grid.volume_shape,
+            chunks=grid.write_shape,
+            voxel_size=grid.voxel_size,
+            offset=grid.offset,
+            unit=prepared.raw.unit,
+        )
+
+
+def _skip_masked(prepared: Prepared, todo: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Record blocks without tissue as skipped; return the others."""
+    if prepared.mask is None or not todo.size:
+        return todo
+    tissue = mask_blocks(prepared.mask, prepared.grid, todo)
+    now = time.time()
+    with JournalWriter(prepared.run.journal("predict"), this_worker("coordinator")) as journal:
+        journal.finish_many(
+            BlockRecord(
+                block=number,
+                state="skipped",
+                reason="mask",
+                started=now,
+                finished=now,
+                **block_place(prepared.grid, number),
+            )
+            for number in todo[~tissue].tolist()
+        )
+    return todo[tissue]
+
+
+def _predict_spec(prepared: Prepared) -> PredictSpec:
+    config = prepared.config
+    return PredictSpec(
+        run_dir=str(prepared.run.path),
+        raw=reopen_options(prepared.raw),
+        grid=prepared.grid.to_dict(),
+        factory=config.model.factory,
+        options=prepared.predictor_options,
+        affinities=config.output.affinities,
+        workers=worker_count(prepared),
+        prefetch=config.workers.prefetch,
+        retries=config.workers.retries,
+        timeout_s=config.workers.timeout_s,
+        max_restarts=config.workers.max_restarts,
+    )
+
+
+def reopen_options(volume: Volume) -> dict[str, Any]:
+    """Return the arguments with which `open_volume` opens the same raw volume in a worker."""
+    return {
+        "path": volume.path,
+        "dataset": volume.dataset or None,
+        "voxel_size": [int(v) for v in volume.voxel_size],
+        "offset": [int(v) for v in volume.offset],
+        "unit": volume.unit,
+    }
+
+
+def worker_count(prepared: Prepared) -> int:
+    """Return how many prediction workers this machine gets."""
+    wanted = prepared.config.workers.count
+    if wanted != "auto":
+        return wanted
+    device = prepared.config.model.device
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    if device == "mps":
+        return 1
+    share = float(np.prod(prepared.grid.read_shape)) / (17 * 257 * 257)
+    by_memory = psutil.virtual_memory().available / (_CPU_WORKER_BYTES * max(share, 0.25))
+    by_cores = len(os.sched_getaffinity(0)) // prepared.config.workers.threads
+    return max(1, min(by_cores, int(by_memory)))
+
+
+def stitch(session: Session) -> StitchReport:
+    """Join the fragments of all selected blocks into one segmentation with its pyramid."""
+    prepared = session.prepared
+    section = prepared.config.stitch
+    levels = prepared.config.pyramid.levels
+    start, stop = prepared.box or (None, None)
+    spec = StitchSpec(
+        run_dir=prepared.run.path,
+        grid=prepared.grid.to_dict(),
+        across=section.across,
+        within=section.within,
+        segment_ids=section.segment_ids,
+        min_size=section.min_size,
+        start=start,
+        stop=stop,
+        allow_missing=section.allow_missing,
+        levels=None if levels == "auto" else levels + 1,
+    )
+    with (
+        session.stage("stitch", int(prepared.selected.size)) as record,
+        local_client(section.dask.address, workers=section.dask.workers) as client,
+    ):
+        session.progress.note(f"dask dashboard: {client.dashboard_link}")
+        report = run_stitch(spec, client, on_progress=session.progress.step)
+        record["report"] = report.to_dict()
+    return report
+
+
+def segmentation(prepared: Prepared) -> Volume:
+    """Open the full resolution of the run's segmentation."""
+    return open_volume(
+        prepared.run.container, "segmentation", level=0, kind="labels", unit=prepared.raw.unit
+    )
+
+
+def score(session: Session) -> EvaluationReport | None:
+    """Compare the segmentation with the ground truth, if the configuration names one."""
+    prepared = session.prepared
+    if prepared.truth is None:
+        return None
+    with session.stage("evaluate", 1) as record:
+        report = evaluate(segmentation(prepared), prepared.truth)
+        record["report"] = report.to_dict()
+    file = prepared.run.path / "evaluation.json"
+    write_atomic(file, json.dumps(report.to_dict(), indent=1).encode())
+    return report
+
+
+def picture(session: Session) -> Path:
+    """Draw the result of a finished run and return the path of the picture."""
+    prepared = session.prepared
+    file = prepared.run.path / f"{prepared.run.path.name}.png"
+    snapshot(file, prepared.raw, segmentation(prepared), truth=prepared.truth)
+    return file

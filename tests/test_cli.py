@@ -1,0 +1,228 @@
+"""Bad input is one clear line and exit code 2, before any block runs."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline import cli
+from tests.runs import ROOT, blobs, make_config, write_volume
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run the command line in this process; return exit code, stdout and stderr."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("AGQ_DEBUG", raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["agq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def refused(main, config: Path, expected: str, command: str = "run") -> str:
+    """Assert one line, exit 2, nothing computed; return the line."""
+    code, _, err = main(command, config)
+    assert code == 2, err
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+    run_dir = Path(yaml.safe_load(config.read_text())["run_dir"])
+    assert not (run_dir / "journal").exists()
+    return err
+
+
+def test_missing_file(main, tmp_path):
+    config = make_config(tmp_path, input={"raw": {"path": "/nowhere/x.zarr", "dataset": "raw"}})
+    refused(main, config, "input.raw: ")
+
+
+def test_wrong_dataset_lists_what_is_there(main, tmp_path):
+    raw = {"path": str(tmp_path / "in.zarr"), "dataset": "volumes/raw"}
+    line = refused(main, make_config(tmp_path, input={"raw": raw}), "volumes/raw")
+    assert "raw" in line.split("volumes/raw", 1)[1]
+
+
+def test_raw_not_3d(main, tmp_path):
+    import zarr
+
+    zarr.create_array(tmp_path / "in.zarr", name="raw", shape=(8, 8), chunks=(8, 8), dtype="uint8")
+    refused(main, make_config(tmp_path), "3-D")
+
+
+def test_unsupported_dtype(main, tmp_path):
+    refused(main, make_config(tmp_path, blobs((8, 8, 8)).astype(np.float64)), "float64")
+
+
+def test_voxel_size_absent(main, tmp_path):
+    import zarr
+
+    zarr.create_array(
+        tmp_path / "in.zarr", name="raw", shape=(8, 8, 8), chunks=(8, 8, 8), dtype="uint8"
+    )
+    refused(main, make_config(tmp_path), "voxel_size")
+
+
+def test_voxel_size_other_than_the_config_says(main, tmp_path):
+    raw = {"path": str(tmp_path / "in.zarr"), "dataset": "raw", "voxel_size": [40, 4, 4]}
+    line = refused(main, make_config(tmp_path, input={"raw": raw}), "input.raw")
+    assert "30" in line
+    assert "40" in line
+
+
+@pytest.mark.parametrize(
+    ("roi", "expected"),
+    [
+        ({"offset": [0, 0, 0], "shape": [21, 50, 70]}, "outside the volume"),
+        ({"offset": [-1, 0, 0], "shape": [5, 5, 5]}, "outside the volume"),
+        ({"offset": [0, 0, 3], "shape": [30, 6, 6], "units": "world"}, "not on the voxel grid"),
+        ({"offset": [0, 0, 0], "shape": [31, 6, 6], "units": "world"}, "not on the voxel grid"),
+    ],
+)
+def test_roi(main, tmp_path, roi, expected):
+    raw = {"path": str(tmp_path / "in.zarr"), "dataset": "raw"}
+    refused(main, make_config(tmp_path, input={"raw": raw, "roi": roi}), expected)
+
+
+def test_checkpoint_missing_corrupt_or_of_another_network(main, tmp_path):
+    def config(checkpoint: Path) -> Path:
+        return make_config(
+            tmp_path,
+            model={"factory": "model.predictor:AGQPredictor", "checkpoint": str(checkpoint)},
+        )
+
+    refused(main, config(tmp_path / "none.safetensors"), "none.safetensors")
+    corrupt = tmp_path / "corrupt.safetensors"
+    corrupt.write_bytes(b"\x10\0\0\0\0\0\0\0{not json}......")
+    refused(main, config(corrupt), "corrupt.safetensors")
+    import torch
+
+    other = tmp_path / "other.pth.tar"
+    torch.save({"state_dict": {"module.fc.weight": torch.zeros(2, 2)}}, other)
+    refused(main, config(other), "other.pth.tar")
+
+
+def test_factory_that_does_not_exist(main, tmp_path):
+    refused(main, make_config(tmp_path, model={"factory": "no.such:thing"}), "no.such")
+
+
+def test_output_below_a_file(main, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = make_config(tmp_path, run_dir=str(tmp_path / "file" / "run"))
+    refused(main, config, "run_dir")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_output_not_writable(main, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    refused(main, make_config(tmp_path, run_dir=str(locked / "run")), "run_dir")
+
+
+def test_disk_without_room(main, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    refused(main, make_config(tmp_path), "free")
+
+
+def test_disk_that_fills_up_while_writing_is_one_line(main, tmp_path):
+    """The file-size limit of the process stands in for a disk that takes no more bytes."""
+    config = make_config(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        code, _, err = main("predict", config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2, err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_database_unreachable_hides_the_password(main, tmp_path):
+    uri = "mongodb://me:hunter2@127.0.0.1:9/?serverSelectionTimeoutMS=300"
+    config = make_config(tmp_path, ledger={"uri": uri, "required": True})
+    line = refused(main, config, "127.0.0.1:9")
+    assert "hunter2" not in line
+
+
+def test_unknown_key(main, tmp_path):
+    line = refused(main, make_config(tmp_path, workers={"cuont": 3}), "workers.cuont")
+    assert "did you mean 'count'?" in line
+
+
+@pytest.mark.parametrize("command", ["predict", "plan", "stitch"])
+def test_every_command_checks_the_same(main, tmp_path, command):
+    config = make_config(tmp_path, input={"raw": {"path": "/nowhere/x.zarr", "dataset": "raw"}})
+    refused(main, config, "input.raw: ", command)
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "view", "stitch"])
+def test_commands_on_a_folder_that_is_no_run(main, tmp_path, command):
+    code, _, err = main(command, tmp_path)
+    assert code == 2
+    assert "is not a run folder" in err
+
+
+def test_debug_shows_the_traceback(main, tmp_path, monkeypatch):
+    from blockwise.errors import InputError
+
+    monkeypatch.setattr(sys, "argv", ["agq", "--debug", "status", str(tmp_path)])
+    with pytest.raises(InputError):
+        cli.main()
+    monkeypatch.delenv("AGQ_DEBUG")
+
+
+def test_schema_and_check(main, tmp_path):
+    code, text, _ = main("config", "schema")
+    assert code == 0
+    assert "run_dir" in json.loads(text)["properties"]
+    code, text, _ = main("config", "check", make_config(tmp_path))
+    assert code == 0
+    assert text.endswith("ok\n")
+
+
+def test_plan_writes_no_result_and_names_the_cost(main, tmp_path):
+    config = make_config(tmp_path)
+    code, text, err = main("plan", config, "--json")
+    assert code == 0, err
+    plan = json.loads(text)
+    assert plan["grid_shape"] == [3, 4, 5]
+    assert (plan["blocks"], plan["todo"]) == (60, 60)
+    assert plan["seconds_per_block"] > 0
+    assert plan["worker_bytes"] > 1e7
+    assert not (tmp_path / "run" / "data.zarr").exists()
+    code, text, _ = main("plan", config, "--no-time")
+    assert code == 0
+    assert "60 selected" in text
+
+
+def test_evaluate_locations(main, tmp_path):
+    truth = np.arange(1, 9, dtype=np.uint32).reshape(2, 2, 2).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+    write_volume(tmp_path / "v.zarr", "truth", truth)
+    code, text, err = main(
+        "evaluate", f"{tmp_path}/v.zarr::truth", f"{tmp_path}/v.zarr::truth", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(text)
+    code, _, err = main("evaluate", f"{tmp_path}/v.zarr::none", f"{tmp_path}/v.zarr::truth")
+    assert code == 2
+    assert "truth" in err
+
+
+@pytest.mark.parametrize("text", ["1,2", "a,b,c", "0,6,6"])
+def test_positions_that_are_not(main, tmp_path, text):
+    code, _, err = main("import", "x.tif", tmp_path / "o.zarr", "--voxel-size", text)
+    assert code == 2
+    assert "--voxel-size" in err
