@@ -8,11 +8,9 @@ of the parameters and its own position, so neither block size nor workers change
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from scipy import ndimage
 from blockwise.arrays import create_array, write_chunk
 from blockwise.errors import InputError
 from pipeline import synthetic_tissue as tissue
+from pipeline.parallel import Box, boxes, unordered
 from pipeline.synthetic_skeleton import mix, noise, skeletons, unit
 
 _PIXEL_NM = 6.0
@@ -214,32 +213,11 @@ def block(
     return raw, labels
 
 
-def _boxes(shape: Sequence[int], size: Sequence[int]) -> Iterator[tuple[Any, Any]]:
-    """Yield the first and past-the-end voxels of the blocks of a volume in C order."""
-    for corner in product(*(range(0, n, s) for n, s in zip(shape, size, strict=True))):
-        yield corner, tuple(min(c + s, n) for c, s, n in zip(corner, size, shape, strict=True))
-
-
-def _write_block(arrays: Sequence[Any], box: tuple[Any, Any], params: SyntheticParams) -> None:
+def _write_block(arrays: Sequence[Any], params: SyntheticParams, box: Box) -> None:
     made: tuple[npt.NDArray[Any], ...] = block(*box, params)
     for array, values in zip(arrays, made, strict=True):
         index = [first // size for first, size in zip(box[0], array.chunks, strict=True)]
         write_chunk(array, index, values)
-
-
-def _run(task: Callable[[Any], None], items: Sequence[Any], workers: int | None) -> Iterator[None]:
-    """Run a task over items in threads, few in flight; yield as each one ends."""
-    count = workers or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(count) as pool:
-        waiting: set[Future[None]] = set()
-        for item in items:
-            waiting.add(pool.submit(task, item))
-            if len(waiting) > 2 * count:
-                ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    yield future.result()
-        for future in waiting:
-            yield future.result()
 
 
 def write(
@@ -297,7 +275,8 @@ def write(
         )
         for name, dtype in (("raw", np.uint8), ("labels", np.uint64))
     ]
-    boxes = list(_boxes(shape, chunks))
-    for done, _ in enumerate(_run(lambda b: _write_block(arrays, b, params), boxes, workers), 1):
+    blocks = boxes((0, 0, 0), shape, chunks)
+    task = partial(_write_block, arrays, params)
+    for done, _ in enumerate(unordered(task, blocks, workers=workers), 1):
         if on_progress is not None:
-            on_progress(done, len(boxes))
+            on_progress(done, len(blocks))
