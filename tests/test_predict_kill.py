@@ -124,7 +124,13 @@ def test_many_killed_runs(tmp_path, undisturbed, seed):
     check_group_kills(tmp_path, undisturbed, seed, kills=6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGKILL, signal.SIGINT)),
+    ],
+)
 def test_nothing_outlives_the_coordinator(tmp_path, undisturbed, number):
     spec = make_run(tmp_path, raw_volume(), options={"delay_s": 0.3}, workers=2)
     coordinator = start_coordinator(tmp_path, spec)
@@ -183,6 +189,7 @@ def test_workers_join_late_and_leave_by_themselves(tmp_path, undisturbed):
     assert late.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_loses_its_blocks_and_harms_nothing(tmp_path, undisturbed):
     spec = make_run(tmp_path, raw_volume(), options=SLOW, workers=2, timeout_s=3)
     coordinator = start_coordinator(tmp_path, spec)
