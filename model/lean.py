@@ -20,7 +20,7 @@ from model.sections import (
     Resizing,
     Sections,
     Taps,
-    elu_,
+    elu,
     empty_padded,
     fill_rim,
     inside,
@@ -204,7 +204,7 @@ class Branch:
     def _activate(self, section: Tensor, out: Tensor) -> Tensor:
         # Branches with batch norms have ReLU, those without have ELU.
         if self.biases[0] is None:
-            return elu_(section, out=out)
+            return elu(section, out)
         return torch.clamp(section, min=0, out=out)
 
     def _project(self, section: Tensor) -> Tensor:

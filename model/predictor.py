@@ -23,6 +23,7 @@ from model.inference import (
     quantised_affinities,
     seeds_of,
 )
+from model.lean import LeanNetwork
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -143,6 +144,9 @@ class AGQPredictor:
             network = AGQ(self.config)
         network.load_state_dict(loaded.state_dict, assign=True)
         self.network = network.eval().requires_grad_(False).to(self.device)
+        # The reference arithmetic on the CPU has a path of its own, with the same results.
+        lean = self.device.type == "cpu" and precision == "fp32"
+        self._lean = LeanNetwork(self.network) if lean else None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -189,8 +193,11 @@ class AGQPredictor:
         size = (image.shape[0], image.shape[1], image.shape[2])
         with torch.inference_mode(), self._numerics():
             x = torch.from_numpy(image).to(self.device)
-            with self._autocast():
-                maps = dense_maps(self.network, x)
+            if self._lean is not None:
+                maps = self._lean.dense_maps(x)
+            else:
+                with self._autocast():
+                    maps = dense_maps(self.network, x)
             seeds = seeds_of(self.network, maps)
             head = decode(self.network, maps, seeds)
             channels, mass = assign_voxels(head, maps.mask_features, size, self.config.min_mass)
