@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +21,12 @@ import pytest
 from blockwise.arrays import chunk_file, create_affinities, create_array, open_array, open_volume
 from blockwise.errors import InputError
 from pipeline import view
+from pipeline.config import load_config
 from pipeline.view import LazyVolume, build_viewer, run_layers, volume_layer
 
 neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
 
+AGQ = [sys.executable, "-u", "-c", "from pipeline.cli import main; main()"]
 SHAPE = (8, 60, 70)
 PLACE: dict[str, Any] = {"voxel_size": (30, 6, 6), "offset": (60, 12, -5)}
 
@@ -202,6 +205,45 @@ def test_without_neuroglancer(layers: list[view.Layer], monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "neuroglancer", None)
     with pytest.raises(InputError, match=r"pip install 'agq-pipeline\[view\]'"):
         build_viewer(layers)
+
+
+@pytest.fixture
+def config_file(folder: Path) -> Path:
+    """Configuration of a run whose folder holds the results of `folder`."""
+    (folder / "run").mkdir()
+    (folder / "data.zarr").rename(folder / "run" / "data.zarr")
+    file = folder / "run.yaml"
+    file.write_text(
+        f"run_dir: {folder}/run\n"
+        f"input: {{raw: {{path: {folder}/in.zarr, dataset: raw}}}}\n"
+        f"evaluate: {{truth: {{path: {folder}/in.zarr, dataset: labels}}}}\n"
+    )
+    return file
+
+
+def test_layers_of_a_configuration(config_file: Path) -> None:
+    layers = view.config_layers(load_config(config_file))
+    names = ["raw", "affinities", "fragments", "segmentation", "truth"]
+    assert [layer.name for layer in layers] == names
+
+
+def test_command_prints_the_state_and_ends(config_file: Path) -> None:
+    command = [*AGQ, "view", str(config_file), "--print-state"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert len(json.loads(done.stdout)["layers"]) == 5
+
+
+def test_command_serves_until_interrupted(config_file: Path) -> None:
+    command = [*AGQ, "view", str(config_file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert b"<html" in get(address).lower()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
