@@ -97,6 +97,7 @@ class LedgerFeeder:
         self._folders = {stage: Path(folder) for stage, folder in folders.items()}
         self._full = full
         self._fields: Document = dict(mask_secrets(dict(run_info or {})))
+        self._since: dict[str, float] = {}
         self._lock = threading.Lock()
         self._stages: list[_StageFeed] | None = None
         self._wake = threading.Event()
@@ -118,6 +119,8 @@ class LedgerFeeder:
     def update_stage(self, stage: str, **fields: Any) -> None:
         """Set fields of a stage in the run's document (``state``, ``blocks_total``), soon."""
         with self._lock:
+            if "started" in fields:
+                self._since[stage] = float(fields["started"])
             self._fields |= {f"stages.{stage}.{k}": v for k, v in mask_secrets(fields).items()}
         self._wake.set()
 
@@ -208,7 +211,7 @@ class LedgerFeeder:
         for stage in self._stages:
             more |= stage.deliver()
         for stage in self._stages:
-            stage.send_totals(at_once=final and not more)
+            stage.send_totals(self._since.get(stage.name), at_once=final and not more)
         return more
 
     def _send_fields(self) -> None:
@@ -234,7 +237,7 @@ class _StageFeed:
         self.refused = 0
         self._ledger = ledger
         self._run = run
-        self._stage = stage
+        self.name = stage
         self._open({} if full else ledger.delivered(run, stage))
 
     def _open(self, delivered: dict[str, int]) -> None:
@@ -243,7 +246,7 @@ class _StageFeed:
         read = self._journal.positions
         if delivered.keys() - read.keys():
             # The stage was started over: what the database has is of another attempt.
-            self._ledger.remove_stage(self._run, self._stage)
+            self._ledger.remove_stage(self._run, self.name)
             delivered = {}
         ended = {f for f in self._journal.ended if delivered.get(f) == read.get(f)}
         self._tail = JournalTail(self.folder, delivered, ended)
@@ -255,7 +258,7 @@ class _StageFeed:
     def deliver(self) -> bool:
         """Send one batch of events; on an error the same batch is sent again the next time."""
         if self._journal.replaced():
-            self._ledger.remove_stage(self._run, self._stage)
+            self._ledger.remove_stage(self._run, self.name)
             self._open({})
         if not self._batch:
             self._batch = self._tail.poll(_BATCH_BYTES)
@@ -288,7 +291,7 @@ class _StageFeed:
     ) -> tuple[int, tuple[int, float, int, str], Callable[[], UpdateOne]]:
         worker = self._journal.workers.get(event.token)
         info = worker.info if worker else None
-        where = self._run, self._stage
+        where = self._run, self.name
         if event.kind == "block":
             record = event.record
             order = RANK[record.state], record.finished, record.attempt, record.token
@@ -308,7 +311,7 @@ class _StageFeed:
         updates = [
             worker_update(
                 self._run,
-                self._stage,
+                self.name,
                 file,
                 _worker_fields(self._journal.workers.get(token)),
                 read=self._journal.positions.get(file, 0),
@@ -318,8 +321,8 @@ class _StageFeed:
         ]
         self.refused += self._ledger.write("workers", updates)
 
-    def send_totals(self, *, at_once: bool = False) -> None:
-        """Send the totals of the stage if they have changed."""
+    def send_totals(self, since: float | None, *, at_once: bool = False) -> None:
+        """Send the totals of the stage, begun at ``since``, if they have changed."""
         size = sum(self._journal.positions.values())
         key = self._journal.version, size
         started = time.monotonic()
@@ -327,17 +330,20 @@ class _StageFeed:
             return
         journal = self._journal
         now = time.time()
+        sums = journal.totals()
+        session = journal.recent(since or sums["started"])
         blocks, voxels = journal.recent(now - _RECENT_S)
         totals = {
             **journal.counts(),
-            **journal.totals(),
+            **sums,
             "running": len(journal.running()),
             "duplicates": len(journal.duplicates),
             "conflicts": len(journal.conflicts),
+            "session": {"blocks": session[0], "voxels": session[1]},
             "recent": {"seconds": _RECENT_S, "blocks": blocks, "voxels": voxels},
             "updated": now,
         }
-        self._ledger.set_totals(self._run, self._stage, size, totals)
+        self._ledger.set_totals(self._run, self.name, size, totals)
         self._totals_key = key
         # At 10^7 blocks adding up takes a good part of a second: do not spend all time on it.
         spent = time.monotonic() - started

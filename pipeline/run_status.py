@@ -1,0 +1,138 @@
+"""What `agq status` knows of a run, as plain data; its JSON form is stable."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+RunState = Literal["new", "running", "stopped", "failed", "done"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Failure(_Model):
+    """A block that is failed now."""
+
+    block: int
+    """Block number."""
+    attempt: int
+    """The attempt that failed last."""
+    reason: str | None = None
+    """One line, if the worker gave one."""
+    error: str | None = None
+    """Traceback."""
+    offset: tuple[float, ...] | None = None
+    """First corner of the write ROI in world units, z, y, x."""
+    shape: tuple[float, ...] | None = None
+    """Extent of the write ROI in world units, z, y, x."""
+    worker: str | None = None
+    """Name of the worker."""
+
+    @property
+    def summary(self) -> str:
+        """The error in one line."""
+        lines = (self.error or "").strip().splitlines()
+        return self.reason or (lines[-1].strip() if lines else "no error recorded")
+
+
+class WorkerStatus(_Model):
+    """One process that works, or has worked, on a stage."""
+
+    name: str
+    """Name."""
+    host: str
+    """Machine."""
+    pid: int
+    """Process id there."""
+    device: str
+    """Device of its predictor."""
+    job: str | None = None
+    """Batch job, if any."""
+    state: Literal["running", "silent", "ended"]
+    """Silent: not ended, but without a word for longer than its blocks take."""
+    started: float
+    """Seconds since the epoch."""
+    last: float
+    """Time of its last journal line, seconds since the epoch."""
+    done: int
+    """Blocks done."""
+    failed: int
+    """Attempts failed."""
+    current: tuple[int, ...] = ()
+    """Blocks begun and not ended, the oldest first."""
+
+
+class StageStatus(_Model):
+    """One stage of a run."""
+
+    name: str
+    """Stage."""
+    state: Literal["waiting", "running", "stopped", "failed", "done"]
+    """Stopped: it was under way when its process ended."""
+    blocks_total: int | None = None
+    """Blocks of the whole stage; None if unknown."""
+    done: int = 0
+    """Blocks done."""
+    skipped: int = 0
+    """Blocks skipped (no tissue, constant raw)."""
+    failed: int = 0
+    """Blocks failed at their last attempt."""
+    running: int = 0
+    """Blocks begun and not ended."""
+    voxels: int = 0
+    """Voxels of the done blocks."""
+    blocks_per_s: float | None = None
+    """Blocks done per second since the stage was started last."""
+    blocks_per_s_now: float | None = None
+    """The same over the last minute."""
+    voxels_per_s: float | None = None
+    """Voxels per second since the stage was started last."""
+    voxels_per_s_now: float | None = None
+    """The same over the last minute."""
+    eta_s: float | None = None
+    """Seconds left at the present rate; None if unknown or over."""
+    started: float | None = None
+    """When it was started last, seconds since the epoch."""
+    finished: float | None = None
+    """When it ended, seconds since the epoch."""
+    duplicates: int = 0
+    """Blocks done by two processes."""
+    conflicts: int = 0
+    """Of those, blocks whose results differ: a fault to report."""
+    error: str | None = None
+    """Why the stage stopped, if it says so."""
+    failures: tuple[Failure, ...] = ()
+    """The first failed blocks by number; `failed` counts all of them."""
+    workers: tuple[WorkerStatus, ...] = ()
+    """Workers that have not ended, and the latest of those that have."""
+
+    @property
+    def ended_blocks(self) -> int:
+        """Blocks that need no more work."""
+        return self.done + self.skipped
+
+
+class RunStatus(_Model):
+    """A run at one moment."""
+
+    format: Literal[1] = 1
+    """Version of this form."""
+    id: str
+    """Unique id."""
+    name: str
+    """Name."""
+    run_dir: str
+    """Run folder."""
+    state: RunState
+    """Running while a coordinator lives; stopped if it ended in the middle of a stage."""
+    source: Literal["ledger", "journal"]
+    """Where the numbers are from."""
+    note: str | None = None
+    """Anything that a reader should know of the source."""
+    created: float | None = None
+    """When the run was made, seconds since the epoch."""
+    updated: float
+    """When the numbers were true, seconds since the epoch."""
+    stages: tuple[StageStatus, ...] = ()
+    """In the order of work."""
