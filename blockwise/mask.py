@@ -18,6 +18,9 @@ from blockwise.volume import Volume
 TILE_VOXELS = 2**24
 """Most mask voxels held at once (x 5 bytes), unless one plane of a storage chunk is larger."""
 
+BATCH = 2**19
+"""Blocks looked up at once: about 300 bytes each."""
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -53,14 +56,22 @@ def mask_blocks(
         If the mask does not overlap the volume at all, which means a wrong offset or unit.
     """
     wanted = np.asarray(numbers, dtype=np.int64).reshape(-1)
-    low, high = _mask_boxes(mask, grid, wanted)
     if not _overlaps(mask, grid):
         raise InputError(
             f"{mask.name} covers {mask.roi} in {mask.unit}, which does not touch the volume; "
             "correct its offset or voxel size"
         )
-    found = np.zeros(wanted.size, dtype=bool)
     tile = _tile_shape(mask, tile_voxels)
+    found = [
+        _touched(mask, grid, wanted[first : first + BATCH], tile)
+        for first in range(0, wanted.size, BATCH)
+    ]
+    return np.concatenate([np.zeros(0, dtype=bool), *found])
+
+
+def _touched(mask: Volume, grid: BlockGrid, numbers: Ints, tile: Ints) -> npt.NDArray[np.bool_]:
+    low, high = _mask_boxes(mask, grid, numbers)
+    found = np.zeros(numbers.size, dtype=bool)
     for place, members in _tiles(low, high, tile):
         members = members[~found[members]]
         if members.size == 0:
@@ -130,9 +141,10 @@ def _tiles(low: Ints, high: Ints, tile: Ints) -> Iterator[tuple[Ints, Ints]]:
         ],
         axis=1,
     )
-    order = np.lexsort(places.T[::-1])
-    places, owner = places[order], owner[order]
-    cuts = np.flatnonzero((places[1:] != places[:-1]).any(axis=1)) + 1
+    key = np.ravel_multi_index(tuple(places.T), tuple(places.max(axis=0) + 1))
+    order = np.argsort(key, kind="stable")
+    places, owner, key = places[order], owner[order], key[order]
+    cuts = np.flatnonzero(key[1:] != key[:-1]) + 1
     begins = np.concatenate([[0], cuts])
     for begin, members in zip(begins, np.split(boxes[owner], cuts), strict=True):
         yield places[begin], members

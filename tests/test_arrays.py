@@ -34,16 +34,24 @@ def voxels(shape: tuple[int, ...] = SHAPE, dtype: str = "uint8") -> np.ndarray:
 
 
 def put(
-    container: Path, name: str, data: np.ndarray, zarr_format: int = 3, **attributes: Any
+    container: Path,
+    name: str,
+    data: np.ndarray,
+    zarr_format: int = 3,
+    chunks: tuple[int, ...] = (2, 4, 4),
+    shards: tuple[int, ...] | None = None,
+    **attributes: Any,
 ) -> None:
     group = zarr.open_group(container, mode="a", zarr_format=zarr_format)  # type: ignore[arg-type]
-    chunks = (1,) * (data.ndim - 3) + (2, 4, 4)[-data.ndim :]
-    array = group.create_array(name, shape=data.shape, chunks=chunks, dtype=data.dtype)
+    chunks = (1,) * (data.ndim - 3) + chunks[-data.ndim :]
+    array = group.create_array(
+        name, shape=data.shape, chunks=chunks, shards=shards, dtype=data.dtype
+    )
     array[...] = data
     array.attrs.update(attributes)
 
 
-def put_n5(folder: Path, data: np.ndarray, **attributes: Any) -> None:
+def put_n5(folder: Path, data: np.ndarray, block: Any = None, **attributes: Any) -> None:
     """Write (z, y, x) data as N5 does: first axis x."""
     import tensorstore as ts
 
@@ -54,7 +62,7 @@ def put_n5(folder: Path, data: np.ndarray, **attributes: Any) -> None:
             "kvstore": {"driver": "file", "path": str(folder)},
             "metadata": {
                 "dimensions": list(turned.shape),
-                "blockSize": [4] * turned.ndim,
+                "blockSize": list(block) if block else [4] * turned.ndim,
                 "dataType": data.dtype.name,
                 "compression": {"type": "gzip"},
             },
@@ -122,6 +130,13 @@ def test_zarr(tmp_path: Path, zarr_format: int, dtype: str) -> None:
     assert volume.offset == Coordinate(60, 12, -6)
     assert volume.roi == Roi((60, 12, -6), (150, 42, 54))
     assert volume.units == ("nm", "nm", "nm")
+
+
+def test_sharded_zarr(tmp_path: Path) -> None:
+    put(tmp_path / "a.zarr", "raw", voxels(), shards=(4, 8, 12), **PLACE)
+    volume = open_volume(tmp_path / "a.zarr", "raw")
+    check(volume, voxels())
+    assert volume.chunks == (2, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -527,10 +542,10 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_s3(tmp_path: Path, s3: Callable[[Path, str], None]) -> None:
     data = voxels((9, 20, 30), "uint16")
-    put(tmp_path / "a.zarr", "volumes/raw", data, **PLACE)
-    put(tmp_path / "b.zarr", "raw", data, 2, **PLACE)
+    put(tmp_path / "a.zarr", "volumes/raw", data, chunks=(5, 10, 16), **PLACE)
+    put(tmp_path / "b.zarr", "raw", data, 2, chunks=(5, 10, 16), **PLACE)
     ome_group(tmp_path / "a.zarr", "img", [data], [[30, 6, 6]], version="0.5")
-    put_n5(tmp_path / "c.n5" / "raw", data, resolution=[6, 6, 30])
+    put_n5(tmp_path / "c.n5" / "raw", data, (16, 10, 5), resolution=[6, 6, 30])
     for name in ("a.zarr", "b.zarr", "c.n5"):
         s3(tmp_path / name, f"deep/{name}")
     for name, dataset in (

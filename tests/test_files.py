@@ -69,7 +69,12 @@ def test_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
     )
     for attempt in range(4):
         writer = subprocess.Popen([sys.executable, "-c", code, str(target)])
-        time.sleep(0.6 + 0.037 * attempt)
+        until = time.monotonic() + 60
+        while not target.exists():
+            assert writer.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        time.sleep(0.1 + 0.037 * attempt + 0.4 * (attempt > 0))
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         data = target.read_bytes()
