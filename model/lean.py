@@ -59,15 +59,20 @@ class LeanNetwork:
     def dense_maps(self, image: Tensor) -> DenseMaps:
         """Run backbone, fusion and branches on one normalised block (z, y, x)."""
         fused = self.fuse(self.pyramid(image))
-        size = _size(fused)
+        masks, instances = self.features(fused)
+        return DenseMaps(self.affinities(fused), masks, instances)
+
+    def features(self, fused: Sections) -> tuple[Tensor, Tensor]:
+        """Return mask features, of unit length, and instance features (z1, y1, x1, C)."""
         masks, instances = [], []
-        for z in range(size[0]):
+        for z in range(len(fused)):
             masks.append(F.normalize(self.mask.section(fused, z), dim=2))
             instances.append(self.instance.section(fused, z))
-        mask_features = _stacked(masks)
-        instance_features = _stacked(instances)
-        affinity = _stacked(self.affinity.volume(fused)).permute(3, 0, 1, 2).contiguous()
-        return DenseMaps(affinity, mask_features, instance_features)
+        return _stacked(masks), _stacked(instances)
+
+    def affinities(self, fused: Sections) -> Tensor:
+        """Return affinity logits (3, z1, y1, x1); the fused features are used up."""
+        return _stacked(self.affinity.volume(fused)).permute(3, 0, 1, 2).contiguous()
 
     def pyramid(self, image: Tensor) -> list[Sections]:
         """Return the decoder levels as padded sections."""

@@ -146,7 +146,7 @@ class AGQPredictor:
         self.network = network.eval().requires_grad_(False).to(self.device)
         # The reference arithmetic on the CPU has a path of its own, with the same results.
         lean = self.device.type == "cpu" and precision == "fp32"
-        self._lean = LeanNetwork(self.network) if lean else None
+        self.lean = LeanNetwork(self.network) if lean else None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -193,8 +193,8 @@ class AGQPredictor:
         size = (image.shape[0], image.shape[1], image.shape[2])
         with torch.inference_mode(), self._numerics():
             x = torch.from_numpy(image).to(self.device)
-            if self._lean is not None:
-                maps = self._lean.dense_maps(x)
+            if self.lean is not None:
+                maps = self.lean.dense_maps(x)
             else:
                 with self._autocast():
                     maps = dense_maps(self.network, x)
