@@ -177,33 +177,26 @@ def _same_unit(volume: Volume, raw: Volume, field: str) -> None:
         )
 
 
-def _import_once(section: VolumeSection, run: RunFolder, kind: str) -> Path:
-    """Import an image file into the run folder, under a name that changes with the file."""
-    source = Path(section.path)
-    state = source.stat()
-    key = repr(
-        (
-            str(source.absolute()),
-            state.st_size,
-            state.st_mtime_ns,
-            section.dataset,
-            section.voxel_size,
-            section.offset,
+def _import_once(section: VolumeSection, run: RunFolder, kind: Kind) -> Path:
+    """Import image files into the run folder; returns at once if that was done before."""
+    if section.voxel_size is None:
+        raise InputError(
+            f"{section.path} holds no voxel size; give voxel_size (z, y, x) in {section.unit}"
         )
-    )
+    place = Path(section.path).expanduser().absolute()
+    key = repr((str(place), section.dataset, section.voxel_size, section.offset, section.unit))
     name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zarr"
     target = run.path / "imported" / name
-    if not target.exists():
-        if section.voxel_size is None:
-            raise InputError(f"{source} holds no voxel size; give voxel_size (z, y, x) in nm")
-        import_volume(
-            section.path,
-            target,
-            kind,
-            section.voxel_size,
-            key=section.dataset,
-            offset=section.offset or (0, 0, 0),
-        )
+    import_volume(
+        section.path,
+        target,
+        kind,
+        section.voxel_size,
+        key=section.dataset,
+        offset=section.offset or (0, 0, 0),
+        kind=kind,
+        unit=section.unit,
+    )
     return target
 
 

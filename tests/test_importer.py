@@ -20,7 +20,10 @@ import zarr
 from blockwise.arrays import Volume, open_volume
 from blockwise.errors import InputError
 from pipeline import importer, sections
+from pipeline.config import VolumeSection
 from pipeline.importer import import_volume, is_importable
+from pipeline.prepare import open_section
+from pipeline.run_folder import RunFolder
 
 SHAPE = (11, 20, 30)
 SIZE = (30, 6, 6)
@@ -299,6 +302,47 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"raw: cannot be written \(No space left on device"):
             run(tmp_path, tmp_path / "a.npy")
     check(run(tmp_path, tmp_path / "a.npy"), stack())
+
+
+# ----------------------------------------------------------------- as the input of a run
+
+
+def test_a_run_imports_its_input_once(tmp_path: Path) -> None:
+    save_sections(tmp_path / "em", stack())
+    run_folder = RunFolder(tmp_path / "run")
+    for path, unit in (
+        (tmp_path / "em", "nm"),
+        (tmp_path / "em" / "s*.tif", "nm"),
+        (tmp_path / "em", "pm"),
+    ):
+        section = VolumeSection(path=str(path), voxel_size=SIZE, offset=(30, 0, 6), unit=unit)
+        first = open_section(section, run_folder, "raw", "input.raw")
+        check(first, stack())
+        assert tuple(first.offset) == (30, 0, 6)
+        assert first.unit == unit
+        file = Path(first.path) / "raw" / "zarr.json"
+        before = file.stat().st_mtime_ns
+        again = open_section(section, run_folder, "raw", "input.raw")
+        assert again.describe() == first.describe()
+        assert file.stat().st_mtime_ns == before
+    assert len(list((tmp_path / "run" / "imported").iterdir())) == 3
+    save_sections(tmp_path / "em", stack()[::-1])
+    with pytest.raises(InputError, match=r"input\.raw: .*raw already exists .* not this import"):
+        open_section(section, run_folder, "raw", "input.raw")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "missing.tif"}, r"input\.raw: missing\.tif: no such file or folder"),
+        ({"voxel_size": None}, r"input\.raw: .* holds no voxel size; give voxel_size"),
+    ],
+)
+def test_input_of_a_run_that_cannot_be_imported(tmp_path: Path, change: Any, message: str) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", stack())
+    section = VolumeSection(**({"path": str(tmp_path / "a.tif"), "voxel_size": SIZE} | change))
+    with pytest.raises(InputError, match=message):
+        open_section(section, RunFolder(tmp_path / "run"), "raw", "input.raw")
 
 
 # ----------------------------------------------------------------- once, whole, and again
