@@ -79,7 +79,11 @@ def locate(path: str | os.PathLike[str]) -> Location:
             + ", ".join(f"{known}://" for known in SCHEMES)
         )
     folder = Path(text).expanduser()
-    if not folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be looked up ({error.strerror})") from error
+    if not exists:
         raise InputError(f"{folder}: no such file or folder; correct the path")
     if not folder.is_dir():
         raise InputError(
@@ -140,11 +144,13 @@ class RemoteLocation:
 
     def get(self, key: str) -> bytes | None:
         """Return one whole file, or None if there is none."""
+        from obstore.exceptions import PermissionDeniedError
 
         def fetch() -> bytes | None:
             try:
                 return bytes(_object_store(self.url).get(key).bytes())
-            except FileNotFoundError:
+            except (FileNotFoundError, PermissionDeniedError):
+                # Buckets that may not be listed answer 403 for keys that do not exist.
                 return None
 
         return self._try(fetch)
@@ -154,8 +160,13 @@ class RemoteLocation:
         if self.url.startswith("http"):
             return []
 
+        from obstore.exceptions import PermissionDeniedError
+
         def listing() -> list[str]:
-            result = _object_store(self.url).list_with_delimiter(key or None)
+            try:
+                result = _object_store(self.url).list_with_delimiter(key or None)
+            except PermissionDeniedError:
+                return []
             return sorted(prefix.rsplit("/", 1)[-1] for prefix in result["common_prefixes"])
 
         return self._try(listing)

@@ -228,7 +228,8 @@ def _find(
             raise InputError(
                 f"{location.text} has no dataset {key!r}; it holds: {contents(location)}"
             )
-        raise InputError(f"{location.text}: no zarr or N5 metadata found; correct the path")
+        remote = ", or the credentials if it is private" if "://" in location.text else ""
+        raise InputError(f"{location.text}: no zarr or N5 metadata found; correct the path{remote}")
     if node.shape is not None:
         if level not in (None, 0):
             raise InputError(

@@ -21,7 +21,7 @@ import pytest
 import zarr
 from funlib.geometry import Coordinate, Roi
 
-from blockwise import arrays
+from blockwise import arrays, pyramid
 from blockwise.arrays import create_affinities, create_array, open_array, open_volume, write_chunk
 from blockwise.errors import InputError
 
@@ -466,6 +466,8 @@ def test_missing_and_foreign_paths(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no zarr or N5 metadata found"):
         open_volume(tmp_path / "empty")
+    with pytest.raises(InputError, match=r"cannot be looked up \(File name too long"):
+        open_volume("x" * 5000, "raw")
     with pytest.raises(InputError, match="cannot read ftp://"):
         open_volume("ftp://somewhere/a.zarr", "raw")
 
@@ -592,6 +594,10 @@ class QuietHandler(SimpleHTTPRequestHandler):
     def list_directory(self, path: Any) -> None:
         self.send_error(404)
 
+    def send_error(self, code: int, *args: Any) -> None:
+        # As buckets do that may not be listed: what is not there is forbidden.
+        super().send_error(403 if code == 404 else code, *args)
+
 
 class QuietServer(ThreadingHTTPServer):
     request_queue_size = 64  # the default of 5 makes parallel reads wait for TCP retries
@@ -610,6 +616,8 @@ def test_http(tmp_path: Path) -> None:
             check(open_volume(f"{base}/{name}", "raw"), voxels())
         with pytest.raises(InputError, match=r"a\.zarr has no dataset 'raww'"):
             open_volume(f"{base}/a.zarr", "raww")
+        with pytest.raises(InputError, match="correct the path, or the credentials if it is priv"):
+            open_volume(f"{base}/nothing.zarr")
     finally:
         server.shutdown()
         thread.join()
@@ -674,6 +682,29 @@ def test_created_arrays_open_as_volumes(tmp_path: Path) -> None:
     volume = open_volume(tmp_path / "data.zarr", "fragments", kind="labels")
     check(volume, data)
     assert tuple(volume.offset) == (60, 12, -6)
+
+
+def test_pyramids_open_at_every_level_with_one_offset(tmp_path: Path) -> None:
+    shape, chunks, offset = (9, 40, 50), (4, 8, 8), (60, 13, -6)
+    levels = pyramid.plan_levels(shape, chunks, (30, 6, 6))
+    assert len(levels) > 2
+    pyramid.create_levels(tmp_path / "data.zarr", "segmentation", levels, chunks, offset)
+    pyramid.write_metadata(tmp_path / "data.zarr", "segmentation", levels, offset)
+    for number, level in enumerate(levels):
+        for volume in (
+            open_volume(tmp_path / "data.zarr", "segmentation", level=number, kind="labels"),
+            open_volume(tmp_path / "data.zarr", f"segmentation/{level.name}", kind="labels"),
+        ):
+            assert volume.shape == level.shape
+            assert tuple(volume.voxel_size) == level.voxel_size
+            assert tuple(volume.offset) == offset
+
+
+def test_chunks_larger_than_the_volume(tmp_path: Path) -> None:
+    data = voxels(dtype="uint64")
+    all_chunks(make(tmp_path, chunks=(16, 16, 16)), data)
+    check(open_volume(tmp_path / "data.zarr", "fragments", kind="labels"), data)
+    make(tmp_path, chunks=(16, 16, 16))
 
 
 def test_storage_is_plain_zstd_without_shards(tmp_path: Path) -> None:
