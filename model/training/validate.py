@@ -1,0 +1,150 @@
+"""Scores of an exported checkpoint on held-out blocks, through the same path users run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage, sparse
+
+from model.predictor import AGQPredictor
+from model.training.config import TrainConfig
+from model.training.data import TrainingVolume
+from model.training.targets import affinities_of, erode_borders
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean scores over the validation blocks.
+
+    Attributes
+    ----------
+    error : float
+        Adapted Rand error, predicted background filled by the nearest label.
+    error_as_is : float
+        The same with predicted background as one segment.
+    background : float
+        Share of voxels predicted background.
+    labels, truth : float
+        Labels per block, predicted and true.
+    affinity_accuracy : float
+        Share of voxels and channels whose affinity is on the right side of one half.
+    by_volume : dict of str to float
+        `error` of each volume.
+    """
+
+    error: float
+    error_as_is: float
+    background: float
+    labels: float
+    truth: float
+    affinity_accuracy: float
+    by_volume: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for the metrics file, keys prefixed by "val_"."""
+        return {f"val_{key}": value for key, value in vars(self).items()}
+
+
+def adapted_rand_error(labels: np.ndarray, truth: np.ndarray) -> float:
+    """Return 1 - F of the Rand precision and recall (Arganda-Carreras et al. 2015).
+
+    Label 0 of the truth is ignored; a predicted 0 counts as one segment, as in scikit-image.
+
+    Parameters
+    ----------
+    labels, truth : numpy.ndarray
+        Integer arrays of one shape.
+    """
+    known = truth > 0
+    if not known.any():
+        return 0.0
+    rows = np.unique(truth[known], return_inverse=True)[1]
+    columns = np.unique(labels[known], return_inverse=True)[1]
+    table = sparse.coo_matrix((np.ones(len(rows)), (rows, columns))).tocsr()
+    n = table.sum()
+    pairs = table.multiply(table).sum() - n
+    of_truth = np.square(table.sum(1)).sum() - n
+    of_labels = np.square(table.sum(0)).sum() - n
+    if of_truth + of_labels == 0:
+        return 0.0
+    return float(1.0 - 2.0 * pairs / (of_truth + of_labels))
+
+
+def fill_background(labels: np.ndarray, voxel_size: tuple[float, float, float]) -> np.ndarray:
+    """Give background voxels the label of the nearest labelled voxel (distance in nanometres)."""
+    if not labels.any():
+        return labels
+    nearest = ndimage.distance_transform_edt(
+        labels == 0, sampling=voxel_size, return_distances=False, return_indices=True
+    )
+    filled: np.ndarray = labels[tuple(nearest)]
+    return filled
+
+
+class Validator:
+    """Blocks spread evenly over the validation volumes, read once.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Validation volumes, number of blocks and the network's voxel size.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        shape = config.crop or config.network.input_shape
+        self.blocks: list[tuple[str, np.ndarray, np.ndarray]] = []
+        for volume_config in config.validation:
+            volume = TrainingVolume(volume_config)
+            room = [max(0, n - size) for n, size in zip(volume.shape, shape, strict=True)]
+            rng = np.random.default_rng([config.seed, len(self.blocks)])
+            for _ in range(config.validation_crops):
+                z, y, x = (int(rng.integers(n + 1)) for n in room)
+                raw, truth = volume.read((z, y, x), shape)
+                self.blocks.append((str(volume_config.container), raw, truth))
+
+    def score(self, checkpoint: Path) -> Score:
+        """Run a checkpoint over all blocks and compare with the truth.
+
+        Parameters
+        ----------
+        checkpoint : pathlib.Path
+            An exported model.
+        """
+        predictor = AGQPredictor(checkpoint, device=self.config.device)
+        rows = []
+        by_volume: dict[str, list[float]] = {}
+        for name, raw, truth in self.blocks:
+            found = predictor.predict([raw])[0]
+            labels = found.labels
+            filled = fill_background(labels, self.config.network.voxel_size)
+            error = adapted_rand_error(filled, truth)
+            by_volume.setdefault(name, []).append(error)
+            rows.append(
+                (
+                    error,
+                    adapted_rand_error(labels, truth),
+                    float((labels == 0).mean()),
+                    found.n_labels,
+                    len(np.unique(truth)) - 1,
+                    _affinity_accuracy(found.affinities, truth),
+                )
+            )
+        error, as_is, background, found_labels, true_labels, accuracy = (
+            float(value) for value in np.mean(np.array(rows, dtype=np.float64), axis=0)
+        )
+        return Score(
+            error=error,
+            error_as_is=as_is,
+            background=background,
+            labels=found_labels,
+            truth=true_labels,
+            affinity_accuracy=accuracy,
+            by_volume={name: float(np.mean(errors)) for name, errors in by_volume.items()},
+        )
+
+
+def _affinity_accuracy(affinities: np.ndarray, truth: np.ndarray) -> float:
+    wanted = affinities_of(erode_borders(truth.astype(np.uint32))) > 0.5
+    return float(((affinities > 127) == wanted).mean())
