@@ -101,7 +101,8 @@ class BlockLoop:
     def run(self, session: Session) -> None:
         """Compute blocks of a session until its dispatcher is gone."""
         batch_size = 1 if session.alone else int(self.predictor.batch_size)
-        prefetch = 1 if session.alone else self.spec.prefetch or batch_size
+        # With fewer blocks waiting than a batch takes, no batch would ever be full.
+        prefetch = 1 if session.alone else max(self.spec.prefetch, batch_size)
         # One lane more than the blocks waiting and computing: it writes meanwhile.
         n_lanes = 1 if session.alone else prefetch + batch_size + 1
         places = threading.Semaphore(prefetch)

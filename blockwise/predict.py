@@ -211,7 +211,6 @@ class _Run:
             with contextlib.suppress(OSError):
                 Session(id="", state="closed").save(self.spec.run_dir)
             self._workers.stop(grace_s=_LEAVE_S if ended else 0.0)
-        self._tick(final=True)
 
     def _run_sessions(self) -> None:
         pending, alone, crashes = self.numbers, False, 0
@@ -225,10 +224,11 @@ class _Run:
                     f"the dispatcher keeps ending with {describe_exit(code)}; see "
                     f"{self.spec.run_dir}/logs/predict/dispatcher.log"
                 )
-            given_up = [self._failures[int(n)] > self.spec.retries for n in pending]
-            pending = pending[~np.array(given_up, bool)]
+            given_up = [n for n, count in self._failures.items() if count > self.spec.retries]
+            pending = np.setdiff1d(pending, given_up, assume_unique=True)
             if code == 0 and alone:
                 self._record_lost(pending)
+                self._tick(final=True)
                 return
             alone = alone or code == 0
 
@@ -241,20 +241,23 @@ class _Run:
                 time.sleep(_POLL_S)
         finally:
             dispatcher.kill()
-        self._tick()
+        self._tick(final=True)
         return code
 
     def _tick(self, *, final: bool = False) -> None:
-        """Look after workers, read the journal, report progress."""
+        """Look after workers; now and then, and when one has ended, read and report progress."""
         ends = self._workers.ended()
+        now = time.monotonic()
+        if not (ends or final or now >= self._next_progress):
+            return
+        # Each reading opens the journal file of every worker: not ten times a second.
+        self._next_progress = now + _PROGRESS_S
         for event in self._journal.refresh():
             if event.kind == "block":
                 self._note(event.record)
         for end in ends:
             self._replace(end)
-        now = time.monotonic()
-        if self._on_progress is not None and (final or now >= self._next_progress):
-            self._next_progress = now + _PROGRESS_S
+        if self._on_progress is not None:
             self._on_progress(self._progress())
 
     def _note(self, record: BlockRecord) -> None:
@@ -278,7 +281,8 @@ class _Run:
     def _replace(self, end: WorkerEnd) -> None:
         """Start another worker for one that has ended, or stop the run."""
         if end.code == EXIT_START_FAILED:
-            raise InputError(f"worker {end.index} cannot start: {end.message} (log: {end.log})")
+            kind = RunStoppedError if self._ranks.any() else InputError
+            raise kind(f"worker {end.index} cannot start: {end.message} (log: {end.log})")
         if end.code == EXIT_STOP_RUN:
             raise RunStoppedError(f"{end.message}; fix it and run again to resume")
         self._deaths += 1

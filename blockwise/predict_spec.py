@@ -65,8 +65,8 @@ class PredictSpec(BaseModel):
     workers: NonNegativeInt = 1
     """Worker processes that the coordinator starts on its own machine; 0: others will join."""
 
-    prefetch: PositiveInt | None = None
-    """Blocks read ahead per worker while others are computed; default: one batch."""
+    prefetch: PositiveInt = 1
+    """Blocks read ahead per worker while others are computed; at least one batch is."""
 
     retries: NonNegativeInt = 2
     """How often a failed block is tried again."""

@@ -99,11 +99,8 @@ def work(
         journal = JournalWriter(journal_folder(run_dir), info)
     # A predictor of the user's may raise anything; whatever it is, trying again will not help.
     except Exception as error:
-        known = isinstance(error, InputError)
-        stop_run.tell(
-            event="start_failed",
-            message=str(error) if known else f"{type(error).__name__}: {error}",
-        )
+        text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        stop_run.tell(event="start_failed", message=text.splitlines()[0])
         _logger.exception("the worker cannot start")
         return EXIT_START_FAILED
     stop_run.tell(event="ready", token=journal.token)
