@@ -67,7 +67,7 @@ class BlockMasks:
     channels : np.ndarray
         int16 (z, y, x): the winning channel, 0 background, then one per query.
     mass : np.ndarray
-        float64 (1 + queries,): softmax mass of each channel in voxels.
+        float32 (1 + queries,): softmax mass of each channel in voxels.
     components, dropped : int
         As in `BlockPrediction`.
     """

@@ -152,7 +152,7 @@ def test_first_hundred_components_are_used(shared_dir: Path) -> None:
             instances.permute(1, 2, 3, 0).contiguous(),
         )
         head = decode(network, maps, seeds)
-        logits = head.logits(maps.mask_features.flatten(0, 2)).T.view(-1, *masks.shape[1:])
+        logits = head.logits(maps.mask_features.flatten(0, 2)).view(-1, *masks.shape[1:])
         assert (logits[1:] - predictions[-1][1:]).abs().max() <= 1e-4
         assert not logits[0].any()
 
