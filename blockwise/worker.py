@@ -120,9 +120,11 @@ def _sessions(run_dir: Path, wait_s: float) -> Iterator[Session]:
     last, deadline = "", time.monotonic() + wait_s
     while time.monotonic() < deadline:
         session = Session.load(run_dir)
-        if session is not None and session.state == "closed":
+        # A worker that has just started may come before its coordinator, which then still has to
+        # replace the closed session of an earlier run.
+        if session is not None and session.state == "closed" and last:
             return
-        if session is not None and session.id != last:
+        if session is not None and session.state == "open" and session.id != last:
             last = session.id
             yield session
             deadline = time.monotonic() + wait_s

@@ -31,7 +31,7 @@ def journal(spec: PredictSpec) -> Journal:
     return Journal(Path(spec.run_dir) / "journal" / "predict")
 
 
-def wait_for(condition, seconds: float = 60.0, every: float = 0.02):
+def wait_for(condition, seconds: float = 120.0, every: float = 0.02):
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
@@ -60,7 +60,7 @@ def processes_of(spec: PredictSpec, module: str = "blockwise.") -> list[psutil.P
 def finish(folder: Path, spec: PredictSpec) -> None:
     """Resume and let it end."""
     coordinator = start_coordinator(folder, spec)
-    out, err = coordinator.communicate(timeout=120)
+    out, err = coordinator.communicate(timeout=180)
     assert coordinator.returncode == 0, err
     assert out.strip().endswith("()"), out
 
@@ -80,7 +80,7 @@ def check_worker_kills(tmp_path, undisturbed, seed: int, kills: int) -> None:
         workers = wait_for(lambda: processes_of(spec, "blockwise.worker"))
         time.sleep(rng.random() * 1.5)
         rng.choice(workers).kill()
-    out, err = coordinator.communicate(timeout=120)
+    out, err = coordinator.communicate(timeout=180)
     assert coordinator.returncode == 0, err
     assert out.split() == [str(N), "()"]
     assert outputs(spec) == undisturbed
@@ -159,7 +159,7 @@ def test_a_killed_dispatcher_is_replaced(tmp_path, undisturbed):
     wait_for(lambda: ended(spec) > 0)
     (dispatcher,) = processes_of(spec, "blockwise.dispatcher")
     dispatcher.kill()
-    out, err = coordinator.communicate(timeout=60)
+    out, err = coordinator.communicate(timeout=180)
     assert out.split() == [str(N), "()"], err
     assert outputs(spec) == undisturbed
     assert len(journal(spec).workers) == 1, "the worker should have stayed"
@@ -177,15 +177,15 @@ def test_workers_join_late_and_leave_by_themselves(tmp_path, undisturbed):
         )
         for _ in range(2)
     ]
-    out, err = coordinator.communicate(timeout=60)
+    out, err = coordinator.communicate(timeout=180)
     assert out.split() == [str(N), "()"], err
-    assert [worker.wait(timeout=30) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
     assert outputs(spec) == undisturbed
     late = subprocess.run(
-        [sys.executable, "-m", "blockwise.worker", spec.run_dir],
+        [sys.executable, "-m", "blockwise.worker", spec.run_dir, "--wait", "0.5"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert late.returncode == 0
@@ -200,7 +200,7 @@ def test_a_frozen_worker_loses_its_blocks_and_harms_nothing(tmp_path, undisturbe
     frozen.suspend()
     wait_for(lambda: ended(spec) == N)
     frozen.resume()
-    out, err = coordinator.communicate(timeout=60)
+    out, err = coordinator.communicate(timeout=180)
     assert out.split() == [str(N), "()"], err
     assert outputs(spec) == undisturbed
     assert journal(spec).conflicts == []
