@@ -145,15 +145,20 @@ class Window:
     def inside(
         self, segmentation: Volume, truth: Volume, box: Box, segment: Any, label: Any
     ) -> tuple[int, ...]:
-        """Return a world position in a box that lies deepest in the overlap of two labels."""
+        """Return a world position in a box inside the overlap of two labels.
+
+        It is the deepest place of the section in which the overlap is largest.
+        """
         both = self.read(segmentation, self.in_segmentation, box) == segment
         both &= self.read(truth, self.in_truth, box) == label
+        z = int(np.argmax(both.sum(axis=(1, 2))))
         size = [int(v) for v in self.voxel_size]
-        depth = ndimage.distance_transform_edt(np.pad(both, 1), sampling=size)[1:-1, 1:-1, 1:-1]
-        voxel = np.unravel_index(int(np.argmax(depth)), both.shape)
+        flat = np.pad(both[z], 1)
+        depth = ndimage.distance_transform_edt(flat, sampling=size[1:])[1:-1, 1:-1]
+        y, x = divmod(int(np.argmax(depth)), depth.shape[1])
         return tuple(
             int(o + (b + v) * s + s // 2)
-            for o, b, v, s in zip(self.offset, box[0], voxel, size, strict=True)
+            for o, b, v, s in zip(self.offset, box[0], (z, y, x), size, strict=True)
         )
 
 

@@ -34,7 +34,7 @@ def evaluate(
     *,
     client: Any = None,
     workers: int | None = None,
-    block: Sequence[int] = (32, 512, 512),
+    block: Sequence[int] = (32, 256, 256),
     fill_distance: float = 150.0,
     worst: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
