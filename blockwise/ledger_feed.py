@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from bson.errors import InvalidDocument
 from pymongo import UpdateOne
 
 from blockwise.journal_read import Journal
@@ -105,6 +106,7 @@ class LedgerFeeder:
         self._thread = threading.Thread(target=self._loop, name="ledger-feeder", daemon=True)
         self._error: str | None = None
         self._failures = 0
+        self._refused = 0
 
     def start(self) -> None:
         """Start delivering."""
@@ -158,7 +160,7 @@ class LedgerFeeder:
         return FeedReport(
             delivered=sum(s.delivered for s in stages),
             undelivered=undelivered,
-            refused=sum(s.refused for s in stages),
+            refused=self._refused + sum(s.refused for s in stages),
             error=error,
         )
 
@@ -220,7 +222,12 @@ class LedgerFeeder:
         if not fields and self._stages is not None:
             return
         now = {"updated": time.time()} if self._stages is not None else {"run": self._run}
-        self._ledger.set_run(self._run, fields | now)
+        try:
+            self._ledger.set_run(self._run, fields | now)
+        except InvalidDocument as error:
+            # Too large, usually. It would be refused for ever, and hold up everything behind it.
+            self._refused += 1
+            logger.error("ledger: fields %s left out: %s", ", ".join(fields), str(error)[:200])
         with self._lock:
             # A field set again meanwhile stays for the next time.
             for name, value in fields.items():

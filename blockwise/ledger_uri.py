@@ -18,7 +18,8 @@ _SCHEME: Final = re.compile(r"^\s*(mongodb(?:\+srv)?://)(.*)$", re.DOTALL)
 _SECRET_KEY: Final = re.compile(
     r"pass(word|wd|phrase)?$|secret|token$|credential|api_?key|access_?key|^uri$", re.IGNORECASE
 )
-_USERINFO: Final = re.compile(r"(\w[\w+.-]*://[^\s/:@]*):[^\s]*@")
+# Begins with a literal: a pattern for the scheme's name takes quadratic time on a long word.
+_USERINFO: Final = re.compile(r"(://[^\s/:@]*):\S*@")
 
 
 class LedgerError(InputError):

@@ -281,6 +281,20 @@ def test_refused_documents_are_counted_and_do_not_stop_the_rest(ledger, tmp_path
     assert sorted(in_ledger(ledger, "r")) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
 
 
+def test_fields_too_large_are_left_out_and_hold_nothing_up(ledger, tmp_path):
+    with JournalWriter(tmp_path, WORKER) as writer:
+        writer.finish(record(1))
+    feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path}, {"user": "me"})
+    feeder.start()
+    wait_for(lambda: in_ledger(ledger, "r"))
+    feeder.update_stage("predict", report="x" * (17 << 20))
+    wait_for(lambda: feeder._refused == 1)
+    feeder.update_stage("predict", state="done")
+    report = feeder.stop()
+    assert (report.refused, report.undelivered, report.error) == (1, 0, None)
+    assert ledger.find_run("r")["stages"]["predict"]["state"] == "done"
+
+
 def journal_slowly(folder, n: int, pause: float) -> tuple[threading.Thread, list[float]]:
     """A worker that journals n blocks; the longest times of one block come out in the list."""
     times: list[float] = []
@@ -384,7 +398,8 @@ def test_unreachable_and_required_is_one_line():
     assert PASSWORD not in trace
 
 
-def test_wrong_password(tmp_path):
+def test_wrong_password(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
     if not SERVER.exists():
         pytest.skip(MISSING)
     server = MongoServer(tmp_path / "mongo")
@@ -402,6 +417,8 @@ def test_wrong_password(tmp_path):
             trace = "".join(traceback.format_exception(caught.value))
             assert "WRONG1" not in trace
             assert "\n" not in str(caught.value)
+    for secret in (PASSWORD, QUOTED, "WRONG1"):
+        assert secret not in caplog.text
 
 
 @pytest.mark.parametrize(
