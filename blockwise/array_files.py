@@ -34,8 +34,8 @@ def pack_arrays(arrays: Mapping[str, NDArray], *, compress: bool = True) -> byte
     return buffer.getvalue()
 
 
-def unpack_arrays(data: bytes) -> dict[str, NDArray]:
-    """Read :func:`pack_arrays`.
+def unpack_arrays(data: bytes, skip: tuple[str, ...] = ()) -> dict[str, NDArray]:
+    """Read :func:`pack_arrays`, but for members whose name begins with one of ``skip``.
 
     Raises
     ------
@@ -44,6 +44,7 @@ def unpack_arrays(data: bytes) -> dict[str, NDArray]:
     """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            wanted = (name for name in archive.files if not name.startswith(skip))
+            return {name: archive[name] for name in wanted}
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
         raise InputError(f"file is damaged ({error})") from None

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
+_OVERLAP = ("after_labels", "before_labels")
+
 
 @dataclass(frozen=True)
 class AxisPlanes:
@@ -100,15 +102,15 @@ class Sidecar:
         return pack_arrays(members)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Sidecar:
-        """Read :meth:`to_bytes`.
+    def from_bytes(cls, data: bytes, *, overlap: bool = True) -> Sidecar:
+        """Read :meth:`to_bytes`; without ``overlap`` its label planes outside the block are None.
 
         Raises
         ------
         InputError
             If the data are damaged or of another format version.
         """
-        arrays = unpack_arrays(data)
+        arrays = unpack_arrays(data, () if overlap else _OVERLAP)
         try:
             version, number = (int(value) for value in arrays["header"])
             if version != FORMAT_VERSION:
@@ -140,8 +142,8 @@ def sidecar_path(run_dir: Path, number: int) -> Path:
     return Path(run_dir) / "sidecars" / f"{number // 1000:07d}" / f"{number}.npz"
 
 
-def read_sidecar(run_dir: Path, number: int) -> Sidecar:
-    """Read the sidecar of a block.
+def read_sidecar(run_dir: Path, number: int, *, overlap: bool = True) -> Sidecar:
+    """Read the sidecar of a block, with or without its label planes outside the block.
 
     Raises
     ------
@@ -150,7 +152,7 @@ def read_sidecar(run_dir: Path, number: int) -> Sidecar:
     """
     path = sidecar_path(run_dir, number)
     try:
-        sidecar = Sidecar.from_bytes(path.read_bytes())
+        sidecar = Sidecar.from_bytes(path.read_bytes(), overlap=overlap)
     except FileNotFoundError:
         raise InputError(
             f"{path}: sidecar of block {number} is missing: predict it again"

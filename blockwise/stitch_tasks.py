@@ -19,7 +19,7 @@ from blockwise.contacts import Evidence, collect, merge_evidence
 from blockwise.files import write_atomic
 from blockwise.grid import BlockGrid
 from blockwise.relabel import SegmentIds, build_lut
-from blockwise.sidecar import read_sidecar
+from blockwise.sidecar import Sidecar, read_sidecar
 
 PRESENT_FILE = "present.npy"
 EVIDENCE_FILE = "evidence.npz"
@@ -33,12 +33,11 @@ def contacts_batch(
 ) -> int:
     """Write the evidence that a batch of blocks owns to the file ``part``; return its rows."""
     present = np.load(Path(contacts_folder) / PRESENT_FILE, mmap_mode="r", allow_pickle=False)
-    evidence = collect(
-        numbers,
-        BlockGrid.from_dict(grid),
-        present,
-        lambda number: read_sidecar(Path(run_dir), number),
-    )
+
+    def read(number: int) -> Sidecar:
+        return read_sidecar(Path(run_dir), number, overlap=False)
+
+    evidence = collect(numbers, BlockGrid.from_dict(grid), present, read)
     write_atomic(part, evidence.to_bytes())
     return len(evidence.contacts)
 

@@ -97,6 +97,10 @@ def test_bytes_are_deterministic_and_round_trip(tmp_path):
     with np.load(_write(sidecar_path(tmp_path, 5), data), allow_pickle=False) as archive:
         assert archive["u"].dtype == np.uint32
     assert read_sidecar(tmp_path, 5).to_bytes() == data
+    partly = read_sidecar(tmp_path, 5, overlap=False)
+    assert np.array_equal(partly.planes[0].after_affinity, sidecar.planes[0].after_affinity)
+    assert sidecar.planes[0].after_labels is not None
+    assert partly.planes[0].after_labels is partly.planes[0].before_labels is None
 
 
 def _write(path, data):
