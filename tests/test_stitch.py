@@ -1,5 +1,6 @@
 """The whole stitch: against whole arrays, any batches and workers, resumed, and refused."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,15 @@ def run() -> Run:
 def run_dir(run, tmp_path) -> Path:
     write_run(run, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, client, tmp_path_factory) -> dict[str, bytes]:
+    """Return the files of a stitch that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    write_run(run, run_dir)
+    run_stitch(run.spec(run_dir), client)
+    return results(run_dir)
 
 
 def expected_segments(run: Run, thresholds: Thresholds = Thresholds()) -> np.ndarray:  # noqa: B008
@@ -157,33 +167,28 @@ def test_part_of_the_volume(run, run_dir, client):
 
 
 @pytest.mark.parametrize("batch_blocks", [1, 3, 256])
-def test_batches_and_workers_change_nothing(run, run_dir, client, tmp_path, batch_blocks):
-    run_stitch(run.spec(run_dir), client)
-    write_run(run, tmp_path / "other")
+def test_batches_and_workers_change_nothing(run, run_dir, undisturbed, batch_blocks):
     with local_client(processes=False, workers=1) as alone:
-        run_stitch(run.spec(tmp_path / "other", batch_blocks=batch_blocks), alone)
-    assert results(run_dir) == results(tmp_path / "other")
+        run_stitch(run.spec(run_dir, batch_blocks=batch_blocks), alone)
+    assert results(run_dir) == undisturbed
 
 
-def test_processes_and_an_existing_scheduler(run, run_dir, client, tmp_path):
-    run_stitch(run.spec(run_dir), client)
-    write_run(run, tmp_path / "other")
+def test_processes_and_an_existing_scheduler(run, run_dir, undisturbed):
     with local_client(workers=2) as cluster:
         address = cluster.scheduler.address
         assert address.startswith("tcp://127.0.0.1:")
         assert cluster.dashboard_link.startswith("http://127.0.0.1:")
         assert len(cluster.ncores()) == 2
         with local_client(address) as guest:
-            run_stitch(run.spec(tmp_path / "other"), guest)
+            run_stitch(run.spec(run_dir), guest)
         assert len(cluster.ncores()) == 2
-    assert results(run_dir) == results(tmp_path / "other")
+    assert results(run_dir) == undisturbed
     with pytest.raises(InputError, match="cannot connect"), local_client(address, timeout=2):
         pass
 
 
-def test_only_what_depends_on_a_change_is_redone(run, run_dir, client):
+def test_only_what_depends_on_a_change_is_redone(run, run_dir, client, undisturbed):
     run_stitch(run.spec(run_dir), client)
-    before = results(run_dir)
     assert run_stitch(run.spec(run_dir), client).reused == STEPS
 
     fewer = run_stitch(run.spec(run_dir, levels=2), client)
@@ -211,14 +216,11 @@ def test_only_what_depends_on_a_change_is_redone(run, run_dir, client):
     assert named.segments == len(np.unique(whole[whole > 0]))
 
     run_stitch(run.spec(run_dir), client)
-    assert results(run_dir) == before
+    assert results(run_dir) == undisturbed
 
 
-def test_removed_results_are_made_again(run, run_dir, client):
-    import shutil
-
+def test_removed_results_are_made_again(run, run_dir, client, undisturbed):
     run_stitch(run.spec(run_dir), client)
-    before = results(run_dir)
     for folder, reused in (
         ("data.zarr/segmentation", STEPS[:3]),
         ("data.zarr/segmentation/s2", STEPS[:4]),
@@ -228,7 +230,7 @@ def test_removed_results_are_made_again(run, run_dir, client):
     ):
         shutil.rmtree(run_dir / folder)
         assert run_stitch(run.spec(run_dir), client).reused == reused
-        assert results(run_dir) == before
+        assert results(run_dir) == undisturbed
 
 
 def test_failed_and_missing_blocks_are_refused(run, tmp_path, client):
@@ -293,7 +295,7 @@ class StopHereError(Exception):
 @pytest.mark.parametrize(
     "step", ["contacts", "merge", "agglomerate", "lut", "relabel", "pyramid s1"]
 )
-def test_stopped_in_any_step(run, run_dir, client, tmp_path, step):
+def test_stopped_in_any_step(run, run_dir, client, undisturbed, step):
     def stop(name: str, done: int, total: int) -> None:
         if name == step and done >= total / 2:
             raise StopHereError
@@ -304,9 +306,7 @@ def test_stopped_in_any_step(run, run_dir, client, tmp_path, step):
     run_stitch(run.spec(run_dir), client, lambda name, done, _: first.setdefault(name, done))
     if step in ("relabel", "pyramid s1"):
         assert first[step] > 0
-    write_run(run, tmp_path / "whole")
-    run_stitch(run.spec(tmp_path / "whole"), client)
-    assert results(run_dir) == results(tmp_path / "whole")
+    assert results(run_dir) == undisturbed
 
 
 def in_a_process(spec: StitchSpec, workers: int, *when: str) -> int:
@@ -315,24 +315,23 @@ def in_a_process(spec: StitchSpec, workers: int, *when: str) -> int:
     file.write_text(spec.model_dump_json())
     script = Path(__file__).with_name("stitch_process.py")
     command = [sys.executable, str(script), str(file), str(workers), *when]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 
 
-def test_killed_while_relabelling(run, run_dir, client, tmp_path):
+def test_killed_while_relabelling(run, run_dir, client, undisturbed):
     assert in_a_process(run.spec(run_dir), 0, "relabel", "9") == -signal.SIGKILL
     done = Journal(run_dir / "journal" / "relabel").counts()["done"]
     assert 0 < done < GRID.n_blocks
     run_stitch(run.spec(run_dir), client)
-    write_run(run, tmp_path / "whole")
-    run_stitch(run.spec(tmp_path / "whole"), client)
-    assert results(run_dir) == results(tmp_path / "whole")
+    assert results(run_dir) == undisturbed
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_at_random_again_and_again(run, run_dir, client, tmp_path, seed):
+def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
     rng = np.random.default_rng(seed)
     kills = 0
     for _ in range(4):
@@ -341,14 +340,13 @@ def test_killed_at_random_again_and_again(run, run_dir, client, tmp_path, seed):
         kills += code != 0
     assert in_a_process(run.spec(run_dir), 2, "never") == 0
     assert kills > 0
-    write_run(run, tmp_path / "whole")
-    run_stitch(run.spec(tmp_path / "whole"), client)
-    assert results(run_dir) == results(tmp_path / "whole")
+    assert results(run_dir) == undisturbed
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_worker_changes_nothing(run, run_dir, client, tmp_path, seed):
+def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed):
     rng = np.random.default_rng(seed)
     killed = []
     with local_client(workers=2) as cluster:
@@ -362,6 +360,4 @@ def test_killed_worker_changes_nothing(run, run_dir, client, tmp_path, seed):
         run_stitch(run.spec(run_dir, batch_blocks=2), cluster, kill)
         assert killed
         time.sleep(0.1)
-    write_run(run, tmp_path / "whole")
-    run_stitch(run.spec(tmp_path / "whole"), client)
-    assert results(run_dir) == results(tmp_path / "whole")
+    assert results(run_dir) == undisturbed
