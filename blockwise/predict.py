@@ -192,8 +192,9 @@ class _Run:
         self._ranks = np.zeros(numbers.size, np.uint8)
         self._totals: Counter[str] = Counter()
         self._seconds = dict.fromkeys(("read_s", "compute_s", "write_s"), 0.0)
-        self._deaths_in_a_row = 0
         self._deaths = 0
+        self._deaths_in_a_row = 0
+        self._crashes_at_start = 0
 
     def execute(self) -> None:
         """Run sessions until no block is left to try."""
@@ -268,7 +269,7 @@ class _Run:
         if record.state == "failed":
             self._failures[record.block] += 1
         else:
-            self._deaths_in_a_row = 0
+            self._deaths_in_a_row = self._crashes_at_start = 0
         if STATE_RANK[record.state] <= self._ranks[place]:
             return
         self._ranks[place] = STATE_RANK[record.state]
@@ -295,10 +296,11 @@ class _Run:
             for block in state.current if state is not None else ():
                 self._losses[block] += 1
                 self._last_loss[block] = f"worker {end.index} ended ({how}), log: {end.log}"
-        limit = self.spec.max_restarts
-        if end.token is None:
-            limit = min(limit, _START_CRASHES - 1)
-        if self._deaths_in_a_row > limit:
+        self._crashes_at_start = 0 if end.token is not None else self._crashes_at_start + 1
+        if (
+            self._deaths_in_a_row > self.spec.max_restarts
+            or self._crashes_at_start >= _START_CRASHES
+        ):
             raise RunStoppedError(
                 f"{self._deaths_in_a_row} workers in a row ended without finishing a block, the "
                 f"last by {how}; see {end.log}, then run again to resume"
