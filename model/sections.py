@@ -118,34 +118,38 @@ def elu(
 
 
 class GroupStatistics:
-    """Mean and variance of each group of channels, gathered section by section."""
+    """Mean and variance of each group of channels, gathered section by section.
+
+    Sums are of differences from the first strip's mean, so that a mean far from zero does not
+    cost the variance its digits.
+    """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self.norm = norm
-        self.moments: list[tuple[int, Tensor, Tensor]] = []
+        self.count = 0
+        self.center = torch.zeros(norm.num_channels)
+        self.sums = torch.zeros(2, norm.num_channels, dtype=torch.float64)
 
     def add(self, section: Tensor) -> None:
-        """Take in a section (y, x, C)."""
-        groups, eps = self.norm.num_groups, self.norm.eps
+        """Take in a section (y, x, C), contiguous."""
         for rows in strips(section):
-            strip = section[rows]
-            y, x, channels = strip.shape
-            _, mean, rstd = torch.native_group_norm(
-                strip[None].permute(0, 3, 1, 2), None, None, 1, channels, y * x, groups, eps
-            )
-            mean, rstd = mean[0].double(), rstd[0].double()
-            self.moments.append((y * x, mean, rstd**-2 - eps + mean**2))
+            voxels = section[rows].flatten(0, 1)
+            if not self.count:
+                self.center = voxels.mean(0)
+            self.count += len(voxels)
+            difference = voxels - self.center
+            self.sums[0] += difference.sum(0)
+            self.sums[1] += difference.square_().sum(0)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Return (scale, shift) per channel of the norm over all sections."""
-        counts, means, squares = zip(*self.moments, strict=True)
-        weights = torch.tensor(counts, dtype=torch.float64)[:, None] / sum(counts)
-        mean = (torch.stack(means) * weights).sum(0)
-        square = (torch.stack(squares) * weights).sum(0)
-        rstd = (square - mean**2 + self.norm.eps).rsqrt()
-        per_group = self.norm.num_channels // self.norm.num_groups
-        scale = self.norm.weight.double() * rstd.repeat_interleave(per_group)
-        shift = self.norm.bias.double() - mean.repeat_interleave(per_group) * scale
+        first, second = self.sums / self.count
+        mean = (self.center + first).view(self.norm.num_groups, -1)
+        group = mean.mean(1, keepdim=True)
+        variance = (second - first**2).view_as(mean) + (mean - group) ** 2
+        rstd = (variance.mean(1, keepdim=True) + self.norm.eps).rsqrt()
+        scale = self.norm.weight * rstd.expand_as(mean).flatten()
+        shift = self.norm.bias - group.expand_as(mean).flatten() * scale
         return scale.float(), shift.float()
 
 
