@@ -145,7 +145,9 @@ def test_total_is_the_weighted_sum_over_all_predictions(
         samples,
         masks.flatten(1)[:, samples].argmax(0),
     )
-    weights = LossWeights(dice=2, cross_entropy=0.5, discrimination=0.25, affinity=4)
+    weights = LossWeights(
+        dice=2, cross_entropy=0.5, discrimination=0.25, affinity=4, zero_background=3
+    )
     total, terms = item_losses(affinity_logits, predictions, features, targets, weights)
     queries, instances = match(logits, masks)  # of the first prediction, for all three
     wanted = channel_targets(6, masks, queries, instances)
@@ -154,6 +156,9 @@ def test_total_is_the_weighted_sum_over_all_predictions(
         matched = prediction.softmax(0)[queries + 1]
         expected = expected + 2 * dice_loss(matched, masks[instances])
         expected = expected + 0.5 * cross_entropy(prediction.log_softmax(0), wanted)
+    flat = predictions[-1].clone()
+    flat[0] = 0
+    expected = expected + 3 * cross_entropy(flat.log_softmax(0), wanted)
     expected = expected + 0.25 * discrimination_loss(
         features.flatten(1)[:, samples].T, targets.sample_instances, 0.3
     )

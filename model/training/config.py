@@ -39,12 +39,20 @@ class AugmentConfig(_Section):
 
 
 class LossWeights(_Section):
-    """Weights of the loss terms, as published."""
+    """Weights of the loss terms; the defaults are the published ones."""
 
     dice: float = Field(3.0, ge=0)
     cross_entropy: float = Field(0.3, ge=0)
     discrimination: float = Field(0.1, ge=0)
     affinity: float = Field(1.0, ge=0)
+    zero_background: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "Of a second cross-entropy, on the last prediction with a background logit of 0, as "
+            "inference sets it. Not published; short runs need it to learn logits below 0."
+        ),
+    )
     temperature: float = Field(0.3, gt=0, description="Temperature of the discrimination loss.")
     samples: int = Field(4096, ge=0, description="Voxels drawn for the discrimination loss.")
     exponent: float = Field(

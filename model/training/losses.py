@@ -1,4 +1,4 @@
-"""The four losses of AGQ training, over all predictions of the decoder.
+"""The losses of AGQ training, over all predictions of the decoder.
 
 Weights and definitions follow the published training: dice of matched masks 3.0, soft-target
 cross-entropy over channels 0.3, pixel-wise instance discrimination 0.1, affinities 1.0.
@@ -123,7 +123,8 @@ def item_losses(
     """Compute the weighted loss of one item of a batch.
 
     The matching is made once, on the first prediction, and used for all of them; dice and
-    cross-entropy are means over the predictions' sum, as each is supervised in full.
+    cross-entropy are summed over the predictions. A second cross-entropy, off by default, looks at
+    the last prediction with the background logit at 0, which is what inference does.
 
     Parameters
     ----------
@@ -136,7 +137,7 @@ def item_losses(
     targets : Targets
         The targets of the item.
     weights : LossWeights
-        Weights of the four terms and the temperature.
+        Weights of the terms and the temperature.
 
     Returns
     -------
@@ -149,12 +150,14 @@ def item_losses(
     dice = torch.zeros((), device=affinity_logits.device)
     entropy = torch.zeros((), device=affinity_logits.device)
     last = dice
+    wanted = channel_targets(len(predictions[0]), targets.masks, queries, instances)
     for logits in predictions:
         log_probabilities = logits.float().log_softmax(0)
         last = dice_loss(log_probabilities[queries + 1].exp(), targets.masks[instances])
         dice = dice + last
-        wanted = channel_targets(len(logits), targets.masks, queries, instances)
         entropy = entropy + cross_entropy(log_probabilities, wanted)
+    flat = torch.cat([torch.zeros_like(predictions[-1][:1]), predictions[-1][1:]])
+    zero_background = cross_entropy(flat.float().log_softmax(0), wanted)
     sampled = mask_features.flatten(1)[:, targets.samples].T.float()
     insdis = discrimination_loss(sampled, targets.sample_instances, weights.temperature)
     affinity = affinity_loss(affinity_logits.float(), targets.affinities)
@@ -163,12 +166,14 @@ def item_losses(
         + weights.cross_entropy * entropy
         + weights.discrimination * insdis
         + weights.affinity * affinity
+        + weights.zero_background * zero_background
     )
     terms = {
         "loss": float(total.detach()),
         "dice": float(dice.detach()),
         "dice_last": float(last.detach()),
         "cross_entropy": float(entropy.detach()),
+        "zero_background": float(zero_background.detach()),
         "discrimination": float(insdis.detach()),
         "affinity": float(affinity.detach()),
     }

@@ -10,7 +10,7 @@ from scipy import ndimage, sparse
 from model.predictor import AGQPredictor
 from model.training.config import TrainConfig
 from model.training.data import TrainingVolume
-from model.training.targets import affinities_of, erode_borders
+from model.training.targets import affinities_of, erode_borders, relabel_pieces
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def fill_background(labels: np.ndarray, voxel_size: tuple[float, float, float]) 
 
 
 class Validator:
-    """Blocks spread evenly over the validation volumes, read once.
+    """Blocks drawn from the validation volumes, read once; always the same for a seed.
+
+    Their truth is connected pieces: what leaves the block and comes back is two objects.
 
     Parameters
     ----------
@@ -102,7 +104,7 @@ class Validator:
             for _ in range(config.validation_crops):
                 z, y, x = (int(rng.integers(n + 1)) for n in room)
                 raw, truth = volume.read((z, y, x), shape)
-                self.blocks.append((str(volume_config.container), raw, truth))
+                self.blocks.append((str(volume_config.container), raw, relabel_pieces(truth)))
 
     def score(self, checkpoint: Path) -> Score:
         """Run a checkpoint over all blocks and compare with the truth.
@@ -146,5 +148,5 @@ class Validator:
 
 
 def _affinity_accuracy(affinities: np.ndarray, truth: np.ndarray) -> float:
-    wanted = affinities_of(erode_borders(truth.astype(np.uint32))) > 0.5
+    wanted = affinities_of(erode_borders(truth)) > 0.5
     return float(((affinities > 127) == wanted).mean())
