@@ -95,8 +95,10 @@ class ThresholdPredictor:
 
     def _one(self, raw: np.ndarray) -> Labelled:
         labels, count = cc3d.connected_components(
-            raw > self.threshold, connectivity=6, return_N=True, out_dtype=np.uint16
+            raw > self.threshold, connectivity=6, return_N=True
         )
+        assert count < 2**16
+        labels = labels.astype(np.uint16)
         affinities = np.empty((3, *raw.shape), np.uint8)
         tint = (raw % 50).astype(np.uint8)
         for axis in range(3):
