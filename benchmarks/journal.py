@@ -81,12 +81,13 @@ STEPS = {
 
 def step(name: str, folder: Path, n: int) -> None:
     """Run one step here and print its time and peak memory."""
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     STEPS[name](folder, n)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if name != "finish_one":
         show(f"{name}, s", seconds)
+        show(f"{name}, CPU s", time.process_time() - cpu)
         show(f"{name}, peak MiB", peak)
 
 
