@@ -14,14 +14,14 @@ from typing import Any
 from distributed import Client, KilledWorker, as_completed
 from distributed.client import FutureCancelledError
 
-from blockwise.errors import InputError
+from blockwise.errors import InputError, RunStoppedError
 from blockwise.files import write_atomic
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, items done and items in all."""
 
 
-class StitchError(Exception):
+class StitchError(RunStoppedError):
     """A part of the stitch failed at run time; stitching again does only what is missing."""
 
 
