@@ -271,10 +271,12 @@ def write(
             chunks=chunks,
             dtype=dtype,
             voxel_size=[int(v) for v in voxel_size],
-            attributes={"synthetic": asdict(params)},
         )
         for name, dtype in (("raw", np.uint8), ("labels", np.uint64))
     ]
+    for array in arrays:
+        # Not at creation: an array that existed keeps the attributes it was made with.
+        array.update_attributes({"synthetic": asdict(params)})
     blocks = boxes((0, 0, 0), shape, chunks)
     task = partial(_write_block, arrays, params)
     for done, _ in enumerate(unordered(task, blocks, workers=workers), 1):

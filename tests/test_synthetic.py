@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from blockwise.arrays import open_volume
+from blockwise.arrays import open_array, open_volume
 from blockwise.errors import InputError
 from pipeline import synthetic, synthetic_skeleton, synthetic_tissue
 from pipeline.synthetic import SyntheticParams
@@ -64,6 +64,18 @@ def test_write_does_not_depend_on_block_size_or_workers(tmp_path: Path) -> None:
         values = a.read((0, 0, 0), shape)
         np.testing.assert_array_equal(values, b.read((0, 0, 0), shape))
         assert len(np.unique(values)) >= 4
+
+
+def test_write_over_a_volume_of_another_seed(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        synthetic.write(tmp_path / "a.zarr", (2, 20, 30), seed=seed)
+    labels = open_array(tmp_path / "a.zarr", "labels", "r")
+    assert labels.attrs["synthetic"]["seed"] == 2
+    np.testing.assert_array_equal(
+        labels[:], synthetic.block((0, 0, 0), (2, 20, 30), SyntheticParams(seed=2))[1]
+    )
+    with pytest.raises(InputError):
+        synthetic.write(tmp_path / "a.zarr", (2, 20, 31))
 
 
 def test_seeds_differ(volume: Any) -> None:
