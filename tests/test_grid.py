@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 from funlib.geometry import Coordinate, Roi
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockwise.errors import InputError
@@ -18,7 +18,7 @@ def triple(low: int, high: int) -> st.SearchStrategy[tuple[int, int, int]]:
 
 grids = st.builds(
     BlockGrid,
-    volume_shape=triple(1, 12),
+    volume_shape=triple(1, 10),
     voxel_size=triple(1, 40),
     write_shape=triple(1, 9),
     before=triple(0, 4),
@@ -27,11 +27,16 @@ grids = st.builds(
 )
 
 
+# A busy machine is no failure.
+PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
 def box_slices(box):
     return tuple(slice(a, b) for a, b in zip(*box, strict=True))
 
 
 @given(grids)
+@PATIENT
 def test_every_voxel_is_written_by_exactly_one_block(grid):
     count = np.zeros(grid.volume_shape, int)
     for number in range(grid.n_blocks):
@@ -42,6 +47,7 @@ def test_every_voxel_is_written_by_exactly_one_block(grid):
 
 
 @given(grids)
+@PATIENT
 def test_read_windows_have_one_size_and_stay_inside(grid):
     size = tuple(min(r, v) for r, v in zip(grid.read_shape, grid.volume_shape, strict=True))
     for number in range(grid.n_blocks):
@@ -58,6 +64,7 @@ def test_read_windows_have_one_size_and_stay_inside(grid):
 
 
 @given(grids)
+@PATIENT
 def test_crop_of_the_read_window_is_the_write_box(grid):
     volume = np.arange(np.prod(grid.volume_shape)).reshape(grid.volume_shape)
     for number in range(grid.n_blocks):
@@ -67,6 +74,7 @@ def test_crop_of_the_read_window_is_the_write_box(grid):
 
 
 @given(grids)
+@PATIENT
 def test_numbers_are_dense_and_in_c_order(grid):
     indices = [grid.index(number) for number in range(grid.n_blocks)]
     assert indices == list(itertools.product(*map(range, grid.shape)))
@@ -74,6 +82,7 @@ def test_numbers_are_dense_and_in_c_order(grid):
 
 
 @given(grids)
+@PATIENT
 def test_neighbors_are_the_next_blocks(grid):
     for number, axis in itertools.product(range(grid.n_blocks), range(3)):
         other = grid.neighbor(number, axis)
@@ -87,6 +96,7 @@ def test_neighbors_are_the_next_blocks(grid):
 
 
 @given(grids, triple(-4, 14), triple(-4, 14))
+@PATIENT
 def test_select_is_the_blocks_that_write_into_the_box(grid, start, stop):
     expected = [
         number
@@ -102,6 +112,7 @@ def test_select_is_the_blocks_that_write_into_the_box(grid, start, stop):
 
 
 @given(grids)
+@PATIENT
 def test_world_rois_convert_back(grid):
     for number in range(grid.n_blocks):
         assert grid.to_voxels(grid.write_roi(number)) == grid.write_box(number)
@@ -109,6 +120,7 @@ def test_world_rois_convert_back(grid):
 
 
 @given(grids, st.data())
+@PATIENT
 def test_ids_are_unique_and_reversible(grid, data):
     blocks = st.integers(0, grid.n_blocks - 1)
     labels = st.integers(0, 2**LOCAL_BITS - 1)
@@ -123,7 +135,7 @@ def test_ids_are_unique_and_reversible(grid, data):
 
 
 @given(grids)
-@settings(max_examples=20)
+@PATIENT
 def test_json_round_trip(grid):
     assert BlockGrid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
 
