@@ -46,6 +46,11 @@ class DenseMaps:
     mask_features: Tensor
     instance_features: Tensor
 
+    def finite(self) -> bool:
+        """Whether no value is NaN or infinite, as float16 convolutions can make them."""
+        maps = (self.affinity_logits, self.mask_features, self.instance_features)
+        return all(bool(torch.isfinite(m.sum())) for m in maps)
+
 
 @dataclass(frozen=True)
 class MaskHead:

@@ -128,7 +128,7 @@ class Branch:
         self.biases = biases
         self.coordinate_weight = coordinate_weight
         self.projection = projection
-        self.plane: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
+        self.known: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, branch: ConvBranch) -> Branch:
@@ -198,13 +198,15 @@ class Branch:
 
     def _coordinates(self, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Return what the coordinate channels add: per section (z, C), and anywhere (y, x, C)."""
-        if self.plane is None or self.plane[0] != size:
+        known = self.known
+        if known is None or known[0] != size:
             w = self.coordinate_weight  # (out, [z, x, y], kz, ky, kx)
             along_z = _line(w[:, 0].sum((2, 3)), size[0])
             along_x = _line(w[:, 1].sum((1, 2)), size[2])
             along_y = _line(w[:, 2].sum((1, 3)), size[1])
-            self.plane = (size, along_z, along_y[:, None] + along_x[None])
-        return self.plane[1], self.plane[2]
+            # One assignment: other threads may be at work with another size.
+            self.known = known = (size, along_z, along_y[:, None] + along_x[None])
+        return known[1], known[2]
 
     def _activate(self, section: Tensor, out: Tensor) -> Tensor:
         # Branches with batch norms have ReLU, those without have ELU.

@@ -171,7 +171,8 @@ class AGQPredictor:
         ------
         ModelInputError
             If a block is not 3-D, is empty, has another dtype, or has NaN, infinite or
-            out-of-range values; the message names the block's place in the sequence.
+            out-of-range values; the message names the block's place in the sequence. If the
+            network overflows at the chosen precision.
         """
         results = []
         for image in self._images(blocks):
@@ -198,6 +199,11 @@ class AGQPredictor:
             else:
                 with self._autocast():
                     maps = dense_maps(self.network, x)
+            if not maps.finite():
+                raise ModelInputError(
+                    f"the network's features overflow at precision {self.precision} on this "
+                    "block: use bf16 or fp32"
+                )
             seeds = seeds_of(self.network, maps)
             head = decode(self.network, maps, seeds)
             channels, mass = assign_voxels(head, maps.mask_features, size, self.config.min_mass)

@@ -115,8 +115,8 @@ def test_coordinates_are_z_x_y() -> None:
 def test_padding_rim_is_the_edge() -> None:
     unit = ConvUnit(2, 2, (1, 3, 3), norm="none", activation="none")
     with torch.no_grad():
-        unit[0].weight.zero_()
-        unit[0].weight[:, :, 0, 0, 0] = torch.eye(2)  # looks up and to the left
+        weight = unit.state_dict()["0.weight"].zero_()
+        weight[:, :, 0, 0, 0] = torch.eye(2)  # looks up and to the left
     x = torch.arange(24.0).reshape(1, 2, 1, 3, 4)
     got = unit(x)
     assert torch.equal(got[0, :, 0, 0, 0], x[0, :, 0, 0, 0])

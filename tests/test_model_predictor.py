@@ -1,6 +1,7 @@
 """Blocks in, labels and affinities out."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from model_helpers import SMALL, block, image_tensor, write_checkpoint
 from scipy import ndimage
 
 from model.errors import ModelInputError
-from model.predictor import AGQPredictor, BlockPrediction, normalised, resolve_device
+from model.predictor import AGQPredictor, BlockPrediction, Precision, normalised, resolve_device
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_all_background(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_lower_precision(weights: Path, predictor: AGQPredictor, precision: str) -> None:
+def test_lower_precision(weights: Path, predictor: AGQPredictor, precision: Precision) -> None:
     image = block()
     lower = AGQPredictor(weights, device="cpu", precision=precision)
     (got,), (want,) = lower.predict([image]), predictor.predict([image])
@@ -176,8 +177,17 @@ def test_lower_precision(weights: Path, predictor: AGQPredictor, precision: str)
     assert same(got, lower.predict([image])[0])
 
 
+def test_overflow_is_named(weights: Path) -> None:
+    predictor = AGQPredictor(weights, device="cpu", precision="fp16")
+    projection = predictor.network.mask_branch.projection.bias
+    assert projection is not None
+    projection.fill_(float("inf"))
+    with pytest.raises(ModelInputError, match="overflow at precision fp16"):
+        predictor.predict([block((1, 8, 8))])
+
+
 def test_settings_that_cannot_work(weights: Path) -> None:
-    for settings, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"device": "tpu"}, "device 'tpu': give auto"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"precision": "fp8"}, "precision 'fp8': give one of fp32, bf16, fp16"),
@@ -185,7 +195,8 @@ def test_settings_that_cannot_work(weights: Path) -> None:
         ({"threads": 0}, "threads 0: give at least 1"),
         ({"max_seeds": -1}, "max_seeds: .*greater than or equal to 0"),
         ({"seed_order": "random"}, "seed_order"),
-    ):
+    ]
+    for settings, message in cases:
         with pytest.raises(ModelInputError, match=message):
             AGQPredictor(weights, **{"device": "cpu", **settings})
 
@@ -216,7 +227,7 @@ def test_no_gradients_are_kept(predictor: AGQPredictor) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_cuda_agrees(weights: Path, predictor: AGQPredictor, precision: str) -> None:
+def test_cuda_agrees(weights: Path, predictor: AGQPredictor, precision: Precision) -> None:
     image = block((9, 64, 72))
     gpu = AGQPredictor(weights, device="cuda", precision=precision)
     first, (second,) = gpu.predict([block(seed=9), image])[1], gpu.predict([image])
