@@ -95,8 +95,11 @@ def test_status_from_the_journal(run):
     assert (worker.host, worker.device, worker.state) == ("node1", "cuda:0", "running")
     assert worker.current == (12,)
     text = draw(status)
-    for part in ("10/20", duration(stage.eta_s), "2 failed: ValueError: NaN in raw [bold]", "cuda:0", "node1",
-                 "e.g. block 10, attempt 3, ROI (0, 6168, 1542) + (510, 1542, 1542)"):  # fmt: skip
+    for part in (
+        *("10/20", duration(stage.eta_s), "cuda:0", "node1"),
+        "2 failed: ValueError: NaN in raw [bold]",
+        "e.g. block 10, attempt 3, ROI (0, 6168, 1542) + (510, 1542, 1542)",
+    ):
         assert part in text
     assert max(map(len, text.splitlines())) <= 80
 
