@@ -57,6 +57,10 @@ class ModelConfig(BaseModel):
     min_mass: float = Field(default=40.0, ge=0)
     """A channel whose softmax mass over the block is below this many voxels is dropped."""
 
+    min_affinity: float = Field(default=0.0, ge=0, le=1)
+    """Masks are cut where the mean affinity of a voxel is below this (`model.split`); 0, as
+    published, never cuts."""
+
     seed_order: SeedOrder = "label"
     """Which components are kept above ``max_seeds``: first in raster order, or the largest."""
 

@@ -24,6 +24,7 @@ from model.inference import (
     seeds_of,
 )
 from model.lean import LeanNetwork
+from model.split import split_at_membranes
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -177,7 +178,12 @@ class AGQPredictor:
         results = []
         for image in self._images(blocks):
             masks, affinities = self._run(image)
-            labels, n = connected_labels(masks.channels)
+            channels = masks.channels
+            if self.config.min_affinity > 0:
+                channels = split_at_membranes(
+                    channels, affinities, self.config.min_affinity, self.config.voxel_size
+                )
+            labels, n = connected_labels(channels)
             results.append(BlockPrediction(labels, affinities, masks.components, masks.dropped, n))
         return results
 
