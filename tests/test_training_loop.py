@@ -148,6 +148,33 @@ def test_validation_keeps_the_best_export(volume: Path, tmp_path: Path) -> None:
     assert rows[-1]["val_truth"] > 1
 
 
+def test_a_run_can_start_from_a_checkpoint(volume: Path, tmp_path: Path) -> None:
+    first = train(config_of(volume, tmp_path / "one", steps=2))
+    second = Trainer(config_of(volume, tmp_path / "two", init_from=first.export))
+    saved = checkpoint.load(first.export).state_dict
+    assert all(torch.equal(saved[k].to(v.dtype), v) for k, v in second.network.state_dict().items())
+    assert second.step == 0
+
+
+def test_a_background_margin_lowers_the_last_query_logits_alone(
+    volume: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 5, 33, 33)
+    logits = []
+    for margin in (0.0, 1.5):
+        trainer = Trainer(config_of(volume, tmp_path, background_margin=margin))
+        path = trainer.export(tmp_path / f"{margin}.safetensors")
+        network = AGQ(NETWORK).eval()
+        network.load_state_dict({k: v.float() for k, v in checkpoint.load(path).state_dict.items()})
+        with torch.no_grad():
+            logits.append([items[0] for items in network(x).predictions])
+    for k, (plain, lowered) in enumerate(zip(*logits, strict=True)):
+        expected = 1.5 if k == NETWORK.iterations else 0.0
+        torch.testing.assert_close(plain[0], lowered[0])
+        torch.testing.assert_close(plain[1:] - expected, lowered[1:])
+
+
 def test_sigterm_leaves_a_state_to_go_on_from(volume: Path, tmp_path: Path) -> None:
     config = config_of(volume, tmp_path / "run", steps=100_000)
     (tmp_path / "config.json").write_text(config.model_dump_json())

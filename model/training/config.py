@@ -53,6 +53,14 @@ class LossWeights(_Section):
             "inference sets it. Not published; short runs need it to learn logits below 0."
         ),
     )
+    background_weight: float = Field(
+        1.0,
+        gt=0,
+        description=(
+            "Of background voxels in that second cross-entropy: a gap in a membrane joins two "
+            "neurites, a hole in a neurite can be filled."
+        ),
+    )
     temperature: float = Field(0.3, gt=0, description="Temperature of the discrimination loss.")
     samples: int = Field(4096, ge=0, description="Voxels drawn for the discrimination loss.")
     exponent: float = Field(
@@ -84,6 +92,9 @@ class TrainConfig(_Section):
 
     output: Path = Field(description="Folder for the state, the metrics and the exported model.")
     network: ModelConfig = ModelConfig()
+    init_from: Path | None = Field(
+        None, description="Checkpoint of the same network to start from instead of at random."
+    )
     volumes: list[VolumeConfig] = Field(min_length=1, description="What crops are taken from.")
     validation: list[VolumeConfig] = Field(
         default_factory=list, description="Held-out volumes that the export is chosen by."
@@ -95,6 +106,15 @@ class TrainConfig(_Section):
         (4, 64, 64), description="How far crops may reach beyond a volume (filled by reflection)."
     )
     min_instance_voxels: int = Field(40, ge=1, description="Smaller instances get no mask.")
+    background_margin: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "Lowers all query logits of the exported model by this much, so that background wins "
+            "where no query is surer than that. Too much background only leaves gaps that can be "
+            "filled, too little joins neurites across membranes; choose it on validation volumes."
+        ),
+    )
     augment: AugmentConfig = AugmentConfig()
     losses: LossWeights = LossWeights()
     optimizer: OptimizerConfig = OptimizerConfig()

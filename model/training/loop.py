@@ -127,6 +127,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.network = AGQ(config.network)
         initialise(self.network)
+        if config.init_from is not None:
+            loaded = checkpoint.load(config.init_from, config.network)
+            self.network.load_state_dict(loaded.state_dict)
         self.network.to(self.device)
         self.run: Callable[[torch.Tensor], AGQOutput] = (
             HalfRunner(self.network) if config.precision == "bf16" else self.network
@@ -229,8 +232,12 @@ class Trainer:
             "hours": round(self.minutes / 60, 3),
             "precision": self.config.precision,
             "seed": self.config.seed,
+            "background_margin": self.config.background_margin,
         }
-        checkpoint.save(path, self.ema.state, self.config.network, provenance, half=True)
+        weights = dict(self.ema.state)
+        last = f"inst_decoder.predictors.{self.config.network.iterations - 1}.norm_logits.bias"
+        weights[last] = weights[last] - self.config.background_margin
+        checkpoint.save(path, weights, self.config.network, provenance, half=True)
         return path
 
 

@@ -62,15 +62,22 @@ def channel_targets(
     return out
 
 
-def cross_entropy(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropy(
+    log_probabilities: torch.Tensor, targets: torch.Tensor, background_weight: float = 1.0
+) -> torch.Tensor:
     """Return the mean over voxels of - sum over channels of target * log probability.
 
     Parameters
     ----------
     log_probabilities, targets : torch.Tensor
         (channels, z1, y1, x1) each.
+    background_weight : float
+        Factor of the term of channel 0.
     """
-    return -(targets * log_probabilities).sum(0).mean()
+    total = (targets * log_probabilities).sum(0)
+    if background_weight != 1.0:
+        total = total + (background_weight - 1.0) * targets[0] * log_probabilities[0]
+    return -total.mean()
 
 
 def discrimination_loss(
@@ -157,7 +164,7 @@ def item_losses(
         dice = dice + last
         entropy = entropy + cross_entropy(log_probabilities, wanted)
     flat = torch.cat([torch.zeros_like(predictions[-1][:1]), predictions[-1][1:]])
-    zero_background = cross_entropy(flat.float().log_softmax(0), wanted)
+    zero_background = cross_entropy(flat.float().log_softmax(0), wanted, weights.background_weight)
     sampled = mask_features.flatten(1)[:, targets.samples].T.float()
     insdis = discrimination_loss(sampled, targets.sample_instances, weights.temperature)
     affinity = affinity_loss(affinity_logits.float(), targets.affinities)
