@@ -1,7 +1,7 @@
 """Cut masks where the network's own affinities see a membrane.
 
-Not part of the published method, and off unless a checkpoint's configuration asks for it: a small
-or briefly trained network knows membranes long before its masks stop leaking through them.
+Not part of the published method, and off unless asked for: a small or briefly trained network knows
+membranes long before its masks stop leaking through them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def split_at_membranes(
     min_affinity : float
         Voxels whose mean affinity over the three channels is below this are no part of a core.
     voxel_size : tuple of float
-        In nanometres, for distances.
+        (z, y, x) in nanometres, for distances.
 
     Returns
     -------

@@ -219,6 +219,7 @@ def _model(config: Config) -> tuple[dict[str, Any], dict[str, Any], Triple | Non
         "batch_size": section.batch_size,
         "seed_order": section.seed_order,
         "max_seeds": section.max_seeds,
+        "cut_affinity": section.cut_affinity,
         "threads": config.workers.threads,
     }
     identity = {
@@ -228,6 +229,7 @@ def _model(config: Config) -> tuple[dict[str, Any], dict[str, Any], Triple | Non
         "precision": section.precision,
         "seed_order": section.seed_order or loaded.config.seed_order,
         "max_seeds": section.max_seeds or loaded.config.max_seeds,
+        "cut_affinity": section.cut_affinity,
         "threads": config.workers.threads,
     }
     return options, identity, loaded.config.input_shape
