@@ -25,7 +25,6 @@ from model.inference import (
 )
 from model.lean import LeanNetwork
 from model.split import split_at_membranes
-from model.split import split_at_membranes
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,9 +105,8 @@ class AGQPredictor:
         Overrides the checkpoint's configuration.
     threads : int, optional
         Threads torch uses on the CPU, in the whole process. By default torch's own choice.
-    cut_affinity : float, optional
-        Cut masks where the mean affinity of a voxel is below this (`model.split`); None, as
-        published, never cuts.
+    min_affinity : float, optional
+        Overrides the checkpoint's configuration.
 
     Raises
     ------
@@ -126,7 +124,7 @@ class AGQPredictor:
         seed_order: SeedOrder | None = None,
         max_seeds: int | None = None,
         threads: int | None = None,
-        cut_affinity: float | None = None,
+        min_affinity: float | None = None,
     ) -> None:
         if precision not in get_args(Precision):
             raise ModelInputError(
@@ -135,16 +133,17 @@ class AGQPredictor:
         for name, value in (("batch_size", batch_size), ("threads", threads)):
             if value is not None and value < 1:
                 raise ModelInputError(f"{name} {value}: give at least 1")
-        if cut_affinity is not None and not 0 <= cut_affinity <= 1:
-            raise ModelInputError(f"cut_affinity {cut_affinity}: give a number from 0 to 1")
-        self.cut_affinity = cut_affinity
         self.device = resolve_device(device)
         self.precision = precision
         self.batch_size = batch_size
         if threads is not None:
             torch.set_num_threads(threads)
         loaded = checkpoints.load(checkpoint)
-        changes = {"seed_order": seed_order, "max_seeds": max_seeds}
+        changes = {
+            "seed_order": seed_order,
+            "max_seeds": max_seeds,
+            "min_affinity": min_affinity,
+        }
         settings = loaded.config.model_dump() | {k: v for k, v in changes.items() if v is not None}
         self.config = ModelConfig.from_values(settings, "predictor settings")
         self.sha256 = loaded.sha256

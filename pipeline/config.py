@@ -96,10 +96,10 @@ class ModelSection(Section):
     max_seeds: PositiveInt | None = None
     """Limit of affinity-guided queries per block; default: as trained. What it drops is counted."""
 
-    cut_affinity: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Cut masks where the mean affinity of a voxel is below this; default: never (published).
-    Helps a network whose masks are less mature than its affinities, together with
-    `stitch.within` below 1."""
+    min_affinity: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Cut masks where the mean affinity of a voxel is below this; default: as the checkpoint says
+    (published: 0, never). Helps a network whose masks are less mature than its affinities,
+    together with `stitch.within` below 1."""
 
     factory: str = "model.predictor:AGQPredictor"
     """`module:callable` that makes the predictor; another model can be put here."""

@@ -219,7 +219,7 @@ def _model(config: Config) -> tuple[dict[str, Any], dict[str, Any], Triple | Non
         "batch_size": section.batch_size,
         "seed_order": section.seed_order,
         "max_seeds": section.max_seeds,
-        "cut_affinity": section.cut_affinity,
+        "min_affinity": section.min_affinity,
         "threads": config.workers.threads,
     }
     identity = {
@@ -229,7 +229,9 @@ def _model(config: Config) -> tuple[dict[str, Any], dict[str, Any], Triple | Non
         "precision": section.precision,
         "seed_order": section.seed_order or loaded.config.seed_order,
         "max_seeds": section.max_seeds or loaded.config.max_seeds,
-        "cut_affinity": section.cut_affinity,
+        "min_affinity": (
+            loaded.config.min_affinity if section.min_affinity is None else section.min_affinity
+        ),
         "threads": config.workers.threads,
     }
     return options, identity, loaded.config.input_shape
