@@ -193,8 +193,11 @@ def evaluate(
     """Score a segmentation against ground truth: variation of information and adapted Rand."""
     from pipeline.evaluate import evaluate as score
     from pipeline.locations import open_location
+    from pipeline.progress import step_progress
 
-    report = score(open_location(segmentation, "labels"), open_location(groundtruth, "labels"))
+    volumes = open_location(segmentation, "labels"), open_location(groundtruth, "labels")
+    with step_progress("evaluate") as step:
+        report = score(*volumes, on_progress=step)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1))
     else:
@@ -220,25 +223,29 @@ def view(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="tif file or folder of tifs, h5, npz or npy.")],
+    source: Annotated[
+        str, typer.Argument(help="tif file, folder or glob of tif or png sections, h5, npz, npy.")
+    ],
     container: Annotated[Path, typer.Argument(help="zarr container to write to.")],
-    voxel_size: Annotated[str, typer.Option(help="z,y,x in nm.")],
+    voxel_size: Annotated[str, typer.Option(help="z,y,x in whole world units.")],
     dataset: Annotated[str, typer.Option(help="Name of the array to make.")] = "raw",
     key: Annotated[str | None, typer.Option(help="Dataset of an h5 or key of an npz.")] = None,
     offset: Annotated[str, typer.Option(help="World position z,y,x of the first voxel.")] = "0,0,0",
+    unit: Annotated[str, typer.Option(help="World unit: nm, angstrom or pm.")] = "nm",
 ) -> None:
     """Turn an image stack into a zarr volume that knows its voxel size."""
     from pipeline.importer import import_volume
     from pipeline.locations import parse_triple
+    from pipeline.progress import step_progress
 
-    import_volume(
-        source,
-        container,
-        dataset,
+    size, place = (
         parse_triple("--voxel-size", voxel_size, least=1),
-        key=key,
-        offset=parse_triple("--offset", offset),
+        parse_triple("--offset", offset),
     )
+    with step_progress("import") as report:
+        import_volume(
+            source, container, dataset, size, key=key, offset=place, unit=unit, on_progress=report
+        )
     out.print(f"wrote {container}/{dataset}")
 
 
@@ -251,8 +258,11 @@ def synthetic(
     """Make an EM-like volume with ground truth."""
     from pipeline import synthetic as generator
     from pipeline.locations import parse_triple
+    from pipeline.progress import step_progress
 
-    generator.write(container, parse_triple("--shape", shape, least=1), seed=seed)
+    with step_progress("synthetic") as report:
+        size = parse_triple("--shape", shape, least=1)
+        generator.write(container, size, seed=seed, on_progress=report)
     out.print(f"wrote {container}/raw and {container}/labels")
 
 

@@ -1,6 +1,8 @@
 """What a person sees while `agq run` works: bars on a terminal, a line now and then elsewhere."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,8 +22,8 @@ class RunProgress:
 
     Parameters
     ----------
-    run_dir : Path
-        Run folder, for the first line.
+    run_dir : Path or None
+        Run folder, for the first line; None leaves that line out.
     console : Console, optional
         Where to (default: standard error, so that standard output stays for results).
     line_s : float
@@ -29,9 +31,9 @@ class RunProgress:
     """
 
     def __init__(
-        self, run_dir: Path, *, console: Console | None = None, line_s: float = _LINE_S
+        self, run_dir: Path | None, *, console: Console | None = None, line_s: float = _LINE_S
     ) -> None:
-        self._run_dir = Path(run_dir)
+        self._run_dir = run_dir
         self._console = console or Console(stderr=True)
         self._line_s = line_s
         self._tasks: dict[str, _Task] = {}
@@ -47,7 +49,8 @@ class RunProgress:
             )
 
     def __enter__(self) -> Self:
-        self.note(f"run {self._run_dir}")
+        if self._run_dir is not None:
+            self.note(f"run {self._run_dir}")
         if self._bars is not None:
             self._bars.start()
         return self
@@ -136,3 +139,10 @@ class _Task:
             return f"{text} in {duration(seconds)}"
         left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 else ""
         return f"{text}, {rate:.3g}/s{left}"
+
+
+@contextmanager
+def step_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show one step of work; yields what is to be called with (items done, items in all)."""
+    with RunProgress(None) as progress:
+        yield lambda done, total: progress.step(name, done, total)

@@ -195,7 +195,11 @@ def score(session: Session) -> EvaluationReport | None:
     if prepared.truth is None:
         return None
     with session.stage("evaluate", 1) as record:
-        report = evaluate(segmentation(prepared), prepared.truth)
+        report = evaluate(
+            segmentation(prepared),
+            prepared.truth,
+            on_progress=lambda done, total: session.progress.step("evaluate", done, total),
+        )
         record["report"] = report.to_dict()
     file = prepared.run.path / "evaluation.json"
     write_atomic(file, json.dumps(report.to_dict(), indent=1).encode())
