@@ -108,11 +108,10 @@ class TrainConfig(_Section):
     min_instance_voxels: int = Field(40, ge=1, description="Smaller instances get no mask.")
     background_margin: float = Field(
         0.0,
-        ge=0,
         description=(
-            "Lowers all query logits of the exported model by this much, so that background wins "
-            "where no query is surer than that. Too much background only leaves gaps that can be "
-            "filled, too little joins neurites across membranes; choose it on validation volumes."
+            "Lowers all query logits of the exported model by this much (raises them if negative), "
+            "so that background wins where no query is surer than that. Much background leaves "
+            "gaps, little joins neurites across membranes unless network.min_affinity cuts them."
         ),
     )
     augment: AugmentConfig = AugmentConfig()
