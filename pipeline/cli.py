@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -307,17 +308,21 @@ def _watched(target: Path) -> tuple[Path, Any]:
 
 
 def _explain_failures(run_dir: Path, config: Path, failed: tuple[int, ...]) -> None:
-    from blockwise.journal import Journal
+    from blockwise.journal_read import Journal
 
-    records = {r.block: r for r in Journal(run_dir / "journal" / "predict").failed()}
-    err.print(f"[red]{len(failed)} block{'s' if len(failed) > 1 else ''} failed:[/red]")
+    journal = Journal(run_dir / "journal" / "predict")
+    journal.refresh()
+    records = {record.block: record for record in journal.failed()}
+    # Paths and commands are there to be copied, so lines are not wrapped.
+    say = partial(err.print, markup=False, soft_wrap=True)
+    say(f"{len(failed)} block{'s' if len(failed) > 1 else ''} failed:", style="red")
     for number in failed[:20]:
         record = records.get(number)
-        last = (record.error or "").strip().splitlines()[-1:] if record else []
-        err.print(f"  block {number} {record.roi if record else ''}: {''.join(last)}", markup=False)
+        place = f" at {record.roi[0]} + {record.roi[1]}" if record and record.roi else ""
+        say(f"  block {number}{place}: {record.reason if record else 'no record'}")
     if len(failed) > 20:
-        err.print(f"  ... and {len(failed) - 20} more (agq status {run_dir})")
-    err.print(f"Retry only these: agq predict {config} --only-failed", markup=False)
+        say(f"  ... and {len(failed) - 20} more (agq status {run_dir})")
+    say(f"Retry only these: agq predict {config} --only-failed")
 
 
 def _summary(prepared: "Prepared", scores: "EvaluationReport | None") -> None:

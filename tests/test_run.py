@@ -196,7 +196,7 @@ def test_failed_block_ends_with_1_and_the_retry_command(tmp_path):
     assert failed.returncode == 1, failed.stderr
     assert "1 block failed" in failed.stderr
     assert "this block cannot be predicted" in failed.stderr
-    assert f"agq predict {config} --only-failed" in failed.stderr.replace("\n", "")
+    assert f"agq predict {config} --only-failed" in failed.stderr
     assert "Traceback" not in failed.stderr
     refused = agq("stitch", tmp_path / "run")
     assert refused.returncode == 2
