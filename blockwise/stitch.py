@@ -135,7 +135,7 @@ class _Stitch:
             raise InputError(
                 f"stitch: of {len(selected)} blocks {failed} failed and {len(bad) - failed} are"
                 f" missing (block {named}{', ...' if len(bad) > _FIRST else ''}): predict again,"
-                " or allow missing blocks"
+                " or leave them background with --allow-missing"
             )
         self.report.skipped = int((ranks == _SKIPPED).sum())
         self.report.missing = len(bad)
