@@ -16,7 +16,7 @@ from blockwise.files import format_bytes, free_space
 from blockwise.journal import Journal
 from blockwise.mask import mask_blocks
 from blockwise.predictor import load_predictor
-from pipeline.prepare import Prepared
+from pipeline.prepare import Prepared, triple
 from pipeline.stages import reopen_options, worker_count
 
 
@@ -116,7 +116,7 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
     return Plan(
         run_dir=str(prepared.run.path),
         volume_shape=grid.volume_shape,
-        voxel_size=_triple(grid.voxel_size),
+        voxel_size=triple(grid.voxel_size),
         grid_shape=grid.shape,
         read_shape=grid.read_shape,
         write_shape=grid.write_shape,
@@ -173,11 +173,6 @@ def _measure(
         predictor.predict([block])
         seconds = time.perf_counter() - started
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _triple(values: Any) -> tuple[int, int, int]:
-    z, y, x = (int(v) for v in values)
-    return z, y, x
 
 
 def _sizes(values: tuple[int, int, int]) -> str:

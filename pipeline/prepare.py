@@ -242,7 +242,7 @@ def _grid(config: Config, raw: Volume, trained: Triple | None) -> BlockGrid:
     read = blocks.read_shape or trained
     if read is None:
         raise InputError("blocks.read_shape is needed with a model.factory of your own")
-    write = _triple(
+    write = triple(
         r - low - high for r, low, high in zip(read, blocks.before, blocks.after, strict=True)
     )
     if min(write) <= 0:
@@ -283,9 +283,10 @@ def _roi_box(config: Config, raw: Volume) -> tuple[Triple, Triple] | None:
             f"input.roi: voxels {start.tolist()} to {stop.tolist()} are outside the volume of "
             f"{list(raw.shape)} voxels"
         )
-    return _triple(start), _triple(stop)
+    return triple(start), triple(stop)
 
 
-def _triple(values: Iterable[int]) -> Triple:
+def triple(values: Iterable[int]) -> Triple:
+    """Return three values (z, y, x), of whatever kind of integers, as a tuple of int."""
     z, y, x = (int(v) for v in values)
     return z, y, x
