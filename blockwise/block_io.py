@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from blockwise.arrays import Volume, open_array, open_volume, write_chunk
+from blockwise.arrays import Volume, chunk_file, open_array, open_volume, write_chunk
 from blockwise.errors import InputError
 from blockwise.files import checksum, write_atomic
 from blockwise.grid import BlockGrid
+from blockwise.journal_read import Journal
+from blockwise.litter import remove_temporaries
 from blockwise.predict_spec import PredictSpec, container_path
 from blockwise.predictor import Prediction
 from blockwise.sidecar import build_sidecar, sidecar_path
@@ -126,3 +128,31 @@ class BlockFiles:
         start, stop = self.grid.read_box(number)
         z, y, x = (slice(0, hi - lo) for lo, hi in zip(start, stop, strict=True))
         return labels[z, y, x], affinities[:, z, y, x]
+
+
+def clean_up_killed(spec: PredictSpec, journal: Journal) -> int:
+    """Remove the temporary files of workers that were killed in a block, ever; return how many.
+
+    Only when no worker writes any more. The journal knows the blocks: a killed worker began them
+    and never wrote how they ended.
+
+    Parameters
+    ----------
+    spec
+        Of the run, whose arrays exist.
+    journal
+        Of the prediction, read to its end.
+    """
+    blocks = {block for worker in journal.workers.values() for block in worker.current}
+    if not blocks:
+        return 0
+    grid, container = spec.block_grid(), container_path(spec.run_dir)
+    fragments = open_array(container, "fragments", "r")
+    affinities = open_array(container, "affinities", "r") if spec.affinities else None
+    files = []
+    for block in blocks:
+        index = grid.index(block)
+        files += [chunk_file(fragments, index), sidecar_path(Path(spec.run_dir), block)]
+        if affinities is not None:
+            files.append(chunk_file(affinities, (0, *index)))
+    return remove_temporaries(files)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from blockwise.block_io import clean_up_killed
 from blockwise.errors import InputError, RunStoppedError
 from blockwise.journal import BlockRecord, Journal, JournalWriter
 from blockwise.journal_records import STATE_RANK
@@ -165,6 +166,7 @@ def run_predict(
     if numbers.size:
         with _sigterm_raises():
             run.execute()
+    run.clean_up()
     return run.report()
 
 
@@ -212,6 +214,11 @@ class _Run:
             with contextlib.suppress(OSError):
                 Session(id="", state="closed").save(self.spec.run_dir)
             self._workers.stop(grace_s=_LEAVE_S if ended else 0.0)
+
+    def clean_up(self) -> None:
+        """Remove what killed workers left half written, those of earlier runs too."""
+        self._journal.refresh()
+        clean_up_killed(self.spec, self._journal)
 
     def _run_sessions(self) -> None:
         pending, alone, crashes = self.numbers, False, 0

@@ -33,6 +33,8 @@ from blockwise.cluster import local_client
 from blockwise.errors import InputError
 from blockwise.files import make_folder
 from blockwise.journal import Journal
+from blockwise.journal_records import STATE_RANK
+from blockwise.litter import remove_all_temporaries
 from blockwise.pyramid import (
     Level,
     chunk_numbers,
@@ -44,21 +46,26 @@ from blockwise.pyramid import (
     write_metadata,
 )
 from blockwise.relabel import relabel_batch
-from blockwise.stitch_spec import StitchReport, StitchSpec
+from blockwise.stitch_spec import StitchReport, StitchSpec, find_blocks
 from blockwise.stitch_steps import Progress, Step, StitchError, digest, run_tasks
 
-__all__ = ["Progress", "StitchError", "StitchReport", "StitchSpec", "local_client", "run_stitch"]
+__all__ = [
+    "Progress",
+    "StitchError",
+    "StitchReport",
+    "StitchSpec",
+    "find_blocks",
+    "local_client",
+    "run_stitch",
+]
 
 FRAGMENTS = "fragments"
 SEGMENTATION = "segmentation"
 ALGORITHM_VERSION = 1
 """Raised whenever the same evidence would give another segmentation or other bytes."""
 
-_DONE = 3
-_SKIPPED = 2
-_FAILED = 1
-
-_FIRST = 10
+_DONE = STATE_RANK["done"]
+_SKIPPED = STATE_RANK["skipped"]
 
 
 def run_stitch(
@@ -89,6 +96,7 @@ class _Stitch:
     def __init__(self, spec: StitchSpec, client: Client, on_progress: Progress | None) -> None:
         self.spec = spec
         self.client = client
+        self._workers = frozenset(client.ncores())
         self.on_progress = on_progress
         self.grid = spec.block_grid()
         self.run_dir = spec.run_dir
@@ -121,24 +129,9 @@ class _Stitch:
 
     def _blocks(self) -> tuple[NDArray[np.int64], str]:
         """Return the blocks to stitch, and a digest of what predict wrote for them."""
-        spec, grid = self.spec, self.grid
-        selected = grid.select(spec.start or (0, 0, 0), spec.stop or grid.volume_shape)
-        journal = Journal(self.run_dir / "journal" / "predict")
-        journal.done(grid.n_blocks)  # refuses the journal of another grid
-        ranks = journal.ranks(selected)
-        bad = selected[ranks < _SKIPPED]
-        if not len(selected):
-            raise InputError("stitch: the ROI holds no block of the volume")
-        if len(bad) and not spec.allow_missing:
-            failed = int((ranks == _FAILED).sum())
-            named = ", ".join(str(number) for number in bad[:_FIRST])
-            raise InputError(
-                f"stitch: of {len(selected)} blocks {failed} failed and {len(bad) - failed} are"
-                f" missing (block {named}{', ...' if len(bad) > _FIRST else ''}): predict again,"
-                " or leave them background with --allow-missing"
-            )
+        selected, ranks, journal = find_blocks(self.spec)
         self.report.skipped = int((ranks == _SKIPPED).sum())
-        self.report.missing = len(bad)
+        self.report.missing = int((ranks < _SKIPPED).sum())
         numbers = selected[ranks == _DONE]
         self.report.blocks = len(numbers)
         rows = journal.rows
@@ -146,7 +139,7 @@ class _Stitch:
         sums = rows["digest"][np.searchsorted(rows["block"], numbers)]
         return numbers, digest(
             [ALGORITHM_VERSION, contacts_module.FORMAT_VERSION, sidecar_module.FORMAT_VERSION],
-            grid.to_dict(),
+            self.grid.to_dict(),
             numbers.tobytes(),
             np.ascontiguousarray(sums).tobytes(),
         )
@@ -263,7 +256,7 @@ class _Stitch:
                 [len(batch) for _, batch in batches],
                 len(numbers) - len(todo),
             )
-            step.finish({})
+            self._finish_arrays(step, [group])
         return self._end(step)
 
     def _pyramid(self, numbers: NDArray[np.int64], key: str) -> None:
@@ -282,7 +275,7 @@ class _Stitch:
                 indices = coarse_chunks(indices, level.step)
                 self._coarsen(levels, i, indices, folder)
             write_metadata(self.container, SEGMENTATION, levels, self.grid.offset, self.unit)
-            step.finish({})
+            self._finish_arrays(step, outputs)
         self.report.levels = len(levels)
         self._end(step)
 
@@ -329,6 +322,13 @@ class _Stitch:
                 f"{name}: {sum(failed)} blocks failed, first block {first.block}: {first.reason}"
                 f" (tracebacks in {folder})"
             )
+
+    def _finish_arrays(self, step: Step, arrays: list[Path]) -> None:
+        """Mark a step done; after a crash, remove what killed writers left in its arrays."""
+        if step.resumed or frozenset(self.client.ncores()) != self._workers:
+            for path in arrays:
+                remove_all_temporaries(path)
+        step.finish({})
 
     def _one(self, name: str, function: Any, *arguments: Any) -> dict[str, Any]:
         result: dict[str, Any] = run_tasks(

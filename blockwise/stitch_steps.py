@@ -57,6 +57,7 @@ class Step:
         self.name = name
         self.key = key
         self.reused = False
+        self.resumed = False
         self._path = Path(run_dir) / "stitch" / f"{name}.json"
         self._outputs = outputs
         self.begun = time.monotonic()
@@ -72,6 +73,7 @@ class Step:
                 self.reused = True
                 result: dict[str, Any] = marker["result"]
                 return result
+            self.resumed = True
             return None
         self._path.unlink(missing_ok=True)
         for path in self._outputs:

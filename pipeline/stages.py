@@ -19,7 +19,7 @@ from blockwise.lanes import block_place
 from blockwise.mask import mask_blocks
 from blockwise.predict import PredictReport, PredictSpec, run_predict
 from blockwise.processes import this_worker
-from blockwise.stitch import StitchReport, StitchSpec, local_client, run_stitch
+from blockwise.stitch import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
 from pipeline.evaluate import EvaluationReport, evaluate
 from pipeline.picture import snapshot
 from pipeline.prepare import Prepared
@@ -172,6 +172,7 @@ def stitch(session: Session) -> StitchReport:
         allow_missing=section.allow_missing,
         levels=None if levels == "auto" else levels + 1,
     )
+    find_blocks(spec)
     with (
         session.stage("stitch", int(prepared.selected.size)) as record,
         local_client(section.dask.address, workers=section.dask.workers) as client,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
+from blockwise.arrays import chunk_file, open_array
 from blockwise.errors import InputError, RunStoppedError
 from blockwise.grid import BlockGrid
 from blockwise.journal import Journal
@@ -159,6 +160,16 @@ def test_a_block_that_kills_its_worker_fails_alone(tmp_path):
     (record,) = journal(spec).failed()
     assert "SIGKILL" in record.reason
     assert "worker-" in record.reason
+    # What the killed workers may have left of their blocks goes when predict runs next.
+    held = {block for worker in journal(spec).workers.values() for block in worker.current}
+    assert 13 in held
+    array = open_array(Path(spec.run_dir) / "data.zarr", "fragments")
+    chunks = [chunk_file(array, GRID.index(n)) for n in (13, np.setdiff1d(ALL, list(held))[0])]
+    litter = [file.with_name(f"{file.name}.{'0f' * 16}.partial") for file in chunks]
+    for file in litter:
+        file.write_bytes(b"half")
+    run_predict(spec, ALL[:0])
+    assert [file.exists() for file in litter] == [False, True]
 
 
 @pytest.mark.slow
