@@ -15,6 +15,7 @@ from rich.table import Table
 from blockwise.errors import InputError, RunStoppedError
 from model.errors import ModelInputError
 from pipeline.config import Config, load_config, parse_config
+from pipeline.score_cli import baseline_app, sweep
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluationReport
@@ -31,6 +32,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check a configuration or print its schema.")
 app.add_typer(config_app, name="config")
+app.add_typer(baseline_app, name="baseline")
+app.command()(sweep)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

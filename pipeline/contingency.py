@@ -14,6 +14,7 @@ from funlib.geometry import Coordinate
 from scipy import ndimage
 
 from blockwise.arrays import Volume
+from blockwise.errors import InputError
 from blockwise.pairs import PairTable
 from pipeline.parallel import Box
 
@@ -73,6 +74,60 @@ class Table:
         summed = np.add.reduceat(count, first)
         return cls(truth[first], segment[first], summed, block[order][first], most[order][first])
 
+    def with_segments(self, ids: Labels, segments: Labels) -> Table:
+        """Rename segments; rows that become equal are added (see `BlockCounts`)."""
+        place = np.searchsorted(ids, self.segment)
+        known = place < len(ids)
+        known[known] = ids[place[known]] == self.segment[known]
+        if not bool((known | (self.segment == 0)).all()):
+            raise ValueError("a fragment of the table has no segment")
+        renamed = np.zeros_like(self.segment)
+        renamed[known] = segments[place[known]]
+        return Table.merge([replace(self, segment=renamed)])
+
+
+@dataclass(frozen=True)
+class BorderRule:
+    """Which voxels count as too near to a border of the truth to be scored.
+
+    A voxel is left out if a voxel of another truth label (0 included) lies at most `radius` steps
+    away on every axis. The end of the volume is no border.
+
+    Attributes
+    ----------
+    radius
+        Voxels; 0 leaves nothing out.
+    across_sections
+        Whether the distance runs over z too; otherwise within a section.
+    """
+
+    radius: int = 0
+    across_sections: bool = False
+
+    def __post_init__(self) -> None:
+        if self.radius < 0:
+            raise InputError(f"border radius {self.radius}: give 0 or more voxels")
+
+    @property
+    def halo(self) -> tuple[int, int, int]:
+        """Voxels around a box that decide about the voxels in it."""
+        return (self.radius if self.across_sections else 0, self.radius, self.radius)
+
+    def describe(self) -> dict[str, Any]:
+        """Return it in JSON types."""
+        return {"radius": self.radius, "axes": "zyx" if self.across_sections else "yx"}
+
+    def clear(self, truth: Labels) -> Labels:
+        """Return the truth with 0 where it is not to be scored."""
+        if self.radius == 0:
+            return truth
+        # Labels are numbered first: the filters compute in doubles.
+        small = np.unique(truth, return_inverse=True)[1].reshape(truth.shape).astype(np.int32)
+        size = [2 * h + 1 for h in self.halo]
+        highest = ndimage.maximum_filter(small, size, mode="nearest")
+        lowest = ndimage.minimum_filter(small, size, mode="nearest")
+        return np.where(highest == lowest, truth, np.uint64(0))
+
 
 @dataclass(frozen=True)
 class BlockCounts:
@@ -96,6 +151,27 @@ class BlockCounts:
     def rows(self) -> int:
         """Rows of all tables."""
         return len(self.labelled.count) + len(self.background.count) + len(self.filled.count)
+
+    @property
+    def scored(self) -> int:
+        """Voxels whose truth is not 0."""
+        return self.labelled.total + self.background.total
+
+    def with_segments(self, ids: Labels, segments: Labels) -> BlockCounts:
+        """Return the counts after fragments were joined to segments; nothing is counted again.
+
+        Parameters
+        ----------
+        ids
+            Every fragment id in the tables but 0, sorted.
+        segments
+            Segment of each, in the same order.
+        """
+        return BlockCounts(
+            self.labelled.with_segments(ids, segments),
+            self.background,
+            self.filled.with_segments(ids, segments),
+        )
 
     @classmethod
     def empty(cls) -> BlockCounts:
@@ -128,6 +204,8 @@ class Window:
         Voxel (z, y, x) of each volume at which the window starts.
     fill_distance
         World units; how far the nearest segment is looked for.
+    ignore
+        Which voxels near borders of the truth are not scored.
     """
 
     shape: tuple[int, int, int]
@@ -136,11 +214,22 @@ class Window:
     in_segmentation: tuple[int, int, int]
     in_truth: tuple[int, int, int]
     fill_distance: float
+    ignore: BorderRule = BorderRule()
 
     def read(self, volume: Volume, origin: Sequence[int], box: Box) -> Labels:
         """Read a box of the window from a volume in which the window starts at ``origin``."""
         start, stop = ([o + v for o, v in zip(origin, end, strict=True)] for end in box)
         return volume.read(start, stop).astype(np.uint64, copy=False)
+
+    def scored_truth(self, truth: Volume, box: Box) -> Labels:
+        """Read the truth of a box, 0 where it is not to be scored."""
+        start, stop = ([o + v for o, v in zip(self.in_truth, end, strict=True)] for end in box)
+        halo = self.ignore.halo
+        low = [max(0, s - h) for s, h in zip(start, halo, strict=True)]
+        high = [min(n, s + h) for n, s, h in zip(truth.shape, stop, halo, strict=True)]
+        inner = tuple(slice(s - a, e - a) for s, e, a in zip(start, stop, low, strict=True))
+        labels = truth.read(low, high).astype(np.uint64, copy=False)
+        return np.ascontiguousarray(self.ignore.clear(labels)[inner])
 
     def inside(
         self, segmentation: Volume, truth: Volume, box: Box, segment: Any, label: Any
@@ -182,7 +271,7 @@ def count_block(
         Of the voxels of the box whose truth is not 0.
     """
     number, box = numbered
-    real = window.read(truth, window.in_truth, box)
+    real = window.scored_truth(truth, box)
     labels = window.read(segmentation, window.in_segmentation, box)
     labelled = Table.of(real, labels, number)
     open_truth = np.where(labels == 0, real, np.uint64(0))

@@ -8,11 +8,15 @@ Label 0 of the truth is not scored. A *predicted* 0 is scored in three ways, all
 the usual metrics count it as one segment, which alone ruins a perfect segmentation with membranes:
 ``as_is`` (0 is one segment), ``background_filled`` (it becomes the nearest segment, within a
 named distance) and ``background_ignored`` (voxels of predicted 0 are left out).
+
+Voxels near the borders of truth objects, where annotators differ, can be left out too
+(``BorderRule``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,11 +25,66 @@ from funlib.geometry import Coordinate
 
 from blockwise.arrays import Volume
 from blockwise.errors import InputError
-from pipeline.contingency import BlockCounts, Table, Window, count_block
-from pipeline.parallel import boxes, unordered
-from pipeline.scores import Disagreement, EvaluationReport, Scores, shares
+from pipeline.contingency import BlockCounts, BorderRule, Table, Window, count_block
+from pipeline.parallel import Box, boxes, unordered
+from pipeline.scores import Disagreement, EvaluationReport, Scores, scores_of, shares
 
-__all__ = ["EvaluationReport", "Scores", "evaluate"]
+__all__ = ["BorderRule", "Counted", "EvaluationReport", "Scores", "count", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Contingency tables of two volumes.
+
+    Attributes
+    ----------
+    window
+        The voxels that both have.
+    blocks
+        Boxes of the window; tables name them by their place in this list.
+    counts
+        Sum over all boxes.
+    """
+
+    window: Window
+    blocks: list[Box]
+    counts: BlockCounts
+
+
+def count(
+    segmentation: Volume,
+    truth: Volume,
+    *,
+    client: Any = None,
+    workers: int | None = None,
+    block: Sequence[int] = (32, 256, 256),
+    fill_distance: float = 150.0,
+    ignore: BorderRule | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Counted:
+    """Count the pairs of labels of two volumes, block by block; arguments as for `evaluate`."""
+    window = _window(segmentation, truth, fill_distance, ignore or BorderRule())
+    blocks = boxes((0, 0, 0), window.shape, block)
+    task = partial(count_block, segmentation, truth, window)
+    numbered = list(enumerate(blocks))
+    total = BlockCounts.empty()
+    gathered: list[BlockCounts] = []
+    rows = 0
+    for done, counts in enumerate(unordered(task, numbered, client=client, workers=workers), 1):
+        gathered.append(counts)
+        rows += counts.rows
+        # Merging costs a sort; doing it only when the new rows outgrow the old keeps it linear.
+        if rows > max(1_000_000, total.rows):
+            total, gathered, rows = BlockCounts.merge([total, *gathered]), [], 0
+        if on_progress is not None:
+            on_progress(done, len(blocks))
+    total = BlockCounts.merge([total, *gathered])
+    if total.scored == 0:
+        raise InputError(
+            f"{truth.name}: no labelled voxel where it overlaps {segmentation.name}; "
+            "nothing can be scored"
+        )
+    return Counted(window, blocks, total)
 
 
 def evaluate(
@@ -36,6 +95,7 @@ def evaluate(
     workers: int | None = None,
     block: Sequence[int] = (32, 256, 256),
     fill_distance: float = 150.0,
+    ignore: BorderRule | None = None,
     worst: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationReport:
@@ -56,6 +116,8 @@ def evaluate(
         World units: a predicted 0 takes the nearest segment up to this distance for
         ``background_filled`` (ties go to the lower z, then y, then x); one further away stays 0
         and is counted in the report.
+    ignore
+        Which voxels near borders of the truth are left out; None: none.
     worst
         How many mergers and splits to list.
     on_progress
@@ -72,31 +134,21 @@ def evaluate(
         If voxel sizes differ, offsets differ by a fraction of a voxel, the volumes do not
         overlap, or the truth has no labelled voxel there.
     """
-    window = _window(segmentation, truth, fill_distance)
-    blocks = boxes((0, 0, 0), window.shape, block)
-    task = partial(count_block, segmentation, truth, window)
-    numbered = list(enumerate(blocks))
-    total = BlockCounts.empty()
-    gathered: list[BlockCounts] = []
-    rows = 0
-    for done, counts in enumerate(unordered(task, numbered, client=client, workers=workers), 1):
-        gathered.append(counts)
-        rows += counts.rows
-        # Merging costs a sort; doing it only when the new rows outgrow the old keeps it linear.
-        if rows > max(1_000_000, total.rows):
-            total, gathered, rows = BlockCounts.merge([total, *gathered]), [], 0
-        if on_progress is not None:
-            on_progress(done, len(blocks))
-    total = BlockCounts.merge([total, *gathered])
-    scored = total.labelled.total + total.background.total
-    if scored == 0:
-        raise InputError(
-            f"{truth.name}: no labelled voxel where it overlaps {segmentation.name}; "
-            "nothing can be scored"
-        )
-    background = Table.merge([total.labelled, total.background])
-    filled = Table.merge([total.labelled, total.filled])
-    locate = partial(_disagreements, segmentation, truth, window, blocks, total.labelled)
+    counted = count(
+        segmentation,
+        truth,
+        client=client,
+        workers=workers,
+        block=block,
+        fill_distance=fill_distance,
+        ignore=ignore,
+        on_progress=on_progress,
+    )
+    window, total = counted.window, counted.counts
+    scores = scores_of(total)
+    locate = partial(
+        _disagreements, segmentation, truth, window, counted.blocks, total.labelled, worst
+    )
     return EvaluationReport(
         segmentation=segmentation.name,
         truth=truth.name,
@@ -104,21 +156,26 @@ def evaluate(
         shape=window.shape,
         voxel_size=tuple(int(v) for v in window.voxel_size),
         unit=truth.unit,
-        voxels=scored,
-        background=total.background.total / scored,
-        unfilled=int(total.filled.count[total.filled.segment == 0].sum()) / scored,
+        ignored_border=window.ignore.describe(),
+        voxels=total.scored,
+        background=total.background.total / total.scored,
+        unfilled=int(total.filled.count[total.filled.segment == 0].sum()) / total.scored,
         fill_distance=fill_distance,
-        truth_objects=len(np.unique(background.truth)),
+        truth_objects=len(
+            np.unique(np.concatenate([total.labelled.truth, total.background.truth]))
+        ),
         segments=len(np.unique(total.labelled.segment)),
-        as_is=Scores.of(background),
-        background_filled=Scores.of(filled),
-        background_ignored=Scores.of(total.labelled),
-        worst_mergers=locate(worst, by_segment=True),
-        worst_splits=locate(worst, by_segment=False),
+        as_is=scores["as_is"],
+        background_filled=scores["background_filled"],
+        background_ignored=scores["background_ignored"],
+        worst_mergers=locate(by_segment=True),
+        worst_splits=locate(by_segment=False),
     )
 
 
-def _window(segmentation: Volume, truth: Volume, fill_distance: float) -> Window:
+def _window(
+    segmentation: Volume, truth: Volume, fill_distance: float, ignore: BorderRule
+) -> Window:
     """Voxels that both volumes have."""
     size = segmentation.voxel_size
     if size != truth.voxel_size or segmentation.unit != truth.unit:
@@ -146,6 +203,7 @@ def _window(segmentation: Volume, truth: Volume, fill_distance: float) -> Window
         in_segmentation=_start(common.offset, segmentation),
         in_truth=_start(common.offset, truth),
         fill_distance=fill_distance,
+        ignore=ignore,
     )
 
 

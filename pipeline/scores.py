@@ -15,7 +15,7 @@ import numpy.typing as npt
 from rich.console import Group
 from rich.table import Table as RichTable
 
-from pipeline.contingency import Table
+from pipeline.contingency import BlockCounts, Table
 
 VARIANTS = {
     "as_is": "as is (predicted 0 is one segment)",
@@ -101,6 +101,15 @@ class Scores:
         )
 
 
+def scores_of(counts: BlockCounts) -> dict[str, Scores | None]:
+    """Score tables in every way of `VARIANTS`."""
+    return {
+        "as_is": Scores.of(Table.merge([counts.labelled, counts.background])),
+        "background_filled": Scores.of(Table.merge([counts.labelled, counts.filled])),
+        "background_ignored": Scores.of(counts.labelled),
+    }
+
+
 def _sums_of(labels: npt.NDArray[np.uint64], count: npt.NDArray[np.int64]) -> Any:
     ids, index = np.unique(labels, return_inverse=True)
     return _sums(index, count, len(ids))
@@ -149,6 +158,8 @@ class EvaluationReport:
         What was compared.
     offset, shape, voxel_size, unit
         Where: world units, voxels, world units; (z, y, x).
+    ignored_border
+        Radius in voxels and axes of the border of truth objects that is not scored.
     voxels
         Voxels scored: those whose truth is not 0.
     background
@@ -171,6 +182,7 @@ class EvaluationReport:
     shape: tuple[int, ...]
     voxel_size: tuple[int, ...]
     unit: str
+    ignored_border: dict[str, Any]
     voxels: int
     background: float
     unfilled: float
@@ -218,9 +230,11 @@ class EvaluationReport:
 
     def table(self) -> Group:
         """Return tables for a rich console."""
+        border = self.ignored_border
+        where = f", {border['radius']} voxels at borders ignored ({border['axes']})"
         main = RichTable(
             title=f"{self.segments} segments, {self.truth_objects} objects, {self.voxels:,} voxels "
-            f"scored, {self.background:.1%} of them predicted 0"
+            f"scored, {self.background:.1%} of them predicted 0{where if border['radius'] else ''}"
         )
         main.add_column("Predicted background")
         for title in ("VOI split", "VOI merge", "VOI sum", "Rand error", "precision", "recall"):

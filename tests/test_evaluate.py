@@ -18,7 +18,7 @@ from blockwise.arrays import Volume, create_array, open_volume
 from blockwise.cluster import local_client
 from blockwise.errors import InputError
 from pipeline.contingency import Table
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import BorderRule, evaluate
 from pipeline.parallel import unordered
 from pipeline.scores import Scores
 
@@ -186,6 +186,32 @@ def test_worst_errors_are_found_and_their_positions_lie_inside(tmp_path: Path) -
             assert voxels <= np.count_nonzero(volume == label)
     assert report.worst_mergers[0].bits == pytest.approx(report.background_ignored.voi_merge)
     assert report.worst_splits[0].bits == pytest.approx(report.background_ignored.voi_split)
+
+
+@pytest.mark.parametrize("across_sections", [False, True])
+@pytest.mark.parametrize("block", [(9, 40, 44), (3, 9, 11)])
+def test_borders_of_the_truth_can_be_left_out(
+    tmp_path: Path, block: Any, across_sections: bool
+) -> None:
+    truth, labels = blobs(20, 6), blobs(21, 8, zeros=0.1)
+    far = truth.copy()
+    reach = (2 if across_sections else 0, 2, 2)
+    for z, y, x in np.ndindex(truth.shape):
+        window = tuple(
+            slice(max(0, v - r), v + r + 1) for v, r in zip((z, y, x), reach, strict=True)
+        )
+        if (truth[window] != truth[z, y, x]).any():
+            far[z, y, x] = 0
+    report = evaluate(
+        stored(tmp_path / "s", labels),
+        stored(tmp_path / "t", truth),
+        block=block,
+        ignore=BorderRule(2, across_sections),
+    )
+    assert 0 < report.voxels == np.count_nonzero(far) < truth.size
+    assert_like_skimage(report.as_is, far, labels)
+    with pytest.raises(InputError, match="border radius -1"):
+        BorderRule(-1)
 
 
 def test_report_is_json_and_a_table(tmp_path: Path) -> None:

@@ -1,0 +1,302 @@
+"""What AGQ's queries buy: its segmentation beside the usual one from the same affinities.
+
+The baseline (see `pipeline.watershed` for the fragments) agglomerates by mean affinity, in the
+run's own exact stitch, blockwise, or by the 75 % quantile of affinities with waterz, in memory.
+Thresholds are searched on the volume at hand, or taken from the report of another run: tune on one
+volume, report on another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import waterz
+from rich.console import Group
+
+from blockwise.arrays import Volume, open_array, open_volume
+from blockwise.contacts import Evidence, collect
+from blockwise.errors import InputError
+from blockwise.files import write_atomic
+from blockwise.grid import BlockGrid
+from blockwise.journal_read import Journal
+from blockwise.journal_records import STATE_RANK
+from blockwise.sidecar import read_sidecar
+from blockwise.stitch import StitchSpec, run_stitch
+from blockwise.stitch_tasks import read_agglomeration
+from pipeline.contingency import BlockCounts, BorderRule
+from pipeline.evaluate import count
+from pipeline.run_folder import RunFolder
+from pipeline.sweep import Criterion, Point, best, one_threshold, point, points_table
+from pipeline.watershed import WatershedRun, WatershedSettings, make_fragments
+
+MEAN, QUANTILE = "watershed + mean", "watershed + 75% quantile"
+METHODS = (MEAN, QUANTILE)
+REPORT = "baseline.json"
+THRESHOLDS = (*(t / 20 for t in range(2, 20)), 0.97, 0.98, 0.99)
+
+_QUANTILE = "OneMinus<HistogramQuantileAffinity<RegionGraphType,75,ScoreValue,256,false>>"
+# What waterz needs: float32 affinities, uint64 fragments in and out, its own tables.
+_BYTES_PER_VOXEL = 40
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BaselineReport:
+    """The comparison.
+
+    Attributes
+    ----------
+    run, truth
+        What was compared with what.
+    settings
+        Of the watershed.
+    agq
+        The run's own segmentation, small segments kept.
+    chosen
+        The baseline by method, at its best threshold, or at the one given.
+    curves
+        Every threshold tried; empty where thresholds were given.
+    tuned_on
+        The run whose thresholds were used; None: searched here.
+    segmentation
+        Container with the stitched baseline (mean affinity).
+    seconds
+        Of each part: what the workers spent in the network and its decoding (all blocks added
+        up), in the watershed, and wall time of the agglomerations.
+    """
+
+    run: str
+    truth: str
+    settings: WatershedSettings
+    agq: Point
+    chosen: list[Point]
+    curves: list[Point]
+    tuned_on: str | None
+    segmentation: str
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in JSON types."""
+        return {
+            **vars(self),
+            "settings": asdict(self.settings),
+            "agq": self.agq.to_dict(),
+            "chosen": [item.to_dict() for item in self.chosen],
+            "curves": [item.to_dict() for item in self.curves],
+        }
+
+    def table(self) -> Group:
+        """Return tables for a rich console."""
+        where = f"thresholds of {self.tuned_on}" if self.tuned_on else "thresholds searched here"
+        main = points_table(
+            [self.agq, *self.chosen],
+            f"{self.run} against {self.truth}; predicted 0 filled by the nearest; {where}",
+        )
+        times = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
+        return Group(main, f"time: {times}")
+
+
+def compare(
+    run: RunFolder,
+    truth: Volume,
+    client: Any,
+    *,
+    settings: WatershedSettings | None = None,
+    methods: Sequence[str] = METHODS,
+    thresholds: Sequence[float] = THRESHOLDS,
+    tuned_on: RunFolder | None = None,
+    criterion: Criterion = "voi_sum",
+    ignore: BorderRule | None = None,
+    on_progress: Progress | None = None,
+) -> BaselineReport:
+    """Make the baseline of a run, score it beside the run's own segmentation, and record both.
+
+    Parameters
+    ----------
+    run
+        A stitched run that kept its affinities.
+    truth
+        Ground truth.
+    client
+        A `distributed.Client` whose workers see the run folder.
+    settings
+        Of the watershed; None: the defaults, or those of `tuned_on`.
+    methods
+        Which agglomerations, of `METHODS`.
+    thresholds
+        Affinities to search over.
+    tuned_on
+        Take settings and best thresholds from the report of this run and search nothing.
+    criterion
+        What a search minimises.
+    ignore
+        Which voxels near borders of the truth are left out.
+    on_progress
+        Called with the name of a step, items done and items in all.
+
+    Raises
+    ------
+    InputError
+        If the run is not stitched or kept no affinities, `tuned_on` has no report, or memory does
+        not suffice for the quantile.
+    """
+    tuned = None if tuned_on is None else _read_report(tuned_on)
+    if tuned is not None and settings is None:
+        settings = WatershedSettings(**tuned["settings"])
+    settings = settings or WatershedSettings()
+    own = _own(run, truth, client, ignore)
+    job = make_fragments(run, settings, client=client, on_progress=on_progress)
+    grid = BlockGrid.from_dict(job.grid)
+    fragments = _labels(job.folder / "data.zarr", "fragments", truth)
+    counts = count(fragments, truth, client=client, ignore=ignore).counts
+    seconds = {
+        "network and decoding": Journal(run.journal("predict")).totals()["compute_s"],
+        "watershed": Journal(job.folder / "journal" / "predict").totals()["compute_s"],
+    }
+    curves: list[Point] = []
+    chosen = []
+    for method in methods:
+        wanted = list(thresholds) if tuned is None else [_threshold(tuned, method)]
+        begun = time.perf_counter()
+        if method == MEAN:
+            found = one_threshold(method, counts, _evidence(job, grid), wanted)
+        else:
+            found = _quantile(method, counts, job, wanted)
+        seconds[f"agglomeration, {method}"] = time.perf_counter() - begun
+        chosen.append(best(found, criterion))
+        if tuned is None:
+            curves += found
+    mean = next((item for item in chosen if item.method == MEAN), None)
+    if mean is not None:
+        threshold = mean.setting["affinity"]
+        spec = StitchSpec(
+            run_dir=job.folder, grid=job.grid, across=threshold, within=threshold, levels=1,
+            allow_missing=True,
+        )  # fmt: skip
+        run_stitch(spec, client, on_progress)
+    report = BaselineReport(
+        run=str(run.path),
+        truth=truth.name,
+        settings=settings,
+        agq=own,
+        chosen=chosen,
+        curves=curves,
+        tuned_on=None if tuned_on is None else str(tuned_on.path),
+        segmentation=str(job.folder / "data.zarr" / "segmentation"),
+        seconds=seconds,
+    )
+    write_atomic(run.path / REPORT, json.dumps(report.to_dict(), indent=1).encode())
+    return report
+
+
+def fragment_counts(
+    run: RunFolder, truth: Volume, client: Any, ignore: BorderRule | None = None
+) -> BlockCounts:
+    """Count the fragments of a run against the truth."""
+    return count(
+        _labels(run.container, "fragments", truth), truth, client=client, ignore=ignore
+    ).counts
+
+
+def _own(run: RunFolder, truth: Volume, client: Any, ignore: BorderRule | None) -> Point:
+    try:
+        result, _ = read_agglomeration(run.path / "contacts")
+    except FileNotFoundError:
+        raise InputError(f"{run.path} is not stitched yet; `agq stitch` it first") from None
+    stitch = run.record()["config"]["stitch"]
+    setting = {name: float(stitch[name]) for name in ("across", "within")}
+    counts = fragment_counts(run, truth, client, ignore)
+    return point("AGQ", setting, counts, result.ids, result.representatives)
+
+
+def _labels(container: Path, name: str, truth: Volume) -> Volume:
+    return open_volume(container, name, kind="labels", unit=truth.unit)
+
+
+def _evidence(job: WatershedRun, grid: BlockGrid) -> Evidence:
+    journal = Journal(job.folder / "journal" / "predict")
+    present = journal.ranks(np.arange(grid.n_blocks)) == STATE_RANK["done"]
+    return collect(
+        np.flatnonzero(present), grid, present, lambda n: read_sidecar(job.folder, n, overlap=False)
+    )
+
+
+def _quantile(
+    method: str, counts: BlockCounts, job: WatershedRun, thresholds: Sequence[float]
+) -> list[Point]:
+    """Agglomerate in memory by the 75 % quantile of 256-bin histograms of affinities."""
+    array = open_array(job.folder / "data.zarr", "fragments", "r")
+    need = _BYTES_PER_VOXEL * int(np.prod(array.shape))
+    if need > psutil.virtual_memory().available:
+        raise InputError(
+            f"the quantile runs in memory and needs {need / 2**30:.0f} GiB for {array.shape} "
+            "voxels; compare on a part of the volume, or with --method mean"
+        )
+    ids, places, compact = np.unique(
+        np.asarray(array[:], np.uint64), return_index=True, return_inverse=True
+    )
+    # Compact ids, for waterz makes tables of the size of the largest; 0 stays 0.
+    first = 0 if ids[0] == 0 else 1
+    volume = (compact.reshape(array.shape) + first).astype(np.uint64)
+    if first == 0:
+        ids, places = ids[1:], places[1:]
+    source = open_array(job.source, "affinities", "r")
+    affinities = np.asarray(source[:], np.float32)
+    affinities /= np.float32(255)
+    points = []
+    ascending = sorted(thresholds, reverse=True)
+    with _quiet_stdout():
+        results = waterz.agglomerate(
+            affinities,
+            [1 - t for t in ascending],
+            fragments=volume,
+            scoring_function=_QUANTILE,
+        )
+        for threshold, result in zip(ascending, results, strict=True):
+            labels = result[0] if isinstance(result, tuple) else result
+            segments: npt.NDArray[np.uint64] = labels.reshape(-1)[places]
+            points.append(point(method, {"affinity": threshold}, counts, ids, segments))
+    return points[::-1]
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Send what C++ code prints to standard error: standard output is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _read_report(run: RunFolder) -> dict[str, Any]:
+    try:
+        report = json.loads((run.path / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{run.path} has no {REPORT}; run `agq baseline watershed {run.path}` first"
+        ) from None
+    assert isinstance(report, dict)
+    return report
+
+
+def _threshold(report: dict[str, Any], method: str) -> float:
+    for item in report["chosen"]:
+        if item["method"] == method:
+            return float(item["setting"]["affinity"])
+    raise InputError(f"the report of {report['run']} has no {method}; tune that method there")
