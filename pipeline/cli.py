@@ -37,6 +37,7 @@ app.command()(sweep)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+_shown = {"tracebacks": False}
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)]
 Target = Annotated[
@@ -58,8 +59,7 @@ def _main(
         bool, typer.Option("--debug", help="Show tracebacks instead of one-line errors.")
     ] = False,
 ) -> None:
-    if debug:
-        os.environ["AGQ_DEBUG"] = "1"
+    _shown["tracebacks"] = debug
 
 
 def read_target(target: Path, settings: list[str] | None = None) -> Config:
@@ -367,7 +367,7 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    if os.environ.get("AGQ_DEBUG"):
+    if _shown["tracebacks"]:
         raise error
     err.print(f"agq: {' '.join(str(error).split())}", markup=False, soft_wrap=True)
     sys.exit(code)

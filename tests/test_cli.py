@@ -18,7 +18,6 @@ from tests.runs import ROOT, blobs, make_config, write_volume
 def main(monkeypatch, capsys):
     """Run the command line in this process; return exit code, stdout and stderr."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("AGQ_DEBUG", raising=False)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["agq", *map(str, arguments)])
@@ -175,13 +174,17 @@ def test_commands_on_a_folder_that_is_no_run(main, tmp_path, command):
     assert "is not a run folder" in err
 
 
-def test_debug_shows_the_traceback(main, tmp_path, monkeypatch):
+def test_debug_shows_the_traceback_of_this_command_only(main, tmp_path, monkeypatch):
     from blockwise.errors import InputError
 
+    environment = dict(os.environ)
     monkeypatch.setattr(sys, "argv", ["agq", "--debug", "status", str(tmp_path)])
     with pytest.raises(InputError):
         cli.main()
-    monkeypatch.delenv("AGQ_DEBUG")
+    code, _, err = main("status", tmp_path)
+    assert code == 2
+    assert "Traceback" not in err
+    assert dict(os.environ) == environment
 
 
 def test_schema_and_check(main, tmp_path):
