@@ -19,8 +19,6 @@ from blockwise.files import require_free_space, require_writable
 from blockwise.grid import BlockGrid
 from blockwise.ledger import connect
 from blockwise.predictor import resolve_factory
-from model import checkpoint as checkpoints
-from model.predictor import resolve_device
 from pipeline.config import Config, VolumeSection
 from pipeline.importer import import_volume, is_importable
 from pipeline.run_folder import RunFolder
@@ -209,6 +207,10 @@ def _model(config: Config) -> tuple[dict[str, Any], dict[str, Any], Triple | Non
         return options, {"factory": section.factory, "options": options}, None
     if section.options is not None:
         raise InputError("model.options is for a model.factory of your own; remove it")
+    # torch takes seconds to load, and stitching another model's labels never needs it.
+    from model import checkpoint as checkpoints
+    from model.predictor import resolve_device
+
     path = checkpoints.resolve(section.checkpoint)
     loaded = checkpoints.load(path)
     resolve_device(section.device)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import psutil
-import torch
 
 from blockwise.arrays import Volume, create_affinities, create_array, open_volume
 from blockwise.files import write_atomic
@@ -20,9 +19,8 @@ from blockwise.mask import mask_blocks
 from blockwise.predict import PredictReport, PredictSpec, run_predict
 from blockwise.processes import this_worker
 from blockwise.stitch import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
-from pipeline.evaluate import EvaluationReport, evaluate
-from pipeline.picture import snapshot
 from pipeline.prepare import Prepared
+from pipeline.scores import EvaluationReport
 from pipeline.session import Session
 
 # What a CPU worker holds at its peak for a block of 17 x 257 x 257, with room to spare
@@ -144,8 +142,11 @@ def worker_count(prepared: Prepared) -> int:
     if wanted != "auto":
         return wanted
     device = prepared.config.model.device
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.device_count()
+    if device in ("auto", "cuda"):
+        import torch  # takes seconds to load; only here
+
+        if torch.cuda.is_available():
+            return torch.cuda.device_count()
     if device == "mps":
         return 1
     share = float(np.prod(prepared.grid.read_shape)) / (17 * 257 * 257)
@@ -192,6 +193,8 @@ def segmentation(prepared: Prepared) -> Volume:
 
 def score(session: Session) -> EvaluationReport | None:
     """Compare the segmentation with the ground truth, if the configuration names one."""
+    from pipeline.evaluate import evaluate
+
     prepared = session.prepared
     if prepared.truth is None:
         return None
@@ -209,6 +212,8 @@ def score(session: Session) -> EvaluationReport | None:
 
 def picture(session: Session) -> Path:
     """Draw the result of a finished run and return the path of the picture."""
+    from pipeline.picture import snapshot  # loads matplotlib
+
     prepared = session.prepared
     file = prepared.run.path / f"{prepared.run.path.name}.png"
     snapshot(file, prepared.raw, segmentation(prepared), truth=prepared.truth)
