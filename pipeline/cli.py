@@ -15,7 +15,7 @@ from rich.table import Table
 from blockwise.errors import InputError, RunStoppedError
 from model.errors import ModelInputError
 from pipeline.config import Config, load_config, parse_config
-from pipeline.score_cli import baseline_app, sweep
+from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluationReport
@@ -33,7 +33,8 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Check a configuration or print its schema.")
 app.add_typer(config_app, name="config")
 app.add_typer(baseline_app, name="baseline")
-app.command()(sweep)
+for _command in (evaluate, sweep, skeletons):
+    app.command()(_command)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -186,26 +187,6 @@ def watch(
     from pipeline import monitor
 
     monitor.watch(*_watched(target), interval_s=interval)
-
-
-@app.command()
-def evaluate(
-    segmentation: Annotated[str, typer.Argument(help="Labels to score: path or path::dataset.")],
-    groundtruth: Annotated[str, typer.Argument(help="Truth: path or path::dataset.")],
-    as_json: AsJson = False,
-) -> None:
-    """Score a segmentation against ground truth: variation of information and adapted Rand."""
-    from pipeline.evaluate import evaluate as score
-    from pipeline.locations import open_location
-    from pipeline.progress import step_progress
-
-    volumes = open_location(segmentation, "labels"), open_location(groundtruth, "labels")
-    with step_progress("evaluate") as step:
-        report = score(*volumes, on_progress=step)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=1))
-    else:
-        out.print(report.table())
 
 
 @app.command()

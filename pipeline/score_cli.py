@@ -1,4 +1,4 @@
-"""Commands that score: `agq evaluate`, `agq sweep`, `agq baseline watershed`."""
+"""Commands that score: `agq evaluate`, `skeletons`, `sweep` and `baseline watershed`."""
 
 import json
 from pathlib import Path
@@ -47,6 +47,99 @@ def truth_of(run: RunFolder, location: str | None) -> Volume:
     return open_section(section.truth, run, "labels", "evaluate.truth")
 
 
+def evaluate(
+    segmentation: Annotated[
+        str, typer.Argument(help="Labels to score: run folder, path or path::dataset.")
+    ],
+    groundtruth: Annotated[
+        str | None,
+        typer.Argument(help="Truth: path or path::dataset; default: that of the run."),
+    ] = None,
+    ignore_border: Border = 0,
+    border_3d: Border3d = False,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Also score each block of a run before stitching.")
+    ] = False,
+    skeletons: Annotated[
+        Path | None,
+        typer.Option(help="Skeletons (npz, swc, folder of swc): adds the expected run length."),
+    ] = None,
+    tolerance: Annotated[
+        int, typer.Option(help="Nodes of a second skeleton in a segment that is still no merger.")
+    ] = 0,
+    worst: Annotated[int, typer.Option(help="Mergers and splits to list.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the scores to this png.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write JSON to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a segmentation against ground truth: variation of information, Rand, run length."""
+    from blockwise.files import write_atomic
+    from pipeline import evaluate as scoring
+    from pipeline.block_scores import score_blocks
+    from pipeline.contingency import BorderRule
+    from pipeline.locations import open_location
+    from pipeline.progress import step_progress
+    from pipeline.score_plot import plot_report
+    from pipeline.skeletons import expected_run_length, read_skeletons, segments_at
+
+    run = RunFolder(Path(segmentation))
+    if groundtruth is None and not run.exists():
+        raise InputError(f"{segmentation} is no run folder, so the truth must be named too")
+    if blocks and not run.exists():
+        raise InputError(f"--blocks: {segmentation} is no run folder")
+    trees = None if skeletons is None else read_skeletons(skeletons)
+    labels = open_location(segmentation, "labels")
+    truth = (
+        truth_of(run, groundtruth) if run.exists() else open_location(str(groundtruth), "labels")
+    )
+    ignore = BorderRule(ignore_border, border_3d)
+    with step_progress("evaluate") as step:
+        report = scoring.evaluate(labels, truth, ignore=ignore, worst=worst, on_progress=step)
+    found = report.to_dict()
+    single = None
+    if blocks:
+        with step_progress("blocks") as step:
+            single = score_blocks(run, truth, ignore=ignore, on_progress=step)
+        found["blocks"] = single.to_dict()
+    if trees is not None:
+        runs = expected_run_length(trees, segments_at(labels, trees.nodes), tolerance=tolerance)
+        found["expected_run_length"] = runs.to_dict()
+    if plot is not None:
+        plot_report(plot, report, single)
+    if output is not None:
+        write_atomic(output, json.dumps(found, indent=1).encode())
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    out.print(report.table())
+    if single is not None:
+        out.print(single.table())
+    if trees is not None:
+        out.print(runs.line(report.unit))
+    if run.exists():
+        start = [int(v) for v in labels.offset]
+        for kind, items in (("merger", report.worst_mergers), ("split", report.worst_splits)):
+            for item in items:
+                # The second largest part: where the error is, not where the bulk is right.
+                place = item.largest[1][2]
+                at = [(p - o) // v for p, o, v in zip(place, start, report.voxel_size, strict=True)]
+                line = f"{kind} of {item.label}: agq view {run.path} --at {','.join(map(str, at))}"
+                out.print(line, soft_wrap=True, markup=False)
+
+
+def skeletons(
+    groundtruth: Annotated[str, typer.Argument(help="Truth: path or path::dataset.")],
+    output: Annotated[Path, typer.Argument(help="npz file to write.")],
+) -> None:
+    """Thin the objects of a truth to skeletons, for the expected run length."""
+    from pipeline.locations import open_location
+    from pipeline.skeletons import skeletonize
+
+    found = skeletonize(open_location(groundtruth, "labels"))
+    found.save(output)
+    out.print(f"wrote {output}: {len(set(found.owner.tolist()))} skeletons", soft_wrap=True)
+
+
 @baseline_app.callback()
 def _group() -> None:
     """Keep the name of a single command."""
@@ -76,6 +169,7 @@ def watershed(
     from pipeline.baseline import MEAN, METHODS, QUANTILE, compare
     from pipeline.contingency import BorderRule
     from pipeline.progress import RunProgress
+    from pipeline.score_plot import plot_curves
     from pipeline.watershed import WatershedSettings
 
     settings = WatershedSettings(boundary, seed_distance, grow)
@@ -94,6 +188,7 @@ def watershed(
             ignore=BorderRule(ignore_border, border_3d),
             on_progress=progress.step,
         )
+    plot_curves(run.path / "baseline.png", report.curves, [report.agq, *report.chosen])
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1))
     else:
