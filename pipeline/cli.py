@@ -14,6 +14,7 @@ from rich.table import Table
 
 from blockwise.errors import InputError, RunStoppedError
 from model.errors import ModelInputError
+from pipeline import look_cli
 from pipeline.config import Config, load_config, parse_config
 from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
 
@@ -35,6 +36,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(baseline_app, name="baseline")
 for _command in (evaluate, sweep, skeletons):
     app.command()(_command)
+look_cli.register(app)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -119,6 +119,7 @@ class Monitor:
         self._run = RunFolder(Path(run_dir))
         self._ledger = ledger
         self._journals: dict[str, Journal] = {}
+        self._ended: dict[str, tuple[Record, StageStatus]] = {}
 
     def poll(self) -> RunStatus:
         """Return the present state.
@@ -151,7 +152,11 @@ class Monitor:
         state = run_state_of(entries.values(), alive)
         stages = []
         for name, entry in entries.items():
-            journal = self._journal(name) if name in _JOURNALS else None
+            known = self._ended.get(name)
+            if known is not None and known[0] == entry:
+                stages.append(known[1])
+                continue
+            journal = self.journal(name) if name in _JOURNALS else None
             totals = journal_totals(journal, entry, now) if journal else {}
             stages.append(
                 stage_status(
@@ -166,9 +171,14 @@ class Monitor:
                     now=now,
                 )
             )
+            if name != "predict" and state != "running" and entry.get("state") == "done":
+                # A table of 10^6 blocks is 77 MB: what cannot change any more is let go.
+                self._journals.pop(name, None)
+                self._ended[name] = (entry, stages[-1])
         return _status(record, self._run.path, state, "journal", note, now, stages)
 
-    def _journal(self, stage: str) -> Journal:
+    def journal(self, stage: str) -> Journal:
+        """Return the journal of a stage, read up to now."""
         journal = self._journals.get(stage)
         if journal is None or journal.replaced():
             journal = self._journals[stage] = Journal(self._run.journal(stage))

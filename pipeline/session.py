@@ -101,6 +101,7 @@ def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
             "name": record["name"],
             "run_dir": str(run.path),
             "config": record["config"],
+            "grid": record["identity"]["grid"],
             **record["commands"][-1],
         },
     )

@@ -57,6 +57,8 @@ def predict(session: Session, *, only_failed: bool = False) -> PredictReport:
         todo = _skip_masked(prepared, todo)
         session.progress.start("predict", total, done=total - int(todo.size))
         report = run_predict(_predict_spec(prepared), todo, on_progress=session.progress.blocks)
+        # Who looks at the run later reads columns, not lines.
+        compact(folder)
         record["report"] = report.to_dict()
         if report.failed:
             record["state"] = "failed"

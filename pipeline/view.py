@@ -152,8 +152,14 @@ def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
     return layers
 
 
-def build_viewer(layers: Sequence[Layer], *, port: int = 0, at: Sequence[int] | None = None) -> Any:
-    """Start a neuroglancer viewer on the loopback interface.
+def build_viewer(
+    layers: Sequence[Layer],
+    *,
+    port: int = 0,
+    at: Sequence[int] | None = None,
+    host: str = LOOPBACK,
+) -> Any:
+    """Start a neuroglancer viewer, on the loopback interface unless told otherwise.
 
     Parameters
     ----------
@@ -163,6 +169,9 @@ def build_viewer(layers: Sequence[Layer], *, port: int = 0, at: Sequence[int] | 
         TCP port; 0 takes any free one.
     at
         Voxel of the first layer to start at, (z, y, x); default its middle.
+    host
+        Interface to listen on. All viewers of a process share one server: the first decides host
+        and port. A viewer is only served while something refers to it.
 
     Returns
     -------
@@ -182,8 +191,9 @@ def build_viewer(layers: Sequence[Layer], *, port: int = 0, at: Sequence[int] | 
     middle = tuple(n // 2 for n in shape) if at is None else tuple(at)
     if any(not 0 <= a < n for a, n in zip(middle, shape, strict=True)):
         raise InputError(f"--at {middle} is outside the volume of {tuple(shape)} voxels")
-    _require_port(port)
-    neuroglancer.set_server_bind_address(LOOPBACK, port)
+    if not neuroglancer.server.is_server_running():
+        _require_port(host, port)
+        neuroglancer.set_server_bind_address(host, port)
     viewer = neuroglancer.Viewer()
     offset, size = _nanometres(first, first.offset), _nanometres(first, first.voxel_size)
     with viewer.txn() as state:
@@ -269,12 +279,13 @@ def _neuroglancer() -> Any:
     return neuroglancer
 
 
-def _require_port(port: int) -> None:
+def _require_port(host: str, port: int) -> None:
     """Find out by itself whether a port is free: the server leaves a thread behind if it is not."""
     try:
-        with socket.socket() as probe:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
     except (OSError, OverflowError) as error:
         raise InputError(f"--port {port} cannot be used ({error}); try another") from error
 

@@ -1,0 +1,102 @@
+"""How long the web page takes to open on a run of many blocks, and what its server holds.
+
+Writes the journal of a run that is under way (two workers, a few failures), once as lines only and
+once with the snapshot that every `agq predict` makes at its start, starts `agq dashboard` as a
+process of its own, and asks for what a browser asks for.
+
+    .venv/bin/python benchmarks/dashboard.py --blocks 1000000
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+from blockwise.grid import BlockGrid
+from blockwise.journal_read import compact
+from blockwise.journal_records import BlockRecord, encode
+from pipeline.run_folder import RunFolder
+
+
+def make_run(folder: Path, side: tuple[int, int, int]) -> RunFolder:
+    shape = tuple(n * w for n, w in zip(side, (16, 256, 256), strict=True))
+    grid = BlockGrid(shape, (30, 6, 6))
+    run = RunFolder(folder)
+    with run.lock():
+        config = {"run_dir": str(folder), "input": {"raw": {"path": "raw.zarr"}}}
+        run.create(config, {"grid": grid.to_dict()})
+    start = time.time() - 10_000
+    run.update_stage("predict", state="running", blocks_total=grid.n_blocks, started=start)
+    journal = run.journal("predict")
+    journal.mkdir(parents=True)
+    for worker in range(2):
+        token = f"token{worker}"
+        info = {"name": f"worker-{worker}", "host": "node", "pid": worker, "started": start}
+        with (journal / f"node-{worker}-{token}.jsonl").open("wb") as file:
+            file.write(encode("worker", start, token, {"worker": info}))
+            for number in range(worker, grid.n_blocks, 2):
+                end = start + 9_900 * number / grid.n_blocks
+                failed = number % 100_003 == 17
+                record = BlockRecord(
+                    number,
+                    "failed" if failed else "done",
+                    token=token,
+                    worker=f"worker-{worker}",
+                    started=end - 2,
+                    finished=end,
+                    labels=number % 300,
+                    voxels=16 * 256 * 256,
+                    sums={"fragments": f"{number:032x}"},
+                    error="ValueError: bad raw" if failed else None,
+                    roi=((0.0, 0.0, 0.0), (480.0, 1536.0, 1536.0)),
+                )
+                file.write(encode("begin", end - 2, token, {"block": number, "attempt": 1}))
+                file.write(encode("block", end, token, record.to_dict()))
+    return run
+
+
+def measure(run: RunFolder) -> None:
+    code = "from pipeline.cli import main; main()"
+    command = [sys.executable, "-c", code, "dashboard", str(run.path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        key = run.record()["id"]
+        for ask in ("first", "again"):
+            begun = time.perf_counter()
+            for path in ("", "page.js", "page.css", "api/runs", f"api/run/{key}"):
+                urllib.request.urlopen(address + path, timeout=300).read()
+            urllib.request.urlopen(
+                f"{address}api/run/{key}/map?by=state&axis=0&index=1", timeout=60
+            ).read()
+            print(f"  {ask}: page, run and map in {time.perf_counter() - begun:.2f} s")
+            time.sleep(1.5)
+        for by in ("seconds", "labels"):
+            begun = time.perf_counter()
+            urllib.request.urlopen(f"{address}api/run/{key}/map?by={by}&axis=1&index=1").read()
+            print(f"  map by {by}: {time.perf_counter() - begun:.2f} s")
+        info = psutil.Process(process.pid).memory_info()
+        print(f"  server: {info.rss / 2**20:.0f} MiB resident")
+        process.terminate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=1_000_000)
+    side = round(parser.parse_args().blocks ** (1 / 3))
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(Path(folder) / "run", (side, side, side))
+        print(f"{side**3:,} blocks, journal lines only")
+        measure(run)
+        compact(run.journal("predict"))
+        print(f"{side**3:,} blocks, with snapshot")
+        measure(run)
+
+
+if __name__ == "__main__":
+    main()

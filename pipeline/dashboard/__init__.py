@@ -1,0 +1,1 @@
+"""The web page of a run: block map, speed, workers and failures, from the journal or the ledger."""

@@ -1,0 +1,200 @@
+"""What the page shows beyond a run's status: speed over time, worker rates, grouped failures."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from blockwise.grid import BlockGrid
+from pipeline.run_status import Failure, StageStatus, WorkerStatus
+
+_BINS: Final = 120
+_MAX_GROUPS: Final = 50
+_MAX_EXAMPLES: Final = 20
+_LOG_BYTES: Final = 8 << 10
+_MAX_LARGEST: Final = 10
+
+
+def history(rows: npt.NDArray[Any], started: float | None, until: float) -> dict[str, Any]:
+    """Blocks and voxels done per second, over time.
+
+    Parameters
+    ----------
+    rows
+        Rows of the journal's table.
+    started
+        When the stage was started last; blocks before it are left out. None: the first block.
+    until
+        End of the last bin, seconds since the epoch.
+
+    Returns
+    -------
+    dict
+        ``start``, ``seconds`` of one bin, and the lists ``blocks_per_s`` and ``voxels_per_s``.
+    """
+    done = rows[rows["rank"] == 3]
+    ends = done["finished"]
+    if started is None or not (ends >= started).any():
+        started = float(ends.min()) if ends.size else until
+    length = max((until - started) / _BINS, 1.0)
+    count = max(1, int(np.ceil((until - started) / length)))
+    # A block that ends between two polls may be later than "now".
+    place = ((ends - started) / length).astype(np.int64)
+    inside = (ends >= started) & (place < count)
+    blocks = np.bincount(place[inside], minlength=count)
+    voxels = np.bincount(place[inside], weights=done["voxels"][inside], minlength=count)
+    return {
+        "start": started,
+        "seconds": length,
+        "blocks_per_s": [round(float(v), 4) for v in blocks / length],
+        "voxels_per_s": [round(float(v), 1) for v in voxels / length],
+    }
+
+
+def worker_rows(
+    stage: StageStatus, begun: dict[str, float], usual_s: float, now: float
+) -> list[dict[str, Any]]:
+    """Workers of a stage with their rate, and a word where one lags behind.
+
+    Parameters
+    ----------
+    stage
+        The stage.
+    begun
+        Start time of the oldest block in the hands of each worker, by name.
+    usual_s
+        Median seconds of a block, 0 if unknown.
+    now
+        Seconds since the epoch.
+    """
+    rates = {w.name: w.done / max(w.last - w.started, 1e-3) for w in stage.workers}
+    typical = {
+        device: median(rates[w.name] for w in stage.workers if w.device == device and w.done > 4)
+        for device in {w.device for w in stage.workers if w.done > 4}
+    }
+    found = []
+    for worker in stage.workers:
+        held = max(0.0, now - begun[worker.name]) if worker.name in begun else None
+        found.append(
+            worker.model_dump(mode="json")
+            | {
+                "rate": rates[worker.name],
+                "held_s": held,
+                "lags": _lags(worker, rates[worker.name], typical, held, usual_s),
+            }
+        )
+    return found
+
+
+def _lags(
+    worker: WorkerStatus,
+    rate: float,
+    typical: dict[str, float],
+    held: float | None,
+    usual_s: float,
+) -> str | None:
+    if worker.state == "ended":
+        return None
+    if worker.state == "silent":
+        return "silent"
+    if held is not None and usual_s > 0 and held > max(30.0, 5 * usual_s):
+        return f"a block takes {held / usual_s:.0f} times the usual"
+    if worker.done > 4 and rate < typical.get(worker.device, 0.0) / 2:
+        return "less than half the usual rate"
+    return None
+
+
+def group_failures(
+    failures: Iterable[Failure], grid: BlockGrid | None
+) -> tuple[int, list[dict[str, Any]]]:
+    """Group failed blocks by their error, numbers in it aside.
+
+    Parameters
+    ----------
+    failures
+        Failed blocks.
+    grid
+        For the voxel to look at; None leaves it out.
+
+    Returns
+    -------
+    count, groups
+        Failed blocks in all; per group ``summary``, ``count``, ``error`` (traceback of the first)
+        and ``blocks`` (some of them), the largest group first.
+    """
+    counts: Counter[str] = Counter()
+    groups: dict[str, dict[str, Any]] = {}
+    for failure in failures:
+        key = re.sub(r"\d+", "#", failure.summary)
+        counts[key] += 1
+        group = groups.setdefault(
+            key, {"summary": failure.summary, "error": failure.error, "blocks": []}
+        )
+        if len(group["blocks"]) < _MAX_EXAMPLES:
+            group["blocks"].append(
+                {
+                    "block": failure.block,
+                    "attempt": failure.attempt,
+                    "worker": failure.worker,
+                    "offset": failure.offset,
+                    "shape": failure.shape,
+                    "at": None if grid is None else middle_voxel(grid, failure.block),
+                }
+            )
+    largest = [groups[key] | {"count": n} for key, n in counts.most_common(_MAX_GROUPS)]
+    return counts.total(), largest
+
+
+def middle_voxel(grid: BlockGrid, block: int) -> list[int] | None:
+    """Return the voxel (z, y, x) in the middle of what a block writes; None for no such block."""
+    if not 0 <= block < grid.n_blocks:
+        return None
+    low, high = grid.write_box(block)
+    return [(a + b) // 2 for a, b in zip(low, high, strict=True)]
+
+
+def log_tail(run_dir: Path, worker: str) -> str | None:
+    """Return the end of a worker's log; None if the run folder holds none of that name."""
+    # A name from a journal line must not lead out of the folder.
+    folder = run_dir / "logs"
+    names = {file.stem: file for file in sorted(folder.rglob("*.log"))}
+    file = names.get(worker)
+    if file is None:
+        return None
+    with file.open("rb") as handle:
+        handle.seek(max(0, file.stat().st_size - _LOG_BYTES))
+        return handle.read(_LOG_BYTES).decode("utf-8", "replace")
+
+
+def settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration as YAML text, versions, and the last commands of a run."""
+    commands = record.get("commands") or [record]
+    last = commands[-1]
+    return {
+        "config": yaml.safe_dump(record.get("config", {}), sort_keys=False),
+        "versions": last.get("versions", {}),
+        "commands": [
+            {key: c.get(key) for key in ("argv", "time", "host", "user")} for c in commands[-10:]
+        ],
+        "identity": record.get("identity_hash"),
+    }
+
+
+def results(record: dict[str, Any]) -> dict[str, Any]:
+    """Say what the finished stages report: counts, largest segments, scores."""
+    stages = record.get("stages", {})
+    reports = {name: dict(entry.get("report") or {}) for name, entry in stages.items()}
+    for report in reports.values():
+        # Block numbers; the page lists failures with their reasons.
+        if isinstance(report.get("failed"), list):
+            report["failed"] = len(report["failed"])
+    stitch = reports.get("stitch", {})
+    if "largest" in stitch:
+        stitch["largest"] = stitch["largest"][:_MAX_LARGEST]
+    return {name: report for name, report in reports.items() if report}

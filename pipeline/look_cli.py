@@ -1,0 +1,83 @@
+"""Commands that look at a run: the web page."""
+
+import asyncio
+from collections import deque
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blockwise.errors import InputError
+
+DEFAULT_RUNS = Path("runs")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the command line."""
+    app.command()(dashboard)
+
+
+def dashboard(
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="Run folder or configuration; with --all a folder of run folders."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All runs of a folder (default: runs) and of the ledger.")
+    ] = False,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback a token is asked for.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8765,
+    token: Annotated[
+        bool, typer.Option("--token", help="Ask for a token on loopback too (shared machines).")
+    ] = False,
+    viewer_port: Annotated[
+        int, typer.Option(help="Port of the viewer behind the links; 0 takes any free one.")
+    ] = 0,
+) -> None:
+    """Follow runs in a web browser: block map, speed, workers, failures."""
+    from pipeline.dashboard.runs import Runs
+    from pipeline.dashboard.server import Dashboard, serve
+
+    runs = Runs(*_sources(target, everything))
+    lines = runs.listing()
+    if not lines:
+        raise InputError(f"no run in {target or DEFAULT_RUNS} and none in a ledger; name a run")
+
+    def announce(page: Dashboard) -> None:
+        typer.echo(f"{page.address}\nOpen this address in a browser; Ctrl-C ends.")
+
+    # The server of the viewers forgets one that nobody holds.
+    viewers: deque[Any] = deque(maxlen=8)
+
+    def view(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
+        from pipeline.cli import read_target
+        from pipeline.view import build_viewer, config_layers
+
+        layers = config_layers(read_target(run_dir))
+        viewers.append(build_viewer(layers, port=viewer_port, at=at, host=host))
+        return str(viewers[-1])
+
+    try:
+        asyncio.run(serve(runs, announce=announce, host=host, port=port, token=token, viewer=view))
+    except KeyboardInterrupt:
+        typer.echo("")
+
+
+def _sources(target: Path | None, everything: bool) -> tuple[list[Path], Path | None, Any]:
+    """Return run folders, a folder of run folders, and the ledger."""
+    from blockwise.ledger import LedgerSettings, connect
+    from pipeline.cli import read_target
+
+    settings = LedgerSettings()
+    if everything:
+        return [], target or DEFAULT_RUNS, connect(settings)
+    if target is None:
+        raise InputError("name a run folder or a configuration, or use --all")
+    config = read_target(target)
+    run_dir = Path(config.run_dir)
+    if (run_dir / "run.json").is_file():
+        return [run_dir], None, None
+    # A run on another machine is known to the ledger by the name of its folder.
+    return [run_dir], None, connect(config.ledger or settings)
