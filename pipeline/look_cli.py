@@ -1,4 +1,4 @@
-"""Commands that look at a run: the web page."""
+"""Commands that look at a run: the web page, a picture, a report."""
 
 import asyncio
 from collections import deque
@@ -11,10 +11,15 @@ from blockwise.errors import InputError
 
 DEFAULT_RUNS = Path("runs")
 
+Target = Annotated[
+    Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    app.command()(dashboard)
+    for command in (dashboard, snapshot, report):
+        app.command()(command)
 
 
 def dashboard(
@@ -63,6 +68,44 @@ def dashboard(
         asyncio.run(serve(runs, announce=announce, host=host, port=port, token=token, viewer=view))
     except KeyboardInterrupt:
         typer.echo("")
+
+
+def snapshot(
+    target: Target,
+    at: Annotated[str | None, typer.Option(help="Voxel z,y,x to show; default the middle.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("snapshot.png"),
+    size: Annotated[int, typer.Option(min=1, help="Voxels along y and x to show at most.")] = 1024,
+) -> None:
+    """Draw raw, fragments, segmentation and truth of a run side by side, xy and xz."""
+    from pipeline.cli import read_target
+    from pipeline.locations import parse_triple
+    from pipeline.report import write_snapshot
+
+    position = None if at is None else parse_triple("--at", at)
+    write_snapshot(read_target(target), _writable(out), position, size)
+    typer.echo(f"wrote {out}")
+
+
+def report(
+    target: Target,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file about a run: settings, speed, block map, scores."""
+    from pipeline.cli import read_target
+    from pipeline.report import write_report
+
+    config = read_target(target)
+    file = _writable(out or Path(config.run_dir) / "report.html")
+    write_report(config, file)
+    typer.echo(f"wrote {file}")
+
+
+def _writable(file: Path) -> Path:
+    if not file.parent.is_dir():
+        raise InputError(f"--out {file}: the folder {file.parent} does not exist")
+    return file
 
 
 def _sources(target: Path | None, everything: bool) -> tuple[list[Path], Path | None, Any]:

@@ -58,11 +58,12 @@ def colours(ids: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 def snapshot(
     out_png: Path,
     raw: Volume,
-    segmentation: Volume,
+    segmentation: Volume | None,
     truth: Volume | None = None,
     fragments: Volume | None = None,
     *,
     at: Sequence[int] | None = None,
+    most: int = MAX_IN_PLANE,
 ) -> None:
     """Draw raw, fragments, segmentation and truth side by side, over one another's place.
 
@@ -76,13 +77,19 @@ def snapshot(
         Labels (z, y, x) of the raw volume's voxel size; they may cover only a part of it. A truth
         object and a segment that are each other's largest overlap get one colour.
     at
-        Voxel (z, y, x) of the raw volume to show; the middle of the segmentation by default.
+        Voxel (z, y, x) of the raw volume to show; by default the middle of the segmentation, or of
+        the fragments where there is no segmentation yet. A place that is given is marked.
+    most
+        Voxels shown along y and x at most.
 
     Raises
     ------
     InputError
-        If voxel sizes differ or the place is outside the raw volume.
+        If voxel sizes differ, the place is outside the raw volume, or there are no labels.
     """
+    labels = segmentation or fragments
+    if labels is None:
+        raise InputError("picture: there are no fragments and no segmentation to show yet")
     panels = [("raw", raw), ("fragments", fragments), ("segmentation", segmentation)]
     panels.append(("ground truth", truth))
     shown = [(title, volume) for title, volume in panels if volume is not None]
@@ -92,7 +99,7 @@ def snapshot(
                 f"picture: the voxel size of the {title}, {tuple(volume.voxel_size)} "
                 f"{volume.unit}, is not that of the raw volume, {tuple(raw.voxel_size)} {raw.unit}"
             )
-    planes = _planes(raw, segmentation, at)
+    planes = _planes(raw, labels, at, most)
     figure = Figure(dpi=_DPI, facecolor="white")
     width = _PANEL_INCHES * len(shown)
     ratios = [plane.height / plane.width for plane in planes]
@@ -113,6 +120,8 @@ def snapshot(
                 image = _overlay(backdrop, images[row][title], palette[title])
             axes.imshow(image, extent=plane.extent, aspect="equal", interpolation="nearest")
             axes.set_axis_off()
+            if at is not None:
+                _mark(axes, plane, raw.offset + (Coordinate(at) * 2 + 1) * raw.voxel_size / 2)
             if row == 0:
                 axes.set_title(title, fontsize=11)
         _scale_bar(grid[row][0], plane, raw.unit)
@@ -159,7 +168,9 @@ class _Plane:
         return image.take(0, self.axis)
 
 
-def _planes(raw: Volume, segmentation: Volume, at: Sequence[int] | None) -> list[_Plane]:
+def _planes(
+    raw: Volume, segmentation: Volume, at: Sequence[int] | None, in_plane: int = MAX_IN_PLANE
+) -> list[_Plane]:
     size = raw.voxel_size
     common = raw.roi.intersect(segmentation.roi)
     if common.empty:
@@ -175,9 +186,7 @@ def _planes(raw: Volume, segmentation: Volume, at: Sequence[int] | None) -> list
     first = (common.begin - raw.offset) / size
     stop = (common.end - raw.offset) / size
     low, high = [], []
-    for m, a, b, most in zip(
-        middle, first, stop, (MAX_SECTIONS, MAX_IN_PLANE, MAX_IN_PLANE), strict=True
-    ):
+    for m, a, b, most in zip(middle, first, stop, (MAX_SECTIONS, in_plane, in_plane), strict=True):
         begin = int(max(a, min(m - most // 2, b - most)))
         low.append(begin)
         high.append(int(min(b, begin + most)))
@@ -207,7 +216,7 @@ def _palettes(images: list[dict[str, npt.NDArray[Any]]]) -> dict[str, dict[int, 
         if title != "raw":
             ids = np.unique(labels)
             palette[title] = dict(zip((int(i) for i in ids), colours(ids), strict=True))
-    if "ground truth" in flat:
+    if "ground truth" in flat and "segmentation" in flat:
         _match(flat["ground truth"], flat["segmentation"], palette)
     return palette
 
@@ -245,6 +254,13 @@ def _overlay(backdrop: Any, labels: npt.NDArray[Any], palette: dict[int, Any]) -
         border |= np.pad(differs, ahead) | np.pad(differs, behind)
     opacity = np.where(border, 0.95, _OPACITY) * (labels != 0)
     return backdrop * (1 - opacity[..., None]) + colour * opacity[..., None]
+
+
+def _mark(axes: Axes, plane: _Plane, place: Coordinate) -> None:
+    """Circle a world position."""
+    y, x = (place - plane.roi.begin)[0 if plane.axis == 1 else 1], (place - plane.roi.begin)[2]
+    axes.plot([x], [y], "o", ms=11, mfc="none", mec="black", mew=2.6)
+    axes.plot([x], [y], "o", ms=11, mfc="none", mec="white", mew=1.2)
 
 
 def _scale_bar(axes: Axes, plane: _Plane, unit: str) -> None:

@@ -170,7 +170,8 @@ function showReport() {
   for (const [stage, report] of found) {
     if (stage === "evaluate") {
       for (const variant of ["as_is", "background_filled", "background_ignored"]) {
-        if (report[variant]) parts.push(figures("scores, " + variant.replaceAll("_", " "), Object.entries(report[variant]).filter(([, v]) => typeof v === "number")));
+        const scores = (report.scores || {})[variant];
+        if (scores) parts.push(figures("scores, " + variant.replaceAll("_", " "), Object.entries(scores).filter(([, v]) => typeof v === "number")));
       }
       continue;
     }

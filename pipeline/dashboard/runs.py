@@ -89,15 +89,28 @@ class RunView:
         """Run folder."""
         return self._run.path
 
-    def overview(self) -> dict[str, Any]:
+    @property
+    def rows(self) -> npt.NDArray[Any]:
+        """One row per block that has ended, as in the journal's table."""
+        with self._lock:
+            self._refresh()
+            return self._rows
+
+    def overview(self, patience_s: float | None = _PATIENCE_S) -> dict[str, Any]:
         """Return all that the page shows except the map, as plain data.
+
+        Parameters
+        ----------
+        patience_s
+            Seconds to wait for the journal to be read; then the answer only says ``loading``.
+            None: as long as it takes.
 
         Raises
         ------
         InputError
             If there is no such run.
         """
-        if not self._opened.wait(_PATIENCE_S):
+        if not self._opened.wait(patience_s):
             return {"loading": True, "name": self.path.name, "run_dir": str(self.path)}
         with self._lock:
             status = self._refresh()
