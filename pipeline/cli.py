@@ -191,23 +191,6 @@ def watch(
     monitor.watch(*_watched(target), interval_s=interval)
 
 
-@app.command()
-def view(
-    target: Target,
-    port: Annotated[int, typer.Option(help="Port on the loopback interface; 0 takes any.")] = 0,
-    at: Annotated[str | None, typer.Option(help="Voxel z,y,x to start at.")] = None,
-    print_state: Annotated[
-        bool, typer.Option("--print-state", help="Print the viewer state as JSON and end.")
-    ] = False,
-) -> None:
-    """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
-    from pipeline.locations import parse_triple
-    from pipeline.view import view_run
-
-    position = None if at is None else parse_triple("--at", at)
-    view_run(read_target(target), port=port, at=position, print_state=print_state)
-
-
 @app.command("import")
 def import_(
     source: Annotated[

@@ -1,6 +1,7 @@
 """Commands that look at a run: the web page, a picture, a report."""
 
 import asyncio
+import json
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +19,40 @@ Target = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    for command in (dashboard, snapshot, report):
+    for command in (view, dashboard, snapshot, report):
         app.command()(command)
+
+
+def view(
+    target: Target,
+    port: Annotated[int, typer.Option(help="Port on the loopback interface; 0 takes any.")] = 0,
+    at: Annotated[str | None, typer.Option(help="Voxel z,y,x to start at.")] = None,
+    print_state: Annotated[
+        bool,
+        typer.Option("--print-state", help="Print a state for another neuroglancer and end."),
+    ] = False,
+    base_url: Annotated[
+        str | None, typer.Option(help="With --print-state: address that serves the run folder.")
+    ] = None,
+    raw_url: Annotated[
+        str | None, typer.Option(help="With --print-state: address of the raw volume.")
+    ] = None,
+) -> None:
+    """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
+    from pipeline.cli import read_target
+    from pipeline.locations import parse_triple
+    from pipeline.view import view_run
+    from pipeline.view_state import portable_state
+
+    position = None if at is None else parse_triple("--at", at)
+    config = read_target(target)
+    if not print_state:
+        view_run(config, port=port, at=position)
+        return
+    if base_url is None:
+        raise InputError("--print-state needs --base-url, the address that serves the run folder")
+    state = portable_state(config, base_url, raw_url=raw_url, at=position)
+    typer.echo(json.dumps(state, indent=1))
 
 
 def dashboard(
@@ -56,16 +89,15 @@ def dashboard(
     # The server of the viewers forgets one that nobody holds.
     viewers: deque[Any] = deque(maxlen=8)
 
-    def view(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
+    def show(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
         from pipeline.cli import read_target
-        from pipeline.view import build_viewer, config_layers
+        from pipeline.view import run_viewer
 
-        layers = config_layers(read_target(run_dir))
-        viewers.append(build_viewer(layers, port=viewer_port, at=at, host=host))
+        viewers.append(run_viewer(read_target(run_dir), port=viewer_port, at=at, host=host))
         return str(viewers[-1])
 
     try:
-        asyncio.run(serve(runs, announce=announce, host=host, port=port, token=token, viewer=view))
+        asyncio.run(serve(runs, announce=announce, host=host, port=port, token=token, viewer=show))
     except KeyboardInterrupt:
         typer.echo("")
 

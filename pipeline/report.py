@@ -114,7 +114,7 @@ def write_snapshot(
 
 
 def _volumes(config: Config) -> dict[str, Volume]:
-    from pipeline.view import LazyVolume, config_layers
+    from pipeline.view_layers import LazyVolume, config_layers
 
     layers = config_layers(config)
     return {layer.name: layer.data.volume for layer in layers if isinstance(layer.data, LazyVolume)}

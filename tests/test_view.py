@@ -1,5 +1,7 @@
 """The neuroglancer viewer of a run."""
 
+import functools
+import http.server
 import io
 import json
 import shutil
@@ -20,9 +22,14 @@ import pytest
 
 from blockwise.arrays import chunk_file, create_affinities, create_array, open_array, open_volume
 from blockwise.errors import InputError
-from pipeline import view
+from blockwise.grid import BlockGrid
+from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo
+from pipeline import view, view_state
 from pipeline.config import load_config
+from pipeline.run_folder import RunFolder
 from pipeline.view import LazyVolume, build_viewer, run_layers, volume_layer
+from pipeline.view_marks import run_marks
+from tests.browser import CHROMIUM, FLAGS
 
 neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
 
@@ -186,6 +193,70 @@ def test_contrast_of_deep_images(tmp_path: Path) -> None:
     assert 3950 < high <= 4000
 
 
+def test_lower_resolutions_are_read_where_the_browser_is_zoomed_out(
+    folder: Path, labels: np.ndarray
+) -> None:
+    # Contents that a shrunk full resolution would not give.
+    size, offset = (30, 12, 12), PLACE["offset"]
+    array = create_array(
+        folder / "data.zarr",
+        "segmentation/s1",
+        shape=(8, 30, 35),
+        chunks=(4, 16, 16),
+        dtype=np.uint64,
+        voxel_size=size,
+        offset=offset,
+    )
+    fill(array, np.full((8, 30, 35), 99, np.uint64))
+    (layer,) = [y for y in run_layers(folder / "data.zarr") if y.name == "segmentation"]
+    assert [f.tolist() for f, _ in layer.data.coarser] == [[1, 2, 2]]
+    viewer = build_viewer([layer])
+    base = str(viewer).split("/v/")[0]
+    token = viewer.state.to_json()["layers"][0]["source"][0]["url"].removeprefix("python://volume/")
+    for scale, stop, value in (
+        ("1,1,1", "2,4,4", 5),
+        ("1,2,2", "2,4,4", 99),
+        ("2,4,4", "2,4,4", 99),
+    ):
+        data = get(f"{base}/neuroglancer/npz/{token}/{scale}/0,0,0/{stop}")
+        voxels = np.load(io.BytesIO(zlib.decompress(data)))
+        assert voxels.shape == (2, 4, 4)
+        assert (voxels == value).all()
+
+
+def test_marks_of_a_run(folder: Path, layers: list[view.Layer]) -> None:
+    grid = BlockGrid(SHAPE, (30, 6, 6), (4, 16, 16), offset=(60, 12, -6))
+    run = RunFolder(folder / "marked")
+    with run.lock():
+        run.create({}, {"grid": grid.to_dict()})
+    assert run_marks(RunFolder(folder / "none"), "nm") == []
+    journal = JournalWriter(run.journal("predict"), WorkerInfo("worker-0", "node", 1))
+    journal.finish(BlockRecord(21, "failed", error="ValueError: bad"))
+    worst = {"label": 5, "bits": 0.5, "largest": [{"label": 1, "voxels": 9, "at": [120, 60, 60]}]}
+    report = {"worst_mergers": [worst], "worst_splits": []}
+    run.update_stage("evaluate", state="done", report=report)
+    marks = run_marks(run, "nm")
+    assert [m.name for m in marks] == ["blocks", "failed blocks", "mergers"]
+    assert len(marks[0].items) == grid.n_blocks == 40
+    assert marks[0].items[21] == ("block 21", ((6.0, 2.0, 15.0), (10.0, 18.0, 31.0)))
+    assert marks[1].items == (("block 21: ValueError: bad", ((8.0, 10.0, 23.0),)),)
+    assert marks[2].items == (("merger 5 (0.5000 bits): 1", ((4.5, 10.5, 10.5),)),)
+    state = build_viewer(layers, marks=marks).state.to_json()
+    assert [y["type"] for y in state["layers"][-3:]] == ["annotation"] * 3
+    assert state["layers"][-2]["annotations"][0]["point"] == [8, 10, 23]
+
+
+def test_borders_of_the_nearest_blocks_of_a_million(tmp_path: Path) -> None:
+    grid = BlockGrid((400, 400, 400), (1, 1, 1), (4, 4, 4))
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        run.create({}, {"grid": grid.to_dict()})
+    (blocks,) = run_marks(run, "nm", at=(399, 0, 200))
+    assert 200 < len(blocks.items) <= 2000
+    assert f"block {grid.number((99, 0, 50))}" in [text for text, _ in blocks.items]
+    assert blocks.name == f"blocks (nearest {len(blocks.items)})"
+
+
 def test_position_outside(layers: list[view.Layer]) -> None:
     with pytest.raises(InputError, match=r"--at \(8, 0, 0\) is outside .* \(8, 60, 70\)"):
         build_viewer(layers, at=(8, 0, 0))
@@ -229,8 +300,17 @@ def test_layers_of_a_configuration(config_file: Path) -> None:
 
 def test_command_prints_the_state_and_ends(config_file: Path) -> None:
     command = [*AGQ, "view", str(config_file), "--print-state"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, "--base-url" in done.stderr) == (2, True)
+    command += ["--base-url", "https://lab.example/run", "--raw-url", "s3://bucket/raw"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert len(json.loads(done.stdout)["layers"]) == 5
+    sources = {layer["name"]: layer["source"] for layer in json.loads(done.stdout)["layers"]}
+    assert {name: source[0]["url"] for name, source in sources.items()} == {
+        "raw": "zarr3://s3://bucket/raw",
+        "affinities": "zarr3://https://lab.example/run/data.zarr/affinities/",
+        "fragments": "zarr3://https://lab.example/run/data.zarr/fragments/",
+        "segmentation": "zarr3://https://lab.example/run/data.zarr/segmentation/s0/",
+    }
 
 
 def test_command_serves_until_interrupted(config_file: Path) -> None:
@@ -246,32 +326,13 @@ def test_command_serves_until_interrupted(config_file: Path) -> None:
             process.kill()
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
-def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[view.Layer]) -> None:
-    viewer = build_viewer([layers[0], layers[3]])
+def screenshot(viewer: Any, tmp_path: Path) -> np.ndarray:
+    """Open a viewer in a real browser and return the picture (height, width, 3)."""
     assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-first-run", *FLAGS]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
     browser = subprocess.Popen(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--no-first-run",
-            "--disable-quic",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--use-gl=angle",
-            "--use-angle=swiftshader",
-            "--enable-unsafe-swiftshader",
-            "--ignore-gpu-blocklist",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--window-size=900,700",
-            str(viewer),
-        ],
+        [*command, profile, "--window-size=900,700", str(viewer)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -288,8 +349,49 @@ def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[view.Lay
     finally:
         browser.terminate()
         browser.wait(20)
-    pixels = taken["answer"].screenshot.image_pixels[..., :3].astype(int)
     (tmp_path / "view.png").write_bytes(taken["answer"].screenshot.image)
+    return taken["answer"].screenshot.image_pixels[..., :3].astype(int)
+
+
+class _Readable(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, for pages of any origin, as a lab's web server would give them."""
+
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")
+        super().end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+def test_a_printed_state_shows_the_segments_by_their_address(
+    tmp_path: Path, config_file: Path
+) -> None:
+    handler = functools.partial(_Readable, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        state = view_state.portable_state(
+            load_config(config_file), f"{base}/run", raw_url=f"{base}/in.zarr/raw/"
+        )
+        assert "python://" not in json.dumps(state)
+        viewer = neuroglancer.Viewer()
+        viewer.set_state(state)
+        pixels = screenshot(viewer, tmp_path)
+        server.shutdown()
+    first = pixels[122:148, 170:230].mean(axis=(0, 1))
+    second = pixels[152:178, 203:230].mean(axis=(0, 1))
+    assert np.ptp(first) > 30
+    assert np.ptp(second) > 30
+    assert np.abs(first - second).max() > 30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[view.Layer]) -> None:
+    pixels = screenshot(build_viewer([layers[0], layers[3]]), tmp_path)
     # The x-y panel is the upper left one; one voxel is one pixel, the middle is in the middle.
     first = pixels[122:148, 170:230].mean(axis=(0, 1))
     second = pixels[152:178, 203:230].mean(axis=(0, 1))
