@@ -17,6 +17,7 @@ from model.errors import ModelInputError
 from pipeline import look_cli
 from pipeline.config import Config, load_config, parse_config
 from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
+from pipeline.train_cli import checkpoint_app, train
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluationReport
@@ -34,7 +35,8 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Check a configuration or print its schema.")
 app.add_typer(config_app, name="config")
 app.add_typer(baseline_app, name="baseline")
-for _command in (evaluate, sweep, skeletons):
+app.add_typer(checkpoint_app, name="checkpoint")
+for _command in (evaluate, sweep, skeletons, train):
     app.command()(_command)
 look_cli.register(app)
 
@@ -234,23 +236,6 @@ def synthetic(
         size = parse_triple("--shape", shape, least=1)
         generator.write(container, size, seed=seed, on_progress=report)
     out.print(f"wrote {container}/raw and {container}/labels")
-
-
-@app.command()
-def train(
-    config: ConfigFile,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last state in the output folder.")
-    ] = False,
-    settings: Settings = None,
-) -> None:
-    """Train the network on annotated volumes."""
-    from model.training.config import TrainConfig
-    from model.training.loop import train as run_training
-    from pipeline.config import load_yaml
-
-    run_training(load_yaml(TrainConfig, config, settings), resume=resume, max_steps=max_steps)
 
 
 @config_app.command("check")

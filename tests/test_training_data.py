@@ -9,9 +9,12 @@ import zarr
 
 from model.config import ModelConfig
 from model.errors import ModelInputError
-from model.training.augment import augment, misalign, orient, shade
+from model.training.augment import augment, margin, misalign, orient, shade
 from model.training.config import AugmentConfig, TrainConfig, VolumeConfig
 from model.training.data import CropSource, TrainingVolume
+from model.training.faults import spoil
+from model.training.targets import affinities_of, make_targets
+from model.training.warp import warp, warp_margin
 
 STILL = AugmentConfig(
     flips=False,
@@ -23,6 +26,12 @@ STILL = AugmentConfig(
     noise=0,
     missing_section=0,
     misalignment=0,
+    warp=0,
+    blur=0,
+    motion_blur=0,
+    missing_part=0,
+    cut_blur=0,
+    cut_noise=0,
 )
 
 
@@ -189,3 +198,117 @@ def test_a_failing_volume_stops_the_batches(tmp_path: Path) -> None:
         file.write_bytes(b"broken")
     with pytest.raises(Exception, match=r"."):
         next(source.batches(0, 4, threads=1))
+
+
+def test_labels_outside_the_mask_are_not_valid(tmp_path: Path) -> None:
+    volume = write_volume(tmp_path / "v.zarr")
+    mask = np.zeros((6, 40, 44), np.uint8)
+    mask[:, 8:30, 10:40] = 1
+    group = zarr.open_group(tmp_path / "v.zarr")
+    group.create_array("mask", data=mask, chunks=(4, 16, 16))
+    group.create_array("small", data=mask[:2], chunks=(2, 16, 16))
+    masked = volume.model_copy(update={"mask": "mask"})
+    opened = TrainingVolume(masked)
+    plain = TrainingVolume(volume).read((0, 0, 0), (6, 40, 44))[1]
+    _, labels = opened.read((0, 0, 0), (6, 40, 44))
+    assert ((labels < 0) == (mask == 0)).all()
+    pairs = np.unique(np.stack([labels[mask > 0], plain[mask > 0].astype(np.int64)]), axis=1)
+    assert len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == pairs.shape[1]
+    assert ((pairs[0] == 0) == (pairs[1] == 0)).all()
+    source = CropSource(config_of(tmp_path, volumes=[masked]))
+    known = [source.batch(step).targets[0].valid for step in range(12)]
+    assert any(k is not None and 0 < k.float().mean() < 1 for k in known)
+    assert any(k is None for k in known)
+    with pytest.raises(ModelInputError, match="must cover the same voxels"):
+        TrainingVolume(volume.model_copy(update={"mask": "small"}))
+
+
+def test_a_pair_is_known_if_both_of_its_voxels_are() -> None:
+    labels = np.ones((2, 4, 6), np.int64)
+    valid = np.ones(labels.shape, bool)
+    valid[:, :, 3] = False
+    targets = make_targets(
+        np.where(valid, labels, 0), valid=valid, min_voxels=1, rng=np.random.default_rng(0)
+    )
+    assert targets.valid is not None
+    assert targets.affinities_valid is not None
+    # P1 halves y and x: coarse column 1 is made of the fine columns 2 and 3.
+    assert targets.valid[0].tolist() == [[True, False, True]] * 2
+    # On x, fine column 4 is paired with column 3, so coarse column 2 is not known either.
+    assert targets.affinities_valid[2, 0].tolist() == [[True, False, False]] * 2
+    assert targets.affinities_valid[1, 0].tolist() == [[True, False, True]] * 2
+    wrong = affinities_of(np.where(valid, labels, 0))[2][:, :, 4]
+    assert (wrong == 0).all()  # what would be learned without the mask
+    assert float(targets.masks[:, ~targets.valid].abs().sum()) == 0
+
+
+def test_warping_moves_labels_with_the_picture() -> None:
+    config = STILL.model_copy(update={"warp": 1.0, "rescale": 0.2, "elastic": 3.0})
+    shape = (2, 40, 50)
+    border = warp_margin(shape, config)
+    y, x = np.indices((40 + 2 * border, 50 + 2 * border))
+    plane = (120 + 60 * np.sin(y / 9) * np.cos(x / 11)).astype(np.uint8)
+    big = np.repeat(plane[None], 2, 0)
+    seen = set()
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        raw, labels = warp(big, big.astype(np.uint64) + 2**60, shape, config, rng)
+        assert raw.dtype == np.uint8
+        assert labels.dtype == np.uint64
+        moved = (labels - np.uint64(2**60)).astype(int)
+        assert np.abs(raw.astype(int) - moved).max() <= 12
+        assert (raw[0] == raw[1]).all()
+        seen.add(raw.tobytes())
+        again = warp(big, big, shape, config, np.random.default_rng(seed))[0]
+        assert (raw == again).all()
+    assert len(seen) == 6
+    still, _ = warp(big, big, shape, config.model_copy(update={"warp": 0.0}), rng)
+    assert still.shape[0] == 2
+
+
+def test_warping_stays_within_its_margin() -> None:
+    """Nothing is invented: a picture of its own coordinates never runs into its border."""
+    config = STILL.model_copy(update={"warp": 1.0, "rescale": 0.3, "elastic": 5.0, "max_shift": 4})
+    shape = (1, 32, 32)
+    border = margin(shape, config)
+    inner = np.full((1, 32 + 2 * border, 32 + 2 * border), 255, np.uint8)
+    inner[:, 1:-1, 1:-1] = 100
+    for seed in range(30):
+        out, _ = augment(inner, inner, shape, config, np.random.default_rng(seed))
+        assert (out * 255 < 101).all()
+
+
+@pytest.mark.parametrize("fault", ["blur", "motion_blur", "missing_part", "cut_blur", "cut_noise"])
+def test_each_fault_changes_a_part_of_the_greys(fault: str) -> None:
+    raw = np.random.default_rng(0).random((6, 30, 40), dtype=np.float32)
+    config = STILL.model_copy(update={fault: 1.0})
+    for seed in range(8):
+        out = spoil(raw, config, np.random.default_rng(seed))
+        assert out.dtype == np.float32
+        assert out.shape == raw.shape
+        assert 0 <= out.min() <= out.max() <= 1
+        changed = out != raw
+        assert changed.any()
+        assert changed.mean() < 0.5
+        if not fault.startswith("cut"):
+            assert np.count_nonzero(changed.any(axis=(1, 2))) == 1
+        assert (spoil(raw, config, np.random.default_rng(seed)) == out).all()
+    assert (spoil(raw, STILL, np.random.default_rng(0)) == raw).all()
+
+
+def test_processes_take_different_items_of_one_step(tmp_path: Path) -> None:
+    both = CropSource(config_of(tmp_path, batch_size=2)).batch(5)
+    single = config_of(tmp_path, batch_size=1)
+    for rank in (0, 1):
+        alone = CropSource(single, rank).batch(5)
+        assert torch.equal(alone.raw[0], both.raw[rank])
+
+
+def test_axes_turn_only_in_cubes() -> None:
+    config = STILL.model_copy(update={"turn_axes": True})
+    cube = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    turned = [orient(cube, cube, config, np.random.default_rng(seed)) for seed in range(12)]
+    assert all((raw == labels).all() for raw, labels in turned)
+    assert len({raw.tobytes() for raw, _ in turned}) > 3
+    flat = cube[:2]
+    assert (orient(flat, flat, config, np.random.default_rng(1))[0] == flat).all()

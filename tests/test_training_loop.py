@@ -18,9 +18,10 @@ from model.config import ModelConfig
 from model.errors import ModelInputError
 from model.training.config import OptimizerConfig, TrainConfig
 from model.training.half import HalfRunner
-from model.training.loop import Trainer, train
+from model.training.loop import train
 from model.training.schedule import learning_rate, progress
 from model.training.state import Ema, load_state
+from model.training.trainer import Trainer
 
 NETWORK = ModelConfig(
     filters=(8, 8, 8),
@@ -206,6 +207,34 @@ def test_sigterm_leaves_a_state_to_go_on_from(volume: Path, tmp_path: Path) -> N
     assert state["step"] == len(losses_of(tmp_path / "run"))
     again = train(config, resume=True, max_steps=state["step"] + 1)
     assert again.step == state["step"] + 1
+
+
+def test_isotropic_data_train_too(volume: Path, tmp_path: Path) -> None:
+    cube = NETWORK.model_copy(
+        update={"isotropy": (True, True, True), "input_shape": (17, 17, 17), "min_seed_voxels": 1}
+    )
+    config = config_of(volume, tmp_path, network=cube, steps=2, augment={"turn_axes": True})
+    report = train(config)
+    assert report.step == 2
+    assert np.isfinite(losses_of(tmp_path)).all()
+    assert checkpoint.load(report.export).config == cube
+
+
+def test_tensorboard_gets_scalars_and_pictures(volume: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = config_of(
+        volume, tmp_path, steps=2, tensorboard=True, validation=[{"container": volume}]
+    )
+    report = train(config)
+    assert report.first
+    assert 0 <= report.waiting <= 1
+    read = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [e.step for e in read.Scalars("training/loss")] == [1, 2]
+    assert [e.value for e in read.Scalars("training/loss")] == pytest.approx(losses_of(tmp_path))
+    assert len(read.Scalars("validation/val_error")) == 1
+    (picture,) = read.Images("validation/0: raw, truth, prediction, affinities")
+    assert (picture.height, picture.width) == (33, 4 * 33)
 
 
 def test_a_run_is_never_overwritten_or_mixed(volume: Path, tmp_path: Path) -> None:

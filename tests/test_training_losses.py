@@ -180,3 +180,33 @@ def test_a_crop_without_instances_still_trains_affinities(logits: torch.Tensor) 
     assert affinity_logits.grad is not None
     assert torch.isfinite(logits.grad).all()
     assert float(affinity_logits.grad.abs().sum()) > 0
+
+
+def test_what_is_not_valid_does_not_count(logits: torch.Tensor, masks: torch.Tensor) -> None:
+    """The losses of the valid part alone, and no gradient elsewhere."""
+    generator = torch.Generator().manual_seed(5)
+    valid = torch.zeros(SHAPE, dtype=torch.bool)
+    valid[:, 1:, :3] = True
+    affinity_logits = torch.randn((3, *SHAPE), generator=generator).requires_grad_()
+    logits = logits.requires_grad_()
+    none = torch.zeros(0, dtype=torch.int64)
+    wanted = torch.rand((3, *SHAPE), generator=generator)
+    features = torch.ones((2, *SHAPE))
+    weights = LossWeights(zero_background=1, background_weight=3)
+    targets = Targets(wanted, masks * valid, none, none, valid, valid.expand(3, *SHAPE))
+    total, terms = item_losses(affinity_logits, [logits, logits], features, targets, weights)
+    total.backward()
+    part = (slice(None), slice(None), slice(1, None), slice(None, 3))
+    alone, expected = item_losses(
+        affinity_logits.detach()[part],
+        [logits.detach()[part]] * 2,
+        features[part],
+        Targets(wanted[part], masks[part], none, none),
+        weights,
+    )
+    assert terms == pytest.approx(expected, rel=1e-5)
+    assert float(total.detach()) == pytest.approx(float(alone), rel=1e-5)
+    for gradient in (logits.grad, affinity_logits.grad):
+        assert gradient is not None
+        assert float(gradient[:, ~valid].abs().max()) == 0
+        assert float(gradient[:, valid].abs().max()) > 0

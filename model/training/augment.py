@@ -1,13 +1,15 @@
 """Variations of a training crop: orientation, greys, and the faults of serial sections.
 
-Own code rather than a library: flips, quarter turns, grey changes and the two section faults are
-a few lines of numpy each, and drawing every number from the generator given keeps a step a pure
-function of the seed and the step number.
+Own code rather than a library: flips, quarter turns, grey changes and section faults are a few
+lines of numpy each (warping is scipy's), and drawing every number from the generator given keeps a
+step a pure function of the seed and the step number.
 """
 
 import numpy as np
 
 from model.training.config import AugmentConfig
+from model.training.faults import spoil
+from model.training.warp import warp, warp_margin
 
 
 def orient(
@@ -38,6 +40,9 @@ def orient(
         if raw.shape[1] != raw.shape[2]:
             turns -= turns % 2
         raw, labels = np.rot90(raw, turns, (1, 2)), np.rot90(labels, turns, (1, 2))
+    if config.turn_axes and len(set(raw.shape)) == 1:
+        order = rng.permutation(3)
+        raw, labels = raw.transpose(order), labels.transpose(order)
     return raw, labels
 
 
@@ -118,6 +123,15 @@ def shade(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> n
     return np.clip(out, 0, 1).astype(np.float32)
 
 
+def margin(shape: tuple[int, int, int], config: AugmentConfig) -> int:
+    """Return the voxels in y and x that `augment` needs around a crop of this shape."""
+    return config.max_shift + warp_margin(_shifted(shape, config), config)
+
+
+def _shifted(shape: tuple[int, int, int], config: AugmentConfig) -> tuple[int, int, int]:
+    return (shape[0], shape[1] + 2 * config.max_shift, shape[2] + 2 * config.max_shift)
+
+
 def augment(
     raw: np.ndarray,
     labels: np.ndarray,
@@ -125,7 +139,7 @@ def augment(
     config: AugmentConfig,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Make a training crop out of a crop read with a margin of `config.max_shift` in y and x.
+    """Make a training crop out of a crop read with `margin` voxels more in y and x.
 
     Parameters
     ----------
@@ -138,7 +152,7 @@ def augment(
     config : AugmentConfig
         What is varied.
     rng : numpy.random.Generator
-        Every number drawn comes from it, always in the same order.
+        Every number drawn comes from it.
 
     Returns
     -------
@@ -147,6 +161,8 @@ def augment(
     labels : numpy.ndarray
         (z, y, x), dtype as given.
     """
+    raw, labels = warp(raw, labels, _shifted(shape, config), config, rng)
     raw, labels = misalign(raw, labels, shape, config, rng)
     raw, labels = orient(raw, labels, config, rng)
-    return shade(raw.astype(np.float32) / 255.0, config, rng), np.ascontiguousarray(labels)
+    grey = spoil(raw.astype(np.float32) / 255.0, config, rng)
+    return shade(grey, config, rng), np.ascontiguousarray(labels)

@@ -18,6 +18,9 @@ class VolumeConfig(_Section):
     container: Path = Field(description="Folder of the zarr container.")
     raw: str = Field("raw", description="Path of the raw array (uint8) inside the container.")
     labels: str = Field("labels", description="Path of the label array (integers, 0 background).")
+    mask: str | None = Field(
+        None, description="Path of an array that is nonzero where labels are valid; all by default."
+    )
     weight: float = Field(1.0, gt=0, description="How often crops come from it, relatively.")
 
 
@@ -26,6 +29,9 @@ class AugmentConfig(_Section):
 
     flips: bool = Field(True, description="Mirror along z, y and x.")
     rotations: bool = Field(True, description="Rotate in-plane by multiples of 90 degrees.")
+    turn_axes: bool = Field(
+        False, description="Also exchange z, y and x; for isotropic data and cubic crops."
+    )
     contrast: float = Field(0.25, ge=0, lt=1, description="Largest relative change of contrast.")
     brightness: float = Field(0.15, ge=0, lt=1, description="Largest shift, 1 is white.")
     gamma: float = Field(0.3, ge=0, lt=1, description="Gamma between 2^-g and 2^g.")
@@ -36,6 +42,16 @@ class AugmentConfig(_Section):
     missing_section: float = Field(0.1, ge=0, le=1, description="Chance of one blank section.")
     misalignment: float = Field(0.2, ge=0, le=1, description="Chance of a jump between sections.")
     max_shift: int = Field(10, ge=0, description="Largest jump in voxels, in y and in x.")
+    warp: float = Field(
+        0.5, ge=0, le=1, description="Chance of rescaling and elastic deformation in-plane."
+    )
+    rescale: float = Field(0.2, ge=0, lt=1, description="Largest relative change of scale.")
+    elastic: float = Field(4.0, ge=0, description="Largest elastic displacement in voxels.")
+    blur: float = Field(0.1, ge=0, le=1, description="Chance of one section out of focus.")
+    motion_blur: float = Field(0.1, ge=0, le=1, description="Chance of one smeared section.")
+    missing_part: float = Field(0.1, ge=0, le=1, description="Chance of a dark stripe.")
+    cut_blur: float = Field(0.1, ge=0, le=1, description="Chance of a box of lower resolution.")
+    cut_noise: float = Field(0.1, ge=0, le=1, description="Chance of a box of noise.")
 
 
 class LossWeights(_Section):
@@ -136,3 +152,6 @@ class TrainConfig(_Section):
     validate_minutes: float = Field(15.0, gt=0, description="Time between validations.")
     validation_crops: PositiveInt = Field(4, description="Crops per validation volume.")
     log_every: PositiveInt = Field(20, description="Steps between lines of metrics.jsonl.")
+    tensorboard: bool = Field(
+        False, description="Also write scalars and pictures for TensorBoard (pip extra `train`)."
+    )

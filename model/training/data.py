@@ -16,6 +16,7 @@ import zarr
 
 from model.errors import ModelInputError
 from model.training.augment import augment
+from model.training.augment import margin as augment_margin
 from model.training.config import TrainConfig, VolumeConfig
 from model.training.targets import Targets, make_targets
 
@@ -40,6 +41,12 @@ class TrainingVolume:
         self.config = config
         self.raw = self._open(config.raw)
         self.labels = self._open(config.labels)
+        self.mask = None if config.mask is None else self._open(config.mask)
+        if self.mask is not None and self.mask.shape != self.raw.shape:
+            raise ModelInputError(
+                f"{config.container}: {config.mask} has shape {self.mask.shape}, "
+                f"{config.raw} {self.raw.shape}; they must cover the same voxels"
+            )
         if self.raw.shape != self.labels.shape:
             raise ModelInputError(
                 f"{config.container}: {config.raw} has shape {self.raw.shape}, "
@@ -83,7 +90,8 @@ class TrainingVolume:
         Returns
         -------
         raw, labels : numpy.ndarray
-            uint8 and the labels' own type, both of the shape asked for.
+            uint8, and the labels' own type, both of the shape asked for. With a mask, labels are
+            int64: the crop's own numbers, 0 still 0, and -1 where they are not valid.
         """
         stop = [a + n for a, n in zip(start, shape, strict=True)]
         low = [min(max(a, 0), n - 1) for a, n in zip(start, self.shape, strict=True)]
@@ -91,6 +99,10 @@ class TrainingVolume:
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         width = [(a - s, e - b) for a, s, e, b in zip(low, start, stop, high, strict=True)]
         raw, labels = np.asarray(self.raw[box]), np.asarray(self.labels[box])
+        if self.mask is not None:
+            ids, compact = np.unique(labels, return_inverse=True)
+            numbered = compact.reshape(labels.shape).astype(np.int64) + int(ids[0] != 0)
+            labels = np.where(np.asarray(self.mask[box]) != 0, numbered, -1)
         return np.pad(raw, width, mode="reflect"), np.pad(labels, width, mode="reflect")
 
 
@@ -125,6 +137,8 @@ class CropSource:
     ----------
     config : TrainConfig
         Volumes, crop size, augmentation and seed.
+    rank : int
+        Of this process: each makes other items of the same step.
 
     Raises
     ------
@@ -132,17 +146,18 @@ class CropSource:
         If a volume cannot be used.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, rank: int = 0) -> None:
         self.config = config
+        self.first_item = rank * config.batch_size
         self.shape: Shape = config.crop or config.network.input_shape
         self.volumes = [TrainingVolume(volume) for volume in config.volumes]
         weights = np.array([volume.weight for volume in config.volumes])
         self.chances = weights / weights.sum()
 
     def crop(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draw an augmented crop: raw float32 in [0, 1] and integer labels, both (z, y, x)."""
+        """Draw an augmented crop: raw float32 in [0, 1] and labels (z, y, x), -1 if not valid."""
         volume = self.volumes[int(rng.choice(len(self.volumes), p=self.chances))]
-        margin = self.config.augment.max_shift
+        margin = augment_margin(self.shape, self.config.augment)
         start = []
         for size, n, pad in zip(self.shape, volume.shape, self.config.pad, strict=True):
             last = n + pad - size
@@ -157,8 +172,12 @@ class CropSource:
         """Make the batch of a step, the same one whenever it is asked for."""
         raws, targets = [], []
         for item in range(self.config.batch_size):
-            rng = np.random.default_rng([self.config.seed, step, item])
+            rng = np.random.default_rng([self.config.seed, step, self.first_item + item])
             raw, labels = self.crop(rng)
+            valid = None
+            if labels.min() < 0:
+                valid = labels >= 0
+                labels = np.where(valid, labels, 0)
             raws.append(normalize(raw))
             targets.append(
                 make_targets(
@@ -168,6 +187,7 @@ class CropSource:
                     samples=self.config.losses.samples,
                     exponent=self.config.losses.exponent,
                     rng=rng,
+                    valid=valid,
                 )
             )
         return Batch(step, torch.stack(raws), targets)

@@ -62,8 +62,18 @@ def channel_targets(
     return out
 
 
+def mean_over(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of values where `valid` (same shape, bool); of all for None; 0 for none."""
+    if valid is None:
+        return values.mean()
+    return (values * valid).sum() / valid.sum().clamp_min(1)
+
+
 def cross_entropy(
-    log_probabilities: torch.Tensor, targets: torch.Tensor, background_weight: float = 1.0
+    log_probabilities: torch.Tensor,
+    targets: torch.Tensor,
+    background_weight: float = 1.0,
+    valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the mean over voxels of - sum over channels of target * log probability.
 
@@ -73,11 +83,13 @@ def cross_entropy(
         (channels, z1, y1, x1) each.
     background_weight : float
         Factor of the term of channel 0.
+    valid : torch.Tensor or None
+        (z1, y1, x1) bool: voxels that count; None: all.
     """
     total = (targets * log_probabilities).sum(0)
     if background_weight != 1.0:
         total = total + (background_weight - 1.0) * targets[0] * log_probabilities[0]
-    return -total.mean()
+    return -mean_over(total, valid)
 
 
 def discrimination_loss(
@@ -115,9 +127,11 @@ def discrimination_loss(
     return (per_voxel * valid).sum() / valid.sum().clamp_min(1)
 
 
-def affinity_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean binary cross-entropy of affinity logits (3, z1, y1, x1)."""
-    return F.binary_cross_entropy_with_logits(logits, targets)
+def affinity_loss(
+    logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the mean binary cross-entropy of affinity logits (3, z1, y1, x1), where valid."""
+    return mean_over(F.binary_cross_entropy_with_logits(logits, targets, reduction="none"), valid)
 
 
 def item_losses(
@@ -153,21 +167,25 @@ def item_losses(
     terms : dict of str to float
         Each unweighted term (sum over predictions) and the dice of the last prediction.
     """
-    queries, instances = match(predictions[0], targets.masks)
+    valid = targets.valid
+    queries, instances = match(predictions[0], targets.masks, valid)
     dice = torch.zeros((), device=affinity_logits.device)
     entropy = torch.zeros((), device=affinity_logits.device)
     last = dice
     wanted = channel_targets(len(predictions[0]), targets.masks, queries, instances)
     for logits in predictions:
         log_probabilities = logits.float().log_softmax(0)
-        last = dice_loss(log_probabilities[queries + 1].exp(), targets.masks[instances])
+        matched = log_probabilities[queries + 1].exp()
+        last = dice_loss(matched if valid is None else matched * valid, targets.masks[instances])
         dice = dice + last
-        entropy = entropy + cross_entropy(log_probabilities, wanted)
+        entropy = entropy + cross_entropy(log_probabilities, wanted, valid=valid)
     flat = torch.cat([torch.zeros_like(predictions[-1][:1]), predictions[-1][1:]])
-    zero_background = cross_entropy(flat.float().log_softmax(0), wanted, weights.background_weight)
+    zero_background = cross_entropy(
+        flat.float().log_softmax(0), wanted, weights.background_weight, valid
+    )
     sampled = mask_features.flatten(1)[:, targets.samples].T.float()
     insdis = discrimination_loss(sampled, targets.sample_instances, weights.temperature)
-    affinity = affinity_loss(affinity_logits.float(), targets.affinities)
+    affinity = affinity_loss(affinity_logits.float(), targets.affinities, targets.affinities_valid)
     total = (
         weights.dice * dice
         + weights.cross_entropy * entropy

@@ -27,7 +27,9 @@ def dice_scores(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tenso
 
 
 @torch.no_grad()
-def match(logits: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def match(
+    logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Assign queries to instances so that the sum of their dice scores is greatest.
 
     Parameters
@@ -35,14 +37,17 @@ def match(logits: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torc
     logits : torch.Tensor
         (1 + Q, z1, y1, x1) mask logits, channel 0 the background.
     masks : torch.Tensor
-        (N, z1, y1, x1) target masks.
+        (N, z1, y1, x1) target masks, 0 where not valid.
+    valid : torch.Tensor or None
+        (z1, y1, x1) bool: voxels that count; None: all.
 
     Returns
     -------
     queries, instances : torch.Tensor
         (M,) int64 each, M = min(Q, N); query q is channel q + 1 of `logits`.
     """
-    scores = dice_scores(logits.float().softmax(0)[1:], masks)
+    probabilities = logits.float().softmax(0)[1:]
+    scores = dice_scores(probabilities if valid is None else probabilities * valid, masks)
     rows, columns = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
     return torch.as_tensor(rows, device=logits.device), torch.as_tensor(
         columns, device=logits.device

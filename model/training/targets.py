@@ -31,12 +31,16 @@ class Targets:
         (K,) int64, flat P1 indices of the voxels drawn for the discrimination loss; K may be 0.
     sample_instances : torch.Tensor
         (K,) int64, the row of `masks` that each sampled voxel belongs to.
+    valid, affinities_valid : torch.Tensor or None
+        (z1, y1, x1) and (3, z1, y1, x1) bool: where the truth is known; None: everywhere.
     """
 
     affinities: torch.Tensor
     masks: torch.Tensor
     samples: torch.Tensor
     sample_instances: torch.Tensor
+    valid: torch.Tensor | None = None
+    affinities_valid: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Targets":
         """Return the same targets on a device."""
@@ -45,6 +49,8 @@ class Targets:
             self.masks.to(device),
             self.samples.to(device),
             self.sample_instances.to(device),
+            None if self.valid is None else self.valid.to(device),
+            None if self.affinities_valid is None else self.affinities_valid.to(device),
         )
 
 
@@ -228,6 +234,7 @@ def make_targets(
     samples: int = 4096,
     exponent: float = 0.6,
     rng: np.random.Generator,
+    valid: np.ndarray | None = None,
 ) -> Targets:
     """Turn the labels of a crop into everything the losses need.
 
@@ -245,6 +252,8 @@ def make_targets(
         How strongly small instances are favoured in that draw.
     rng : numpy.random.Generator
         Source of the draw.
+    valid : numpy.ndarray or None
+        (z, y, x) bool: where the labels are known (they are 0 elsewhere); None: everywhere.
 
     Raises
     ------
@@ -255,10 +264,29 @@ def make_targets(
     z, y, x = labels.shape
     shape = p1_shape((z, y, x), isotropic)
     masks = instance_masks(pieces, shape, min_voxels)
+    known, pairs = (None, None) if valid is None else _known(valid, shape)
+    if known is not None:
+        masks = masks * known
     drawn, owners = sample_voxels(masks, samples, exponent, rng)
     return Targets(
         affinities=resize(torch.from_numpy(affinities_of(pieces)), shape),
         masks=masks,
         samples=drawn,
         sample_instances=owners,
+        valid=known,
+        affinities_valid=pairs,
     )
+
+
+def _known(valid: np.ndarray, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where voxels, and their pairs with the previous voxel on each axis, are known."""
+    pairs = np.repeat(valid[None], 3, axis=0)
+    for axis in range(3):
+        own: list[slice] = [slice(None)] * 3
+        previous: list[slice] = [slice(None)] * 3
+        own[axis], previous[axis] = slice(1, None), slice(None, -1)
+        pairs[axis][tuple(own)] &= valid[tuple(previous)]
+    both = torch.from_numpy(np.concatenate([valid[None], pairs]).astype(np.float32))
+    # A voxel of the coarser grid is known if all that it is made of is.
+    known = resize(both, shape) > 0.999
+    return known[0], known[1:]

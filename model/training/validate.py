@@ -97,6 +97,8 @@ class Validator:
         self.config = config
         shape = config.crop or config.network.input_shape
         self.blocks: list[tuple[str, np.ndarray, np.ndarray]] = []
+        # The first block of each volume as last scored, for pictures.
+        self.samples: list[dict[str, np.ndarray]] = []
         for volume_config in config.validation:
             volume = TrainingVolume(volume_config)
             room = [max(0, n - size) for n, size in zip(volume.shape, shape, strict=True)]
@@ -104,6 +106,8 @@ class Validator:
             for _ in range(config.validation_crops):
                 z, y, x = (int(rng.integers(n + 1)) for n in room)
                 raw, truth = volume.read((z, y, x), shape)
+                if volume.mask is not None:
+                    truth = np.maximum(truth, 0)  # what is not valid is not scored either
                 self.blocks.append((str(volume_config.container), raw, relabel_pieces(truth)))
 
     def score(self, checkpoint: Path) -> Score:
@@ -117,11 +121,16 @@ class Validator:
         predictor = AGQPredictor(checkpoint, device=self.config.device)
         rows = []
         by_volume: dict[str, list[float]] = {}
+        self.samples = []
         for name, raw, truth in self.blocks:
             found = predictor.predict([raw])[0]
             labels = found.labels
             filled = fill_background(labels, self.config.network.voxel_size)
             error = adapted_rand_error(filled, truth)
+            if name not in by_volume:
+                arrays = (raw, truth, labels, found.affinities)
+                names = ("raw", "truth", "prediction", "affinities")
+                self.samples.append(dict(zip(names, arrays, strict=True)))
             by_volume.setdefault(name, []).append(error)
             rows.append(
                 (

@@ -1,0 +1,204 @@
+"""One training run: the network, its optimizer and average, its steps, state and export."""
+
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import checkpoint
+from model.agq import AGQ, AGQOutput
+from model.errors import ModelInputError
+from model.training.config import TrainConfig
+from model.training.data import Batch, CropSource
+from model.training.distributed import Ranks, synchronise_norms
+from model.training.half import HalfRunner
+from model.training.init import initialise
+from model.training.losses import item_losses
+from model.training.schedule import learning_rate, progress
+from model.training.state import Ema
+
+
+def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:  # noqa: B008
+    """Return the device of a name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Of several processes on a machine each takes the GPU of its local rank.
+    """
+    if ranks.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        if ranks.local >= torch.cuda.device_count():
+            raise ModelInputError(
+                f"process {ranks.local} of this machine finds {torch.cuda.device_count()} GPUs: "
+                "start as many processes as there are GPUs (torchrun --nproc-per-node)"
+            )
+        return torch.device("cuda", ranks.local)
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ModelInputError(f"device {name!r} is unknown: {error}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class Trainer:
+    """One run: the network, its optimizer and average, and how far they are.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        The run.
+    ranks : Ranks
+        Which process this is; with several, their process group must be joined.
+
+    Raises
+    ------
+    ModelInputError
+        If a volume or the device cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+        self.config = config
+        self.ranks = ranks
+        self.device = pick_device(config.device, ranks)
+        self.source = CropSource(config, ranks.rank)
+        torch.manual_seed(config.seed)
+        self.network = AGQ(config.network)
+        initialise(self.network)
+        if config.init_from is not None:
+            loaded = checkpoint.load(config.init_from, config.network)
+            self.network.load_state_dict(loaded.state_dict)
+        if ranks.size > 1:
+            synchronise_norms(self.network)
+        self.network.to(self.device)
+        self.run: Callable[[torch.Tensor], AGQOutput] = (
+            HalfRunner(self.network) if config.precision == "bf16" else self.network
+        )
+        if ranks.size > 1:
+            # Running statistics are equal already, so they need no broadcast.
+            self.run = DistributedDataParallel(
+                _Module(self.network, self.run), broadcast_buffers=False
+            )
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(),
+            lr=config.optimizer.learning_rate,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.ema = Ema(self.network, config.optimizer.ema_decay)
+        self.step = 0
+        self.minutes = 0.0
+        self.best_error: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return everything an exact continuation needs."""
+        return {
+            "step": self.step,
+            "minutes": self.minutes,
+            "best_error": self.best_error,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state,
+            "config": self.config.model_dump_json(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises
+        ------
+        ModelInputError
+            If the state belongs to another network.
+        """
+        theirs = json.loads(state["config"])["network"]
+        if theirs != json.loads(self.config.network.model_dump_json()):
+            raise ModelInputError(
+                "the saved state belongs to another network configuration; "
+                "choose another output folder or restore the configuration"
+            )
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.state = {k: v.to(self.device) for k, v in state["ema"].items()}
+        self.step, self.minutes = state["step"], state["minutes"]
+        self.best_error = state["best_error"]
+
+    @property
+    def done(self) -> float:
+        """Share of the schedule that is over."""
+        return progress(self.step, self.config.steps, self.minutes, self.config.time_budget_minutes)
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """Do one optimisation step and return its metrics."""
+        rate = learning_rate(self.step, self.done, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        if self.done >= self.config.optimizer.freeze_norm_after:
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        raw = batch.raw.to(self.device)
+        out = self.run(raw)
+        total = torch.zeros((), device=self.device)
+        metrics: dict[str, float] = {}
+        for item, targets in enumerate(batch.targets):
+            loss, terms = item_losses(
+                out.affinity_logits[item],
+                [prediction[item] for prediction in out.predictions],
+                out.mask_features[item],
+                targets.to(self.device),
+                self.config.losses,
+            )
+            total = total + loss / len(batch.targets)
+            terms["seeds"] = out.n_seeds[item]
+            terms["instances"] = len(targets.masks)
+            for key, value in terms.items():
+                metrics[key] = metrics.get(key, 0.0) + value / len(batch.targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.ema.update(self.network, self.step)
+        metrics |= {"lr": rate, "grad_norm": float(norm)}
+        self.step += 1
+        return metrics
+
+    def export(self, path: Path) -> Path:
+        """Write the averaged weights, matrices in half precision, with where they come from."""
+        volumes = [str(volume.container) for volume in self.config.volumes]
+        provenance = {
+            "trained_by": "model.training",
+            "data": volumes,
+            "iterations": self.step,
+            "batch_size": self.config.batch_size * self.ranks.size,
+            "hardware": f"{self.ranks.size} x "
+            * (self.ranks.size > 1)
+            + f"{self.device.type}, {platform.processor() or platform.machine()}, "
+            f"{torch.get_num_threads()} threads",
+            "hours": round(self.minutes / 60, 3),
+            "precision": self.config.precision,
+            "seed": self.config.seed,
+            "background_margin": self.config.background_margin,
+        }
+        weights = dict(self.ema.state)
+        last = f"inst_decoder.predictors.{self.config.network.iterations - 1}.norm_logits.bias"
+        weights[last] = weights[last] - self.config.background_margin
+        checkpoint.save(path, weights, self.config.network, provenance, half=True)
+        return path
+
+
+class _Module(nn.Module):
+    """What `DistributedDataParallel` wraps: the weights, and the way they are run."""
+
+    def __init__(self, network: AGQ, run: Callable[[torch.Tensor], AGQOutput]) -> None:
+        super().__init__()
+        self.network = network
+        self._run = run
+
+    def forward(self, x: torch.Tensor) -> AGQOutput:
+        return self._run(x)

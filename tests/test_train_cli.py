@@ -1,0 +1,64 @@
+"""`agq train` and `agq checkpoint` as users call them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_training_loop import NETWORK, config_of, volume  # noqa: F401
+from typer.testing import CliRunner
+
+from blockwise.errors import InputError
+from model import checkpoint
+from model.agq import AGQ
+from model.errors import ModelInputError
+from pipeline.cli import app
+
+
+def call(*arguments: object) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_train_says_how_it_went_and_starts_from_a_checkpoint(
+    volume: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    network = AGQ(NETWORK)
+    start = tmp_path / "start.pth.tar"
+    state = {f"module.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": state}, start)
+    config = config_of(volume, tmp_path / "run", optimizer={"learning_rate": 1e-12})
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    said = call("train", file, "--max-steps", 2, "--init-from", start)
+    assert "2 steps in" in said
+    assert "of the time waiting for data" in said
+    assert f"agq train {file} --resume" in said
+    found = checkpoint.load(tmp_path / "run" / "model.safetensors").state_dict
+    for key, value in network.named_parameters():
+        torch.testing.assert_close(found[key], value.detach(), rtol=2e-3, atol=1e-4)
+    with pytest.raises(ModelInputError, match="nothing"):
+        call("train", file, "--set", f"output={tmp_path / 'other'}", "--init-from", "nothing.pt")
+
+
+def test_checkpoints_are_shown_and_converted(tmp_path: Path) -> None:
+    with pytest.raises(ModelInputError):
+        call("checkpoint", "show", tmp_path / "absent.pth.tar")
+    about = json.loads(call("checkpoint", "show", "demo", "--json"))
+    assert about["config"]["input_shape"] == [17, 97, 97]
+    assert about["provenance"]
+    assert about["sha256"] == checkpoint.load("demo").sha256
+    assert "learned_queries: 20" in call("checkpoint", "show", "demo")
+    out = tmp_path / "copy.safetensors"
+    assert str(out) in call("checkpoint", "convert", "demo", out)
+    one, two = checkpoint.load("demo"), checkpoint.load(out)
+    assert one.config == two.config
+    assert all(torch.equal(value, two.state_dict[key]) for key, value in one.state_dict.items())
+    assert two.provenance["converted_sha256"] == one.sha256
+    assert two.provenance["data"] == one.provenance["data"]
+    with pytest.raises(InputError, match="exists"):
+        call("checkpoint", "convert", "demo", out)
