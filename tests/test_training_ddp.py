@@ -1,8 +1,10 @@
 """Two processes of torchrun on CPUs (gloo): the same norms, gradients and files as one process."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +16,27 @@ from torch import nn
 from model import checkpoint
 from model.training.distributed import Ranks
 from model.training.loop import train
+from model.training.state import load_state
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.slow
 
 
+def command(*arguments: object) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", "2", str(ROOT / "tests" / "ddp_job.py")),
+        *map(str, arguments),
+    ]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def torchrun(*arguments: object) -> str:
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(ROOT / "tests" / "ddp_job.py")),
-            *map(str, arguments),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        command(*arguments),
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=280,
@@ -95,6 +105,36 @@ def test_two_processes_resume_exactly(volume: Path, tmp_path: Path) -> None:  # 
     files = [(tmp_path / name / "model.safetensors") for name in ("whole", "halves")]
     one, two = (checkpoint.load(file).state_dict for file in files)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_notice_stops_both_after_the_same_step(
+    volume: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = config_of(volume, tmp_path / "run", steps=100_000)
+    (tmp_path / "run.json").write_text(config.model_dump_json())
+    started = subprocess.Popen(
+        command("train", tmp_path / "run.json", "no", 100_000),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        end = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert started.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        started.send_signal(signal.SIGTERM)
+        said, _ = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    reports = sorted(line.split() for line in said.splitlines() if "report" in line)
+    state = load_state(tmp_path / "run" / "state.pt")
+    assert [step for _, _, step in reports] == [str(state["step"])] * 2
+    assert len(losses_of(tmp_path / "run")) == state["step"]
 
 
 def test_a_process_alone_is_the_first_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
