@@ -12,77 +12,84 @@ The result is a function of the contacts alone:
   an edge. It is inherited as a minimum, so no two live edges are equal: a strict total order.
 - A pooled score is a mediant, never above the larger of its parents, so merges come in
   non-increasing order, and any order of reciprocal-best merges gives the same result
-  (reducibility: Bruynooghe 1977, Murtagh 1983). A hierarchical version rests on this.
+  (reducibility: Bruynooghe 1977, Murtagh 1983). The hierarchy in
+  :mod:`blockwise.agglomerate_graph` rests on this; :func:`agglomerate` is its case of one part.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockwise.agglomerate_kernel import agglomerate_edges, positive_components
+from blockwise.agglomerate_graph import EdgeTable, Graph, MergeTable, contract, positions
+from blockwise.agglomerate_kernel import positive_components
 from blockwise.contacts import HALF_UNITS, ContactTable, merge_contacts
 from blockwise.errors import InputError
 
-MAX_EDGES = 2**30
-"""Edges that one process can agglomerate (half-edges are numbered in 32 bits)."""
+EvidenceKind = Literal["affinity", "overlap", "both"]
+"""What speaks for a merge across a border: affinities, overlapping labels, or both."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Affinity above which a contact speaks for a merge.
+    """What a contact must show to speak for a merge.
 
     Attributes
     ----------
     across
-        For contacts across a block border.
+        Affinity of contacts across a block border.
     within
-        For contacts inside a block. 1.0 (published): they can only speak against a merge.
+        Affinity of contacts inside a block. 1.0 (published): they can only speak against a merge.
+    evidence
+        ``affinity``: borders count by their affinities. ``overlap``: by the intersection over
+        union of the labels where both blocks predicted. ``both``: by their affinities, but a
+        contact whose own overlap is below its threshold counts like one inside a block.
+    overlap
+        Intersection over union; for ``overlap`` and ``both``.
+    min_contact
+        Border contacts of fewer touching voxel pairs are left out. (A contact is complete in one
+        face, so this is a filter on evidence. One on pooled edges would not be exact.)
+    margin
+        Added to the thresholds of the score (for ``both``, not to that of the filter).
 
     Raises
     ------
     InputError
-        If a threshold is outside 0 to 1.
+        If a value is out of range.
     """
 
     across: float = 0.7
     within: float = 1.0
+    evidence: EvidenceKind = "affinity"
+    overlap: float = 0.5
+    min_contact: int = 0
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("across", "within"):
+        for name in ("across", "within", "overlap"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise InputError(f"threshold {name}: {value} is not between 0 and 1")
+        if self.min_contact < 0:
+            raise InputError(f"min_contact: {self.min_contact} is negative")
+        if not -1.0 <= self.margin <= 1.0:
+            raise InputError(f"margin: {self.margin} is not between -1 and 1")
 
     @property
-    def half_units(self) -> tuple[int, int]:
-        """Both thresholds as integers in 1/510 (0.7 is exactly 357), to the nearest."""
-        return round(self.across * HALF_UNITS), round(self.within * HALF_UNITS)
+    def half_units(self) -> tuple[int, int, int]:
+        """Thresholds across, within and overlap as integers in 1/510 (0.7 is exactly 357)."""
+        across, within, overlap = (
+            round(value * HALF_UNITS) for value in (self.across, self.within, self.overlap)
+        )
+        return across, within, overlap
 
-
-@dataclass(frozen=True)
-class MergeTable:
-    """Merges in the order made (the dendrogram).
-
-    Attributes
-    ----------
-    u, v
-        Smallest fragment id of each of the two clusters, uint64, ``u < v``; ``u`` is the
-        smallest id of the merged one.
-    numerator, denominator
-        Score in half units as an exact fraction, int64; affinity above threshold is
-        ``numerator / denominator / 510``.
-    """
-
-    u: NDArray[np.uint64]
-    v: NDArray[np.uint64]
-    numerator: NDArray[np.int64]
-    denominator: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.u)
+    @property
+    def margin_half_units(self) -> int:
+        """The margin in 1/510."""
+        return round(self.margin * HALF_UNITS)
 
 
 @dataclass(frozen=True)
@@ -107,15 +114,42 @@ class Agglomeration:
 def scores(
     contacts: ContactTable, thresholds: Thresholds
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the score of every contact row as numerator (half units) and denominator (count)."""
-    across, within = thresholds.half_units
-    numerator = (
-        contacts.across_sum
-        - across * contacts.across_count
-        + contacts.within_sum
-        - within * contacts.within_count
+    """Return the score of every contact row as numerator (half units) and denominator.
+
+    Rows with denominator 0 are left out of the graph: they hold no evidence of the chosen kind.
+    """
+    across, within, overlap = thresholds.half_units
+    margin, rows = thresholds.margin_half_units, contacts
+    weight = rows.across_count
+    union = rows.size_u + rows.size_v - rows.overlap
+    agreement = HALF_UNITS * rows.overlap - overlap * union
+    value = rows.across_sum - across * weight
+    if thresholds.evidence == "both":
+        value = np.where(agreement < 0, rows.across_sum - within * weight, value)
+    elif thresholds.evidence == "overlap":
+        value, weight = agreement, union
+    if thresholds.min_contact > 0:
+        enough = rows.across_count >= thresholds.min_contact
+        value, weight = value * enough, weight * enough
+    # Pieces of one fragment belong together whatever the evidence.
+    same = rows.across_sum > HALF_UNITS * rows.across_count
+    if bool(same.any()):
+        value = np.where(same, rows.across_sum, value)
+        weight = np.where(same, rows.across_count, weight)
+    numerator = value + rows.within_sum - within * rows.within_count
+    denominator = weight + rows.within_count
+    return numerator - margin * denominator, denominator
+
+
+def score_edges(contacts: ContactTable, thresholds: Thresholds) -> EdgeTable:
+    """Return the contacts that count as edges between fragments."""
+    numerator, denominator = scores(contacts, thresholds)
+    keep = denominator > 0
+    if bool(keep.all()):
+        return EdgeTable.original(contacts.u, contacts.v, numerator, denominator)
+    return EdgeTable.original(
+        contacts.u[keep], contacts.v[keep], numerator[keep], denominator[keep]
     )
-    return numerator, contacts.across_count + contacts.within_count
 
 
 def agglomerate(
@@ -133,40 +167,14 @@ def agglomerate(
     Raises
     ------
     InputError
-        If a contact names an unknown fragment or has no voxels, an id is 0 or repeated, or there
-        are more than :data:`MAX_EDGES` edges.
+        If a contact names an unknown fragment, an id is 0 or repeated, or there are more edges
+        than one process can hold.
     """
     ids = np.sort(np.asarray(ids, np.uint64))
     if len(ids) and (ids[0] == 0 or bool(np.any(ids[1:] == ids[:-1]))):
         raise InputError("fragment ids: they must be distinct and not 0 (background)")
     contacts = merge_contacts([contacts])
-    first, second = _dense(ids, contacts.u), _dense(ids, contacts.v)
-    numerator, denominator = scores(contacts, thresholds)
-    if bool(np.any(denominator <= 0)):
-        raise InputError("contact table: a row counts no contacts")
-
-    # Clusters grow along positive edges only, so an edge between two components of the graph
-    # of positive edges can never be pooled into a positive one.
-    positive = numerator > 0
-    component = positive_components(len(ids), first[positive], second[positive])
-    keep = component[first] == component[second]
-    first, second = first[keep], second[keep]
-    if len(first) > MAX_EDGES:
-        raise InputError(
-            f"contact graph: {len(first)} edges are more than one process can hold ({MAX_EDGES})"
-        )
-    roots, u, v, num, den = agglomerate_edges(
-        len(ids), first, second, numerator[keep], denominator[keep]
-    )
-    return Agglomeration(ids, ids[roots], MergeTable(ids[u], ids[v], num, den))
-
-
-def _dense(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np.int32]:
-    position = np.searchsorted(ids, values)
-    known = position < len(ids)
-    known[known] = ids[position[known]] == values[known]
-    if not bool(known.all()):
-        raise InputError(
-            f"contact table: fragment {values[~known][0]} is not among the {len(ids)} fragments"
-        )
-    return position.astype(np.int32)
+    edges = score_edges(contacts, thresholds)
+    merges, _ = contract(Graph(ids, np.zeros(len(ids), np.uint8), edges))
+    roots = positive_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
+    return Agglomeration(ids, ids[roots], merges)

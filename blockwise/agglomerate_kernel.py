@@ -1,12 +1,17 @@
 """Compiled core of the agglomeration: an indexed heap, edge lists and a hash of live edges.
 
-Nodes are dense indices in the order of fragment ids, so comparing indices compares ids. An edge
+Nodes are dense indices in the order of fragment ids, so comparing indices compares ids. The best
+edge of all is the best one of both its ends. If one of them must not merge, the other has to wait
+for it, which is the same as being frozen itself: its best edge can only be beaten by one that was
+better before. An edge
 keeps its row for life: pooling adds one row into another and kills it. All arrays are allocated
 before the loop and never grow. Half-edge ``2 e`` lies in the list of the first end of edge ``e``,
 ``2 e + 1`` in that of the second; dead ones are dropped when their list is walked.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -149,7 +154,7 @@ def _delete(pairs, edges, slot):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]
     first, second, num, den, quick, key, floats, heap, place, heads, nexts, degree, pairs, edges,
-    parent, smallest, merges,
+    parent, smallest, frozen, merges,
 ):  # fmt: skip
     n_edges = first.size
     size = 0
@@ -175,6 +180,9 @@ def _run(  # type: ignore[no-untyped-def]
         best = heap[0]
         size = _remove(heap, place, size, best, num, den, quick, key, floats)
         a, b = first[best], second[best]
+        if frozen[a] or frozen[b]:
+            frozen[a] = frozen[b] = True
+            continue
         if degree[a] > degree[b]:
             a, b = b, a
         low, high = min(smallest[a], smallest[b]), max(smallest[a], smallest[b])
@@ -239,9 +247,11 @@ def _root(parent, node):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _roots(parent, smallest, out):  # type: ignore[no-untyped-def]
+def _clusters(parent, smallest, frozen, cluster, waiting):  # type: ignore[no-untyped-def]
     for node in range(parent.size):
-        out[node] = smallest[_root(parent, node)]
+        root = _root(parent, node)
+        cluster[node] = smallest[root]
+        waiting[node] = frozen[root]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -265,54 +275,84 @@ def positive_components(
     return parent
 
 
+@dataclass(frozen=True)
+class Contraction:
+    """What became of nodes and edges.
+
+    Attributes
+    ----------
+    cluster, waiting
+        Smallest node of each node's cluster (int32), and whether the cluster is frozen or waits.
+    merge_u, merge_v, merge_numerator, merge_denominator
+        Merges in order: smallest node of each of the two clusters (``u < v``) and score, int64.
+    edge_u, edge_v, edge_row, edge_numerator, edge_denominator
+        Edges between clusters that wait: smallest nodes of both (``u < v``), row of the original
+        edge with the smallest key, and score, int64.
+    """
+
+    cluster: NDArray[np.int32]
+    waiting: NDArray[np.bool_]
+    merge_u: NDArray[np.int64]
+    merge_v: NDArray[np.int64]
+    merge_numerator: NDArray[np.int64]
+    merge_denominator: NDArray[np.int64]
+    edge_u: NDArray[np.int32]
+    edge_v: NDArray[np.int32]
+    edge_row: NDArray[np.int64]
+    edge_numerator: NDArray[np.int64]
+    edge_denominator: NDArray[np.int64]
+
+
 def agglomerate_edges(
-    n_nodes: int,
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     numerator: NDArray[np.int64],
     denominator: NDArray[np.int64],
-) -> tuple[NDArray, NDArray, NDArray, NDArray[np.int64], NDArray[np.int64]]:
+    order: NDArray[np.int64],
+    frozen: NDArray[np.bool_],
+) -> Contraction:
     """Agglomerate a graph of distinct edges between dense nodes.
 
     Parameters
     ----------
     first, second
-        Ends, int32, ``first < second``, every pair once.
+        Ends, int32, every pair once.
     numerator, denominator
         Score of each edge, int64, denominator positive.
-
-    Returns
-    -------
-    smallest
-        Smallest node of each node's cluster, int64, (n_nodes,).
-    u, v, numerator, denominator
-        Merges in order: smallest node of each of the two clusters (``u < v``) and score.
+    order
+        Rows in ascending order of the key that breaks ties, int64.
+    frozen
+        Nodes that must not merge, bool, (n_nodes,).
 
     Raises
     ------
     InputError
         If sums over all edges could overflow int64.
     """
-    n_edges = len(first)
+    n_edges, n_nodes = len(first), len(frozen)
     num, den = numerator.astype(np.int64), denominator.astype(np.int64)
-    key = (first.astype(np.int64) << 32) | second.astype(np.int64)
+    key = np.empty(n_edges, np.int64)
+    key[order] = np.arange(n_edges)
     bound = float(np.abs(num).sum(dtype=np.float64) + den.sum(dtype=np.float64))
     if bound >= _LARGEST_SUM:
         raise InputError("contact graph: the sums of all contacts do not fit in 64 bits")
     slots = 1 << max(4, int(2 * n_edges - 1).bit_length())
     parent = np.arange(n_nodes, dtype=np.int32)
     smallest = np.arange(n_nodes, dtype=np.int32)
+    first, second = first.astype(np.int32), second.astype(np.int32)
+    frozen = frozen.astype(np.bool_)
+    place = np.zeros(n_edges, np.int32)
     merges = np.zeros((min(max(n_nodes - 1, 0), n_edges), 4), np.int64)
     merged = _run(
-        first.astype(np.int32),
-        second.astype(np.int32),
+        first,
+        second,
         num,
         den,
         num / den,
         key,
         bound < _EXACT_FLOAT,
         np.zeros(n_edges, np.int32),
-        np.zeros(n_edges, np.int32),
+        place,
         np.full(n_nodes, -1, np.int32),
         np.zeros(2 * n_edges, np.int32),
         np.zeros(n_nodes, np.int32),
@@ -320,8 +360,25 @@ def agglomerate_edges(
         np.zeros(slots, np.int32),
         parent,
         smallest,
+        frozen,
         merges,
     )
-    roots = np.zeros(n_nodes, np.int64)
-    _roots(parent, smallest, roots)
-    return roots, merges[:merged, 0], merges[:merged, 1], merges[:merged, 2], merges[:merged, 3]
+    cluster, waiting = np.empty(n_nodes, np.int32), np.empty(n_nodes, np.bool_)
+    _clusters(parent, smallest, frozen, cluster, waiting)
+    live = np.flatnonzero(place != _DEAD)
+    a, b = cluster[first[live]], cluster[second[live]]
+    keep = waiting[a] & waiting[b]
+    live, a, b = live[keep], a[keep], b[keep]
+    return Contraction(
+        cluster,
+        waiting,
+        merge_u=merges[:merged, 0],
+        merge_v=merges[:merged, 1],
+        merge_numerator=merges[:merged, 2],
+        merge_denominator=merges[:merged, 3],
+        edge_u=np.minimum(a, b),
+        edge_v=np.maximum(a, b),
+        edge_row=order[key[live]],
+        edge_numerator=num[live],
+        edge_denominator=den[live],
+    )

@@ -1,15 +1,22 @@
 """Files of plain arrays (npy, npz): no pickle, bytes that depend on the arrays alone."""
 
 import io
+import os
+import secrets
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockwise.errors import InputError
-from blockwise.files import write_atomic
+from blockwise.files import TEMPORARY_SUFFIX, fsync_path, make_folder, write_atomic
+
+Table = TypeVar("Table")
 
 
 def save_array(path: Path, array: NDArray) -> None:
@@ -19,32 +26,59 @@ def save_array(path: Path, array: NDArray) -> None:
     write_atomic(path, buffer.getbuffer())
 
 
-def pack_arrays(arrays: Mapping[str, NDArray], *, compress: bool = True) -> bytes:
-    """Return an npz of plain arrays whose bytes depend on the arrays alone."""
-    method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under its name, synced and whole, when the block ends well."""
+    folder = path.parent if path.parent.is_dir() else make_folder(path.parent)
+    temporary = folder / f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(folder)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, NDArray]) -> None:
+    """Write an npz of plain arrays atomically, without holding a copy of it in memory."""
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
-            member = io.BytesIO()
-            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
-            # A ZipInfo of its own carries the fixed date 1980-01-01; level 1 because label
-            # planes compress by their runs and higher levels only cost time.
+            # A ZipInfo of its own carries the fixed date 1980-01-01.
             info = zipfile.ZipInfo(f"{name}.npy")
-            archive.writestr(info, member.getbuffer(), method, compresslevel=1)
-    return buffer.getvalue()
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
 
 
-def unpack_arrays(data: bytes, skip: tuple[str, ...] = ()) -> dict[str, NDArray]:
-    """Read :func:`pack_arrays`, but for members whose name begins with one of ``skip``.
+def load_arrays(path: Path, *prefixes: str) -> dict[str, NDArray]:
+    """Read :func:`save_arrays`: members whose name begins with one of ``prefixes``, or all.
 
     Raises
     ------
     InputError
-        If the data are not a readable npz.
+        If the file is not a readable npz.
     """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            wanted = (name for name in archive.files if not name.startswith(skip))
+        with np.load(path, allow_pickle=False) as archive:
+            wanted = [name for name in archive.files if not prefixes or name.startswith(prefixes)]
             return {name: archive[name] for name in wanted}
+    except FileNotFoundError:
+        raise InputError(f"{path}: file is missing; run the command again") from None
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise InputError(f"file is damaged ({error})") from None
+        raise InputError(
+            f"{path}: file is damaged ({error}); remove its folder and run the command again"
+        ) from None
+
+
+def table_arrays(prefix: str, table: Any) -> dict[str, NDArray]:
+    """Return the columns of a table (a dataclass of arrays), named ``prefix.column``."""
+    return {f"{prefix}.{field.name}": getattr(table, field.name) for field in fields(table)}
+
+
+def array_table(kind: type[Table], prefix: str, arrays: Mapping[str, NDArray]) -> Table:
+    """Return the table whose columns :func:`table_arrays` named."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(*(arrays[f"{prefix}.{name}"] for name in names))

@@ -63,8 +63,8 @@ def local_client(
             host="127.0.0.1" if processes else None,
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.ERROR,
-            # The agglomeration holds the whole graph in one worker: a share of the memory per
-            # worker would have dask kill it while the machine still has room.
+            # A task near the root may need more than an equal share of the memory: dask would kill
+            # it while the machine still has room.
             memory_limit=0,
         ) as cluster,
         Client(cluster, timeout=timeout) as client,

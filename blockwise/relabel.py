@@ -1,8 +1,8 @@
 """Id map stored by block, and the blockwise pass that applies it to the fragments.
 
-The map is dense by local label: block ``b`` owns ``segments[offsets[b]:offsets[b + 1]]``, whose
-entry ``label - 1`` is the segment id of its local label ``label`` (0 where the label does not
-exist). Both files are plain npy, so relabelling a block maps one small slice of them.
+The map is dense by local label: entry ``label - 1`` of a block's slice is the segment id of its
+local label ``label`` (0 where the label does not exist). Each leaf superblock has a file of its
+own, so no process ever holds the map of the volume.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import socket
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +19,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from blockwise.agglomerate import Agglomeration
-from blockwise.array_files import save_array
+from blockwise.array_files import load_arrays, save_arrays
 from blockwise.arrays import open_array, write_chunk
 from blockwise.errors import InputError
 from blockwise.grid import LOCAL_BITS, BlockGrid
@@ -37,116 +35,87 @@ _NONE = np.uint64(0)
 _ONE = np.uint64(1)
 
 
-@dataclass(frozen=True)
-class SegmentTable:
-    """Segments kept, by ascending id.
-
-    Attributes
-    ----------
-    ids
-        Segment ids, uint64.
-    sizes, fragments
-        Voxels and fragments of each, int64.
-    small_segments, small_voxels
-        What fell below the minimum size and became background.
-    """
-
-    ids: NDArray[np.uint64]
-    sizes: NDArray[np.int64]
-    fragments: NDArray[np.int64]
-    small_segments: int
-    small_voxels: int
-
-
 class BlockLut:
     """Map from fragment ids to segment ids, by block.
 
     Parameters
     ----------
+    blocks
+        Block numbers, ascending, int64 (n,).
     offsets
-        int64, (n_blocks + 1,).
+        int64, (n + 1,): the entries of block ``blocks[i]`` are
+        ``segments[offsets[i]:offsets[i + 1]]``, one for each local label 1, 2, ...
     segments
-        uint64.
+        uint64; 0 where a label does not exist.
     """
 
-    def __init__(self, offsets: NDArray[np.int64], segments: NDArray[np.uint64]) -> None:
+    def __init__(
+        self,
+        blocks: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        segments: NDArray[np.uint64],
+    ) -> None:
+        self.blocks = blocks
         self.offsets = offsets
         self.segments = segments
 
-    def block(self, number: int) -> NDArray[np.uint64]:
-        """Return the segment ids of local labels 1, 2, ... of a block."""
-        return np.asarray(self.segments[self.offsets[number] : self.offsets[number + 1]])
+    @classmethod
+    def build(
+        cls,
+        blocks: NDArray[np.int64],
+        ids: NDArray[np.uint64],
+        names: NDArray[np.uint64],
+    ) -> BlockLut:
+        """Lay segment ids out by block.
 
-    def save(self, folder: Path) -> None:
-        """Write ``offsets.npy`` and ``segments.npy``, each atomically."""
-        for name in ("offsets", "segments"):
-            save_array(Path(folder) / f"{name}.npy", getattr(self, name))
+        Parameters
+        ----------
+        blocks
+            Block numbers, any order.
+        ids, names
+            Fragment ids, ascending, and the segment id of each.
+
+        Raises
+        ------
+        InputError
+            If a fragment lies in none of the blocks.
+        """
+        blocks = np.sort(blocks)
+        numbers, local = BlockGrid.split_ids(ids)
+        row = np.minimum(np.searchsorted(blocks, numbers), max(len(blocks) - 1, 0))
+        if len(ids) and (not len(blocks) or bool((blocks[row] != numbers).any())):
+            raise InputError("id map: a fragment lies in none of the blocks that it is made for")
+        # Ids are sorted, so the last fragment of a block has its largest local label.
+        labels = np.zeros(len(blocks), np.int64)
+        labels[row] = local
+        offsets = np.concatenate(([0], np.cumsum(labels)))
+        segments = np.zeros(offsets[-1], np.uint64)
+        segments[offsets[row] + local - 1] = names
+        return cls(blocks, offsets, segments)
+
+    def block(self, number: int) -> NDArray[np.uint64]:
+        """Return the segment ids of local labels 1, 2, ... of a block.
+
+        Raises
+        ------
+        InputError
+            If the map is not for this block.
+        """
+        row = int(np.searchsorted(self.blocks, number))
+        if row == len(self.blocks) or self.blocks[row] != number:
+            raise InputError(f"block {number} is not in the id map: stitch again")
+        return np.asarray(self.segments[self.offsets[row] : self.offsets[row + 1]])
+
+    def save(self, path: Path) -> None:
+        """Write the map atomically."""
+        save_arrays(
+            path, {"blocks": self.blocks, "offsets": self.offsets, "segments": self.segments}
+        )
 
     @classmethod
-    def open(cls, folder: Path) -> BlockLut:
-        """Map the files of :meth:`save` into memory."""
-        offsets, segments = (
-            np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("offsets", "segments")
-        )
-        return cls(offsets, segments)
-
-
-def build_lut(
-    agglomeration: Agglomeration,
-    sizes: NDArray[np.int64],
-    n_blocks: int,
-    *,
-    segment_ids: SegmentIds = "consecutive",
-    min_size: int = 0,
-) -> tuple[BlockLut, SegmentTable]:
-    """Return segment ids laid out by block, and the table of segments.
-
-    Parameters
-    ----------
-    agglomeration
-        Segment of every fragment.
-    sizes
-        Voxels of every fragment, in the order of ``agglomeration.ids``.
-    n_blocks
-        Blocks of the whole volume.
-    segment_ids
-        How segments are numbered.
-    min_size
-        Segments of fewer voxels become background; 0 keeps all.
-
-    Raises
-    ------
-    InputError
-        If a fragment id lies outside the grid.
-    """
-    ids = agglomeration.ids
-    numbers, local = BlockGrid.split_ids(ids)
-    if len(numbers) and int(numbers[-1]) >= n_blocks:
-        raise InputError(f"fragment {ids[-1]} lies in block {numbers[-1]} of a grid of {n_blocks}")
-    smallest, of = np.unique(agglomeration.representatives, return_inverse=True)
-    voxels = np.zeros(len(smallest), np.int64)
-    np.add.at(voxels, of, sizes)
-    fragments = np.bincount(of, minlength=len(smallest)).astype(np.int64)
-    keep = voxels >= min_size
-    names = np.where(keep, np.cumsum(keep).astype(np.uint64), _NONE)
-    if segment_ids == "fragment":
-        names = np.where(keep, smallest, _NONE)
-
-    # Ids are sorted, so the last fragment of a block has its largest local label.
-    labels = np.zeros(n_blocks, np.int64)
-    labels[numbers] = local
-    offsets = np.concatenate(([0], np.cumsum(labels)))
-    segments = np.zeros(offsets[-1], np.uint64)
-    segments[offsets[numbers] + local - 1] = names[of]
-    table = SegmentTable(
-        names[keep],
-        voxels[keep],
-        fragments[keep],
-        int((~keep).sum()),
-        int(voxels[~keep].sum()),
-    )
-    return BlockLut(offsets, segments), table
+    def open(cls, path: Path) -> BlockLut:
+        """Read the file of :meth:`save`."""
+        return cls(**load_arrays(path))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -200,7 +169,7 @@ def relabel_batch(
     container: str,
     source: str,
     target: str,
-    lut_folder: str,
+    lut_file: str,
     journal_folder: str,
     grid: dict[str, Any],
     numbers: Iterable[int],
@@ -213,7 +182,7 @@ def relabel_batch(
     ----------
     container, source, target
         Zarr container, and the arrays of fragments and segments in it; chunk = block.
-    lut_folder, journal_folder
+    lut_file, journal_folder
         Of :class:`BlockLut` and of the stage's journal.
     grid
         :meth:`BlockGrid.to_dict`.
@@ -226,7 +195,7 @@ def relabel_batch(
         Blocks that failed.
     """
     blocks = BlockGrid.from_dict(grid)
-    lut = BlockLut.open(Path(lut_folder))
+    lut = BlockLut.open(Path(lut_file))
     fragments, segments = open_array(container, source, "r"), open_array(container, target)
 
     def work(number: int) -> int:

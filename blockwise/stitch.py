@@ -2,21 +2,22 @@
 
 Steps, each with a key made from all that its output depends on, skipped if that output is there:
 
-1. ``contacts``: evidence of batches of blocks, added up to one table (``contacts/``);
-2. ``agglomerate``: exact greedy agglomeration of the whole graph in one task;
-3. ``lut``: segment ids by block (``lut/``);
+1. ``contacts``: evidence of leaf superblocks (``contacts/``);
+2. ``agglomerate``: exact agglomeration, superblocks joined two by two (``agglomeration/``);
+3. ``lut``: segments of the dendrogram cut at the margin, up and down the same tree (``lut/``);
 4. ``relabel``: ``data.zarr/segmentation/s0``, by batches of blocks, journalled by block;
 5. ``pyramid``: ``s1``, ``s2``, ... and the OME-NGFF metadata, journalled by chunk.
 
-The result depends on fragments, evidence and thresholds alone, not on batches or workers. After a
-crash anywhere, running again ends in the same bytes.
+No process holds the whole graph or the whole id map. The result depends on fragments, evidence and
+thresholds alone, not on superblocks or workers. After a crash anywhere, running again ends in the
+same bytes.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,29 +26,18 @@ from numpy.typing import NDArray
 
 from blockwise import contacts as contacts_module
 from blockwise import sidecar as sidecar_module
-from blockwise import stitch_tasks as tasks
-from blockwise.agglomerate import Thresholds
+from blockwise.agglomerate_tree import Superblock, SuperblockTree
 from blockwise.array_files import save_array
-from blockwise.arrays import open_array
 from blockwise.cluster import local_client
-from blockwise.errors import InputError
-from blockwise.files import make_folder
-from blockwise.journal import Journal
+from blockwise.files import write_atomic
 from blockwise.journal_records import STATE_RANK
-from blockwise.litter import remove_all_temporaries
-from blockwise.pyramid import (
-    Level,
-    chunk_numbers,
-    coarse_chunks,
-    create_levels,
-    downsample_batch,
-    plan_levels,
-    pyramid_size,
-    write_metadata,
-)
-from blockwise.relabel import relabel_batch
+from blockwise.stitch_files import StitchFiles, groups, leaf_shape
+from blockwise.stitch_names import cut_superblocks, map_leaves, name_superblocks
 from blockwise.stitch_spec import StitchReport, StitchSpec, find_blocks
-from blockwise.stitch_steps import Progress, Step, StitchError, digest, run_tasks
+from blockwise.stitch_steps import Progress, Step, StitchError, cores, digest, run_tasks
+from blockwise.stitch_table import write_segments
+from blockwise.stitch_tasks import collect_leaves, contract_superblocks
+from blockwise.stitch_write import Writer
 
 __all__ = [
     "Progress",
@@ -59,13 +49,16 @@ __all__ = [
     "run_stitch",
 ]
 
-FRAGMENTS = "fragments"
-SEGMENTATION = "segmentation"
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Raised whenever the same evidence would give another segmentation or other bytes."""
 
 _DONE = STATE_RANK["done"]
 _SKIPPED = STATE_RANK["skipped"]
+_TASKS_PER_CORE = 8
+"""Of each level: enough to keep workers busy to the end, few enough for the scheduler."""
+
+Family = tuple[Superblock, Sequence[Any]]
+"""A superblock with its children, or a leaf with its block numbers."""
 
 
 def run_stitch(
@@ -96,36 +89,29 @@ class _Stitch:
     def __init__(self, spec: StitchSpec, client: Client, on_progress: Progress | None) -> None:
         self.spec = spec
         self.client = client
-        self._workers = frozenset(client.ncores())
         self.on_progress = on_progress
         self.grid = spec.block_grid()
         self.run_dir = spec.run_dir
-        self.container = spec.run_dir / "data.zarr"
-        self.contacts = spec.run_dir / "contacts"
-        self.lut = spec.run_dir / "lut"
+        self.files = StitchFiles(spec.run_dir)
         self.report = StitchReport()
-        self.unit = self._check_fragments()
+        self.writer = Writer(spec, client, on_progress, self.report)
+        self.leaves: list[Family] = []
+        self.levels: list[list[Family]] = []
 
     def run(self) -> StitchReport:
-        thresholds = Thresholds(self.spec.across, self.spec.within)
+        spec = self.spec
+        thresholds = spec.thresholds()
         numbers, key = self._blocks()
-        key = self._collect(numbers, key)
-        key = self._agglomerate(key, thresholds)
-        key = self._number(key)
-        key = self._relabel(numbers, key)
-        self._pyramid(numbers, key)
+        key = digest(key, spec.evidence != "affinity")
+        done = self._collect(numbers, key)
+        done = self._agglomerate(done)
+        self._number(done)
+        rule = [*thresholds.half_units, thresholds.margin_half_units]
+        key = digest(key, spec.evidence, rule, spec.min_contact, spec.segment_ids, spec.min_size)
+        maps = [(self.files.map(leaf), blocks) for leaf, blocks in self.leaves]
+        key = self.writer.relabel(maps, key)
+        self.writer.pyramid(numbers, key)
         return self.report
-
-    def _check_fragments(self) -> str:
-        """Return the world unit of the fragments; refuse those of another grid."""
-        array = open_array(self.container, FRAGMENTS, "r")
-        if array.shape != self.grid.volume_shape or array.chunks != self.grid.write_shape:
-            raise InputError(
-                f"{self.container / FRAGMENTS}: shape {array.shape} in chunks {array.chunks} is not"
-                f" that of the block grid, {self.grid.volume_shape} in {self.grid.write_shape}"
-            )
-        units: Any = array.attrs["units"]
-        return str(units[0])
 
     def _blocks(self) -> tuple[NDArray[np.int64], str]:
         """Return the blocks to stitch, and a digest of what predict wrote for them."""
@@ -145,228 +131,118 @@ class _Stitch:
         )
 
     def _collect(self, numbers: NDArray[np.int64], key: str) -> str:
-        step = Step(self.run_dir, "contacts", key, [self.contacts])
+        """Find the evidence; return the key of what is there then."""
+        files, spec = self.files, self.spec
+        layout = files.contacts / "layout.json"
+        shape = self._leaf_shape(len(numbers), key)
+        step = Step(self.client, self.run_dir, "contacts", digest(key, shape), [files.contacts])
         result = step.finished()
+        tree = SuperblockTree(self.grid.shape, shape)
+        self.leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(numbers)]
+        parents = tree.levels([leaf for leaf, _ in self.leaves])
+        self.levels = [self.leaves]
+        self.levels += [list(level.items()) for level in parents]
         if result is None:
+            write_atomic(layout, json.dumps({"key": key, "shape": shape}).encode())
             present = np.zeros(self.grid.n_blocks, bool)
             present[numbers] = True
-            make_folder(self.contacts)
-            save_array(self.contacts / tasks.PRESENT_FILE, present)
-            shape = self._batch_shape(len(numbers))
-            folder = make_folder(self.contacts / ("parts-" + "x".join(map(str, shape))))
-            batches = [
-                (folder / f"{first}.npz", batch) for first, batch in self._batches(numbers, shape)
-            ]
-            todo = [(part, batch) for part, batch in batches if not part.exists()]
-            run_tasks(
-                self.client,
-                "contacts",
-                tasks.contacts_batch,
-                [
-                    (str(self.run_dir), str(self.contacts), str(part), self.spec.grid, batch)
-                    for part, batch in todo
-                ],
-                [len(batch) for _, batch in todo],
-                self.on_progress,
-                len(numbers) - sum(len(batch) for _, batch in todo),
-            )
-            parts = [str(part) for part, _ in batches]
-            result = step.finish(self._one("merge", tasks.merge_parts, str(self.contacts), parts))
-            for parts_folder in self.contacts.glob("parts-*"):
-                shutil.rmtree(parts_folder)
+            save_array(files.present, present)
+            overlap = spec.evidence != "affinity"
+            counts = self._tasks("contacts", self.leaves, collect_leaves, spec.grid, overlap)
+            fragments, contacts = (sum(column) for column in zip((0, 0), *counts, strict=True))
+            result = step.finish({"fragments": fragments, "contacts": contacts})
         self.report.fragments, self.report.contacts = result["fragments"], result["contacts"]
         return self._end(step)
 
-    def _agglomerate(self, key: str, thresholds: Thresholds) -> str:
+    def _leaf_shape(self, blocks: int, key: str) -> tuple[int, int, int]:
+        """Return the blocks of a leaf: as asked for, as begun, or what keeps the workers busy."""
+        if self.spec.superblock is not None:
+            return self.spec.superblock
+        try:
+            begun = json.loads((self.files.contacts / "layout.json").read_bytes())
+        except FileNotFoundError:
+            begun = {}
+        if begun.get("key") == key:
+            z, y, x = begun["shape"]
+            return z, y, x
+        return leaf_shape(self.grid.shape, blocks, cores(self.client), self.spec.batch_blocks)
+
+    def _agglomerate(self, key: str) -> str:
+        """Merge down to the lowest margin in use; return the key of what is there then."""
+        spec, files = self.spec, self.files
+        thresholds = spec.thresholds()
+        key = digest(key, spec.evidence, thresholds.half_units, spec.min_contact)
+        wanted = thresholds.margin_half_units
+        known = Step.read(self.run_dir, "agglomerate")
+        floor = known.get("result", {}).get("floor", wanted + 1)
+        if floor > wanted or known["key"] != digest(key, floor):
+            floor = min(wanted, spec.thresholds(spec.margin_floor).margin_half_units)
         step = Step(
+            self.client, self.run_dir, "agglomerate", digest(key, floor), [files.agglomeration]
+        )
+        if step.finished() is None:
+            at_floor = spec.thresholds(floor / contacts_module.HALF_UNITS)
+            for i, level in enumerate(self.levels):
+                name = f"agglomerate {i + 1}/{len(self.levels)}"
+                self._tasks(name, level, contract_superblocks, at_floor)
+            # The residual graphs have served; the merges are the result.
+            for graph in files.agglomeration.glob("*/*.graph.npz"):
+                graph.unlink()
+            step.finish({"floor": floor})
+        self._cut = wanted - floor
+        return self._end(step)
+
+    def _number(self, key: str) -> None:
+        """Name the segments and write the id map."""
+        spec, files = self.spec, self.files
+        step = Step(
+            self.client,
             self.run_dir,
-            "agglomerate",
-            digest(key, thresholds.half_units),
-            [self.contacts / tasks.AGGLOMERATION_FILE],
+            "lut",
+            digest(key, self._cut, spec.segment_ids, spec.min_size),
+            [files.lut],
         )
         result = step.finished()
         if result is None:
-            result = step.finish(
-                self._one(
-                    "agglomerate",
-                    tasks.agglomerate_run,
-                    str(self.contacts),
-                    thresholds.across,
-                    thresholds.within,
-                )
-            )
-        self.report.merges = result["merges"]
-        return self._end(step)
-
-    def _number(self, key: str) -> str:
-        spec = self.spec
-        step = Step(self.run_dir, "lut", digest(key, spec.segment_ids, spec.min_size), [self.lut])
-        result = step.finished()
-        if result is None:
-            result = step.finish(
-                self._one(
-                    "lut",
-                    tasks.write_lut,
-                    str(self.contacts),
-                    str(self.lut),
-                    self.grid.n_blocks,
-                    spec.segment_ids,
-                    spec.min_size,
-                )
-            )
+            top = len(self.levels)
+            for i, level in enumerate(self.levels):
+                self._tasks(f"lut up {i + 1}/{top}", level, cut_superblocks, self._cut)
+            for i, level in enumerate(reversed(self.levels)):
+                self._tasks(f"lut down {i + 1}/{top}", level, name_superblocks, spec.min_size)
+            leaves = [leaf for leaf, _ in self.leaves]
+            result = run_tasks(
+                self.client,
+                "lut segments",
+                write_segments,
+                [(str(self.run_dir), spec.segment_ids, leaves)],
+                [1],
+                self.on_progress,
+            )[0]
+            self._tasks("lut map", self.leaves, map_leaves, spec.segment_ids)
+            for folder in ("cut", "names"):
+                shutil.rmtree(files.lut / folder, ignore_errors=True)
+            step.finish(result)
+        report = self.report
         for name in ("segments", "small_segments", "small_voxels", "largest"):
-            setattr(self.report, name, result[name])
-        return self._end(step)
-
-    def _relabel(self, numbers: NDArray[np.int64], key: str) -> str:
-        group, journals = self.container / SEGMENTATION, self.run_dir / "journal"
-        folder = journals / "relabel"
-        # The coarse levels are made of this one, so what says they are done goes with it.
-        step = Step(self.run_dir, "relabel", key, [group, folder, journals / "pyramid"])
-        if step.finished() is None:
-            levels = self._levels()
-            create_levels(
-                self.container,
-                SEGMENTATION,
-                levels[:1],
-                self.grid.write_shape,
-                self.grid.offset,
-                self.unit,
-            )
-            make_folder(folder)
-            make_folder(journals / "pyramid")
-            todo = numbers[~Journal(folder).done(self.grid.n_blocks)[numbers]]
-            batches = self._batches(todo, self._batch_shape(len(todo)))
-            self._journalled(
-                "relabel",
-                folder,
-                relabel_batch,
-                [
-                    (
-                        str(self.container),
-                        FRAGMENTS,
-                        f"{SEGMENTATION}/{levels[0].name}",
-                        str(self.lut),
-                        str(folder),
-                        self.spec.grid,
-                        batch,
-                    )
-                    for _, batch in batches
-                ],
-                [len(batch) for _, batch in batches],
-                len(numbers) - len(todo),
-            )
-            self._finish_arrays(step, [group])
-        return self._end(step)
-
-    def _pyramid(self, numbers: NDArray[np.int64], key: str) -> None:
-        group, folder = self.container / SEGMENTATION, self.run_dir / "journal" / "pyramid"
-        levels, chunks = self._levels(), self.grid.write_shape
-        names = {level.name for level in levels[1:]} | {path.name for path in group.glob("s*")}
-        outputs = [group / name for name in sorted(names - {levels[0].name})]
-        step = Step(self.run_dir, "pyramid", digest(key, len(levels)), [*outputs, folder])
-        if step.finished() is None:
-            create_levels(
-                self.container, SEGMENTATION, levels[1:], chunks, self.grid.offset, self.unit
-            )
-            make_folder(folder)
-            indices = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1)
-            for i, level in enumerate(levels[1:], 1):
-                indices = coarse_chunks(indices, level.step)
-                self._coarsen(levels, i, indices, folder)
-            write_metadata(self.container, SEGMENTATION, levels, self.grid.offset, self.unit)
-            self._finish_arrays(step, outputs)
-        self.report.levels = len(levels)
+            setattr(report, name, result[name])
+        report.merges = report.fragments - report.segments - report.small_segments
         self._end(step)
 
-    def _coarsen(
-        self, levels: list[Level], i: int, indices: NDArray[np.int64], folder: Path
-    ) -> None:
-        chunks = self.grid.write_shape
-        named = chunk_numbers(levels, chunks, i, indices)
-        todo = np.flatnonzero(~Journal(folder).done(pyramid_size(levels, chunks))[named])
-        size = max(1, min(self.spec.batch_blocks, -(-len(todo) // (4 * self._cores()))))
-        batches = [todo[at : at + size] for at in range(0, len(todo), size)]
-        self._journalled(
-            f"pyramid {levels[i].name}",
-            folder,
-            downsample_batch,
-            [
-                (
-                    str(self.container),
-                    f"{SEGMENTATION}/{levels[i - 1].name}",
-                    f"{SEGMENTATION}/{levels[i].name}",
-                    levels[i].step,
-                    str(folder),
-                    list(zip(named[batch].tolist(), indices[batch].tolist(), strict=True)),
-                )
-                for batch in batches
-            ],
-            [len(batch) for batch in batches],
-            len(indices) - len(todo),
+    def _tasks(
+        self, name: str, items: Sequence[Family], function: Callable[..., Any], *arguments: Any
+    ) -> list[Any]:
+        """Run ``function(run_dir, *arguments, items)`` on parts of the items."""
+        weights = np.array([len(members) for _, members in items], np.int64)
+        parts = groups(weights, _TASKS_PER_CORE * cores(self.client))
+        return run_tasks(
+            self.client,
+            name,
+            function,
+            [(str(self.run_dir), *arguments, items[part]) for part in parts],
+            [int(weights[part].sum()) for part in parts],
+            self.on_progress,
         )
 
-    def _journalled(
-        self,
-        name: str,
-        folder: Path,
-        function: Any,
-        calls: list[tuple[Any, ...]],
-        weights: list[int],
-        done: int,
-    ) -> None:
-        failed = run_tasks(self.client, name, function, calls, weights, self.on_progress, done)
-        if sum(failed):
-            first = Journal(folder).failed()[0]
-            raise StitchError(
-                f"{name}: {sum(failed)} blocks failed, first block {first.block}: {first.reason}"
-                f" (tracebacks in {folder})"
-            )
-
-    def _finish_arrays(self, step: Step, arrays: list[Path]) -> None:
-        """Mark a step done; after a crash, remove what killed writers left in its arrays."""
-        if step.resumed or frozenset(self.client.ncores()) != self._workers:
-            for path in arrays:
-                remove_all_temporaries(path)
-        step.finish({})
-
-    def _one(self, name: str, function: Any, *arguments: Any) -> dict[str, Any]:
-        result: dict[str, Any] = run_tasks(
-            self.client, name, function, [arguments], [1], self.on_progress
-        )[0]
-        return result
-
-    def _levels(self) -> list[Level]:
-        grid = self.grid
-        return plan_levels(grid.volume_shape, grid.write_shape, grid.voxel_size, self.spec.levels)
-
-    def _cores(self) -> int:
-        return max(1, sum(self.client.ncores().values()))
-
-    def _batch_shape(self, blocks: int) -> tuple[int, int, int]:
-        """Return a compact box of blocks for a task, small enough to keep all workers busy."""
-        most = min(self.spec.batch_blocks, -(-blocks // (4 * self._cores())))
-        shape = [1, 1, 1]
-        while True:
-            open_axes = [d for d in range(3) if shape[d] < self.grid.shape[d]]
-            axis = min(open_axes, key=lambda d: shape[d], default=None)
-            if axis is None or 2 * shape[0] * shape[1] * shape[2] > most:
-                return shape[0], shape[1], shape[2]
-            shape[axis] *= 2
-
-    def _batches(
-        self, numbers: NDArray[np.int64], shape: tuple[int, int, int]
-    ) -> list[tuple[int, list[int]]]:
-        """Cut blocks into boxes of a shape: (first block number of the box, its blocks)."""
-        index = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1) // np.array(shape)
-        corner = np.ravel_multi_index(tuple((index * np.array(shape)).T), self.grid.shape)
-        order = np.argsort(corner, kind="stable")
-        first, at = np.unique(corner[order], return_index=True)
-        parts = np.split(numbers[order], at[1:])
-        return [(int(f), part.tolist()) for f, part in zip(first, parts, strict=True)]
-
     def _end(self, step: Step) -> str:
-        self.report.seconds[step.name] = round(time.monotonic() - step.begun, 3)
-        if step.reused:
-            self.report.reused.append(step.name)
+        self.report.end(step)
         return step.key

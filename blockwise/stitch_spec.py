@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+from blockwise.agglomerate import EvidenceKind, Thresholds
 from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.journal import Journal
 from blockwise.journal_records import STATE_RANK
 from blockwise.relabel import SegmentIds
+from blockwise.stitch_steps import Step
 
 _NAMED = 10  # blocks listed in an error
 
@@ -28,8 +31,11 @@ class StitchSpec(BaseModel):
         Run folder, after predict.
     grid
         ``BlockGrid.to_dict()`` of the run.
-    across, within
-        Affinity thresholds of contacts across and inside blocks.
+    across, within, evidence, overlap, min_contact, margin
+        As in :class:`~blockwise.agglomerate.Thresholds`.
+    margin_floor
+        Merge down to this margin, so that a later stitch may use any margin from here on without
+        another agglomeration; None: the margin itself.
     segment_ids
         ``consecutive``: 1, 2, ... in the order of the smallest fragment id; ``fragment``: that id.
     min_size
@@ -40,6 +46,9 @@ class StitchSpec(BaseModel):
         Stitch although blocks failed or are missing; they stay background.
     levels
         Most levels of the pyramid, the full one included; None: down to one chunk.
+    superblock
+        Blocks (z, y, x) of a leaf superblock; None: a compact box that keeps all workers busy.
+        The result does not depend on it.
     batch_blocks
         Most blocks per task. The result does not depend on it.
     """
@@ -50,13 +59,19 @@ class StitchSpec(BaseModel):
     grid: dict[str, Any]
     across: float = 0.7
     within: float = 1.0
+    evidence: EvidenceKind = "affinity"
+    overlap: float = 0.5
+    min_contact: int = 0
+    margin: float = 0.0
+    margin_floor: float | None = None
     segment_ids: SegmentIds = "consecutive"
     min_size: int = Field(0, ge=0)
     start: tuple[int, int, int] | None = None
     stop: tuple[int, int, int] | None = None
     allow_missing: bool = False
     levels: int | None = Field(None, ge=1)
-    batch_blocks: int = Field(256, ge=1)
+    superblock: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    batch_blocks: int = Field(512, ge=1)
 
     @field_validator("grid")
     @classmethod
@@ -65,6 +80,31 @@ class StitchSpec(BaseModel):
             return BlockGrid.from_dict(value).to_dict()
         except InputError as error:
             raise ValueError(str(error)) from None
+
+    def thresholds(self, margin: float | None = None) -> Thresholds:
+        """Return the rule for merging, at the margin of this stitch or at another.
+
+        Raises
+        ------
+        InputError
+            If a value is out of range, or overlaps are asked for and blocks do not overlap.
+        """
+        if self.evidence != "affinity":
+            grid = self.block_grid()
+            for axis, blocks in zip("zyx", range(3), strict=True):
+                if grid.shape[blocks] > 1 and not grid.before[blocks] + grid.after[blocks]:
+                    raise InputError(
+                        f"stitch.evidence: {self.evidence} needs blocks that overlap, but these"
+                        f" have no context on {axis} (blocks.before, blocks.after); use affinity"
+                    )
+        return Thresholds(
+            self.across,
+            self.within,
+            self.evidence,
+            self.overlap,
+            self.min_contact,
+            self.margin if margin is None else margin,
+        )
 
     def block_grid(self) -> BlockGrid:
         """Return the grid of the whole volume."""
@@ -107,6 +147,12 @@ class StitchReport:
     levels: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
+
+    def end(self, step: Step) -> None:
+        """Note that a step is over."""
+        self.seconds[step.name] = round(time.monotonic() - step.begun, 3)
+        if step.reused:
+            self.reused.append(step.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""

@@ -16,6 +16,7 @@ from distributed.client import FutureCancelledError
 
 from blockwise.errors import InputError, RunStoppedError
 from blockwise.files import write_atomic
+from blockwise.litter import remove_all_temporaries
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, items done and items in all."""
@@ -43,6 +44,8 @@ class Step:
 
     Parameters
     ----------
+    client
+        Whose workers make the outputs.
     run_dir
         Run folder; markers lie in its ``stitch`` folder.
     name
@@ -53,12 +56,17 @@ class Step:
         Files and folders that the step makes.
     """
 
-    def __init__(self, run_dir: Path, name: str, key: str, outputs: Sequence[Path]) -> None:
+    def __init__(
+        self, client: Client, run_dir: Path, name: str, key: str, outputs: Sequence[Path]
+    ) -> None:
+        self._client = client
+        self._workers = frozenset(client.ncores())
         self.name = name
         self.key = key
         self.reused = False
         self.resumed = False
-        self._path = Path(run_dir) / "stitch" / f"{name}.json"
+        self._run_dir = Path(run_dir)
+        self._path = _marker(run_dir, name)
         self._outputs = outputs
         self.begun = time.monotonic()
 
@@ -67,7 +75,7 @@ class Step:
 
         Outputs that were begun with the same key stay; others are removed.
         """
-        marker = self._read()
+        marker = self.read(self._run_dir, self.name)
         if marker.get("key") == self.key and all(path.exists() for path in self._outputs):
             if marker.get("done"):
                 self.reused = True
@@ -85,21 +93,45 @@ class Step:
         return None
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Mark the step as done and return its result."""
+        """Mark the step as done and return its result.
+
+        After a crash, what killed writers left in the outputs is removed first.
+        """
+        if self.resumed or frozenset(self._client.ncores()) != self._workers:
+            for path in self._outputs:
+                remove_all_temporaries(path)
         self._write({"key": self.key, "done": True, "result": result})
         return result
 
-    def _read(self) -> dict[str, Any]:
+    @staticmethod
+    def read(run_dir: Path, name: str) -> dict[str, Any]:
+        """Return the marker of a step: ``key``, ``done`` and, if done, ``result``; {} if new.
+
+        Raises
+        ------
+        InputError
+            If it is damaged.
+        """
+        path = _marker(run_dir, name)
         try:
-            marker: dict[str, Any] = json.loads(self._path.read_bytes())
+            marker: dict[str, Any] = json.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
         except ValueError:
-            raise InputError(f"{self._path}: damaged; remove it and stitch again") from None
+            raise InputError(f"{path}: damaged; remove it and stitch again") from None
         return marker
 
     def _write(self, marker: dict[str, Any]) -> None:
         write_atomic(self._path, json.dumps(marker, indent=1, sort_keys=True).encode())
+
+
+def _marker(run_dir: Path, name: str) -> Path:
+    return Path(run_dir) / "stitch" / f"{name}.json"
+
+
+def cores(client: Client) -> int:
+    """Return the threads of all workers, at least 1."""
+    return max(1, sum(client.ncores().values()))
 
 
 def run_tasks(

@@ -24,16 +24,18 @@ import psutil
 import waterz
 from rich.console import Group
 
+from blockwise.agglomerate import Thresholds, agglomerate
 from blockwise.arrays import Volume, open_array, open_volume
-from blockwise.contacts import Evidence, collect
+from blockwise.contacts import Evidence
+from blockwise.contacts_blocks import collect
+from blockwise.contacts_volume import read_evidence
 from blockwise.errors import InputError
 from blockwise.files import write_atomic
 from blockwise.grid import BlockGrid
 from blockwise.journal_read import Journal
 from blockwise.journal_records import STATE_RANK
-from blockwise.sidecar import read_sidecar
+from blockwise.sidecar import open_sidecar
 from blockwise.stitch import StitchSpec, run_stitch
-from blockwise.stitch_tasks import read_agglomeration
 from pipeline.contingency import BlockCounts, BorderRule
 from pipeline.evaluate import count
 from pipeline.run_folder import RunFolder
@@ -211,12 +213,10 @@ def fragment_counts(
 
 
 def _own(run: RunFolder, truth: Volume, client: Any, ignore: BorderRule | None) -> Point:
-    try:
-        result, _ = read_agglomeration(run.path / "contacts")
-    except FileNotFoundError:
-        raise InputError(f"{run.path} is not stitched yet; `agq stitch` it first") from None
+    evidence = read_evidence(run.path)
     stitch = run.record()["config"]["stitch"]
     setting = {name: float(stitch[name]) for name in ("across", "within")}
+    result = agglomerate(evidence.nodes.ids, evidence.contacts, Thresholds(**setting))
     counts = fragment_counts(run, truth, client, ignore)
     return point("AGQ", setting, counts, result.ids, result.representatives)
 
@@ -228,9 +228,7 @@ def _labels(container: Path, name: str, truth: Volume) -> Volume:
 def _evidence(job: WatershedRun, grid: BlockGrid) -> Evidence:
     journal = Journal(job.folder / "journal" / "predict")
     present = journal.ranks(np.arange(grid.n_blocks)) == STATE_RANK["done"]
-    return collect(
-        np.flatnonzero(present), grid, present, lambda n: read_sidecar(job.folder, n, overlap=False)
-    )
+    return collect(np.flatnonzero(present), grid, present, lambda n: open_sidecar(job.folder, n))
 
 
 def _quantile(

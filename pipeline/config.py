@@ -178,6 +178,29 @@ class StitchSection(Section):
     within: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The same for contacts inside a block; at 1.0 (published) they only veto."""
 
+    evidence: Literal["affinity", "overlap", "both"] = "affinity"
+    """What speaks for a merge across a border: `affinity` (published); `overlap`: how well the
+    labels of two blocks agree where both predicted; `both`: affinities, but a contact whose own
+    overlap is below `overlap` only vetoes, like one inside a block."""
+
+    overlap: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Intersection over union that labels of two blocks must exceed (`overlap` and `both`)."""
+
+    min_contact: NonNegativeInt = 0
+    """Border contacts of fewer touching voxel pairs are left out."""
+
+    margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Added to all thresholds of the score. A later stitch with a larger margin cuts the stored
+    merges again, in seconds, instead of merging anew."""
+
+    margin_floor: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Merge down to this margin, so that later stitches may use any margin from here on; default:
+    the margin itself."""
+
+    superblock: Triple | None = None
+    """Blocks (z, y, x) of a leaf superblock of the hierarchical agglomeration; default: chosen from
+    the number of blocks and workers. Never changes the result."""
+
     segment_ids: Literal["consecutive", "fragment"] = "consecutive"
     """Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
 

@@ -209,19 +209,15 @@ def sweep(
 ) -> None:
     """Score many stitching thresholds of a stitched run without stitching again."""
     from blockwise.cluster import local_client
-    from blockwise.contacts import Evidence
+    from blockwise.contacts_volume import read_evidence
     from blockwise.files import write_atomic
-    from blockwise.stitch_tasks import EVIDENCE_FILE
     from pipeline.baseline import fragment_counts
     from pipeline.contingency import BorderRule
     from pipeline.sweep import best, points_table, two_thresholds
 
     run = RunFolder(run_dir)
     labels = truth_of(run, truth)
-    path = run.path / "contacts" / EVIDENCE_FILE
-    if not path.exists():
-        raise InputError(f"{run.path} is not stitched yet; `agq stitch` it first")
-    evidence = Evidence.from_bytes(path.read_bytes())
+    evidence = read_evidence(run.path)
     with local_client() as client:
         counts = fragment_counts(run, labels, client, BorderRule(ignore_border, border_3d))
     points = two_thresholds(

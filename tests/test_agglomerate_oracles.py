@@ -11,7 +11,7 @@ from skimage.metrics import variation_of_information
 from stitch_helpers import GRID, make_run, make_truth, same_partition
 
 from blockwise.agglomerate import Thresholds, agglomerate, scores
-from blockwise.contacts import contacts_from_volume
+from blockwise.contacts_volume import contacts_from_volume
 from blockwise.grid import BlockGrid
 
 SCORING = "OneMinus<MeanAffinity<RegionGraphType, ScoreValue>>"

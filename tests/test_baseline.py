@@ -13,7 +13,7 @@ from stitch_helpers import GRID, box, make_run, write_run
 from blockwise.agglomerate import Thresholds, agglomerate
 from blockwise.arrays import Volume, create_affinities, create_array, open_volume, write_chunk
 from blockwise.cluster import local_client
-from blockwise.contacts import contacts_from_volume
+from blockwise.contacts_volume import contacts_from_volume
 from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.journal_read import Journal

@@ -6,87 +6,51 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stitch_helpers import GRID
 
-from blockwise.agglomerate import Agglomeration, MergeTable
 from blockwise.arrays import create_array, open_array
 from blockwise.errors import InputError
 from blockwise.grid import LOCAL_BITS
 from blockwise.journal import Journal
-from blockwise.relabel import BlockLut, build_lut, relabel_batch, relabel_block, run_journalled
-
-NO_MERGES = MergeTable(
-    *(np.zeros(0, np.uint64),) * 2,
-    *(np.zeros(0, np.int64),) * 2,
-)
+from blockwise.relabel import BlockLut, relabel_batch, relabel_block, run_journalled
 
 
 def fragment(number: int, label: int) -> int:
     return (number << LOCAL_BITS) | label
 
 
-def agglomeration(segments: dict[int, int]) -> Agglomeration:
-    ids = sorted(segments)
-    return Agglomeration(
-        np.array(ids, np.uint64), np.array([segments[i] for i in ids], np.uint64), NO_MERGES
-    )
-
-
-@st.composite
-def clusterings(draw):
-    """Fragments of up to 9 blocks with gaps in their labels, in random clusters, and sizes."""
-    names = draw(st.sets(st.tuples(st.integers(0, 8), st.integers(1, 30)), max_size=40))
-    ids = sorted(fragment(*name) for name in names)
-    labels = draw(st.lists(st.integers(0, 6), min_size=len(ids), max_size=len(ids)))
-    segments = {
-        i: min(j for j, other in zip(ids, labels, strict=True) if other == label)
-        for i, label in zip(ids, labels, strict=True)
-    }
-    sizes = draw(st.lists(st.integers(1, 9), min_size=len(ids), max_size=len(ids)))
-    return segments, np.array(sizes, np.int64)
-
-
 @settings(max_examples=150, deadline=None)
-@given(clusterings(), st.sampled_from(["consecutive", "fragment"]), st.integers(0, 15))
-def test_map_by_block(case, segment_ids, min_size):
-    segments, sizes = case
-    lut, table = build_lut(
-        agglomeration(segments), sizes, 9, segment_ids=segment_ids, min_size=min_size
+@given(
+    st.dictionaries(
+        st.tuples(st.integers(0, 8), st.integers(1, 30)), st.integers(0, 2**64 - 1), max_size=40
     )
-    voxels: dict[int, int] = {}
-    for (_, segment), size in zip(sorted(segments.items()), sizes.tolist(), strict=True):
-        voxels[segment] = voxels.get(segment, 0) + size
-    kept = [segment for segment in sorted(voxels) if voxels[segment] >= min_size]
-    names = {s: i if segment_ids == "consecutive" else s for i, s in enumerate(kept, 1)}
-    expected = {i: names.get(segment, 0) for i, segment in segments.items()}
+)
+def test_map_by_block(names):
+    names = {fragment(*name): segment for name, segment in names.items()}
+    ids = sorted(names)
+    lut = BlockLut.build(
+        np.arange(9)[::-1],
+        np.array(ids, np.uint64),
+        np.array([names[i] for i in ids], np.uint64),
+    )
     got = {
         fragment(number, label): int(value)
         for number in range(9)
         for label, value in enumerate(lut.block(number), 1)
     }
-    assert {i: got.pop(i) for i in expected} == expected
+    assert {i: got.pop(i) for i in names} == names
     assert not any(got.values())
-    assert table.ids.tolist() == [names[s] for s in kept]
-    assert table.sizes.tolist() == [voxels[s] for s in kept]
-    counts = [list(segments.values()).count(s) for s in kept]
-    assert table.fragments.tolist() == counts
-    assert table.small_segments == len(voxels) - len(kept)
-    assert table.small_voxels == sum(voxels.values()) - int(table.sizes.sum())
 
 
-def test_map_round_trip_reads_one_slice(tmp_path):
-    lut, _ = build_lut(
-        agglomeration({fragment(3, 1): fragment(3, 1), fragment(5, 2): fragment(3, 1)}),
-        np.ones(2, np.int64),
-        7,
-    )
-    lut.save(tmp_path)
-    again = BlockLut.open(tmp_path)
-    assert isinstance(again.segments, np.memmap)
-    assert [again.block(n).tolist() for n in range(7)] == [[], [], [], [1], [], [0, 1], []]
-
-
-def test_fragments_outside_the_grid_are_refused():
-    with pytest.raises(InputError, match="block 8 of a grid of 8"):
-        build_lut(agglomeration({fragment(8, 1): fragment(8, 1)}), np.ones(1, np.int64), 8)
+def test_map_file_and_foreign_blocks(tmp_path):
+    ids = np.array([fragment(3, 1), fragment(5, 2)], np.uint64)
+    lut = BlockLut.build(np.array([3, 5, 6]), ids, np.array([7, 8], np.uint64))
+    lut.save(tmp_path / "a" / "map.npz")
+    again = BlockLut.open(tmp_path / "a" / "map.npz")
+    assert [again.block(n).tolist() for n in (3, 5, 6)] == [[7], [0, 8], []]
+    for number in (2, 4, 7):
+        with pytest.raises(InputError, match=f"block {number} is not in the id map"):
+            again.block(number)
+    with pytest.raises(InputError, match="none of the blocks"):
+        BlockLut.build(np.array([3, 6]), ids, ids)
 
 
 def test_relabel_block():
@@ -117,17 +81,14 @@ def test_batch_records_what_failed_and_goes_on(tmp_path):
         fragments[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = fragment(
             number, 1
         )
-    lut, _ = build_lut(
-        agglomeration({fragment(0, 1): fragment(0, 1), fragment(2, 1): fragment(0, 1)}),
-        np.ones(2, np.int64),
-        GRID.n_blocks,
-    )
-    lut.save(tmp_path / "lut")
+    ids = np.array([fragment(0, 1), fragment(2, 1)], np.uint64)
+    lut = BlockLut.build(np.arange(GRID.n_blocks), ids, np.ones(2, np.uint64))
+    lut.save(tmp_path / "lut.npz")
     failed = relabel_batch(
         str(tmp_path / "c"),
         "fragments",
         "segmentation/s0",
-        str(tmp_path / "lut"),
+        str(tmp_path / "lut.npz"),
         str(tmp_path / "journal"),
         GRID.to_dict(),
         [0, 1, 2],

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.pairs import PairTable
-from blockwise.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path
+from blockwise.sidecar import (
+    Sidecar,
+    build_sidecar,
+    open_sidecar,
+    read_sidecar,
+    sidecar_path,
+)
 
 GRID = BlockGrid(
     volume_shape=(7, 13, 10), voxel_size=(30, 6, 6), write_shape=(3, 5, 4), after=(1, 1, 1)
@@ -93,14 +99,26 @@ def test_bytes_are_deterministic_and_round_trip(tmp_path):
     assert data == build_sidecar(labels.copy(), affinities.copy(), GRID, 5).to_bytes()
     assert Sidecar.from_bytes(data).to_bytes() == data
     path = sidecar_path(tmp_path, 1005)
-    assert path == tmp_path / "sidecars" / "0000001" / "1005.npz"
-    with np.load(_write(sidecar_path(tmp_path, 5), data), allow_pickle=False) as archive:
-        assert archive["u"].dtype == np.uint32
+    assert path == tmp_path / "sidecars" / "0000001" / "1005.agqs"
+    _write(sidecar_path(tmp_path, 5), data)
     assert read_sidecar(tmp_path, 5).to_bytes() == data
-    partly = read_sidecar(tmp_path, 5, overlap=False)
-    assert np.array_equal(partly.planes[0].after_affinity, sidecar.planes[0].after_affinity)
-    assert sidecar.planes[0].after_labels is not None
-    assert partly.planes[0].after_labels is partly.planes[0].before_labels is None
+    file = open_sidecar(tmp_path, 5)
+    assert file.frame("tables")["u"].dtype == np.uint32
+    assert np.array_equal(file.frame("high_0")["after_affinity"], sidecar.planes[0].after_affinity)
+    assert set(file.frame("high_0")) == {"high_labels", "after_affinity"}
+    assert np.array_equal(file.frame("outer_0")["after_labels"], sidecar.planes[0].after_labels)
+
+
+def test_boxes_and_names():
+    labels, affinities = block_arrays(GRID, 5)
+    names = np.arange(100, 105, dtype=np.uint64)
+    sidecar = build_sidecar(labels, affinities, GRID, 5, names)
+    inner = labels[GRID.write_in_read(5)]
+    for label, box in zip(sidecar.nodes, sidecar.boxes.tolist(), strict=True):
+        where = np.argwhere(inner == label)
+        assert box == [*where.min(axis=0), *(where.max(axis=0) + 1)]
+    again = Sidecar.from_bytes(sidecar.to_bytes())
+    assert np.array_equal(again.names, names[sidecar.nodes])
 
 
 def _write(path, data):
@@ -123,9 +141,12 @@ def test_bad_arrays_and_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="need uint16"):
         build_sidecar(labels.astype(np.int64), affinities, GRID, 0)
     data = build_sidecar(labels, affinities, GRID, 0).to_bytes()
-    for bad in (data[: len(data) // 2], b"", b"not a zip", data[:200] + b"\0" * 50 + data[250:]):
+    flipped = data[:-100] + bytes([data[-100] ^ 255]) + data[-99:]
+    for bad in (data[: len(data) // 2], b"", b"no sidecar", data[:200] + b"?" * 50, flipped):
         with pytest.raises(InputError, match="damaged"):
             Sidecar.from_bytes(bad)
+    with pytest.raises(InputError, match="format version 1, this release reads 2"):
+        Sidecar.from_bytes(data.replace(b'"version":2', b'"version":1'))
     with pytest.raises(InputError, match="block 3 is missing"):
         read_sidecar(tmp_path, 3)
     _write(sidecar_path(tmp_path, 3), data)
