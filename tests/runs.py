@@ -84,10 +84,13 @@ def agq(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess
 
 
 def results(run_dir: Path) -> dict[str, bytes]:
-    """Return the bytes of everything a run computes: arrays, sidecars, id map."""
+    """Return the bytes of everything a run computes: arrays, sidecars, segments.
+
+    The id map says the same as the segmentation, in files that follow the workers.
+    """
     kept = {}
     for part in ("data.zarr", "sidecars", "lut"):
         for file in sorted((run_dir / part).rglob("*")):
-            if file.is_file():
+            if file.is_file() and file.parent.name != "map":
                 kept[str(file.relative_to(run_dir))] = file.read_bytes()
     return kept
