@@ -66,11 +66,9 @@ def load_arrays(path: Path, *prefixes: str) -> dict[str, NDArray]:
             wanted = [name for name in archive.files if not prefixes or name.startswith(prefixes)]
             return {name: archive[name] for name in wanted}
     except FileNotFoundError:
-        raise InputError(f"{path}: file is missing; run the command again") from None
+        raise
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise InputError(
-            f"{path}: file is damaged ({error}); remove its folder and run the command again"
-        ) from None
+        raise InputError(f"{path}: file is damaged ({error})") from None
 
 
 def table_arrays(prefix: str, table: Any) -> dict[str, NDArray]:

@@ -216,7 +216,9 @@ def _own(run: RunFolder, truth: Volume, client: Any, ignore: BorderRule | None) 
     evidence = read_evidence(run.path)
     stitch = run.record()["config"]["stitch"]
     setting = {name: float(stitch[name]) for name in ("across", "within")}
-    result = agglomerate(evidence.nodes.ids, evidence.contacts, Thresholds(**setting))
+    result = agglomerate(
+        evidence.nodes.ids, evidence.contacts, Thresholds(setting["across"], setting["within"])
+    )
     counts = fragment_counts(run, truth, client, ignore)
     return point("AGQ", setting, counts, result.ids, result.representatives)
 

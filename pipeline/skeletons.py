@@ -17,10 +17,9 @@ import numpy.typing as npt
 from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 
-from blockwise.array_files import pack_arrays, unpack_arrays
+from blockwise.array_files import load_arrays, save_arrays
 from blockwise.arrays import Volume
 from blockwise.errors import InputError
-from blockwise.files import write_atomic
 
 Labels = npt.NDArray[np.uint64]
 _REACH = 3**0.5 + 1e-6
@@ -52,7 +51,7 @@ class Skeletons:
 
     def save(self, path: Path) -> None:
         """Write an npz file."""
-        write_atomic(path, pack_arrays(vars(self)))
+        save_arrays(path, vars(self))
 
     @classmethod
     def merge(cls, parts: Iterable[Skeletons]) -> Skeletons:
@@ -133,7 +132,7 @@ def read_skeletons(path: Path) -> Skeletons:
     """
     try:
         if path.suffix == ".npz":
-            arrays = unpack_arrays(path.read_bytes())
+            arrays = load_arrays(path)
             found = Skeletons(
                 arrays["nodes"].astype(np.float64),
                 arrays["edges"].astype(np.int64),
