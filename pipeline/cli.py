@@ -15,7 +15,7 @@ from rich.table import Table
 from blockwise.errors import InputError, RunStoppedError
 from model.errors import ModelInputError
 from pipeline import look_cli
-from pipeline.config import Config, load_config, parse_config
+from pipeline.config import Config, apply_override, load_config, parse_config
 from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
 from pipeline.train_cli import checkpoint_app, train
 
@@ -80,6 +80,8 @@ def read_target(target: Path, settings: list[str] | None = None) -> Config:
     if ledger is not None and ledger.get("uri") is not None:
         uri = os.environ.get("MONGODB_URI")
         recorded["ledger"] = None if uri is None else {**ledger, "uri": uri}
+    for setting in settings or []:
+        apply_override(recorded, setting)
     return parse_config(recorded, source=str(target / "run.json"))
 
 

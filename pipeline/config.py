@@ -318,7 +318,7 @@ def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = 
         keys = ", ".join(list(model.model_fields)[:3])
         raise InputError(f"config {path}: expected a mapping with the keys {keys}, ...")
     for override in overrides or []:
-        _apply_override(data, override)
+        apply_override(data, override)
     return _validated(model, data, str(path))
 
 
@@ -337,7 +337,8 @@ def masked(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Replace one value of a plain configuration by an ``a.b=value`` setting, in place."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise InputError(f"--set {override}: expected section.field=value")

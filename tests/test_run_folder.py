@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from blockwise.errors import InputError
+from pipeline.cli import read_target
 from pipeline.run_folder import RunFolder, identity_hash
 
 IDENTITY = {"raw": {"shape": [4, 4, 4]}, "model": {"sha": "a"}}
@@ -109,3 +110,15 @@ def test_record_is_valid_json_after_many_updates(tmp_path):
         run.update_stage(f"stage{i}", state="done")
         json.loads(run.record_path.read_text())
     assert len(run.record()["stages"]) == 20
+
+
+def test_settings_replace_values_of_a_recorded_run(tmp_path):
+    """`agq stitch RUN --set ...` must not ignore the setting."""
+    run = RunFolder(tmp_path / "run")
+    config = {"run_dir": str(run.path), "input": {"raw": {"path": "raw.zarr"}}}
+    run.create(config, {"grid": 1})
+    assert read_target(run.path).stitch.across == 0.7
+    found = read_target(run.path, ["stitch.across=0.6", "stitch.min_size=9"])
+    assert (found.stitch.across, found.stitch.min_size) == (0.6, 9)
+    with pytest.raises(InputError, match=r"unknown key 'stitch\.acros'"):
+        read_target(run.path, ["stitch.acros=0.6"])
