@@ -29,9 +29,12 @@ import psutil
 from daisy import logging as daisy_logging
 from funlib.geometry import Coordinate, Roi
 
+from blockwise.gate import Gate
 from blockwise.grid import BlockGrid
 from blockwise.predict_spec import TASK, PredictSpec, Session
 from blockwise.processes import die_with_parent
+
+_LOOPBACK = "127.0.0.1"
 
 _logger = logging.getLogger(__name__)
 
@@ -101,20 +104,31 @@ def serve(run_dir: Path, numbers: npt.NDArray[np.int64], *, alone: bool) -> bool
     task = make_task(spec, numbers)
     known = _listening_ports()
     publisher = threading.Thread(
-        target=_publish, args=(run_dir, spec.host, known, alone), name="publish", daemon=True
+        target=_publish, args=(run_dir, spec.listen, known, alone), name="publish", daemon=True
     )
     publisher.start()
-    states = daisy.Server().run_blockwise(task, progress=False, host=spec.host, summary=False)
+    # Never another name: daisy would listen on every interface.
+    states = daisy.Server().run_blockwise(task, progress=False, host=_LOOPBACK, summary=False)
     state = states[TASK]
     _logger.info("%s", state)
     return bool(state.completed_count == state.total_block_count)
 
 
-def _publish(run_dir: Path, host: str, known: set[int], alone: bool) -> None:
-    """Tell workers where daisy listens, which its API keeps to itself."""
+def _publish(run_dir: Path, listen: str | None, known: set[int], alone: bool) -> None:
+    """Tell workers where daisy listens, which its API keeps to itself, or the gate before it."""
     while not (ports := _listening_ports() - known):
         time.sleep(0.01)
-    session = Session(id=secrets.token_hex(8), host=host, port=ports.pop(), alone=alone)
+    session = Session(id=secrets.token_hex(8), host=_LOOPBACK, port=ports.pop(), alone=alone)
+    if listen is not None:
+        token = secrets.token_hex(32)
+        try:
+            gate = Gate(listen, session.port, token)
+        except (OSError, ValueError) as error:
+            # Nobody could ever join: the coordinator must see this process end.
+            _logger.error("cannot listen on %s: %s", listen, error)
+            logging.shutdown()
+            os._exit(1)
+        session = session.model_copy(update={"host": listen, "port": gate.port, "token": token})
     session.save(run_dir)
 
 

@@ -74,7 +74,7 @@ def make_folder(path: PathLike) -> Path:
     return folder
 
 
-def write_atomic(path: PathLike, data: Bytes) -> None:
+def write_atomic(path: PathLike, data: Bytes, *, mode: int = 0o666) -> None:
     """Write a whole file so that no reader, and no crash, ever sees a part of it.
 
     Two processes may write the same path at once: each uses its own temporary name, and the last
@@ -86,6 +86,8 @@ def write_atomic(path: PathLike, data: Bytes) -> None:
         The file; an old one is replaced. Its folder is made if missing.
     data
         All the bytes of the file.
+    mode
+        Permissions of a file with a secret in it; the user's umask applies.
 
     Raises
     ------
@@ -97,7 +99,8 @@ def write_atomic(path: PathLike, data: Bytes) -> None:
         make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("xb") as file:
+        temporary.touch(mode, exist_ok=False)
+        with temporary.open("r+b") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -28,14 +28,24 @@ from typing import Any
 import daisy.v2 as daisy
 import numpy.typing as npt
 
-from blockwise.block_io import BlockFiles
+from blockwise.block_io import BlockError, BlockFiles
 from blockwise.dispatcher import block_number
+from blockwise.files import require_writable
+from blockwise.gate import enter
 from blockwise.grid import BlockGrid
-from blockwise.journal import BlockRecord, JournalWriter
-from blockwise.predict_spec import FATAL_ERRNOS, TASK, PredictSpec, Session, retry_path
+from blockwise.journal import BlockRecord, Journal, JournalWriter
+from blockwise.predict_spec import (
+    FATAL_ERRNOS,
+    TASK,
+    PredictSpec,
+    Session,
+    journal_folder,
+    retry_path,
+)
 from blockwise.predictor import Prediction, Predictor
 
 _IDLE_S = 0.2
+_DRAIN_S = 60.0
 _FIRST_CLIENT_ID = 10**6
 
 _logger = logging.getLogger(__name__)
@@ -81,6 +91,11 @@ class BlockLoop:
     stop_run
         Called, from any thread, with a message when no block can succeed any more (full disk);
         it must end the process.
+
+    Attributes
+    ----------
+    drained
+        Whether this process has found that it cannot compute what was computed before.
     """
 
     def __init__(
@@ -97,6 +112,22 @@ class BlockLoop:
         self.journal = journal
         self._stop_run = stop_run
         self._ready: queue.SimpleQueue[_Ready] = queue.SimpleQueue()
+        self.drained = False
+        self._leave_by = math.inf
+        self._failed_in_a_row = 0
+        self._last_done: int | None = None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the worker takes no more blocks."""
+        return self._leave_by < math.inf
+
+    def leave(self, seconds: float) -> None:
+        """Take no more blocks, and finish those in hand if that is done within some seconds.
+
+        Safe to call from a signal handler; a second call can only shorten the time.
+        """
+        self._leave_by = min(self._leave_by, time.monotonic() + seconds)
 
     def run(self, session: Session) -> None:
         """Compute blocks of a session until its dispatcher is gone."""
@@ -116,6 +147,10 @@ class BlockLoop:
         for lane in lanes:
             lane.start()
         while any(lane.is_alive() for lane in lanes) or not self._ready.empty():
+            if time.monotonic() > self._leave_by:
+                return
+            if 0 < self.spec.drain_after <= self._failed_in_a_row and not self.drained:
+                self._test_myself()
             with contextlib.suppress(queue.Empty):
                 self._compute(self._batch(batch_size))
 
@@ -150,9 +185,27 @@ class BlockLoop:
         for item, prediction in zip(batch, predictions, strict=True):
             item.result.set_result((prediction, seconds))
 
+    def _test_myself(self) -> None:
+        """Compute a block that was computed before; leave if that fails now."""
+        self._failed_in_a_row = 0
+        known = self._last_done
+        if known is None:
+            done = Journal(journal_folder(self.files.run_dir)).done(self.files.grid.n_blocks)
+            if not done.any():
+                return
+            known = int(done.argmax())
+        _logger.warning("%d failures in a row: trying block %d", self.spec.drain_after, known)
+        try:
+            self.predictor.predict([self.files.read(known)])
+            require_writable(self.files.run_dir)
+        except Exception:
+            _logger.exception("block %d was computed before and fails now: leaving", known)
+            self.drained = True
+            self.leave(_DRAIN_S)
+
     def _lane(self, session: Session, places: threading.Semaphore, over: threading.Event) -> None:
         client: Any = None
-        while not over.is_set():
+        while not (over.is_set() or self.leaving):
             if not places.acquire(timeout=_IDLE_S):
                 continue
             slot = _Slot(places)
@@ -187,8 +240,12 @@ class BlockLoop:
             self.journal.begin(number, attempt)
             record = self._predict(number, attempt, started, slot)
             self.journal.finish(record)
+            if record.state == "done":
+                self._last_done, self._failed_in_a_row = number, 0
         except Exception as error:
             slot.release()
+            # Unusable data are no sign of a broken machine.
+            self._failed_in_a_row += not isinstance(error, BlockError)
             self._record_failure(number, attempt, started, error)
             return False
         return True
@@ -265,10 +322,20 @@ class BlockLoop:
 
 
 def _connect(session: Session) -> Any:
+    """Return a daisy client.
+
+    Raises
+    ------
+    GateError
+        If the gate has gone with its dispatcher, or refuses the token.
+    """
+    host, port = session.host, session.port
+    if session.token:
+        host, port = "127.0.0.1", enter(host, port, session.token)
     return daisy.Client(
         daisy.Context(
-            hostname=session.host,
-            port=session.port,
+            hostname=host,
+            port=port,
             task_id=TASK,
             # Outside the ids that the server gives to workers it starts itself.
             worker_id=_FIRST_CLIENT_ID + secrets.randbelow(2**31),

@@ -11,6 +11,9 @@ How a block fails:
   the worker held. Innocent ones may use up their attempts that way, so what is lost at the end is
   tried once more in an *alone* session, in which a worker holds one block at a time. Only blocks
   that are lost there too are recorded as failed.
+
+What a worker gives back because it is told to leave (pre-emption, time limit), and what fails in
+one that finds itself broken (*drained*), is not held against the block: it is handed out again.
 """
 
 import contextlib
@@ -18,10 +21,8 @@ import shutil
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,9 @@ from blockwise.errors import InputError, RunStoppedError
 from blockwise.journal import BlockRecord, Journal, JournalWriter
 from blockwise.journal_records import STATE_RANK
 from blockwise.lanes import block_place
+from blockwise.predict_report import PredictProgress, PredictReport
 from blockwise.predict_spec import (
+    DRAINED,
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
     PredictSpec,
@@ -50,80 +53,9 @@ _PROGRESS_S = 0.5
 _LEAVE_S = 2.0
 _DISPATCHER_RESTARTS = 3
 _START_CRASHES = 3
+_IDLE_SESSIONS = 10
 
 _TIMED_OUT = 87  # daisy's client ends a process that holds a block for too long with this status
-
-
-@dataclass(frozen=True)
-class PredictProgress:
-    """Where a run is.
-
-    Attributes
-    ----------
-    total
-        Blocks that this call was given.
-    done, skipped, failed
-        Of those: computed, skipped (constant raw), and failed at the last attempt so far.
-    voxels
-        Voxels written.
-    workers
-        Worker processes of this machine.
-    seconds
-        Since the start of this call.
-    """
-
-    total: int
-    done: int
-    skipped: int
-    failed: int
-    voxels: int
-    workers: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PredictReport:
-    """How a run ended.
-
-    Attributes
-    ----------
-    blocks
-        Blocks that this call was given.
-    done, skipped
-        Blocks computed, and blocks skipped because their raw is constant.
-    failed
-        Numbers of the blocks that failed for good; their records are in the journal.
-    voxels
-        Voxels written.
-    labels, dropped
-        Labels found, and objects dropped by a limit of the predictor, in the blocks computed.
-    retries
-        Attempts that failed or were lost with their worker.
-    workers_lost
-        Worker processes that died and were replaced.
-    read_s, compute_s, write_s
-        Sums over the blocks; they overlap.
-    wall_s
-        Seconds from start to end.
-    """
-
-    blocks: int
-    done: int
-    skipped: int
-    failed: tuple[int, ...]
-    voxels: int
-    labels: int
-    dropped: int
-    retries: int
-    workers_lost: int
-    read_s: float
-    compute_s: float
-    write_s: float
-    wall_s: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
-        return asdict(self) | {"failed": list(self.failed)}
 
 
 def run_predict(
@@ -187,9 +119,14 @@ class _Run:
         self._next_progress = 0.0
         self._journal = Journal(journal_folder(spec.run_dir))
         self._workers = LocalWorkers(spec.run_dir)
-        self._failures: Counter[int] = Counter()
+        # Of each block, the tokens of the processes in which it failed.
+        self._failures: defaultdict[int, list[str]] = defaultdict(list)
         self._losses: Counter[int] = Counter()
+        self._lost: set[int] = set()
+        self._lost_alone: Counter[int] = Counter()
         self._last_loss: dict[int, str] = {}
+        # (token, block) begun and not ended, by processes that did not say that they leave.
+        self._open: set[tuple[str, int]] = set()
         # By place in `numbers`: the best outcome so far, as in STATE_RANK.
         self._ranks = np.zeros(numbers.size, np.uint8)
         self._totals: Counter[str] = Counter()
@@ -203,16 +140,23 @@ class _Run:
         # What an earlier, killed run left behind would be taken for this run's.
         session_path(self.spec.run_dir).unlink(missing_ok=True)
         shutil.rmtree(retry_path(self.spec.run_dir, 0).parent, ignore_errors=True)
+        self._open = self._unended()
         ended = False
+        # Workers of a cluster wait for a coordinator that was pre-empted, not for one that gave up.
+        over = self.spec.listen is None
         try:
             for index in range(min(self.spec.workers, self.numbers.size)):
                 self._workers.start(index)
             self._run_sessions()
-            ended = True
+            ended = over = True
+        except (InputError, RunStoppedError):
+            over = True
+            raise
         finally:
-            # Workers that see it leave by themselves, those of other machines too.
-            with contextlib.suppress(OSError):
-                Session(id="", state="closed").save(self.spec.run_dir)
+            if over:
+                # Workers that see it leave by themselves, those of other machines too.
+                with contextlib.suppress(OSError):
+                    Session(id="", state="closed").save(self.spec.run_dir)
             self._workers.stop(grace_s=_LEAVE_S if ended else 0.0)
 
     def clean_up(self) -> None:
@@ -221,24 +165,64 @@ class _Run:
         clean_up_killed(self.spec, self._journal)
 
     def _run_sessions(self) -> None:
-        pending, alone, crashes = self.numbers, False, 0
-        while pending.size:
-            before = pending.size
-            code = self._session(pending, alone=alone)
-            pending = pending[self._journal.ranks(pending) < STATE_RANK["skipped"]]
-            crashes = crashes + 1 if code and pending.size == before else 0
+        pending, alone, crashes, idle = self.numbers, self.numbers[:0], 0, 0
+        while pending.size or alone.size:
+            # Suspects wait until the others are done.
+            together = bool(pending.size)
+            batch = pending if together else alone
+            code = self._session(batch, alone=not together)
+            left = batch[self._journal.ranks(batch) < STATE_RANK["skipped"]]
+            progress = left.size < batch.size
+            crashes = crashes + 1 if code and not progress else 0
             if crashes > _DISPATCHER_RESTARTS:
                 raise RunStoppedError(
                     f"the dispatcher keeps ending with {describe_exit(code)}; see "
                     f"{self.spec.run_dir}/logs/predict/dispatcher.log"
                 )
-            given_up = [n for n, count in self._failures.items() if count > self.spec.retries]
-            pending = np.setdiff1d(pending, given_up, assume_unique=True)
-            if code == 0 and alone:
-                self._record_lost(pending)
-                self._tick(final=True)
-                return
-            alone = alone or code == 0
+            idle = 0 if progress or code else idle + 1
+            lost = self._note_lost(alone=not together and not code)
+            left = np.setdiff1d(left, self._given_up(), assume_unique=True)
+            if together:
+                if code:
+                    pending = left
+                    continue
+                # Those given back by workers told to leave are no suspects.
+                suspect = np.isin(left, list(lost)) | (idle >= _IDLE_SESSIONS)
+                pending, alone = left[~suspect], np.union1d(alone, left[suspect])
+                idle = idle if pending.size else 0
+                continue
+            given_up = [
+                n
+                for n in left.tolist()
+                if self._lost_alone[n] > self.spec.retries or idle >= _IDLE_SESSIONS
+            ]
+            self._record_lost(np.asarray(given_up, dtype=np.int64))
+            alone = np.setdiff1d(left, given_up, assume_unique=True)
+        self._tick(final=True)
+
+    def _given_up(self) -> list[int]:
+        """Blocks that have failed too often, in workers that were not broken themselves."""
+        drained = {t for t, w in self._journal.workers.items() if w.exit == DRAINED}
+        return [
+            n
+            for n, tokens in self._failures.items()
+            if sum(token not in drained for token in tokens) > self.spec.retries
+        ]
+
+    def _unended(self) -> set[tuple[str, int]]:
+        workers = self._journal.workers.items()
+        return {(token, block) for token, w in workers if w.exit is None for block in w.current}
+
+    def _note_lost(self, *, alone: bool) -> set[int]:
+        """Return the blocks that this run lost with a worker that gave no notice."""
+        new = self._unended() - self._open
+        self._open |= new
+        for token, block in new:
+            info = self._journal.workers[token].info
+            self._last_loss.setdefault(block, f"worker {info.name} on {info.host} was lost")
+            self._lost.add(block)
+            self._lost_alone[block] += alone
+        return self._lost
 
     def _session(self, numbers: npt.NDArray[np.int64], *, alone: bool) -> int:
         """Hand out blocks until the dispatcher ends; return its exit status."""
@@ -274,7 +258,7 @@ class _Run:
         if place == self.numbers.size or self.numbers[place] != record.block:
             return
         if record.state == "failed":
-            self._failures[record.block] += 1
+            self._failures[record.block].append(record.token)
         else:
             self._deaths_in_a_row = self._crashes_at_start = 0
         if STATE_RANK[record.state] <= self._ranks[place]:
@@ -316,6 +300,8 @@ class _Run:
 
     def _record_lost(self, numbers: npt.NDArray[np.int64]) -> None:
         """Record blocks that were alone in every worker they took down."""
+        if not numbers.size:
+            return
         now = time.time()
         info = this_worker("coordinator")
         with JournalWriter(journal_folder(self.spec.run_dir), info) as journal:
@@ -323,7 +309,7 @@ class _Run:
                 BlockRecord(
                     block=number,
                     state="failed",
-                    attempt=self._failures[number] + self._losses[number],
+                    attempt=len(self._failures[number]) + self._losses[number],
                     started=now,
                     finished=now,
                     reason=self._last_loss.get(number, "every worker that took it was lost"),
@@ -357,7 +343,7 @@ class _Run:
             voxels=self._totals["voxels"],
             labels=self._totals["labels"],
             dropped=self._totals["dropped"],
-            retries=sum(self._failures.values()) + sum(self._losses.values()),
+            retries=sum(map(len, self._failures.values())) + sum(self._losses.values()),
             workers_lost=self._deaths,
             read_s=self._seconds["read_s"],
             compute_s=self._seconds["compute_s"],

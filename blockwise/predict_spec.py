@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -34,6 +35,12 @@ EXIT_START_FAILED = 70
 
 EXIT_STOP_RUN = 71
 """Exit status of a worker that met a condition no other worker or attempt could pass."""
+
+EXIT_DRAINED = 72
+"""Exit status of a worker that can no longer compute what was computed before."""
+
+DRAINED = "drained"
+"""Reason in the journal's exit line of such a worker."""
 
 FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 """A full, over-quota or read-only disk fails every block alike, so it stops the run."""
@@ -78,9 +85,13 @@ class PredictSpec(BaseModel):
     max_restarts: NonNegativeInt = 100
     """Workers that may die in a row, with no block finished in between, before the run stops."""
 
-    host: str = "127.0.0.1"
-    """Address that workers are told to connect to. daisy's protocol has no authentication: the
-    default listens on this machine only, any other name on every interface."""
+    listen: str | None = None
+    """Address of this machine, on the cluster's network, at which workers of other machines may
+    join with the session's token (`blockwise.gate`); None: workers of this machine only."""
+
+    drain_after: NonNegativeInt = 0
+    """Failures in a row after which a worker tries a block that was computed before, and leaves
+    if it cannot: a broken device fails every block, bad data only their own. 0: never."""
 
     @field_validator("grid")
     @classmethod
@@ -127,12 +138,14 @@ class Session(BaseModel):
     state: Literal["open", "closed"] = "open"
     host: str = ""
     port: int = 0
+    token: str = Field("", repr=False)
+    """Secret for the gate in front of the dispatcher; empty: there is none."""
     alone: bool = False
     """Workers take one block at a time: whoever kills a worker then harms no other block."""
 
     def save(self, run_dir: str | Path) -> None:
-        """Write ``session.json``, replacing the one of an earlier dispatcher."""
-        write_atomic(session_path(run_dir), self.model_dump_json().encode())
+        """Write ``session.json``, for its owner only, replacing that of an earlier dispatcher."""
+        write_atomic(session_path(run_dir), self.model_dump_json().encode(), mode=0o600)
 
     @classmethod
     def load(cls, run_dir: str | Path) -> "Session | None":

@@ -50,12 +50,14 @@ def describe_exit(code: int) -> str:
 
 def this_worker(name: str | None = None, device: str = "cpu") -> WorkerInfo:
     """Describe this process for its journal; the default name is host and process id."""
-    host = socket.gethostname()
+    # The name that a cluster's users know; several emulated nodes may share one machine, too.
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return WorkerInfo(
         name=name or f"{host}-{os.getpid()}",
         host=host,
         pid=os.getpid(),
         device=device,
-        job=os.environ.get("SLURM_JOB_ID"),
+        job=f"{job}_{task}" if job and task else os.environ.get("SLURM_JOB_ID"),
         started=time.time(),
     )

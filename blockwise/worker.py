@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from blockwise.errors import InputError
 from blockwise.journal import JournalWriter
 from blockwise.lanes import BlockLoop
 from blockwise.predict_spec import (
+    DRAINED,
+    EXIT_DRAINED,
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
     PredictSpec,
@@ -34,6 +37,22 @@ from blockwise.processes import die_with_parent, this_worker
 _POLL_S = 0.2
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """How long a worker that is told to leave may go on with the blocks in hand.
+
+    Attributes
+    ----------
+    term_s
+        Seconds after SIGTERM; 0 ends at once.
+    usr1_s
+        Seconds after SIGUSR1, which comes some time before a time limit; 0 ends at once.
+    """
+
+    term_s: float = 0.0
+    usr1_s: float = 0.0
 
 
 class StopRun:
@@ -66,8 +85,10 @@ def work(
     run_dir: str | Path,
     *,
     index: int | None = None,
+    name: str | None = None,
     wait_s: float = 60.0,
     status_fd: int | None = None,
+    leaving: Leaving = Leaving(),
 ) -> int:
     """Work for a run until it has ended.
 
@@ -77,15 +98,20 @@ def work(
         Run folder, with ``predict.json`` and the output arrays.
     index
         Number of the worker on its machine, which chooses its GPU; default: the batch system's.
+    name
+        Name in the journal; default: from `index`, or host and process id.
     wait_s
         Seconds to wait for a dispatcher (the first, or the next after one has gone).
     status_fd
         Pipe to the coordinator.
+    leaving
+        What SIGTERM and SIGUSR1 mean.
 
     Returns
     -------
     status
-        Exit status: 0, or `EXIT_START_FAILED` after an error that is on stderr and in the pipe.
+        Exit status: 0; `EXIT_START_FAILED` after an error that is on stderr and in the pipe;
+        `EXIT_DRAINED` if this machine cannot compute what was computed before.
     """
     run_dir = Path(run_dir)
     stop_run = StopRun(status_fd)
@@ -95,7 +121,7 @@ def work(
         files = BlockFiles.open(spec, run_dir)
         predictor = load_predictor(spec.factory, spec.options, local)
         device = str(getattr(predictor, "device", spec.options.get("device", "cpu")))
-        info = this_worker(None if index is None else f"worker-{index}", device)
+        info = this_worker(name or (None if index is None else f"worker-{index}"), device)
         journal = JournalWriter(journal_folder(run_dir), info)
     # A predictor of the user's may raise anything; whatever it is, trying again will not help.
     except Exception as error:
@@ -105,20 +131,32 @@ def work(
         return EXIT_START_FAILED
     stop_run.tell(event="ready", token=journal.token)
     loop = BlockLoop(spec, files, predictor, journal, stop_run)
+    _on_signals(loop, leaving)
     reason = "terminated"
     try:
-        for session in _sessions(run_dir, wait_s):
+        for session in _sessions(run_dir, wait_s, lambda: loop.leaving):
             loop.run(session)
-        reason = "end"
+        reason = DRAINED if loop.drained else "terminated" if loop.leaving else "end"
     finally:
         journal.close(reason)
-    return 0
+    return EXIT_DRAINED if loop.drained else 0
 
 
-def _sessions(run_dir: Path, wait_s: float) -> Iterator[Session]:
+def _on_signals(loop: BlockLoop, leaving: Leaving) -> None:
+    def leave(signum: int, _frame: Any) -> None:
+        seconds = leaving.usr1_s if signum == signal.SIGUSR1 else leaving.term_s
+        if seconds <= 0:
+            raise SystemExit(128 + signum)
+        loop.leave(seconds)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave)
+
+
+def _sessions(run_dir: Path, wait_s: float, leaving: Callable[[], bool]) -> Iterator[Session]:
     """Yield each new session, until the run has ended or none comes for `wait_s`."""
     last, deadline = "", time.monotonic() + wait_s
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not leaving():
         session = Session.load(run_dir)
         # A worker that has just started may come before its coordinator, which then still has to
         # replace the closed session of an earlier run.
@@ -129,10 +167,11 @@ def _sessions(run_dir: Path, wait_s: float) -> Iterator[Session]:
             yield session
             deadline = time.monotonic() + wait_s
         time.sleep(_POLL_S)
-    _logger.warning("no dispatcher for %.0f s: leaving", wait_s)
+    if not leaving():
+        _logger.warning("no dispatcher for %.0f s: leaving", wait_s)
 
 
-def _on_sigterm(signum: int, frame: Any) -> None:
+def _end_now(signum: int, frame: Any) -> None:
     raise SystemExit(128 + signum)
 
 
@@ -144,12 +183,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a dispatcher")
     parser.add_argument("--parent", type=int, help="process to die with")
     parser.add_argument("--status-fd", type=int, help="pipe to the coordinator")
+    parser.add_argument("--name", help="name in the journal")
+    help_text = "seconds to finish the blocks in hand after the signal"
+    parser.add_argument("--term", type=float, default=0.0, help=help_text)
+    parser.add_argument("--usr1", type=float, default=0.0, help=help_text)
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with_parent(options.parent)
         # Ctrl-C reaches every process of the terminal; the coordinator decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    # Until there is a block to finish.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _end_now)
     faulthandler.enable()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(message)s"
@@ -161,6 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
         index=options.index,
         wait_s=options.wait,
         status_fd=options.status_fd,
+        name=options.name,
+        leaving=Leaving(options.term, options.usr1),
     )
 
 

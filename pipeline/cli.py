@@ -18,6 +18,7 @@ from pipeline import look_cli
 from pipeline.config import Config, apply_override, load_config, parse_config
 from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
 from pipeline.train_cli import checkpoint_app, train
+from pipeline.slurm import commands as slurm_commands
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluationReport
@@ -39,6 +40,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 for _command in (evaluate, sweep, skeletons, train):
     app.command()(_command)
 look_cli.register(app)
+slurm_commands.register(app)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -177,7 +179,7 @@ def status(target: Target, as_json: AsJson = False) -> None:
     from pipeline import monitor
     from pipeline.monitor_view import render
 
-    found = monitor.load_status(*_watched(target))
+    found = monitor.load_status(*watched(target))
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:
@@ -192,7 +194,7 @@ def watch(
     """Follow a run until it ends."""
     from pipeline import monitor
 
-    monitor.watch(*_watched(target), interval_s=interval)
+    monitor.watch(*watched(target), interval_s=interval)
 
 
 @app.command("import")
@@ -253,7 +255,7 @@ def config_schema() -> None:
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
 
 
-def _watched(target: Path) -> tuple[Path, Any]:
+def watched(target: Path) -> tuple[Path, Any]:
     """Return the run folder to watch and the ledger that knows it, if there is one."""
     from blockwise.ledger import LedgerSettings, connect
 

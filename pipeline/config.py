@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from blockwise.errors import InputError
 from blockwise.ledger import LedgerSettings
+from pipeline.slurm.section import SlurmSection
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -268,6 +269,9 @@ class Config(Section):
 
     evaluate: EvaluateSection | None = None
     """Ground truth, if there is one."""
+
+    slurm: SlurmSection | None = None
+    """How `agq submit` runs it on a cluster."""
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

@@ -79,7 +79,7 @@ class Prepared:
         return {name: int(voxels * rate) for name, rate in rates.items()}
 
 
-def prepare(config: Config, *, check_output: bool = True) -> Prepared:
+def prepare(config: Config, *, check_output: bool = True, workers_here: bool = True) -> Prepared:
     """Open and check every input of a run.
 
     Parameters
@@ -88,6 +88,8 @@ def prepare(config: Config, *, check_output: bool = True) -> Prepared:
         The configuration.
     check_output
         Also check that the run folder is writable, the disk has room and the database answers.
+    workers_here
+        Whether the network will run on this machine, so that its device must be here.
 
     Raises
     ------
@@ -111,7 +113,7 @@ def prepare(config: Config, *, check_output: bool = True) -> Prepared:
                 f"evaluate.truth: voxel size {tuple(truth.voxel_size)} differs from the raw "
                 f"volume's {tuple(raw.voxel_size)}"
             )
-    options, model_identity, trained_shape = _model(config)
+    options, model_identity, trained_shape = _model(config, workers_here)
     grid = _grid(config, raw, trained_shape)
     box = _roi_box(config, raw)
     prepared = Prepared(
@@ -198,7 +200,9 @@ def _import_once(section: VolumeSection, run: RunFolder, kind: Kind) -> Path:
     return target
 
 
-def _model(config: Config) -> tuple[dict[str, Any], dict[str, Any], Triple | None]:
+def _model(
+    config: Config, workers_here: bool
+) -> tuple[dict[str, Any], dict[str, Any], Triple | None]:
     """Check the model section; return factory options, identity and the size trained at."""
     section = config.model
     if section.factory != DEFAULT_FACTORY:
@@ -213,7 +217,8 @@ def _model(config: Config) -> tuple[dict[str, Any], dict[str, Any], Triple | Non
 
     path = checkpoints.resolve(section.checkpoint)
     loaded = checkpoints.load(path)
-    resolve_device(section.device)
+    if workers_here:
+        resolve_device(section.device)
     options = {
         "checkpoint": str(path),
         "device": section.device,

@@ -20,9 +20,14 @@ from blockwise.errors import InputError
 from blockwise.files import write_atomic
 
 FORMAT = 1
-# What may be in the folder before the run's record is: its lock, and image files made into zarr.
-_BEFORE_RUN = (".lock", "imported")
+# What may be in the folder before the run's record is: its lock, image files made into zarr, and
+# what a submission has prepared.
+_BEFORE_RUN = (".lock", "imported", "slurm")
 _PACKAGES = ("agq-pipeline", "torch", "numpy", "zarr", "daisy", "dask", "numba", "pymongo")
+
+
+class RunLockedError(InputError):
+    """Another process works on the run."""
 
 
 class RunFolder:
@@ -187,7 +192,7 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 handle.seek(0)
-                raise InputError(
+                raise RunLockedError(
                     f"another agq process works on {self.path} ({handle.read().strip()}); wait for "
                     "it or stop it"
                 ) from None

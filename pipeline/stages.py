@@ -3,12 +3,16 @@
 import json
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import psutil
+from distributed import Client
 
 from blockwise.arrays import Volume, create_affinities, create_array, open_volume
 from blockwise.files import write_atomic
@@ -16,7 +20,7 @@ from blockwise.journal import BlockRecord, JournalWriter
 from blockwise.journal_read import Journal, compact
 from blockwise.lanes import block_place
 from blockwise.mask import mask_blocks
-from blockwise.predict import PredictReport, PredictSpec, run_predict
+from blockwise.predict import PredictProgress, PredictReport, PredictSpec, run_predict
 from blockwise.processes import this_worker
 from blockwise.stitch import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
 from pipeline.prepare import Prepared
@@ -28,7 +32,29 @@ from pipeline.session import Session
 _CPU_WORKER_BYTES = 2.5 * 2**30
 
 
-def predict(session: Session, *, only_failed: bool = False) -> PredictReport:
+@dataclass(frozen=True)
+class Cluster:
+    """How workers of other machines take part; without it, this machine's do all.
+
+    Attributes
+    ----------
+    listen
+        Address of this machine that they reach.
+    drain_after
+        See `PredictSpec.drain_after`.
+    """
+
+    listen: str
+    drain_after: int
+
+
+def predict(
+    session: Session,
+    *,
+    only_failed: bool = False,
+    cluster: Cluster | None = None,
+    on_progress: Callable[[PredictProgress], object] | None = None,
+) -> PredictReport:
     """Label every selected block that is not done.
 
     Parameters
@@ -37,6 +63,10 @@ def predict(session: Session, *, only_failed: bool = False) -> PredictReport:
         The open run.
     only_failed
         Leave blocks that were never tried alone.
+    cluster
+        Start no workers here; they come by themselves.
+    on_progress
+        Called now and then; what it raises stops the run.
 
     Returns
     -------
@@ -59,6 +89,13 @@ def predict(session: Session, *, only_failed: bool = False) -> PredictReport:
         report = run_predict(_predict_spec(prepared), todo, on_progress=session.progress.blocks)
         # Who looks at the run later reads columns, not lines.
         compact(folder)
+
+        def tell(progress: PredictProgress) -> None:
+            session.progress.blocks(progress)
+            if on_progress is not None:
+                on_progress(progress)
+
+        report = run_predict(_predict_spec(prepared, cluster), todo, on_progress=tell)
         record["report"] = report.to_dict()
         if report.failed:
             record["state"] = "failed"
@@ -110,7 +147,7 @@ def _skip_masked(prepared: Prepared, todo: npt.NDArray[np.int64]) -> npt.NDArray
     return todo[tissue]
 
 
-def _predict_spec(prepared: Prepared) -> PredictSpec:
+def _predict_spec(prepared: Prepared, cluster: Cluster | None) -> PredictSpec:
     config = prepared.config
     return PredictSpec(
         run_dir=str(prepared.run.path),
@@ -119,11 +156,13 @@ def _predict_spec(prepared: Prepared) -> PredictSpec:
         factory=config.model.factory,
         options=prepared.predictor_options,
         affinities=config.output.affinities,
-        workers=worker_count(prepared),
+        workers=0 if cluster else worker_count(prepared),
         prefetch=config.workers.prefetch,
         retries=config.workers.retries,
         timeout_s=config.workers.timeout_s,
         max_restarts=config.workers.max_restarts,
+        listen=cluster and cluster.listen,
+        drain_after=cluster.drain_after if cluster else 0,
     )
 
 
@@ -157,8 +196,18 @@ def worker_count(prepared: Prepared) -> int:
     return max(1, min(by_cores, int(by_memory)))
 
 
-def stitch(session: Session) -> StitchReport:
-    """Join the fragments of all selected blocks into one segmentation with its pyramid."""
+def stitch(
+    session: Session, *, client: AbstractContextManager[Client] | None = None
+) -> StitchReport:
+    """Join the fragments of all selected blocks into one segmentation with its pyramid.
+
+    Parameters
+    ----------
+    session
+        The open run.
+    client
+        dask's client; default: as the configuration says.
+    """
     prepared = session.prepared
     section = prepared.config.stitch
     levels = prepared.config.pyramid.levels
@@ -184,10 +233,10 @@ def stitch(session: Session) -> StitchReport:
     find_blocks(spec)
     with (
         session.stage("stitch", int(prepared.selected.size)) as record,
-        local_client(section.dask.address, workers=section.dask.workers) as client,
+        client or local_client(section.dask.address, workers=section.dask.workers) as dask,
     ):
-        session.progress.note(f"dask dashboard: {client.dashboard_link}")
-        report = run_stitch(spec, client, on_progress=session.progress.step)
+        session.progress.note(f"dask dashboard: {dask.dashboard_link}")
+        report = run_stitch(spec, dask, on_progress=session.progress.step)
         record["report"] = report.to_dict()
     return report
 

@@ -46,6 +46,8 @@ class ThresholdPredictor:
         Marks are obeyed that often in all processes together; needs `state`.
     state
         Folder for counting.
+    broken_on
+        Name of a cluster node on which every block fails.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class ThresholdPredictor:
         marks: bool = False,
         times: int | None = None,
         state: str | None = None,
+        broken_on: str | None = None,
     ) -> None:
+        self.broken = broken_on is not None and os.environ.get("SLURMD_NODENAME") == broken_on
         self.threshold = threshold
         self.batch_size = batch_size
         self.delay_s = delay_s
@@ -70,6 +74,8 @@ class ThresholdPredictor:
         if self.state:
             with (Path(self.state) / "batches").open("a") as file:
                 file.write(f"{len(blocks)}\n")
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         for block in blocks:
             self._misbehave(int(block.max()))
         time.sleep(self.delay_s)

@@ -1,0 +1,230 @@
+"""What the configuration asks for, against what the cluster has: before anything is submitted."""
+
+import re
+from dataclasses import dataclass
+
+from blockwise.errors import InputError
+from pipeline.slurm.client import call, fields_of
+from pipeline.slurm.section import SlurmSection
+
+_UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition.
+
+    Attributes
+    ----------
+    name, default, up
+        Name; whether it is the cluster's default; whether it takes jobs.
+    max_minutes
+        Longest time limit; None: none.
+    grace_s
+        Seconds that a pre-empted job gets.
+    nodes
+        Of each kind of node: cores, memory in MiB, GPUs by type, features.
+    """
+
+    name: str
+    default: bool
+    up: bool
+    max_minutes: float | None
+    grace_s: int
+    nodes: tuple[tuple[int, int, dict[str, int], frozenset[str]], ...]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the checks need to know of a cluster."""
+
+    partitions: dict[str, Partition]
+    max_array: int
+    kill_wait_s: int
+
+
+def read_cluster() -> Cluster:
+    """Ask sinfo and scontrol.
+
+    Raises
+    ------
+    SlurmError
+        If SLURM is not here or does not answer.
+    """
+    nodes: dict[str, list[tuple[int, int, dict[str, int], frozenset[str]]]] = {}
+    for line in call(["sinfo", "--noheader", "--format=%R|%c|%m|%G|%f"]).splitlines():
+        name, cpus, memory, gres, features = (part.strip() for part in line.split("|"))
+        has = frozenset(re.findall(r"[^,()&|]+", features.replace("(null)", "")))
+        kind = (int(cpus.rstrip("+")), int(memory.rstrip("+")), _gpus(gres), has)
+        nodes.setdefault(name, []).append(kind)
+    partitions = {}
+    for line in call(["scontrol", "--oneliner", "show", "partition"]).splitlines():
+        fields = fields_of(line)
+        name = fields.get("PartitionName", "")
+        if not name:
+            continue
+        partitions[name] = Partition(
+            name=name,
+            default=fields.get("Default") == "YES",
+            up=fields.get("State") == "UP",
+            max_minutes=_minutes(fields.get("MaxTime", "UNLIMITED")),
+            grace_s=int(fields.get("GraceTime", "0")),
+            nodes=tuple(nodes.get(name, ())),
+        )
+    config = call(["scontrol", "show", "config"])
+    return Cluster(
+        partitions, _number(config, "MaxArraySize", 1001), _number(config, "KillWait", 30)
+    )
+
+
+def _number(config: str, name: str, default: int) -> int:
+    found = re.search(rf"^{name}\s*=\s*(\d+)", config, re.MULTILINE)
+    return int(found[1]) if found else default
+
+
+def _gpus(gres: str) -> dict[str, int]:
+    """GPUs by type from ``gpu:a100:4(S:0-1),gpu:2``."""
+    found: dict[str, int] = {}
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        words = part.split(":")
+        if words[0] == "gpu" and words[-1].isdigit():
+            kind = words[1] if len(words) > 2 else ""
+            found[kind] = found.get(kind, 0) + int(words[-1])
+    return found
+
+
+def _minutes(text: str) -> float | None:
+    """Minutes of a SLURM time; None for no limit."""
+    if text in ("UNLIMITED", "INFINITE", "infinite"):
+        return None
+    days, dash, rest = text.rpartition("-")
+    parts = [int(p) for p in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def check(section: SlurmSection, cluster: Cluster) -> list[str]:
+    """Compare a configuration with the cluster.
+
+    Returns
+    -------
+    warnings
+        What will work, but perhaps not as meant.
+
+    Raises
+    ------
+    InputError
+        Naming the field, what it says and what is allowed.
+    """
+    if section.workers - 1 >= cluster.max_array:
+        raise InputError(
+            f"slurm.workers: {section.workers} is more than this cluster's MaxArraySize allows "
+            f"({cluster.max_array}); ask for fewer with more GPUs each (slurm.gpus)"
+        )
+    where = "slurm."
+    worker = _partition(where, section.partition, cluster)
+    cpus = section.cpus * max(1, section.gpus)
+    _time(where, section.time, worker)
+    _fits(where, worker, cpus, section.mem, section.constraint)
+    _gpus_fit(section, worker)
+    warnings = []
+    for name, job in (("coordinator", section.coordinator), ("stitch", section.stitch)):
+        where = f"slurm.{name}."
+        partition = _partition(where, job.partition or section.partition, cluster)
+        _time(where, job.time, partition)
+        _fits(where, partition, job.cpus, job.mem, job.constraint)
+        if name == "coordinator" and partition.grace_s and not section.requeue:
+            warnings.append(f"{partition.name} is pre-emptible and slurm.requeue is off")
+    limit = _minutes(section.time) if section.time else worker.max_minutes
+    if limit is not None and limit * 60 <= 2 * section.lead_s:
+        warnings.append(
+            f"slurm.lead_s {section.lead_s} takes most of the time limit of {limit:g} minutes"
+        )
+    return warnings
+
+
+def grace_s(section: SlurmSection, cluster: Cluster) -> int:
+    """Return the seconds between SIGTERM and SIGKILL on a cluster, with a margin."""
+    if section.grace_s is not None:
+        return section.grace_s
+    partition = _partition("slurm.", section.partition, cluster)
+    shortest = min([cluster.kill_wait_s, *([partition.grace_s] if partition.grace_s else [])])
+    return max(1, shortest - max(1, shortest // 5))
+
+
+def _partition(where: str, names: str | None, cluster: Cluster) -> Partition:
+    if names is None:
+        found = [p for p in cluster.partitions.values() if p.default]
+        if not found:
+            raise InputError(
+                f"{where}partition is needed: the cluster has no default; it has "
+                f"{', '.join(sorted(cluster.partitions))}"
+            )
+        return found[0]
+    for name in names.split(","):
+        if name not in cluster.partitions:
+            raise InputError(
+                f"{where}partition: there is no {name!r}; the cluster has "
+                f"{', '.join(sorted(cluster.partitions))}"
+            )
+    first = cluster.partitions[names.split(",")[0]]
+    if not first.up:
+        raise InputError(f"{where}partition: {first.name} takes no jobs now")
+    return first
+
+
+def _time(where: str, asked: str | None, partition: Partition) -> None:
+    if asked is None or partition.max_minutes is None:
+        return
+    if (minutes := _minutes(asked)) is not None and minutes > partition.max_minutes:
+        raise InputError(
+            f"{where}time: {asked} is over the limit of partition {partition.name}, "
+            f"{partition.max_minutes:g} minutes; ask for less, a requeued job goes on"
+        )
+
+
+def _fits(where: str, partition: Partition, cpus: int, mem: str, constraint: str | None) -> None:
+    if not partition.nodes:
+        return
+    most = max(node[0] for node in partition.nodes)
+    if cpus > most:
+        raise InputError(
+            f"{where}cpus: a job would need {cpus} cores, nodes of {partition.name} have at most "
+            f"{most}"
+        )
+    memory = max(node[1] for node in partition.nodes)
+    wanted = float(mem.rstrip("KMGT")) * _UNITS[mem[-1] if mem[-1] in _UNITS else "M"]
+    if wanted > memory:
+        raise InputError(
+            f"{where}mem: {mem} is more than a node of {partition.name} has, {memory}M"
+        )
+    features = frozenset().union(*(node[3] for node in partition.nodes))
+    if constraint and re.fullmatch(r"[\w.-]+", constraint) and constraint not in features:
+        known = ", ".join(sorted(features)) or "none"
+        raise InputError(
+            f"{where}constraint: no node of {partition.name} has {constraint!r}; features: {known}"
+        )
+
+
+def _gpus_fit(section: SlurmSection, partition: Partition) -> None:
+    if not section.gpus or not partition.nodes:
+        return
+    kind = (section.gres or "gpu").partition(":")[2]
+    have = [sum(g.values()) if not kind else g.get(kind, 0) for _, _, g, _ in partition.nodes]
+    if max(have) < section.gpus:
+        kinds = sorted(
+            {
+                f"gpu:{k}:{n}".replace("::", ":")
+                for _, _, g, _ in partition.nodes
+                for k, n in g.items()
+            }
+        )
+        raise InputError(
+            f"slurm.gpus: {section.gpus} of {section.gres or 'gpu'} on one node; partition "
+            f"{partition.name} has {', '.join(kinds) or 'no GPUs'} per node (0: CPU workers)"
+        )

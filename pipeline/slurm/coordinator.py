@@ -1,0 +1,179 @@
+"""What runs in the coordinator job: hands out blocks to the worker jobs until all are done.
+
+It may be killed, pre-empted or requeued at any time; the next one goes on from the journal, and
+the workers wait for it (``slurm.wait_s``). Ends with 75 before its time limit (SIGUSR1): the batch
+script then requeues the job.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from blockwise.errors import InputError, RunStoppedError
+from blockwise.files import require_writable
+from blockwise.predict import PredictProgress
+from blockwise.predict_spec import FATAL_ERRNOS, Session
+from model.errors import ModelInputError
+from pipeline import stages
+from pipeline.prepare import prepare
+from pipeline.run_folder import RunLockedError
+from pipeline.session import open_session
+from pipeline.slurm import client
+from pipeline.slurm.jobs import changing, live, load, load_config, section_of, submit_workers
+from pipeline.slurm.scripts import EXIT_REQUEUE, folder
+from pipeline.slurm.section import SlurmSection
+
+_WATCH_S = 15.0
+_LOCKED_S = 5.0
+_MAX_VAIN = 3
+
+_logger = logging.getLogger(__name__)
+
+
+class _WorkerWatch:
+    """Submits workers again where none is left, and stops the run where that does not help."""
+
+    def __init__(self, run_dir: Path, section: SlurmSection) -> None:
+        self._run_dir = run_dir
+        self._section = section
+        self._next = time.monotonic() + _WATCH_S
+        self._missed = 0
+        self._vain = 0
+        self._ended = -1
+
+    def __call__(self, progress: PredictProgress) -> None:
+        now = time.monotonic()
+        ended = progress.done + progress.skipped
+        if now < self._next or ended >= progress.total:
+            return
+        self._next = now + _WATCH_S
+        try:
+            entries = live(load(self._run_dir), "workers")
+        except InputError as error:
+            _logger.warning("cannot ask for the worker jobs: %s", error)
+            return
+        # Once may be a requeue that squeue does not show for a moment.
+        self._missed = 0 if entries else self._missed + 1
+        if self._missed < 2:
+            return
+        self._vain = 0 if ended > self._ended else self._vain + 1
+        self._ended = ended
+        with changing(self._run_dir) as jobs:
+            if self._vain > _MAX_VAIN or not jobs.workers:
+                raise RunStoppedError(
+                    f"no worker job is left, {progress.total - ended} blocks are to do"
+                    f"{self._last_end()}; agq resume {self._run_dir} starts workers again"
+                )
+            _logger.warning("no worker job is left: submitting %d", jobs.workers)
+            submit_workers(jobs, self._run_dir, self._section, jobs.workers)
+        self._missed = 0
+
+    def _last_end(self) -> str:
+        ends = sorted((folder(self._run_dir) / "ends").glob("*.json"), key=os.path.getmtime)
+        if not ends:
+            return ""
+        end = json.loads(ends[-1].read_text(encoding="utf-8"))
+        return f"; worker {end['worker']} on {end['node']}: {end['message']} ({end['log']})"
+
+
+def listen_address(section: SlurmSection) -> str:
+    """Return the address of this node on the cluster's network.
+
+    Raises
+    ------
+    InputError
+        If it cannot be found out.
+    """
+    node = os.environ.get("SLURMD_NODENAME")
+    name = section.address or (node and client.node_address(node)) or node or socket.gethostname()
+    try:
+        return socket.gethostbyname(name)
+    except OSError as error:
+        raise InputError(
+            f"slurm.address: {name} has no address on {node or 'this machine'} ({error}); name the "
+            "coordinator's address on the network of the cluster"
+        ) from None
+
+
+def wait_for_storage(run_dir: Path, wait_s: float, why: OSError) -> None:
+    """Wait until a full or read-only run folder can be written again.
+
+    Raises
+    ------
+    InputError
+        If that takes longer than `wait_s`.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        _logger.warning("the run folder cannot be written (%s); waiting", why.strerror)
+        time.sleep(_LOCKED_S)
+        try:
+            require_writable(run_dir)
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            return
+
+
+def _requeue_before_limit(signum: int, _frame: Any) -> None:
+    raise SystemExit(EXIT_REQUEUE)
+
+
+def _predict(run_dir: Path) -> int:
+    config = load_config(run_dir)
+    section = section_of(config)
+    listen = listen_address(section)
+    prepared = prepare(config, workers_here=False)
+    watch = _WorkerWatch(run_dir, section)
+    while True:
+        try:
+            with open_session(prepared) as session:
+                report = stages.predict(
+                    session,
+                    cluster=stages.Cluster(listen=listen, drain_after=section.drain_after),
+                    on_progress=watch,
+                )
+            break
+        except RunLockedError as error:
+            # SLURM can run one job twice for a while: the other one does the work.
+            _logger.warning("%s", error)
+            time.sleep(_LOCKED_S)
+        except OSError as error:
+            if error.errno not in FATAL_ERRNOS:
+                raise
+            wait_for_storage(run_dir, section.wait_s, error)
+    client.cancel([str(n) for n in load(run_dir).ids("workers")], "--state=PENDING")
+    for number in report.failed[:20]:
+        _logger.error("block %d failed (agq logs %s --block %d)", number, run_dir, number)
+    return 1 if report.failed and not config.stitch.allow_missing else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Predict; see the module."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    run_dir = Path(arguments[0])
+    signal.signal(signal.SIGUSR1, _requeue_before_limit)
+    try:
+        return _predict(run_dir)
+    except SystemExit as end:
+        if load(run_dir).cancelled:
+            # Nobody will come back: workers need not wait.
+            Session(id="", state="closed").save(run_dir)
+            return 0
+        _logger.info("told to end; what is done is in the journal")
+        return end.code if isinstance(end.code, int) else 1
+    except (InputError, ModelInputError, RunStoppedError) as error:
+        Session(id="", state="closed").save(run_dir)
+        _logger.error("%s", " ".join(str(error).split()))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""The batch scripts of a run: plain text that a person can read and submit by hand.
+
+What can hold odd characters (paths) appears in shell words quoted by `shlex`, never in ``#SBATCH``
+lines; log files are named relative to the job's folder, which is an argument of sbatch. (SLURM
+itself cannot write into a folder with % or a backslash in its name.)
+
+No ``exec``: ``--signal=B:`` reaches only the batch shell, so it passes signals on, and it requeues
+the job when the program asks for it (exit status 75) or was killed, inside a container or not.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.slurm.section import CpuJobSection, SlurmSection
+
+EXIT_REQUEUE = 75
+"""Exit status with which a program in a job asks to be started again (EX_TEMPFAIL)."""
+
+
+_MAX_KILLED = 5
+
+
+@dataclass(frozen=True)
+class Script:
+    """One batch script.
+
+    Attributes
+    ----------
+    name
+        ``coordinator``, ``workers`` or ``stitch``.
+    text
+        What sbatch reads.
+    """
+
+    name: str
+    text: str
+
+    def path(self, run_dir: Path) -> Path:
+        """Return where it lies in the run folder."""
+        return folder(run_dir) / f"{self.name}.sh"
+
+
+def folder(run_dir: Path) -> Path:
+    """Return the folder of all that concerns SLURM in a run folder."""
+    return run_dir / "slurm"
+
+
+def log_folder(run_dir: Path) -> Path:
+    """Return the folder of the jobs' own output."""
+    return run_dir / "logs" / "slurm"
+
+
+def worker_script(section: SlurmSection, run_dir: Path, here: Path) -> Script:
+    """Return the script of the worker jobs.
+
+    Parameters
+    ----------
+    section
+        What the configuration asks for.
+    run_dir
+        Run folder, absolute.
+    here
+        Folder that relative paths of the configuration start from.
+    """
+    processes = max(1, section.gpus)
+    options = [
+        *_common(section, "workers", run_dir),
+        *_asked(partition=section.partition, qos=section.qos, constraint=section.constraint),
+        *_asked(cpus_per_task=section.cpus * processes, mem=section.mem, time=section.time),
+        "--output=workers-%A_%a.log",
+    ]
+    if section.gpus:
+        options.append(f"--gres={section.gres or 'gpu'}:{section.gpus}")
+    return Script("workers", _text(section, options, "worker", run_dir, here, gpu=section.gpus > 0))
+
+
+def coordinator_script(section: SlurmSection, run_dir: Path, here: Path) -> Script:
+    """Return the script of the job that hands out blocks; parameters as `worker_script`."""
+    options = _cpu_job(section, section.coordinator, "coordinator", run_dir)
+    return Script("coordinator", _text(section, options, "coordinator", run_dir, here))
+
+
+def stitch_script(section: SlurmSection, run_dir: Path, here: Path) -> Script:
+    """Return the script of the stitch job; parameters as `worker_script`."""
+    options = _cpu_job(section, section.stitch, "stitch", run_dir)
+    return Script("stitch", _text(section, options, "stitch", run_dir, here))
+
+
+def _cpu_job(section: SlurmSection, job: CpuJobSection, name: str, run_dir: Path) -> list[str]:
+    return [
+        *_common(section, name, run_dir),
+        *_asked(
+            partition=job.partition or section.partition,
+            qos=job.qos or section.qos,
+            constraint=job.constraint,
+            cpus_per_task=job.cpus,
+            mem=job.mem,
+            time=job.time,
+        ),
+        f"--output={name}-%j.log",
+    ]
+
+
+def _common(section: SlurmSection, name: str, run_dir: Path) -> list[str]:
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in run_dir.name)
+    return [
+        f"--job-name=agq-{name}-{plain[:40]}",
+        *_asked(account=section.account),
+        "--nodes=1",
+        "--ntasks=1",
+        # Without it, the log of the first run is lost when a job is requeued.
+        "--open-mode=append",
+        "--requeue" if section.requeue else "--no-requeue",
+        f"--signal=B:USR1@{section.lead_s}",
+    ]
+
+
+def _asked(**options: str | int | None) -> list[str]:
+    found = {name.replace("_", "-"): value for name, value in options.items()}
+    return [f"--{name}={value}" for name, value in found.items() if value is not None]
+
+
+def program(section: SlurmSection, role: str, run_dir: Path, *, gpu: bool = False) -> list[str]:
+    """Return the command line that a job runs."""
+    python = section.python or (sys.executable if section.container is None else "python")
+    inner = [python, "-m", f"pipeline.slurm.{role}", str(run_dir)]
+    if section.container is None:
+        return inner
+    kind, _, image = section.container.partition("://")
+    return [kind, "exec", *(["--nv"] if gpu else []), *section.container_options, image, *inner]
+
+
+def _text(
+    section: SlurmSection,
+    options: Sequence[str],
+    role: str,
+    run_dir: Path,
+    here: Path,
+    *,
+    gpu: bool = False,
+) -> str:
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), ""]
+    lines += [f"cd -- {shlex.quote(str(here))} || exit 1", *section.prologue, ""]
+    command = shlex.join(program(section, role, run_dir, gpu=gpu))
+    lines += [
+        f"{command} &",
+        "child=$!",
+        "trap 'kill -TERM \"$child\"' TERM",
+        "trap 'kill -USR1 \"$child\"' USR1",
+        "trap 'kill -USR2 \"$child\"' USR2",
+        "# A signal ends `wait` early: wait again until the program itself has ended.",
+        "while :; do",
+        '  wait "$child"; status=$?',
+        '  [ "$status" -gt 128 ] && kill -0 "$child" 2>/dev/null || break',
+        "done",
+    ]
+    if section.requeue:
+        lines += [
+            "# 137: killed (kill -9, out of memory); a few times that may help.",
+            f'[ "$status" = 137 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {_MAX_KILLED} ] && '
+            f"status={EXIT_REQUEUE}",
+            f'if [ "$status" = {EXIT_REQUEUE} ]; then',
+            '  scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+        ]
+    return "\n".join([*lines, 'exit "$status"', ""])
+
+
+def submit_arguments(
+    script: Script, run_dir: Path, *, array: str | None = None, after: str | None = None
+) -> list[str | Path]:
+    """Return sbatch's arguments for a script in the run folder.
+
+    Parameters
+    ----------
+    script
+        The script, saved at `Script.path`.
+    run_dir
+        Run folder.
+    array
+        Array tasks, such as ``0-7%4``.
+    after
+        Dependency, such as ``afterok:17``.
+    """
+    arguments: list[str | Path] = [f"--chdir={log_folder(run_dir)}"]
+    if array is not None:
+        arguments.append(f"--array={array}")
+    if after is not None:
+        arguments += [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
+    return [*arguments, script.path(run_dir)]

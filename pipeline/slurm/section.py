@@ -1,0 +1,168 @@
+"""The `slurm` section of a run's configuration."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+_WORD = re.compile(r"[^\s'\"\\#$`;]+")
+_MEMORY = re.compile(r"\d+[KMGT]?")
+_TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
+_CONTAINER = re.compile(r"(apptainer|singularity)://.+")
+
+
+def _word(value: str) -> str:
+    if not _WORD.fullmatch(value):
+        raise ValueError("one word without spaces, quotes, # or $")
+    return value
+
+
+def _memory(value: str) -> str:
+    if not _MEMORY.fullmatch(value):
+        raise ValueError("a number with K, M, G or T behind it, such as 32G")
+    return value
+
+
+def _time(value: str) -> str:
+    if not _TIME.fullmatch(value):
+        raise ValueError("minutes, H:MM:SS or D-HH:MM:SS, in quotes, such as '4:00:00'")
+    return value
+
+
+def _line(value: str) -> str:
+    if "\n" in value or "\0" in value:
+        raise ValueError("one line per entry")
+    return value
+
+
+def _container(value: str) -> str:
+    if not _CONTAINER.fullmatch(value) or "\n" in value:
+        raise ValueError("apptainer://path/to/image.sif")
+    return value
+
+
+Word = Annotated[str, AfterValidator(_word)]
+Memory = Annotated[str, AfterValidator(_memory)]
+TimeLimit = Annotated[str, AfterValidator(_time)]
+Line = Annotated[str, AfterValidator(_line)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class CpuJobSection(_Section):
+    """A job without GPUs; what is left out is as for the workers."""
+
+    partition: Word | None = None
+    """Partition."""
+
+    qos: Word | None = None
+    """Quality of service."""
+
+    constraint: Word | None = None
+    """Features that the node must have."""
+
+    cpus: PositiveInt = 2
+    """CPU cores."""
+
+    mem: Memory = "8G"
+    """Memory."""
+
+    time: TimeLimit | None = None
+    """Time limit; the job is requeued before it is reached."""
+
+
+class StitchJobSection(CpuJobSection):
+    """The job that stitches, scores and draws."""
+
+    cpus: PositiveInt = 8
+    """CPU cores: one dask worker each, unless `jobs` is set."""
+
+    mem: Memory = "32G"
+    """Memory: the contact graph of the whole volume is agglomerated in one process."""
+
+    jobs: NonNegativeInt = 0
+    """Further jobs of this size for dask's workers (dask-jobqueue, TLS); 0: this job's own
+    cores."""
+
+
+class SlurmSection(_Section):
+    """How `agq submit` asks SLURM for workers; it compares with what the cluster has."""
+
+    workers: PositiveInt = 1
+    """Worker jobs, each on one node; `agq scale` changes it later."""
+
+    limit: PositiveInt | None = None
+    """How many of them run at a time (%N of a job array); default: all."""
+
+    gpus: NonNegativeInt = 1
+    """GPUs per worker job, with one worker process each; 0: one process on CPUs."""
+
+    gres: Word | None = None
+    """Kind of GPU where the cluster has several: gpu:a100 (the count is `gpus`)."""
+
+    cpus: PositiveInt = 4
+    """CPU cores per worker process."""
+
+    mem: Memory = "16G"
+    """Memory per worker job."""
+
+    time: TimeLimit | None = None
+    """Time limit of a worker job; default: the partition's. A worker that reaches it is requeued
+    and goes on."""
+
+    partition: Word | None = None
+    """Partition; default: the cluster's."""
+
+    account: Word | None = None
+    """Account."""
+
+    qos: Word | None = None
+    """Quality of service."""
+
+    constraint: Word | None = None
+    """Features that the node must have."""
+
+    requeue: bool = True
+    """Let jobs be requeued after a pre-emption, a node failure or their time limit."""
+
+    lead_s: Annotated[int, Field(ge=10, le=3600)] = 120
+    """Seconds before the time limit at which jobs are told (SIGUSR1): longer than one block takes,
+    so that a worker can finish the blocks in hand."""
+
+    grace_s: PositiveInt | None = None
+    """Seconds between SIGTERM and SIGKILL; default: as the cluster says (KillWait, GraceTime)."""
+
+    wait_s: PositiveInt = 900
+    """How long workers wait for a coordinator that has gone, before they leave."""
+
+    drain_after: NonNegativeInt = 5
+    """Failures in a row after which a worker tests itself on a block that was computed before, and
+    leaves if it cannot compute it; 0: never."""
+
+    address: Word | None = None
+    """Address, or name, of the coordinator's node on the network that the workers reach, for
+    example its InfiniBand address; default: the address by which SLURM knows the node."""
+
+    prologue: tuple[Line, ...] = ()
+    """Shell lines at the start of every job, such as `module load cuda`."""
+
+    container: Annotated[str, AfterValidator(_container)] | None = None
+    """`apptainer://image.sif`: run inside this image."""
+
+    container_options: tuple[Line, ...] = ()
+    """Options of apptainer, such as `--bind=/scratch`; --nv is given where there are GPUs."""
+
+    python: Line | None = None
+    """Python that has agq-pipeline; default: the one that runs `agq submit`, or `python` in a
+    container."""
+
+    coordinator: CpuJobSection = CpuJobSection()
+    """The job that hands out the blocks."""
+
+    stitch: StitchJobSection = StitchJobSection()
+    """The job that stitches."""

@@ -1,0 +1,240 @@
+"""What runs in a worker job: keeps one prediction worker per GPU alive until the run has ended.
+
+A process of its own beside the workers, because a worker that is killed, runs out of memory or
+breaks its GPU can neither say so nor start again. It ends
+
+- with 0 when the run has ended, no coordinator has come for ``slurm.wait_s``, or it was told to
+  leave (SIGTERM, SIGUSR2);
+- with 75 before the time limit (SIGUSR1): the batch script then requeues the job;
+- with another status when workers cannot start here, or this machine computes nothing right.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blockwise.errors import InputError
+from blockwise.files import make_folder, require_writable, write_atomic
+from blockwise.predict_spec import (
+    EXIT_DRAINED,
+    EXIT_START_FAILED,
+    EXIT_STOP_RUN,
+    Session,
+    log_path,
+)
+from blockwise.processes import describe_exit
+from pipeline.slurm.jobs import load, load_config, section_of
+from pipeline.slurm.scripts import EXIT_REQUEUE, folder
+
+_POLL_S = 0.2
+_PROBE_S = 2.0
+_SHORT_S = 60.0
+_MAX_CRASHES = 5
+_MAX_DRAINS = 1
+_KILL_S = 2.0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Place:
+    """One worker process after another, on one device."""
+
+    name: str
+    device: str | None
+    process: "subprocess.Popen[bytes] | None" = None
+    started: float = 0.0
+    not_before: float = 0.0
+    crashes: int = 0
+    drains: int = 0
+    blocked_since: float | None = None
+    result: int | None = None
+
+
+@dataclass
+class _Host:
+    run_dir: Path
+    wait_s: float
+    term_s: float
+    usr1_s: float
+    places: list[_Place] = field(default_factory=list)
+    signals: list[int] = field(default_factory=list)
+    kill_at: float = float("inf")
+    patience: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.patience = time.monotonic() + self.wait_s
+
+    def _has_coordinator(self, now: float) -> bool:
+        """Whether the run has begun: until then, there is nothing that a worker could open."""
+        session = Session.load(self.run_dir)
+        if session is None and now > self.patience:
+            _logger.warning("no coordinator for %.0f s: leaving", self.wait_s)
+        return session is not None
+
+    def start(self, place: _Place) -> None:
+        log = log_path(self.run_dir, f"worker-{place.name}")
+        make_folder(log.parent)
+        environment = dict(os.environ)
+        if place.device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = place.device
+        options = {
+            "--index": 0,
+            "--name": place.name,
+            "--wait": self.wait_s,
+            "--term": self.term_s,
+            "--usr1": self.usr1_s,
+            "--parent": os.getpid(),
+        }
+        words = [str(word) for option in options.items() for word in option]
+        with log.open("ab") as output:
+            place.process = subprocess.Popen(
+                [sys.executable, "-m", "blockwise.worker", str(self.run_dir), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        place.started = time.monotonic()
+
+    def look_after(self, place: _Place) -> None:
+        """Start, or start again, the worker of a place, or give the place up."""
+        now = time.monotonic()
+        if place.result is not None:
+            return
+        if place.process is None:
+            if self.signals or not self._has_coordinator(now):
+                place.result = 0 if self.signals or now > self.patience else None
+            elif now >= place.not_before and self._storage_is_there(place):
+                self.start(place)
+            return
+        code = place.process.poll()
+        if code is None:
+            return
+        place.process = None
+        if code == 0 or self.signals:
+            place.result = 0
+        elif code == EXIT_START_FAILED:
+            self._give_up(place, code, "the worker cannot start")
+        elif code == EXIT_STOP_RUN:
+            _logger.warning("%s: the run folder cannot be written; waiting", place.name)
+            place.blocked_since = place.blocked_since or now
+            place.not_before = now + _PROBE_S
+        elif code == EXIT_DRAINED:
+            place.drains += 1
+            if place.drains > _MAX_DRAINS:
+                self._give_up(place, code, "fails blocks that were computed before")
+            else:
+                # What a broken GPU context cannot, a fresh process often can.
+                _logger.warning("%s: fails every block; trying a fresh process", place.name)
+        else:
+            short = now - place.started < _SHORT_S
+            place.crashes = place.crashes + 1 if short else 1
+            _logger.warning("%s ended (%s)", place.name, describe_exit(code))
+            if place.crashes > _MAX_CRASHES:
+                self._give_up(place, 1, f"keeps ending with {describe_exit(code)}")
+            place.not_before = now + min(2.0 ** (place.crashes - 1), 30.0) - 1.0
+
+    def _storage_is_there(self, place: _Place) -> bool:
+        """After a full or read-only disk: whether it is writable again."""
+        if place.blocked_since is None:
+            return True
+        try:
+            require_writable(self.run_dir)
+        except InputError as error:
+            if time.monotonic() - place.blocked_since > self.wait_s:
+                self._give_up(place, EXIT_STOP_RUN, str(error))
+            place.not_before = time.monotonic() + _PROBE_S
+            return False
+        place.blocked_since = None
+        return True
+
+    def _give_up(self, place: _Place, code: int, why: str) -> None:
+        _logger.error("%s: %s", place.name, why)
+        place.result = code
+        end = {
+            "worker": place.name,
+            "node": os.environ.get("SLURMD_NODENAME", ""),
+            "status": code,
+            "message": why,
+            "log": str(log_path(self.run_dir, f"worker-{place.name}")),
+            "time": time.time(),
+        }
+        with contextlib.suppress(OSError):
+            write_atomic(
+                folder(self.run_dir) / "ends" / f"{place.name}.json", json.dumps(end).encode()
+            )
+
+    def on_signal(self, signum: int, _frame: Any) -> None:
+        """Pass a signal on; what does not end in time is killed."""
+        self.signals.append(signum)
+        soft = signum in (signal.SIGUSR1, signal.SIGUSR2)
+        allowed = self.usr1_s if soft else self.term_s
+        self.kill_at = min(self.kill_at, time.monotonic() + allowed + _KILL_S)
+        for place in self.places:
+            if place.process is not None:
+                place.process.send_signal(signal.SIGUSR1 if soft else signal.SIGTERM)
+
+    def run(self) -> int:
+        while True:
+            for place in self.places:
+                self.look_after(place)
+            results = [place.result for place in self.places]
+            if all(result is not None for result in results):
+                break
+            if time.monotonic() > self.kill_at:
+                for place in self.places:
+                    if place.process is not None:
+                        place.process.kill()
+            time.sleep(_POLL_S)
+        session = Session.load(self.run_dir)
+        over = session is not None and session.state == "closed"
+        if self.signals and self.signals[0] == signal.SIGUSR1 and not over:
+            return EXIT_REQUEUE
+        return next((result for result in results if result), 0)
+
+
+def _devices(gpus: int) -> list[str | None]:
+    """Devices that SLURM has bound to the job, one per worker."""
+    visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+    return list(visible[:gpus]) if gpus and visible else [None] * max(1, gpus)
+
+
+def main(arguments: list[str]) -> int:
+    """Look after the workers of this job; see the module."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    run_dir = Path(arguments[0])
+    section = section_of(load_config(run_dir))
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", str(os.getpid()))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = job if task is None else f"{job}_{task}"
+    session = Session.load(run_dir)
+    if session is not None and session.state == "closed":
+        _logger.info("the run has ended")
+        return 0
+    devices = _devices(section.gpus)
+    # Some of the lead is for ending and requeueing.
+    usr1_s = section.lead_s - min(30, max(5, section.lead_s // 4))
+    host = _Host(run_dir, section.wait_s, load(run_dir).grace_s, usr1_s)
+    host.places = [
+        _Place(name if len(devices) == 1 else f"{name}.{i}", device)
+        for i, device in enumerate(devices)
+    ]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, host.on_signal)
+    _logger.info("job %s on %s", name, os.environ.get("SLURMD_NODENAME", "this machine"))
+    status = host.run()
+    _logger.info("leaving with status %d", status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
