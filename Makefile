@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 DEMO := runs/demo
 
-.PHONY: demo test test-slow lint format bench install clean
+.PHONY: demo test test-slow test-cluster lint format bench install clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -38,6 +38,11 @@ test: $(VENV)/.installed .venv-services/.installed
 
 test-slow: $(VENV)/.installed .venv-services/.installed
 	$(BIN)/pytest -m "slow and not cluster" --timeout 1200
+
+# A real SLURM with emulated GPU nodes on this machine: Debian or Ubuntu, as root (it installs
+# slurm and munge); elsewhere these tests say why they skip.
+test-cluster: $(VENV)/.installed .venv-services/.installed
+	$(BIN)/pytest -m cluster --timeout 1200
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def submit(
     loaded = loaded.model_copy(update={"run_dir": str(Path(loaded.run_dir).absolute())})
     if any(sign in loaded.run_dir for sign in "%\\\n"):
         raise InputError(
-            f"run_dir {loaded.run_dir!r}: SLURM cannot write logs into a folder with %, a backslash "
+            f"run_dir {loaded.run_dir!r}: SLURM cannot log into a folder with %, a backslash "
             "or a line break in its name; choose another"
         )
     if after is not None and stage != "stitch":
@@ -89,7 +89,7 @@ def _submit(
     for warning in check.check(section, cluster):
         out.print(f"note: {warning}", markup=False, soft_wrap=True)
     if jobs.record_path(run_dir).exists():
-        _refuse_live(run_dir)
+        jobs.refuse_live(run_dir, jobs.load(run_dir), stages)
     prepared = prepare(config, workers_here=False)
     with prepared.run.lock():
         if overwrite:
@@ -107,15 +107,6 @@ def _submit(
         write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode())
     submitted = jobs.submit_all(config, stages, after_predict=after_predict)
     _tell(run_dir, submitted, len(earlier))
-
-
-def _refuse_live(run_dir: Path) -> None:
-    entries = jobs.live(jobs.load(run_dir), "coordinator", "workers")
-    if entries:
-        raise InputError(
-            f"{run_dir} has jobs in the queue ({', '.join(e.target for e in entries[:4])}); "
-            "agq attach follows them, agq scale changes their number, agq cancel ends them"
-        )
 
 
 def _write(config: Config, scripts: list[Script]) -> None:

@@ -179,6 +179,22 @@ def array(count: int, limit: int | None) -> str:
     return f"0-{count - 1}" + (f"%{limit}" if limit else "")
 
 
+def refuse_live(run_dir: Path, jobs: Jobs, stages: Sequence[Stage]) -> None:
+    """Refuse a submission that would do what jobs in the queue do already.
+
+    Raises
+    ------
+    InputError
+        Naming them; a stitch may be added to a prediction.
+    """
+    waiting = live(jobs) if "predict" in stages else live(jobs, "stitch")
+    if waiting:
+        raise InputError(
+            f"{run_dir} has jobs in the queue ({', '.join(e.target for e in waiting[:4])}); "
+            "agq attach follows them, agq scale changes their number, agq cancel ends them"
+        )
+
+
 def submit_all(config: Config, stages: Sequence[Stage], *, after_predict: bool = False) -> Jobs:
     """Submit the scripts that lie in the run folder, chained by dependencies.
 
@@ -199,12 +215,7 @@ def submit_all(config: Config, stages: Sequence[Stage], *, after_predict: bool =
     run_dir, section = Path(config.run_dir), section_of(config)
     make_folder(log_folder(run_dir))
     with changing(run_dir) as jobs:
-        waiting = live(jobs, *(("coordinator", "workers") if "predict" in stages else ("stitch",)))
-        if waiting:
-            raise InputError(
-                f"{run_dir} has jobs in the queue ({', '.join(e.target for e in waiting[:4])}); "
-                f"agq attach follows them, agq scale changes their number, agq cancel ends them"
-            )
+        refuse_live(run_dir, jobs, stages)
         jobs.cancelled = False
         before = None
         if "predict" in stages:
