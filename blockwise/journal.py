@@ -98,6 +98,11 @@ class JournalWriter:
         with contextlib.suppress(OSError):
             self._append("begin", {"block": int(block), "attempt": int(attempt)})
 
+    def alive(self) -> None:
+        """Say that the process lives; for watching only, as `begin`."""
+        with contextlib.suppress(OSError):
+            self._append("alive", {})
+
     def finish(self, record: BlockRecord) -> None:
         """Write the end of a block; durable on return.
 

@@ -57,6 +57,10 @@ class WorkerInfo:
         Batch job id, where there is one.
     started : float
         Start of the process, seconds since the epoch.
+    gpu : str or None
+        Name of its GPU.
+    gpu_bytes : int or None
+        Memory of that GPU.
     """
 
     name: str
@@ -65,6 +69,8 @@ class WorkerInfo:
     device: str = "cpu"
     job: str | None = None
     started: float = 0.0
+    gpu: str | None = None
+    gpu_bytes: int | None = None
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "WorkerInfo":
@@ -76,7 +82,7 @@ class WorkerInfo:
             If a needed key is missing or a value has the wrong type.
         """
         try:
-            job = data.get("job")
+            job, gpu, memory = (data.get(name) for name in ("job", "gpu", "gpu_bytes"))
             return WorkerInfo(
                 name=str(data["name"]),
                 host=str(data["host"]),
@@ -84,6 +90,8 @@ class WorkerInfo:
                 device=str(data.get("device", "cpu")),
                 job=None if job is None else str(job),
                 started=float(data.get("started", 0.0)),
+                gpu=None if gpu is None else str(gpu),
+                gpu_bytes=None if memory is None else int(memory),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadLineError(f"worker: {error}") from error

@@ -46,6 +46,8 @@ from blockwise.predictor import Prediction, Predictor
 
 _IDLE_S = 0.2
 _DRAIN_S = 60.0
+_PAUSE_S = 2.0
+_MAX_PAUSE_S = 30.0
 _FIRST_CLIENT_ID = 10**6
 
 _logger = logging.getLogger(__name__)
@@ -115,6 +117,7 @@ class BlockLoop:
         self.drained = False
         self._leave_by = math.inf
         self._failed_in_a_row = 0
+        self._tested_at = 0
         self._last_done: int | None = None
 
     @property
@@ -149,7 +152,8 @@ class BlockLoop:
         while any(lane.is_alive() for lane in lanes) or not self._ready.empty():
             if time.monotonic() > self._leave_by:
                 return
-            if 0 < self.spec.drain_after <= self._failed_in_a_row and not self.drained:
+            untested = self._failed_in_a_row - self._tested_at
+            if 0 < self.spec.drain_after <= untested and not self.drained:
                 self._test_myself()
             with contextlib.suppress(queue.Empty):
                 self._compute(self._batch(batch_size))
@@ -187,7 +191,7 @@ class BlockLoop:
 
     def _test_myself(self) -> None:
         """Compute a block that was computed before; leave if that fails now."""
-        self._failed_in_a_row = 0
+        self._tested_at = self._failed_in_a_row
         known = self._last_done
         if known is None:
             done = Journal(journal_folder(self.files.run_dir)).done(self.files.grid.n_blocks)
@@ -202,10 +206,25 @@ class BlockLoop:
             _logger.exception("block %d was computed before and fails now: leaving", known)
             self.drained = True
             self.leave(_DRAIN_S)
+            return
+        self._failed_in_a_row = self._tested_at = 0
+
+    def _pause(self) -> None:
+        """Take blocks slowly while all fail: a broken worker must not use up every block's tries.
+
+        That is how long others have for a block that shows whose fault it is.
+        """
+        if not self.spec.drain_after:
+            return
+        pause = min(_PAUSE_S * (self._failed_in_a_row // self.spec.drain_after), _MAX_PAUSE_S)
+        until = time.monotonic() + pause
+        while self._failed_in_a_row and not self.leaving and time.monotonic() < until:
+            time.sleep(_IDLE_S)
 
     def _lane(self, session: Session, places: threading.Semaphore, over: threading.Event) -> None:
         client: Any = None
         while not (over.is_set() or self.leaving):
+            self._pause()
             if not places.acquire(timeout=_IDLE_S):
                 continue
             slot = _Slot(places)
@@ -241,7 +260,7 @@ class BlockLoop:
             record = self._predict(number, attempt, started, slot)
             self.journal.finish(record)
             if record.state == "done":
-                self._last_done, self._failed_in_a_row = number, 0
+                self._last_done, self._failed_in_a_row, self._tested_at = number, 0, 0
         except Exception as error:
             slot.release()
             # Unusable data are no sign of a broken machine.

@@ -12,6 +12,7 @@ from newer, so that a write sent twice, late or in another order changes nothing
 Collections, fields and indexes: ``docs/ledger.md``.
 """
 
+import contextlib
 import logging
 import time
 import warnings
@@ -19,9 +20,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from pymongo import ASCENDING, MongoClient, UpdateOne
-from pymongo.errors import BulkWriteError, ConfigurationError, OperationFailure, PyMongoError
+from pymongo.errors import (
+    BulkWriteError,
+    CollectionInvalid,
+    ConfigurationError,
+    OperationFailure,
+    PyMongoError,
+)
 
-from blockwise.journal_records import BlockRecord, WorkerInfo
+from blockwise.ledger_schema import VALIDATORS
+from blockwise.ledger_updates import (
+    RANK,
+    Document,
+    begin_update,
+    block_update,
+    worker_update,
+)
 from blockwise.ledger_uri import (
     URI_VARIABLE,
     LedgerError,
@@ -29,7 +43,6 @@ from blockwise.ledger_uri import (
     Secrets,
     mask_secrets,
     shown_uri,
-    storable,
 )
 
 __all__ = [
@@ -47,16 +60,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Precedence of block states: a document never goes back.
-RANK: Final[dict[str, int]] = {"queued": 0, "running": 1, "failed": 2, "skipped": 3, "done": 4}
-
 # Write errors that no retry can heal: the server refuses this document, not the moment.
 _REFUSED: Final = frozenset({2, 14, 52, 121, 10334, 17280})
 _AUTH_FAILED: Final = frozenset({18, 8000})
 _FORBIDDEN: Final = 13
-_I64: Final = 2**63 - 1
-
-Document = dict[str, Any]
 
 
 class Ledger:
@@ -149,7 +156,7 @@ class Ledger:
             raise self.error(error) from None
 
     def prepare(self) -> None:
-        """Make the indexes, once per process.
+        """Make the collections with their validators, and the indexes, once per process.
 
         Raises
         ------
@@ -158,6 +165,11 @@ class Ledger:
         """
         if self._prepared:
             return
+        there = self.runs.database.list_collection_names()
+        for name in VALIDATORS.keys() - set(there):
+            # Another coordinator may be faster.
+            with contextlib.suppress(CollectionInvalid):
+                self.runs.database.create_collection(name, validator=VALIDATORS[name])
         key = [("run", ASCENDING), ("stage", ASCENDING)]
         self.blocks.create_index([*key, ("block", ASCENDING)], unique=True, name="block")
         self.blocks.create_index([*key, ("state", ASCENDING)], name="state")
@@ -244,6 +256,14 @@ class Ledger:
             collection.delete_many({"run": run, "stage": stage})
         self.runs.update_one({"_id": run}, {"$unset": {f"stages.{stage}.totals": ""}})
 
+    def remove_old(self, user: str, days: float) -> int:
+        """Delete the runs of a user that nothing was written to for some days; return how many."""
+        query = {"user": user, "updated": {"$lt": time.time() - 86400 * days}}
+        old = [doc["_id"] for doc in self.runs.find(query, {"_id": 1})]
+        for run in old:
+            self.remove_run(run)
+        return len(old)
+
     def remove_run(self, run: str) -> None:
         """Delete everything of a run."""
         for collection in (self.blocks, self.workers):
@@ -288,93 +308,3 @@ def connect(settings: LedgerSettings) -> Ledger | None:
             raise
         logger.warning("%s; the run goes on, the journal keeps what is to be delivered", error)
     return ledger
-
-
-def block_update(
-    run: str, stage: str, record: BlockRecord, worker: WorkerInfo | None = None
-) -> UpdateOne:
-    """Update that brings a block's document to a record, unless it is newer already."""
-    fields: Document = {
-        "state": record.state,
-        "reason": record.reason and storable(record.reason),
-        "error": record.error and storable(record.error),
-        "roi": record.roi and {"offset": list(record.roi[0]), "shape": list(record.roi[1])},
-        "sums": {k.replace(".", "_"): v for k, v in record.sums.items()},
-    }
-    for name in ("started", "finished", "read_s", "compute_s", "write_s"):
-        fields[name] = float(getattr(record, name))
-    for name in ("labels", "components", "dropped", "voxels"):
-        fields[name] = min(int(getattr(record, name)), _I64)
-    of = (record.block, record.attempt, record.finished, record.token)
-    return _block(run, stage, *of, worker, fields)
-
-
-def begin_update(
-    run: str,
-    stage: str,
-    block: int,
-    attempt: int,
-    begun: float,
-    token: str,
-    worker: WorkerInfo | None = None,
-) -> UpdateOne:
-    """Update that marks a block as running, unless it has ended."""
-    fields: Document = {"state": "running", "started": begun}
-    return _block(run, stage, block, attempt, begun, token, worker, fields)
-
-
-def _block(
-    run: str,
-    stage: str,
-    block: int,
-    attempt: int,
-    when: float,
-    token: str,
-    worker: WorkerInfo | None,
-    fields: Document,
-) -> UpdateOne:
-    key = f"{run}/{stage}/{block}"
-    order = [RANK[fields["state"]], float(when), min(attempt, _I64), token]
-    document = fields | {
-        "_id": key,
-        "run": run,
-        "stage": stage,
-        "block": block,
-        "attempt": order[2],
-        "token": token,
-        "worker": worker and storable(worker.name),
-        "host": worker and storable(worker.host),
-        "device": worker and worker.device,
-        "job": worker and worker.job,
-        "order": order,
-    }
-    # In a pipeline a value such as "$5 off" would be a field path: hence $literal. A missing
-    # order is smaller than any array, so the first write of a block always counts.
-    newer = {"$gt": [{"$literal": order}, "$order"]}
-    kept = {"$cond": [newer, {"$literal": document}, "$$ROOT"]}
-    return UpdateOne({"_id": key}, [{"$replaceWith": kept}], upsert=True)
-
-
-def worker_update(
-    run: str, stage: str, file: str, fields: Document, *, read: int, delivered: int
-) -> UpdateOne:
-    """Update of a worker's document.
-
-    Parameters
-    ----------
-    run, stage, file : str
-        Run, stage and journal file of the worker.
-    fields : dict
-        What the first `read` bytes of the file say.
-    read, delivered : int
-        Bytes of the file read, and of them delivered to the blocks collection.
-    """
-    key = f"{run}/{stage}/{file}"
-    document = fields | {"_id": key, "run": run, "stage": stage, "file": file, "read": read}
-    newer = {"$gte": [read, {"$ifNull": ["$read", -1]}]}
-    merged = [
-        "$$ROOT",
-        {"$cond": [newer, {"$literal": document}, {}]},
-        {"delivered": {"$max": ["$delivered", delivered]}},
-    ]
-    return UpdateOne({"_id": key}, [{"$replaceWith": {"$mergeObjects": merged}}], upsert=True)

@@ -9,8 +9,10 @@ coordinator goes on where the last one stopped.
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,13 +22,13 @@ from pymongo import UpdateOne
 from blockwise.journal_read import Journal
 from blockwise.journal_records import BadLineError, Event
 from blockwise.journal_tail import JournalTail, WorkerState
-from blockwise.ledger import (
+from blockwise.ledger import Ledger, mask_secrets
+from blockwise.ledger_updates import (
     RANK,
+    Attempt,
     Document,
-    Ledger,
     begin_update,
     block_update,
-    mask_secrets,
     worker_update,
 )
 
@@ -98,6 +100,7 @@ class LedgerFeeder:
         self._folders = {stage: Path(folder) for stage, folder in folders.items()}
         self._full = full
         self._fields: Document = dict(mask_secrets(dict(run_info or {})))
+        self._user: str | None = self._fields.get("user")
         self._since: dict[str, float] = {}
         self._lock = threading.Lock()
         self._stages: list[_StageFeed] | None = None
@@ -204,6 +207,7 @@ class LedgerFeeder:
         """Deliver one batch per stage; return whether there may be more."""
         self._ledger.prepare()
         self._send_fields()
+        self._remove_old()
         if self._stages is None:
             self._stages = [
                 _StageFeed(self._ledger, self._run, stage, folder, full=self._full)
@@ -215,6 +219,15 @@ class LedgerFeeder:
         for stage in self._stages:
             stage.send_totals(self._since.get(stage.name), at_once=final and not more)
         return more
+
+    def _remove_old(self) -> None:
+        """Delete this user's old runs, once."""
+        days, user = self._ledger.settings.keep_days, self._user
+        if days is None or user is None:
+            return
+        if removed := self._ledger.remove_old(user, days):
+            logger.info("ledger: removed %d runs older than %g days", removed, days)
+        self._user = None
 
     def _send_fields(self) -> None:
         with self._lock:
@@ -233,6 +246,10 @@ class LedgerFeeder:
             for name, value in fields.items():
                 if self._fields.get(name) is value:
                     del self._fields[name]
+
+
+_Order = tuple[int, float, int, str]
+_Make = Callable[..., UpdateOne]
 
 
 class _StageFeed:
@@ -281,37 +298,36 @@ class _StageFeed:
         return False
 
     def _send_blocks(self) -> None:
-        newest: dict[int, tuple[tuple[int, float, int, str], Callable[[], UpdateOne]]] = {}
+        newest: dict[int, tuple[_Order, _Make]] = {}
+        failed: defaultdict[int, list[Attempt]] = defaultdict(list)
         for event in self._batch:
             try:
                 block, order, make = self._update_of(event)
+                if event.kind == "block" and event.data["state"] == "failed":
+                    worker = self._journal.workers.get(event.token)
+                    failed[block].append((event.record, worker.info if worker else None))
             except (BadLineError, KeyError, TypeError, ValueError):
                 continue
             if block >= 0 and (block not in newest or newest[block][0] < order):
                 newest[block] = order, make
-        updates = [make() for _, make in newest.values()]
+        updates = [make(earlier=failed.get(block, ())) for block, (_, make) in newest.items()]
         for start in range(0, len(updates), _BULK):
             self.refused += self._ledger.write("blocks", updates[start : start + _BULK])
 
-    def _update_of(
-        self, event: Event
-    ) -> tuple[int, tuple[int, float, int, str], Callable[[], UpdateOne]]:
+    def _update_of(self, event: Event) -> tuple[int, _Order, _Make]:
         worker = self._journal.workers.get(event.token)
         info = worker.info if worker else None
         where = self._run, self.name
         if event.kind == "block":
             record = event.record
             order = RANK[record.state], record.finished, record.attempt, record.token
-            return record.block, order, lambda: block_update(*where, record, info)
+            return record.block, order, partial(block_update, *where, record, info)
         if event.kind == "begin":
             block, attempt = int(event.data["block"]), int(event.data.get("attempt", 1))
             order = RANK["running"], event.time, attempt, event.token
-            return (
-                block,
-                order,
-                lambda: begin_update(*where, block, attempt, event.time, event.token, info),
-            )
-        return -1, (0, 0.0, 0, ""), lambda: UpdateOne({}, {})
+            who = event.token, info
+            return block, order, partial(begin_update, *where, block, attempt, event.time, *who)
+        return -1, (0, 0.0, 0, ""), partial(UpdateOne, {}, {})
 
     def _send_workers(self) -> None:
         files = {event.file: event.token for event in self._batch}
@@ -369,6 +385,9 @@ def _worker_fields(worker: WorkerState | None) -> Document:
             "pid": info.pid,
             "device": info.device,
             "job": info.job,
+            "gpu": info.gpu,
+            "gpu_bytes": info.gpu_bytes,
+            "voxels_per_s": worker.voxels / max(worker.last - info.started, 1e-3),
             "started": info.started,
             "last": worker.last,
             "done": worker.done,

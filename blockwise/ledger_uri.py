@@ -48,6 +48,12 @@ class LedgerSettings(BaseModel):
     timeout_s: float = Field(
         5.0, gt=0, description="Seconds to wait for the database before trying again later."
     )
+    keep_days: float | None = Field(
+        None,
+        gt=0,
+        description="Delete your own runs from the database, not from disk, when nothing was "
+        "written to them for so many days; checked when a run starts.",
+    )
     interval_s: float = Field(
         1.0, gt=0, description="Seconds between two deliveries of new journal lines."
     )

@@ -181,6 +181,11 @@ def log_path(run_dir: str | Path, name: str) -> Path:
     return Path(run_dir) / "logs" / TASK / f"{name}.log"
 
 
+def log_name(worker: str) -> str:
+    """Return the name of the log of a worker, as `log_path` wants it."""
+    return worker if worker.startswith("worker-") else f"worker-{worker}"
+
+
 def retry_path(run_dir: str | Path, number: int) -> Path:
     """Return the file that holds one byte per failed attempt at a block in this run."""
     return Path(run_dir) / "retries" / TASK / str(number)

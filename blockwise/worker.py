@@ -12,9 +12,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from blockwise.predictor import load_predictor
 from blockwise.processes import die_with_parent, this_worker
 
 _POLL_S = 0.2
+_BEAT_S = 30.0
 
 _logger = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ def work(
     wait_s: float = 60.0,
     status_fd: int | None = None,
     leaving: Leaving = Leaving(),
+    closed_is_over: bool = False,
 ) -> int:
     """Work for a run until it has ended.
 
@@ -106,6 +109,8 @@ def work(
         Pipe to the coordinator.
     leaving
         What SIGTERM and SIGUSR1 mean.
+    closed_is_over
+        Take a session that is closed already for the end of this run, not of an earlier one.
 
     Returns
     -------
@@ -122,7 +127,7 @@ def work(
         predictor = load_predictor(spec.factory, spec.options, local)
         device = str(getattr(predictor, "device", spec.options.get("device", "cpu")))
         info = this_worker(name or (None if index is None else f"worker-{index}"), device)
-        journal = JournalWriter(journal_folder(run_dir), info)
+        journal = JournalWriter(journal_folder(run_dir), replace(info, **_gpu(device)))
     # A predictor of the user's may raise anything; whatever it is, trying again will not help.
     except Exception as error:
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
@@ -130,16 +135,34 @@ def work(
         _logger.exception("the worker cannot start")
         return EXIT_START_FAILED
     stop_run.tell(event="ready", token=journal.token)
+    threading.Thread(target=_beat, args=(journal,), name="heartbeat", daemon=True).start()
     loop = BlockLoop(spec, files, predictor, journal, stop_run)
     _on_signals(loop, leaving)
     reason = "terminated"
     try:
-        for session in _sessions(run_dir, wait_s, lambda: loop.leaving):
+        for session in _sessions(run_dir, wait_s, lambda: loop.leaving, closed_is_over):
             loop.run(session)
         reason = DRAINED if loop.drained else "terminated" if loop.leaving else "end"
     finally:
         journal.close(reason)
     return EXIT_DRAINED if loop.drained else 0
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    """Return name and memory of a CUDA device, nothing for another one."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch  # its predictor has loaded it
+
+    found = torch.cuda.get_device_properties(device)
+    return {"gpu": found.name, "gpu_bytes": int(found.total_memory)}
+
+
+def _beat(journal: JournalWriter) -> None:
+    """Let watchers see that this process lives, however long its blocks take."""
+    while True:
+        time.sleep(_BEAT_S)
+        journal.alive()
 
 
 def _on_signals(loop: BlockLoop, leaving: Leaving) -> None:
@@ -153,14 +176,16 @@ def _on_signals(loop: BlockLoop, leaving: Leaving) -> None:
         signal.signal(number, leave)
 
 
-def _sessions(run_dir: Path, wait_s: float, leaving: Callable[[], bool]) -> Iterator[Session]:
+def _sessions(
+    run_dir: Path, wait_s: float, leaving: Callable[[], bool], closed_is_over: bool
+) -> Iterator[Session]:
     """Yield each new session, until the run has ended or none comes for `wait_s`."""
     last, deadline = "", time.monotonic() + wait_s
     while time.monotonic() < deadline and not leaving():
         session = Session.load(run_dir)
         # A worker that has just started may come before its coordinator, which then still has to
         # replace the closed session of an earlier run.
-        if session is not None and session.state == "closed" and last:
+        if session is not None and session.state == "closed" and (last or closed_is_over):
             return
         if session is not None and session.state == "open" and session.id != last:
             last = session.id
@@ -183,6 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a dispatcher")
     parser.add_argument("--parent", type=int, help="process to die with")
     parser.add_argument("--status-fd", type=int, help="pipe to the coordinator")
+    help_text = "a session that is closed already is this run's"
+    parser.add_argument("--closed-is-over", action="store_true", help=help_text)
     parser.add_argument("--name", help="name in the journal")
     help_text = "seconds to finish the blocks in hand after the signal"
     parser.add_argument("--term", type=float, default=0.0, help=help_text)
@@ -208,6 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         status_fd=options.status_fd,
         name=options.name,
         leaving=Leaving(options.term, options.usr1),
+        closed_is_over=options.closed_is_over,
     )
 
 

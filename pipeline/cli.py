@@ -16,6 +16,8 @@ from blockwise.errors import InputError, RunStoppedError
 from model.errors import ModelInputError
 from pipeline import look_cli
 from pipeline.config import Config, apply_override, load_config, parse_config
+from pipeline import look_cli, watch_cli
+from pipeline.config import Config, load_config, parse_config
 from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
 from pipeline.train_cli import checkpoint_app, train
 from pipeline.slurm import commands as slurm_commands
@@ -41,6 +43,7 @@ for _command in (evaluate, sweep, skeletons, train):
     app.command()(_command)
 look_cli.register(app)
 slurm_commands.register(app)
+watch_cli.register(app)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -174,11 +177,24 @@ def plan(
 
 
 @app.command()
-def status(target: Target, as_json: AsJson = False) -> None:
+def status(
+    target: Annotated[
+        Path | None, typer.Argument(help="Run folder or YAML configuration file.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All runs in the database of AGQ_MONGO_URI.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say how far a run is, once."""
     from pipeline import monitor
     from pipeline.monitor_view import render
 
+    if every:
+        watch_cli.show_all(as_json)
+        return
+    if target is None:
+        raise InputError("which run? Name its folder, or give --all")
     found = monitor.load_status(*watched(target))
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
@@ -257,12 +273,19 @@ def config_schema() -> None:
 
 def watched(target: Path) -> tuple[Path, Any]:
     """Return the run folder to watch and the ledger that knows it, if there is one."""
-    from blockwise.ledger import LedgerSettings, connect
+    from blockwise.ledger import LedgerError, LedgerSettings, connect
 
     config = read_target(target)
     settings = config.ledger or LedgerSettings()
     # Watching works without the database: the journal says the same.
-    return Path(config.run_dir), connect(settings.model_copy(update={"required": False}))
+    try:
+        return Path(config.run_dir), connect(settings.model_copy(update={"required": False}))
+    except LedgerError as error:
+        # For example, a colleague's run, whose URI only that colleague can read.
+        if not target.is_dir():
+            raise
+        err.print(f"agq: {error}: read from the journal", markup=False, soft_wrap=True)
+        return Path(config.run_dir), None
 
 
 def _explain_failures(run_dir: Path, config: Path, failed: tuple[int, ...]) -> None:

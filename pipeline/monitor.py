@@ -129,6 +129,14 @@ class Monitor:
         InputError
             If the folder holds no run and the ledger does not know it either.
         """
+        status = self._poll()
+        if not (self._run.path / "slurm").is_dir():
+            return status
+        from pipeline.slurm.jobs import queue_status
+
+        return status.model_copy(update={"queue": queue_status(self._run.path)})
+
+    def _poll(self) -> RunStatus:
         here = self._run.exists()
         note = None
         if self._ledger is not None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import socket
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,6 +17,8 @@ _RECENT_S: Final = 60.0
 _SILENT_S: Final = 120.0
 MAX_FAILURES: Final = 20
 _MAX_WORKERS: Final = 200
+_MIN_DONE: Final = 3
+_MIN_WORKERS: Final = 3
 
 Record = dict[str, Any]
 
@@ -216,6 +219,7 @@ def workers_of_states(
             last=w.last,
             done=w.done,
             failed=w.failed,
+            gpu=w.info.gpu,
             current=tuple(sorted(w.current, key=lambda b: w.current[b][1])),
         )
         for w in workers
@@ -230,6 +234,7 @@ def workers_of_documents(
     return _newest(
         WorkerStatus(
             **{n: d.get(n) for n in names},
+            gpu=d.get("gpu"),
             state=_worker_state(d["exit"], d["last"], d["started"], d["done"], run_state, now),
             current=tuple(c["block"] for c in d.get("current", ())),
         )
@@ -247,7 +252,24 @@ def _worker_state(
     return "silent" if now - last > max(_SILENT_S, 5 * usual) else "running"
 
 
+def _with_stragglers(workers: list[WorkerStatus]) -> list[WorkerStatus]:
+    """Mark running workers that are much slower than the middle one."""
+    speed = {
+        i: w.done / max(w.last - w.started, 1e-3)
+        for i, w in enumerate(workers)
+        if w.state == "running" and w.done >= _MIN_DONE
+    }
+    if len(speed) < _MIN_WORKERS:
+        return workers
+    limit = statistics.median(speed.values()) / 2
+    return [
+        w.model_copy(update={"slow": True}) if speed.get(i, limit) < limit else w
+        for i, w in enumerate(workers)
+    ]
+
+
 def _newest(workers: Iterable[WorkerStatus]) -> tuple[WorkerStatus, ...]:
     """Workers that have not ended first; a long run on a cluster has thousands that have."""
-    ranked = sorted(workers, key=lambda w: (w.state == "ended", -w.last))[:_MAX_WORKERS]
+    marked = _with_stragglers(list(workers))
+    ranked = sorted(marked, key=lambda w: (w.state == "ended", -w.last))[:_MAX_WORKERS]
     return tuple(sorted(ranked, key=lambda w: (w.state == "ended", w.name, w.started)))

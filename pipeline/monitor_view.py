@@ -10,7 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.run_status import Failure, RunStatus, StageStatus, WorkerStatus
+from blockwise.predict_spec import TASK, log_name, log_path
+from pipeline.run_status import Failure, QueueStatus, RunStatus, StageStatus, WorkerStatus
 
 _STYLES = {
     "new": "dim",
@@ -41,10 +42,12 @@ def render(status: RunStatus) -> RenderableType:
         For `rich.console.Console.print` or `rich.live.Live`.
     """
     parts: list[RenderableType] = [_header(status)]
+    if status.queue is not None:
+        parts.append(_queue(status.queue))
     if status.stages:
         parts.append(_stages(status.stages))
     for stage in status.stages:
-        parts += _details(stage)
+        parts += _details(stage, status.run_dir)
     for stage in status.stages:
         if any(worker.state != "ended" for worker in stage.workers):
             parts.append(_workers(stage, status.updated))
@@ -64,6 +67,14 @@ def _header(status: RunStatus) -> Text:
     if status.note:
         text.append(f"\n{status.note}", "yellow")
     return text
+
+
+def _queue(queue: Iterable[QueueStatus]) -> Text:
+    words = [
+        f"{q.count} {q.role} {q.state.lower()}" + (f" ({q.reason})" if q.reason else "")
+        for q in queue
+    ]
+    return _line("queue", ", ".join(words) or "no jobs")
 
 
 def _stages(stages: Iterable[StageStatus]) -> Table:
@@ -91,7 +102,7 @@ def _stages(stages: Iterable[StageStatus]) -> Table:
     return table
 
 
-def _details(stage: StageStatus) -> list[RenderableType]:
+def _details(stage: StageStatus, run_dir: str) -> list[RenderableType]:
     lines: list[RenderableType] = []
     facts = []
     if stage.blocks_per_s_now is not None and stage.voxels_per_s_now is not None:
@@ -111,10 +122,10 @@ def _details(stage: StageStatus) -> list[RenderableType]:
         lines.append(_line(stage.name, text, "bold red"))
     if stage.error and stage.state != "done":
         lines.append(_line(stage.name, stage.error, "yellow"))
-    return lines + _failures(stage)
+    return lines + _failures(stage, run_dir)
 
 
-def _failures(stage: StageStatus) -> list[RenderableType]:
+def _failures(stage: StageStatus, run_dir: str) -> list[RenderableType]:
     """Failures by error, each with an example: a bad node gives a thousand of one kind."""
     kinds = Counter(failure.summary for failure in stage.failures)
     lines: list[RenderableType] = []
@@ -122,6 +133,9 @@ def _failures(stage: StageStatus) -> list[RenderableType]:
         example = next(f for f in stage.failures if f.summary == summary)
         lines.append(_line(f"{count} failed", summary, "red"))
         lines.append(Padding(Text(_where(example), "dim"), (0, 0, 0, 4)))
+        if example.worker and stage.name == TASK:
+            log = log_path(run_dir, log_name(example.worker))
+            lines.append(Padding(Text(f"log {log}", "dim"), (0, 0, 0, 4)))
     hidden = stage.failed - sum(count for _, count in kinds.most_common(_MAX_ERRORS))
     if hidden > 0:
         lines.append(_line(f"{hidden} failed", "more (not shown)", "red"))
@@ -163,7 +177,7 @@ def _worker_row(worker: WorkerStatus, now: float) -> tuple[Text, ...]:
         Text(str(worker.done)),
         Text(str(worker.failed) if worker.failed else ""),
         Text(current),
-        Text(duration(max(0.0, now - worker.last)) + " ago"),
+        Text(duration(max(0.0, now - worker.last)) + " ago" + (", slow" if worker.slow else "")),
     )
 
 

@@ -61,6 +61,23 @@ class WorkerStatus(_Model):
     """Attempts failed."""
     current: tuple[int, ...] = ()
     """Blocks begun and not ended, the oldest first."""
+    gpu: str | None = None
+    """Name of its GPU."""
+    slow: bool = False
+    """A straggler: less than half as many blocks per second as the middle one of the workers."""
+
+
+class QueueStatus(_Model):
+    """Batch jobs of a run that wait or run, by kind."""
+
+    role: str
+    """coordinator, workers or stitch."""
+    state: str
+    """As the batch system says: PENDING, RUNNING, COMPLETING, ..."""
+    reason: str | None = None
+    """Why they wait, as the batch system says: Resources, Priority, ..."""
+    count: int
+    """How many."""
 
 
 class StageStatus(_Model):
@@ -136,3 +153,5 @@ class RunStatus(_Model):
     """When the numbers were true, seconds since the epoch."""
     stages: tuple[StageStatus, ...] = ()
     """In the order of work."""
+    queue: tuple[QueueStatus, ...] | None = None
+    """Its batch jobs; None for a run that was not submitted, or where no batch system answers."""

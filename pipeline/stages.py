@@ -86,9 +86,6 @@ def predict(
     with session.stage("predict", total) as record:
         todo = _skip_masked(prepared, todo)
         session.progress.start("predict", total, done=total - int(todo.size))
-        report = run_predict(_predict_spec(prepared), todo, on_progress=session.progress.blocks)
-        # Who looks at the run later reads columns, not lines.
-        compact(folder)
 
         def tell(progress: PredictProgress) -> None:
             session.progress.blocks(progress)
@@ -96,6 +93,8 @@ def predict(
                 on_progress(progress)
 
         report = run_predict(_predict_spec(prepared, cluster), todo, on_progress=tell)
+        # Who looks at the run later reads columns, not lines.
+        compact(folder)
         record["report"] = report.to_dict()
         if report.failed:
             record["state"] = "failed"

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 from pydantic import SecretStr, ValidationError
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import DuplicateKeyError, WriteError
 from services import MISSING, SERVER, MongoServer, free_port, mongo_server, mongo_uri, running  # noqa: F401
 
 from blockwise.errors import InputError
@@ -114,6 +114,9 @@ def test_any_order_and_any_number_of_times(ledger):
     assert len(seen) == 25, "one document per block"
     assert all(doc == seen[0] for doc in seen)
     assert (seen[0]["state"], seen[0]["token"], seen[0]["error"]) == ("done", "cc", None)
+    # The failed attempts stay, whatever came after them.
+    assert sorted(seen[0]["attempts"]) == ["aa-1", "dd-1"]
+    assert seen[0]["attempts"]["aa-1"]["worker"] == WORKER.name
 
 
 def test_state_never_goes_back(ledger):
@@ -137,9 +140,10 @@ def test_text_with_dollars_and_surrogates_is_stored_as_it_is(ledger):
 
 
 def test_block_is_unique_per_run_and_stage(ledger):
-    ledger.write("blocks", [block_update("r", "s", record(1))])
+    ledger.write("blocks", [block_update("r", "s", record(1), WORKER)])
+    (doc,) = ledger.find_blocks("r", "s")
     with pytest.raises(DuplicateKeyError):
-        ledger.blocks.insert_one({"_id": "other", "run": "r", "stage": "s", "block": 1})
+        ledger.blocks.insert_one(doc | {"_id": "other"})
 
 
 def test_worker_keeps_the_newest_and_the_furthest(ledger):
@@ -287,6 +291,40 @@ def test_refused_documents_are_counted_and_do_not_stop_the_rest(ledger, tmp_path
     report = feeder.stop(60)
     assert (report.refused, report.undelivered, report.complete) == (1, 0, False)
     assert sorted(in_ledger(ledger, "r")) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def test_validators_refuse_what_no_client_should_write(ledger):
+    ledger.blocks.drop()
+    ledger._prepared = False
+    ledger.prepare()
+    with pytest.raises(WriteError):
+        ledger.blocks.insert_one({"_id": "r/s/1", "run": "r", "state": "dnoe"})
+    assert ledger.write("blocks", [block_update("r", "s", record(1), WORKER)]) == 0
+    assert [d["state"] for d in ledger.find_blocks("r", "s")] == ["done"]
+
+
+def test_every_failed_attempt_of_one_batch_is_kept(ledger, tmp_path):
+    with JournalWriter(tmp_path, WORKER) as writer:
+        for attempt in (1, 2):
+            writer.begin(7, attempt)
+            writer.finish(record(7, "failed", attempt=attempt, finished=float(attempt)))
+        writer.begin(7, 3)
+        writer.finish(record(7, attempt=3, finished=3.0))
+    feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path})
+    feeder.start()
+    assert feeder.stop(60).complete
+    (doc,) = ledger.find_blocks("r", "predict")
+    assert (doc["state"], doc["attempt"]) == ("done", 3)
+    assert sorted(a["attempt"] for a in doc["attempts"].values()) == [1, 2]
+
+
+def test_old_runs_of_the_same_user_are_removed(ledger, tmp_path):
+    for run, user, age in (("old", "me", 10), ("new", "me", 1), ("other", "you", 10)):
+        ledger.set_run(run, {"user": user, "updated": time.time() - 86400 * age})
+        ledger.write("blocks", [block_update(run, "predict", record(1), WORKER)])
+    assert ledger.remove_old("me", 5) == 1
+    assert [r["_id"] for r in ledger.runs.find().sort("_id")] == ["new", "other"]
+    assert {b["run"] for b in ledger.blocks.find()} == {"new", "other"}
 
 
 def test_fields_too_large_are_left_out_and_hold_nothing_up(ledger, tmp_path):

@@ -130,8 +130,8 @@ def check(section: SlurmSection, cluster: Cluster) -> list[str]:
     worker = _partition(where, section.partition, cluster)
     cpus = section.cpus * max(1, section.gpus)
     _time(where, section.time, worker)
-    _fits(where, worker, cpus, section.mem, section.constraint)
     _gpus_fit(section, worker)
+    _fits(where, worker, cpus, section.mem, section.constraint)
     warnings = []
     for name, job in (("coordinator", section.coordinator), ("stitch", section.stitch)):
         where = f"slurm.{name}."

@@ -8,12 +8,11 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.text import Text
 
 from blockwise.errors import InputError
 from blockwise.files import make_folder, write_atomic
 from blockwise.journal import Journal, JournalTail
-from blockwise.predict_spec import log_path
+from blockwise.predict_spec import log_name, log_path
 from pipeline.config import Config, masked
 from pipeline.config import load_config as read_config
 from pipeline.slurm import check, client, jobs
@@ -266,7 +265,7 @@ def _block_log(run_dir: Path, block: int, lines: int) -> None:
         )
         if record.error:
             typer.echo("\n".join(record.error.rstrip().splitlines()[-lines:]))
-        log = log_path(run_dir, name if name.startswith("worker-") else f"worker-{name}")
+        log = log_path(run_dir, log_name(name))
         if log.exists():
             typer.echo(f"log: {log}")
 
@@ -283,22 +282,3 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     for command in (submit, attach, scale, cancel, resume, logs):
         app.command()(command)
-
-
-def queue_line(run_dir: Path) -> Text | None:
-    """Return what SLURM says of the jobs of a run, in one line; None where there is nothing."""
-    try:
-        entries = jobs.live(jobs.load(run_dir))
-    except InputError:
-        return None
-    counts: dict[tuple[str, str, str], int] = {}
-    for entry in entries:
-        role = entry.name.split("-")[1] if entry.name.count("-") > 1 else entry.name
-        reason = entry.reason if entry.state == "PENDING" else ""
-        key = role, entry.state, reason
-        counts[key] = counts.get(key, 0) + entry.count
-    words = [
-        f"{n} {role} {state.lower()}{f' ({reason})' if reason else ''}"
-        for (role, state, reason), n in counts.items()
-    ]
-    return Text("queue: " + (", ".join(words) or "no jobs"), "dim")

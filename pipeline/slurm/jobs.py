@@ -3,6 +3,7 @@
 import fcntl
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from blockwise.errors import InputError
 from blockwise.files import make_folder, write_atomic
 from blockwise.predict_spec import Session, session_path
 from pipeline.config import Config
+from pipeline.run_status import QueueStatus
 from pipeline.slurm import client
 from pipeline.slurm.scripts import (
     Script,
@@ -114,6 +116,24 @@ def live(jobs: Jobs, *roles: Role) -> list[client.QueueEntry]:
         If squeue cannot be asked.
     """
     return client.queue(jobs.ids(*roles))
+
+
+def queue_status(run_dir: Path) -> tuple[QueueStatus, ...] | None:
+    """Count the jobs of a run in the queue; None where there is no submission or no SLURM."""
+    try:
+        jobs = load(run_dir)
+        entries = live(jobs)
+    except InputError:
+        return None
+    roles = {job.id: job.role for job in jobs.jobs}
+    counts: Counter[tuple[str, str, str | None]] = Counter()
+    for entry in entries:
+        waits = entry.reason if entry.state == "PENDING" and entry.reason != "None" else None
+        counts[roles[entry.job], entry.state, waits] += entry.count
+    return tuple(
+        QueueStatus(role=role, state=state, reason=reason, count=n)
+        for (role, state, reason), n in counts.items()
+    )
 
 
 def config_path(run_dir: Path) -> Path:

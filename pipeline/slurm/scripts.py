@@ -143,19 +143,25 @@ def _text(
     gpu: bool = False,
 ) -> str:
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), ""]
+    lines += ["# SLURM's signals come here; they are for the program, once there is one."]
+    lines += [
+        f'trap \'[ -n "$!" ] || exit 143; kill -{name} "$!"\' {name}'
+        for name in ("TERM", "USR1", "USR2")
+    ]
     lines += [f"cd -- {shlex.quote(str(here))} || exit 1", *section.prologue, ""]
     command = shlex.join(program(section, role, run_dir, gpu=gpu))
     lines += [
         f"{command} &",
         "child=$!",
-        "trap 'kill -TERM \"$child\"' TERM",
-        "trap 'kill -USR1 \"$child\"' USR1",
-        "trap 'kill -USR2 \"$child\"' USR2",
         "# A signal ends `wait` early: wait again until the program itself has ended.",
         "while :; do",
         '  wait "$child"; status=$?',
         '  [ "$status" -gt 128 ] && kill -0 "$child" 2>/dev/null || break',
         "done",
+        "# It may have ended just then: the shell still knows how.",
+        'if [ "$status" -gt 128 ]; then',
+        '  wait "$child"; again=$?; [ "$again" = 127 ] || status=$again',
+        "fi",
     ]
     if section.requeue:
         lines += [

@@ -97,7 +97,14 @@ class _Host:
         words = [str(word) for option in options.items() for word in option]
         with log.open("ab") as output:
             place.process = subprocess.Popen(
-                [sys.executable, "-m", "blockwise.worker", str(self.run_dir), *words],
+                [
+                    sys.executable,
+                    "-m",
+                    "blockwise.worker",
+                    str(self.run_dir),
+                    *words,
+                    "--closed-is-over",
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

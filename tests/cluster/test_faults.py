@@ -69,12 +69,9 @@ def test_node_killed(quiet, tmp_path, undisturbed):
 
 
 def test_preempted(quiet, tmp_path, undisturbed):
-    run = ClusterRun(
-        tmp_path,
-        slurm={"partition": "scavenge", "workers": 8, "coordinator": {"partition": "gpu"}}
-        | {"cpus": 1, "mem": "400M"},
-        delay_s=2.0,
-    )
+    elsewhere = {"partition": "gpu", "cpus": 1, "mem": "900M"}
+    slurm = {"partition": "scavenge", "workers": 8, "mem": "600M", "coordinator": elsewhere}
+    run = ClusterRun(tmp_path, delay_s=4.0, slurm=slurm)
     run.submit()
     run.wait_until_begun(3)
     since = time.monotonic()

@@ -1,0 +1,192 @@
+"""Batch scripts, checks and secrets of a submission, without a cluster (tests/cluster has one)."""
+
+import os
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from blockwise.errors import InputError
+from blockwise.ledger import LedgerSettings
+from pipeline.config import Config
+from pipeline.slurm import jobs
+from pipeline.slurm.check import Cluster, Partition, check, grace_s
+from pipeline.slurm.client import QueueEntry
+from pipeline.slurm.scripts import coordinator_script, worker_script
+from pipeline.slurm.section import SlurmSection
+
+ODD = "a ü 'q\" $(touch pwned) `x`; #y & z"
+
+
+def config(run_dir: Path, **sections) -> Config:
+    return Config.model_validate(
+        {"run_dir": str(run_dir), "input": {"raw": {"path": "x.zarr"}}, **sections}
+    )
+
+
+def run_script(folder: Path, text: str, **environment: str) -> subprocess.Popen:
+    """Run a batch script with stand-ins for the program and for scontrol."""
+    tools = folder / "bin"
+    tools.mkdir(parents=True, exist_ok=True)
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {folder}/scontrol.txt\n')
+    (tools / "scontrol").chmod(0o755)
+    path = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", **environment}
+    return subprocess.Popen(["bash", "-c", text], env={**os.environ, **path}, cwd=folder)
+
+
+def program(folder: Path, text: str) -> str:
+    file = folder / "program"
+    file.write_text("#!/bin/bash\n" + text)
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_odd_names_reach_the_program_as_they_are(tmp_path):
+    run_dir = tmp_path / ODD
+    (tmp_path / ODD).mkdir()
+    section = SlurmSection(
+        python=program(tmp_path, f'printf "%s\\n" "$PWD" "$@" > {tmp_path}/said')
+    )
+    script = worker_script(section, run_dir, run_dir)
+    assert run_script(tmp_path, script.text).wait(20) == 0
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said == [str(run_dir), "-m", "pipeline.slurm.worker", str(run_dir)]
+    assert not list(tmp_path.rglob("pwned"))
+    directives = [line for line in script.text.splitlines() if line.startswith("#SBATCH")]
+    assert all(line.isascii() and ODD not in line for line in directives)
+
+
+def test_a_container_gets_gpus_and_options(tmp_path):
+    section = SlurmSection(
+        container="apptainer:///my images/agq.sif", container_options=("--bind=/scratch",)
+    )
+    text = worker_script(section, tmp_path, tmp_path).text
+    expected = "apptainer exec --nv --bind=/scratch '/my images/agq.sif' python -m"
+    assert expected in text
+    assert "--nv" not in coordinator_script(section, tmp_path, tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("ends", "restarts", "requeued"),
+    [("exit 75", "0", True), ("exit 1", "0", False), ("kill -9 $$", "0", True),
+     ("kill -9 $$", "5", False)],
+)  # fmt: skip
+def test_a_job_is_requeued_when_its_program_asks_or_was_killed(tmp_path, ends, restarts, requeued):
+    section = SlurmSection(python=program(tmp_path, ends))
+    text = coordinator_script(section, tmp_path, tmp_path).text
+    code = run_script(tmp_path, text, SLURM_RESTART_COUNT=restarts).wait(20)
+    assert (tmp_path / "scontrol.txt").exists() == requeued
+    assert code == (75 if requeued else 137 if "kill" in ends else 1)
+    if requeued:
+        assert (tmp_path / "scontrol.txt").read_text().split() == ["requeue", "17"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_reach_the_program_and_its_end_is_waited_for(tmp_path, number):
+    body = f"""
+trap 'sleep 0.3; echo got > {tmp_path}/got; exit 7' {number.name[3:]}
+echo ready > {tmp_path}/ready
+while :; do sleep 0.05; done
+"""
+    text = coordinator_script(SlurmSection(python=program(tmp_path, body)), tmp_path, tmp_path).text
+    job = run_script(tmp_path, text)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(number)
+    assert job.wait(20) == 7
+    assert (tmp_path / "got").exists()
+
+
+def test_the_password_is_in_one_file_for_its_owner_only(tmp_path, monkeypatch):
+    uri = "mongodb://me:s3cr3t@db/"
+    run_dir = tmp_path / "run"
+    for given in ({"ledger": {"uri": uri, "database": "d"}}, {}):
+        if not given:
+            monkeypatch.setenv("AGQ_MONGO_URI", uri)
+        made = config(run_dir, **given)
+        jobs.save_config(made)
+        for script in jobs.scripts(made, ["predict", "stitch"], tmp_path):
+            assert "s3cr3t" not in script.text
+        holders = [f for f in run_dir.rglob("*") if f.is_file() and "s3cr3t" in f.read_text()]
+        assert holders == [run_dir / "slurm" / "ledger-uri"]
+        assert stat.S_IMODE(holders[0].stat().st_mode) == 0o600
+        ledger = jobs.load_config(run_dir).ledger
+        assert ledger.resolve() == SecretStr(uri)
+        assert ledger.database == ("d" if given else LedgerSettings().database)
+
+
+CLUSTER = Cluster(
+    {
+        "gpu": Partition("gpu", True, True, 60.0, 5, ((8, 4000, {"a100": 2}, frozenset({"ib"})),)),
+        "cpu": Partition("cpu", False, True, None, 0, ((64, 256000, {}, frozenset()),)),
+        "old": Partition("old", False, False, None, 0, ()),
+    },
+    max_array=100,
+    kill_wait_s=30,
+)
+SMALL = {"mem": "2G", "coordinator": {"mem": "1G"}, "stitch": {"partition": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"partition": "gup"}, ["slurm.partition", "'gup'", "cpu, gpu, old"]),
+        ({"partition": "old"}, ["old takes no jobs"]),
+        ({"workers": 101}, ["slurm.workers", "MaxArraySize", "100"]),
+        ({"gpus": 3}, ["slurm.gpus", "gpu:a100:2"]),
+        ({"gres": "gpu:v100"}, ["gpu:v100", "gpu:a100:2"]),
+        ({"cpus": 9}, ["slurm.cpus", "8"]),
+        ({"mem": "5G"}, ["slurm.mem", "4000M"]),
+        ({"time": "2:00:00"}, ["slurm.time", "60 minutes"]),
+        ({"constraint": "v100"}, ["slurm.constraint", "'v100'", "ib"]),
+        ({"coordinator": {"partition": "x"}}, ["slurm.coordinator.partition"]),
+        ({"stitch": {"mem": "32G"}}, ["slurm.stitch.mem"]),
+    ],
+)
+def test_what_the_cluster_lacks_is_named_with_what_it_has(wrong, words):
+    section = SlurmSection.model_validate(SMALL | wrong)
+    with pytest.raises(InputError) as raised:
+        check(section, CLUSTER)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_what_fits_is_accepted():
+    section = SlurmSection.model_validate(
+        SMALL | {"gpus": 2, "gres": "gpu:a100", "time": "1:00:00", "constraint": "ib"}
+    )
+    assert check(section, CLUSTER) == []
+    # The shorter of KillWait and GraceTime, less a margin.
+    assert grace_s(section, CLUSTER) == 4
+    assert grace_s(section.model_copy(update={"grace_s": 9}), CLUSTER) == 9
+
+
+@pytest.mark.parametrize(
+    ("task", "count"), [("", 1), ("3", 1), ("[4-7%2]", 4), ("[1,3-4]", 3), ("[9%2]", 1)]
+)
+def test_pending_array_tasks_are_counted(task, count):
+    assert QueueEntry(1, task, "PENDING", "", "", "0:00", "x").count == count
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"partition": "a b"},
+        {"partition": "a\n#SBATCH --wrap=x"},
+        {"qos": "$(x)"},
+        {"mem": "lots"},
+        {"time": "soon"},
+        {"prologue": ["a\nb"]},
+        {"container": "docker://x"},
+        {"lead_s": 1},
+    ],
+)
+def test_values_that_would_break_a_script_are_refused(section):
+    with pytest.raises(ValueError, match="validation error"):
+        SlurmSection.model_validate(section)
