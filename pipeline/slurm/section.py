@@ -83,7 +83,7 @@ class StitchJobSection(CpuJobSection):
     """CPU cores: one dask worker each, unless `jobs` is set."""
 
     mem: Memory = "32G"
-    """Memory: the contact graph of the whole volume is agglomerated in one process."""
+    """Memory."""
 
     jobs: NonNegativeInt = 0
     """Further jobs of this size for dask's workers (dask-jobqueue, TLS); 0: this job's own
