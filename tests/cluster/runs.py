@@ -67,9 +67,9 @@ class ClusterRun:
         jobs = json.loads((self.run_dir / "slurm" / "jobs.json").read_text())["jobs"]
         return [job["id"] for job in jobs if job["role"] == role]
 
-    def queue(self) -> list[str]:
+    def queue(self, columns: str = "%F %K %T %N") -> list[str]:
         text = subprocess.run(
-            ["squeue", "--noheader", "--format=%F %K %T %N"],
+            ["squeue", "--noheader", f"--format={columns}"],
             capture_output=True,
             text=True,
             check=True,

@@ -76,7 +76,7 @@ def test_node_killed(quiet, tmp_path, undisturbed):
 def test_preempted(quiet, tmp_path, undisturbed):
     elsewhere = {"partition": "gpu", "cpus": 1, "mem": "900M"}
     slurm = {"partition": "scavenge", "workers": 8, "mem": "600M", "coordinator": elsewhere}
-    run = ClusterRun(tmp_path, delay_s=4.0, slurm=slurm)
+    run = ClusterRun(tmp_path, delay_s=8.0, slurm=slurm)
     run.submit()
     run.wait_until_begun(3)
     since = time.monotonic()
@@ -95,7 +95,8 @@ def test_preempted(quiet, tmp_path, undisturbed):
     note("pre-empted by another partition", "SIGTERM, block abandoned, SLURM requeues", since)
     check(run, undisturbed)
     logs = [f.read_text() for f in (run.run_dir / "logs" / "slurm").glob("workers-*.log")]
-    assert any(text.count(" INFO job ") > 1 for text in logs), "nobody was pre-empted"
+    assert sum("DUE TO PREEMPTION" in text for text in logs) >= 4
+    assert any(text.count(" INFO job ") > 1 for text in logs), "nobody was requeued"
 
 
 def test_time_limit(quiet, tmp_path, undisturbed):

@@ -85,3 +85,15 @@ def test_scale_cancel_and_resume(quiet, tmp_path, undisturbed):
     run.agq("resume", run.run_dir, "--stage", "predict", "--workers", "4")
     run.wait_until_done()
     assert chunks(run.run_dir) == {k: undisturbed[k] for k in chunks(run.run_dir)}
+
+
+def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, undisturbed):
+    stitch = {"cpus": 1, "mem": "2G", "jobs": 2, "time": "10"}
+    run = ClusterRun(tmp_path, delay_s=0.05, slurm={"stitch": stitch})
+    run.submit()
+    wait_for(lambda: run.done() > 0)
+    run.agq("submit", run.config, "--stage", "stitch", "--after", "predict")
+    wait_for(lambda: any("dask" in line for line in run.queue("%j")))
+    run.agq("attach", run.run_dir, "--interval", "1")
+    wait_for(lambda: not run.queue())
+    assert results(run.run_dir) == undisturbed, run.post_mortem()
