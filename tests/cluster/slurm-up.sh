@@ -8,7 +8,8 @@
 #   SLURM_LAB     state directory             (default ${TMPDIR:-/tmp}/slurm-lab)
 #   SLURM_NODES   emulated nodes gpu1..gpuN   (default 4)
 #   SLURM_GPUS    fake GPUs per node          (default 2)
-#   SLURM_CPUS    CPUs each node claims       (default 4; more than real is fine)
+#   SLURM_CPUS    CPUs each node claims       (default 16; more than real is fine)
+#   SLURM_MEM     MiB each node claims        (default 64000; likewise)
 #   SLURM_PORT    slurmctld port; slurmd n listens on PORT+n; slurmdbd on PORT+90 (default 26817)
 #   SLURM_SACCT   1 = also mariadb + slurmdbd so that sacct works (default 0)
 #   SLURM_CGROUP  1 = enforce memory and GPU devices by cgroup v1 (real OUT_OF_MEMORY, EPERM on others' GPUs);
@@ -16,7 +17,7 @@
 #   SLURM_FRESH   1 = wipe job/node state first (default 0)
 #   MINJOBAGE     seconds a finished job stays in squeue/scontrol (default 300)
 set -euo pipefail
-LAB=${SLURM_LAB:-${TMPDIR:-/tmp}/slurm-lab}; N=${SLURM_NODES:-4}; G=${SLURM_GPUS:-2}; C=${SLURM_CPUS:-4}
+LAB=${SLURM_LAB:-${TMPDIR:-/tmp}/slurm-lab}; N=${SLURM_NODES:-4}; G=${SLURM_GPUS:-2}; C=${SLURM_CPUS:-16}; M=${SLURM_MEM:-64000}
 PORT=${SLURM_PORT:-26817}; SACCT=${SLURM_SACCT:-0}; CG=${SLURM_CGROUP:-0}; DBDPORT=$((PORT+90)); SQLPORT=$((PORT+91))
 say() { echo "slurm-up: $*" >&2; }
 die() { say "FAILED: $*"; for f in "$LAB"/log/*.log; do [ -s "$f" ] && { echo "--- $f"; tail -n 6 "$f"; } >&2; done; exit 1; }
@@ -123,7 +124,7 @@ JobCompLoc=$LAB/log/jobcomp.txt
 $ACCT
 GresTypes=gpu
 SlurmdParameters=config_overrides
-NodeName=gpu[1-$N] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((PORT+1))-$((PORT+N))] CPUs=$C RealMemory=4000$([ "$G" -gt 0 ] && echo " Gres=gpu:fake:$G") State=UNKNOWN
+NodeName=gpu[1-$N] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((PORT+1))-$((PORT+N))] CPUs=$C RealMemory=$M$([ "$G" -gt 0 ] && echo " Gres=gpu:fake:$G") State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=7-0 DefaultTime=60 State=UP OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
 PartitionName=scavenge Nodes=ALL MaxTime=7-0 DefaultTime=60 State=UP OverSubscribe=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
 PartitionName=short Nodes=ALL MaxTime=1 DefaultTime=1 State=UP PriorityTier=10 PreemptMode=OFF

@@ -1,12 +1,26 @@
 """`agq submit` on a real SLURM, from the command line to the segmentation."""
 
 import json
+import shlex
+import signal
 import stat
+import subprocess
 
 import pytest
+import yaml
 
+from blockwise.journal import Journal
 from tests.cluster.runs import ClusterRun, chunks, wait_for
-from tests.runs import agq, make_config, results
+from tests.runs import (
+    ROOT,
+    agq,
+    blobs,
+    command,
+    environment,
+    make_config,
+    results,
+    write_volume,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +66,8 @@ def test_all_stages_with_odd_names(quiet, tmp_path, undisturbed):
         ("slurm.partition=nope", ["slurm.partition", "'nope'", "gpu, scavenge, short"]),
         ("slurm.gpus=3", ["slurm.gpus", "gpu:fake:2"]),
         ("slurm.gres=gpu:a100", ["gpu:a100", "gpu:fake:2"]),
-        ("slurm.mem=1T", ["slurm.mem", "4000M"]),
-        ("slurm.cpus=5", ["slurm.cpus", "4"]),
+        ("slurm.mem=1T", ["slurm.mem", "64000M"]),
+        ("slurm.cpus=17", ["slurm.cpus", "16"]),
         ("slurm.time='30-00:00:00'", ["slurm.time", "10080 minutes"]),
         ("slurm.workers=200000", ["slurm.workers", "100001"]),
         ("slurm.constraint=a100", ["slurm.constraint", "'a100'"]),
@@ -97,3 +111,36 @@ def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, undistur
     run.agq("attach", run.run_dir, "--interval", "1")
     wait_for(lambda: not run.queue())
     assert results(run.run_dir) == undisturbed, run.post_mortem()
+
+
+def test_readme_line_by_line(quiet, tmp_path, monkeypatch):
+    """The section as written, but for the place of the data and a network without weights."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your cluster")[2]
+    lines = text.partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert lines[0].startswith("cp configs/slurm.yaml my.yaml")
+    write_volume(tmp_path / "in.zarr", "raw", blobs((20, 50, 70)))
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv("RAW", str(tmp_path / "in.zarr"))
+    config = yaml.safe_load((ROOT / "configs" / "slurm.yaml").read_text())
+    config["model"] = {"factory": "tests.fakes:threshold", "options": {"delay_s": 2.0}}
+    config["blocks"] = {"read_shape": [9, 17, 17], "before": [1, 1, 1], "after": [1, 1, 1]}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
+    run_dir = tmp_path / "my-volume"
+    done = lambda: Journal(run_dir / "journal" / "predict").counts()["done"]  # noqa: E731
+    for line in lines[1:]:
+        words = shlex.split(line.replace("/scratch/me", str(tmp_path)), comments=True)
+        assert words[0] == "agq"
+        process = subprocess.Popen(
+            command(*words[1:]), env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        if words[1] == "attach":
+            wait_for(lambda: done() > 2)
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, f"{line}: {errors}"
+    assert 2 < done() < 60
+    # The line says that `agq resume` goes on.
+    agq("resume", run_dir)
+    assert agq("attach", run_dir, "--interval", "1", timeout=400).returncode == 0
+    assert done() == 60
+    assert (run_dir / "data.zarr" / "segmentation").is_dir()
