@@ -42,8 +42,9 @@ BLOCK = (16, 256, 256)
 def block_contacts(number: int, grid: BlockGrid) -> tuple[np.ndarray, list[ContactTable]]:
     """Fragments of a made-up block, contacts inside it, and those across its three upper faces.
 
-    Each fragment goes on into the next block of each axis with probability 0.6 as the same object,
-    and touches others there and in its own block: about 6 edges a fragment.
+    Each fragment is a piece of a neurite along one axis (half of them z) that goes on into the next
+    block with probability 0.9; one in 50 goes on along all axes. Fragments touch others there and
+    in their own block, as neighbours that should stay apart: about 6 edges a fragment.
     """
     rng = np.random.default_rng(number)
     base = number << LOCAL_BITS
@@ -55,6 +56,8 @@ def block_contacts(number: int, grid: BlockGrid) -> tuple[np.ndarray, list[Conta
         total = rng.integers(low, high, len(count)) * count
         return kind(pairs[0].astype(np.uint64), pairs[1].astype(np.uint64), total, count)
 
+    along = rng.choice(3, FRAGMENTS, p=[0.5, 0.25, 0.25])
+    large = rng.random(FRAGMENTS) < 0.02
     step = rng.integers(1, 12, (3, FRAGMENTS))
     u, v = np.tile(own, 3), (own + step).ravel()
     tables = [
@@ -66,10 +69,10 @@ def block_contacts(number: int, grid: BlockGrid) -> tuple[np.ndarray, list[Conta
             tables.append(ContactTable.empty())
             continue
         there = above << LOCAL_BITS
-        on = own[rng.random(FRAGMENTS) < 0.6]
+        on = own[((along == axis) | large) & (rng.random(FRAGMENTS) < 0.9)]
         other = np.clip(own + rng.integers(-5, 6, FRAGMENTS), 1, FRAGMENTS)
         same = table(ContactTable.across, base + on, there + on, 360, 511)
-        rest = table(ContactTable.across, base + own, there + other, 0, 400)
+        rest = table(ContactTable.across, base + own, there + other, 0, 370)
         fresh = ~np.isin(rest.v - np.uint64(there), on) | (
             rest.u + np.uint64(there - base) != rest.v
         )

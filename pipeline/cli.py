@@ -14,7 +14,7 @@ from rich.table import Table
 
 from blockwise.errors import InputError, RunStoppedError
 from model.errors import ModelInputError
-from pipeline import look_cli, watch_cli
+from pipeline import look_cli, stitch_cli, watch_cli
 from pipeline.config import Config, apply_override, load_config, parse_config
 from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
 from pipeline.slurm import commands as slurm_commands
@@ -42,6 +42,7 @@ for _command in (evaluate, sweep, skeletons, train):
 look_cli.register(app)
 slurm_commands.register(app)
 watch_cli.register(app)
+stitch_cli.register(app)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -130,28 +131,6 @@ def predict(
     if report.failed:
         _explain_failures(prepared.run.path, config, report.failed)
         raise typer.Exit(EXIT_FAILED)
-
-
-@app.command()
-def stitch(
-    target: Target,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Leave failed or missing blocks background.")
-    ] = False,
-    settings: Settings = None,
-) -> None:
-    """Join the blocks of a finished prediction into one segmentation with its pyramid."""
-    from pipeline import stages
-    from pipeline.prepare import prepare
-    from pipeline.session import open_session
-
-    config = read_target(target, settings)
-    if allow_missing:
-        stitch_section = config.stitch.model_copy(update={"allow_missing": True})
-        config = config.model_copy(update={"stitch": stitch_section})
-    prepared = prepare(config)
-    with open_session(prepared) as session:
-        stages.stitch(session)
 
 
 @app.command()

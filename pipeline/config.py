@@ -321,9 +321,19 @@ def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = 
     if not isinstance(data, dict):
         keys = ", ".join(list(model.model_fields)[:3])
         raise InputError(f"config {path}: expected a mapping with the keys {keys}, ...")
+    return parse_values(model, data, overrides, str(path))
+
+
+def parse_values(
+    model: type[ModelType],
+    data: dict[str, Any],
+    overrides: list[str] | None = None,
+    source: str = "settings",
+) -> ModelType:
+    """Check a mapping after ``a.b=value`` overrides; errors as in `load_yaml`."""
     for override in overrides or []:
         apply_override(data, override)
-    return _validated(model, data, str(path))
+    return _validated(model, data, source)
 
 
 def _validated(model: type[ModelType], data: dict[str, Any], source: str) -> ModelType:

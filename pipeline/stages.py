@@ -16,6 +16,7 @@ from distributed import Client
 
 from blockwise.arrays import Volume, create_affinities, create_array, open_volume
 from blockwise.files import write_atomic
+from blockwise.grid import BlockGrid
 from blockwise.journal import BlockRecord, JournalWriter
 from blockwise.journal_read import Journal, compact
 from blockwise.lanes import block_place
@@ -23,6 +24,7 @@ from blockwise.mask import mask_blocks
 from blockwise.predict import PredictProgress, PredictReport, PredictSpec, run_predict
 from blockwise.processes import this_worker
 from blockwise.stitch import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
+from pipeline.config import PyramidSection, StitchSection
 from pipeline.prepare import Prepared
 from pipeline.scores import EvaluationReport
 from pipeline.session import Session
@@ -195,6 +197,25 @@ def worker_count(prepared: Prepared) -> int:
     return max(1, min(by_cores, int(by_memory)))
 
 
+def stitch_spec(
+    section: StitchSection,
+    pyramid: PyramidSection,
+    run_dir: Path,
+    grid: BlockGrid,
+    box: tuple[Any, Any] | None = None,
+) -> StitchSpec:
+    """Return what to stitch of a run folder, from its settings and the voxel box of its ROI."""
+    start, stop = box or (None, None)
+    return StitchSpec(
+        run_dir=run_dir,
+        grid=grid.to_dict(),
+        **section.model_dump(exclude={"dask"}),
+        start=start,
+        stop=stop,
+        levels=None if pyramid.levels == "auto" else pyramid.levels + 1,
+    )
+
+
 def stitch(
     session: Session, *, client: AbstractContextManager[Client] | None = None
 ) -> StitchReport:
@@ -208,27 +229,9 @@ def stitch(
         dask's client; default: as the configuration says.
     """
     prepared = session.prepared
-    section = prepared.config.stitch
-    levels = prepared.config.pyramid.levels
-    start, stop = prepared.box or (None, None)
-    spec = StitchSpec(
-        run_dir=prepared.run.path,
-        grid=prepared.grid.to_dict(),
-        across=section.across,
-        within=section.within,
-        evidence=section.evidence,
-        overlap=section.overlap,
-        min_contact=section.min_contact,
-        margin=section.margin,
-        margin_floor=section.margin_floor,
-        superblock=section.superblock,
-        segment_ids=section.segment_ids,
-        min_size=section.min_size,
-        start=start,
-        stop=stop,
-        allow_missing=section.allow_missing,
-        levels=None if levels == "auto" else levels + 1,
-    )
+    config = prepared.config
+    section = config.stitch
+    spec = stitch_spec(section, config.pyramid, prepared.run.path, prepared.grid, prepared.box)
     find_blocks(spec)
     with (
         session.stage("stitch", int(prepared.selected.size)) as record,

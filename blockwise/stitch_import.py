@@ -1,0 +1,212 @@
+"""Fragments and affinities of another model, made ready for the stitch.
+
+Layout: fragments are unsigned integers (z, y, x), 0 background, one id per fragment in the whole
+volume; affinities are (3, z, y, x), uint8 (255 is 1.0) or floats from 0 to 1, where channel ``c``
+at a voxel is the affinity to the voxel before it on axis ``c`` (0 = z, 1 = y, 2 = x).
+
+Fragments are cut at the borders of blocks into pieces with ids of their own; sidecars remember
+which pieces are one fragment, and the stitch puts those together before anything else. (Pieces
+that touch nowhere across a face stay apart: a fragment is connected.) Each block is written as a
+prediction writes it, so a stopped import goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from blockwise.arrays import create_array, open_array, write_chunk
+from blockwise.errors import InputError
+from blockwise.files import checksum, write_atomic
+from blockwise.grid import LOCAL_BITS, BlockGrid
+from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo
+from blockwise.location import locate
+from blockwise.sidecar import build_sidecar, sidecar_path
+from blockwise.stitch_steps import Progress, cores, run_tasks
+from blockwise.volume import Volume, open_volume
+
+BLOCK = (16, 256, 256)
+"""Voxels of a block, (z, y, x)."""
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Open inputs; picklable, for workers of dask.
+
+    Attributes
+    ----------
+    volume
+        Fragments.
+    affinities
+        Path of the array of affinities.
+    """
+
+    volume: Volume
+    affinities: str
+
+    @classmethod
+    def open(
+        cls,
+        fragments: str,
+        affinities: str,
+        *,
+        voxel_size: Sequence[int] | None = None,
+        unit: str = "nm",
+    ) -> Fragments:
+        """Open and check both arrays.
+
+        Raises
+        ------
+        InputError
+            If one is missing, or they do not fit together.
+        """
+        volume = open_volume(fragments, kind="labels", voxel_size=voxel_size, unit=unit)
+        found = cls(volume, affinities)
+        array = found.array()
+        if array.shape != (3, *volume.shape):
+            raise InputError(
+                f"affinities {affinities}: shape {array.shape} is not (3, z, y, x) of the"
+                f" fragments, {(3, *volume.shape)}"
+            )
+        if array.dtype != np.uint8 and array.dtype.kind != "f":
+            raise InputError(f"affinities {affinities}: {array.dtype} is neither uint8 nor float")
+        return found
+
+    def array(self) -> Any:
+        """Return the affinities as a zarr array."""
+        try:
+            return zarr.open_array(store=locate(self.affinities).zarr_store(), mode="r")
+        except (FileNotFoundError, zarr.errors.BaseZarrError, ValueError) as error:
+            raise InputError(
+                f"affinities {self.affinities}: no zarr array there ({error})"
+            ) from None
+
+    def grid(self) -> BlockGrid:
+        """Return the blocks that the fragments are cut into."""
+        volume = self.volume
+        return BlockGrid(
+            volume_shape=volume.shape,
+            voxel_size=volume.voxel_size,
+            write_shape=BLOCK,
+            after=(0, 0, 0),
+            offset=volume.offset,
+        )
+
+
+def import_fragments(
+    source: Fragments, run_dir: Path, client: Client, on_progress: Progress | None = None
+) -> BlockGrid:
+    """Write fragments, sidecars and journal into a folder that :func:`run_stitch` takes.
+
+    Raises
+    ------
+    InputError
+        If the folder holds something else, or a value of the arrays cannot be used.
+    """
+    grid = source.grid()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    marker = run_dir / "imported.json"
+    made_of = {
+        "fragments": source.volume.name,
+        "affinities": source.affinities,
+        "grid": grid.to_dict(),
+        "unit": source.volume.unit,
+    }
+    if marker.exists():
+        if json.loads(marker.read_bytes()) != made_of:
+            raise InputError(f"{run_dir} was made from other volumes; choose another --output")
+    elif any(run_dir.iterdir()):
+        raise InputError(f"{run_dir} is not empty; choose another --output")
+    write_atomic(marker, json.dumps(made_of, indent=1).encode())
+    create_array(
+        run_dir / "data.zarr",
+        "fragments",
+        shape=grid.volume_shape,
+        chunks=grid.write_shape,
+        dtype=np.uint64,
+        voxel_size=grid.voxel_size,
+        offset=grid.offset,
+        unit=source.volume.unit,
+    )
+    every = np.arange(grid.n_blocks)
+    todo = every[~Journal(run_dir / "journal" / "predict").done(grid.n_blocks)]
+    size = max(1, min(_BATCH, -(-len(todo) // (4 * cores(client)))))
+    batches = [todo[at : at + size].tolist() for at in range(0, len(todo), size)]
+    run_tasks(
+        client,
+        "import",
+        import_batch,
+        [(source, str(run_dir), batch) for batch in batches],
+        [len(batch) for batch in batches],
+        on_progress,
+        grid.n_blocks - len(todo),
+    )
+    return grid
+
+
+def import_batch(source: Fragments, run_dir: str, numbers: Sequence[int]) -> int:
+    """Import some blocks; one task. Return how many."""
+    folder, grid, affinities = Path(run_dir), source.grid(), source.array()
+    target = open_array(folder / "data.zarr", "fragments")
+    worker = WorkerInfo(f"import-{os.getpid()}", socket.gethostname(), os.getpid())
+    with JournalWriter(folder / "journal" / "predict", worker) as journal:
+        for number in numbers:
+            started = time.time()
+            start, stop = grid.read_box(number)
+            box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+            labels, names = local_labels(source.volume.read(start, stop))
+            if len(names) > 2**LOCAL_BITS:
+                raise InputError(f"fragments: block {number} has {len(names)} of them, too many")
+            window = _uint8(np.asarray(affinities[(slice(None), *box)]), number)
+            sidecar = build_sidecar(labels, window, grid, number, names).to_bytes()
+            ids = grid.fragment_ids(number, labels[grid.write_in_read(number)])
+            write_chunk(target, grid.index(number), ids)
+            write_atomic(sidecar_path(folder, number), sidecar)
+            journal.finish(
+                BlockRecord(
+                    block=number,
+                    state="done",
+                    started=started,
+                    finished=time.time(),
+                    voxels=ids.size,
+                    sums={"fragments": checksum(ids), "sidecar": checksum(sidecar)},
+                )
+            )
+    return len(numbers)
+
+
+def local_labels(fragments: NDArray) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
+    """Return consecutive labels of a block (0 background), and the fragment that each is."""
+    flat = fragments.reshape(-1)
+    begins = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
+    names, label = np.unique(flat[begins], return_inverse=True)
+    if names[0] != 0:  # label 0 must be background, also where there is none
+        names, label = np.concatenate((names[:1] * 0, names)), label + 1
+    lengths = np.diff(np.append(begins, flat.size))
+    labels = np.repeat(label.astype(np.uint32), lengths).reshape(fragments.shape)
+    return labels, names.astype(np.uint64)
+
+
+def _uint8(affinities: NDArray, number: int) -> NDArray[np.uint8]:
+    if affinities.dtype == np.uint8:
+        return affinities
+    low, high = float(affinities.min()), float(affinities.max())
+    if not (low >= 0 and high <= 1):
+        raise InputError(
+            f"affinities: block {number} has values from {low:g} to {high:g}; they must lie"
+            " between 0 and 1"
+        )
+    return np.round(affinities * np.float32(255)).astype(np.uint8)

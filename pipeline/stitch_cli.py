@@ -1,0 +1,147 @@
+"""The command `agq stitch`: a run again, or fragments and affinities of another model."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blockwise.errors import InputError
+from blockwise.files import write_atomic
+from pipeline.config import PyramidSection, Section, StitchSection, parse_values
+
+
+class VolumesSettings(Section):
+    """What `--set` may change where there is no run."""
+
+    stitch: StitchSection
+    """Agglomeration."""
+
+    pyramid: PyramidSection = PyramidSection()
+    """Multiscale output."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(stitch)
+
+
+def stitch(
+    target: Annotated[
+        Path | None, typer.Argument(help="Run folder or YAML configuration.", show_default=False)
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave failed or missing blocks background.")
+    ] = False,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Raise all thresholds by this. From the margin of an earlier stitch on, its merges"
+            " are cut again, in seconds; below it, merging starts over.",
+            show_default=False,
+        ),
+    ] = None,
+    fragments: Annotated[
+        str | None,
+        typer.Option(
+            help="Array of fragments (z, y, x) of another model, instead of a run; 0 is"
+            " background.",
+            show_default=False,
+        ),
+    ] = None,
+    affinities: Annotated[
+        str | None,
+        typer.Option(
+            help="Their affinities (3, z, y, x), uint8 or 0 to 1: channel c is the affinity to the"
+            " voxel before on axis c.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the result.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="With --fragments: affinity that a contact must exceed.")
+    ] = 0.5,
+    voxel_size: Annotated[
+        str | None,
+        typer.Option(
+            help="With --fragments: z,y,x, if the array does not say.", show_default=False
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace a value: section.field=value (repeatable)."),
+    ] = None,
+) -> None:
+    """Join the blocks of a finished prediction into one segmentation with its pyramid.
+
+    Also joins fragments that another model made, with --fragments, --affinities and --output.
+    """
+    changes = [*(settings or [])]
+    if margin is not None:
+        changes.append(f"stitch.margin={margin}")
+    if fragments is None and affinities is None and output is None:
+        if target is None:
+            raise InputError("stitch: name a run folder, or --fragments, --affinities, --output")
+        _stitch_run(target, changes, allow_missing)
+        return
+    if target is not None or fragments is None or affinities is None or output is None:
+        raise InputError(
+            "stitch: --fragments, --affinities and --output go together, without a run folder"
+        )
+    _stitch_volumes(fragments, affinities, output, threshold, voxel_size, changes)
+
+
+def _stitch_run(target: Path, changes: list[str], allow_missing: bool) -> None:
+    from pipeline import stages
+    from pipeline.cli import read_target
+    from pipeline.prepare import prepare
+    from pipeline.session import open_session
+
+    config = read_target(target, changes)
+    if allow_missing:
+        section = config.stitch.model_copy(update={"allow_missing": True})
+        config = config.model_copy(update={"stitch": section})
+    prepared = prepare(config)
+    with open_session(prepared) as session:
+        stages.stitch(session)
+
+
+def _stitch_volumes(
+    fragments: str,
+    affinities: str,
+    output: Path,
+    threshold: float,
+    voxel_size: str | None,
+    changes: list[str],
+) -> None:
+    from blockwise.cluster import local_client
+    from blockwise.stitch import run_stitch
+    from blockwise.stitch_import import Fragments, import_fragments
+    from pipeline.locations import parse_triple
+    from pipeline.progress import RunProgress
+    from pipeline.stages import stitch_spec
+
+    source = Fragments.open(
+        fragments,
+        affinities,
+        voxel_size=None if voxel_size is None else parse_triple("--voxel-size", voxel_size),
+    )
+    thresholds: dict[str, Any] = {"stitch": {"across": threshold, "within": threshold}}
+    values = parse_values(VolumesSettings, thresholds, changes)
+    section = values.stitch
+    with (
+        local_client(section.dask.address, workers=section.dask.workers) as client,
+        RunProgress(output) as progress,
+    ):
+        progress.note(f"dask dashboard: {client.dashboard_link}")
+        grid = import_fragments(source, output, client, progress.step)
+        report = run_stitch(
+            stitch_spec(section, values.pyramid, output, grid), client, progress.step
+        )
+    write_atomic(output / "stitch.json", json.dumps(report.to_dict(), indent=1).encode())
+    typer.echo(
+        f"{report.segments} segments of {report.fragments} pieces of fragments:"
+        f" {output / 'data.zarr' / 'segmentation'}"
+    )

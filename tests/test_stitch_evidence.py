@@ -1,0 +1,252 @@
+"""Overlap evidence, margins, and fragments of another model."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import zarr
+from runs import agq
+from stitch_helpers import GRID, make_run, same_partition, write_run
+from test_contacts import OVERLAP, files, from_sidecars, grid, rows
+from test_stitch import expected_segments, segmentation
+
+from blockwise.agglomerate import Thresholds, agglomerate, scores
+from blockwise.contacts import SAME, ContactTable
+from blockwise.contacts_blocks import face_contacts
+from blockwise.contacts_volume import contacts_from_volume, read_evidence
+from blockwise.errors import InputError
+from blockwise.stitch import local_client, run_stitch
+from blockwise.stitch_import import Fragments, import_fragments, local_labels
+
+
+@pytest.fixture(scope="module")
+def client():
+    with local_client(processes=False, workers=2) as made:
+        yield made
+
+
+def plain_overlap(run, lower, upper, axis):
+    """Count u & v, u and v on the planes that both blocks labelled, voxel by voxel."""
+    below, above = run.sidecars[lower].planes[axis], run.sidecars[upper].planes[axis]
+    both, us, vs = Counter(), Counter(), Counter()
+    for one, other in (
+        (below.after_labels, above.low_labels),
+        (below.high_labels, above.before_labels),
+    ):
+        if one is None or other is None:
+            continue
+        for a, b in zip(one.ravel().tolist(), other.ravel().tolist(), strict=True):
+            us[a] += 1
+            vs[b] += 1
+            both[a, b] += 1
+    known = [set(run.sidecars[n].nodes.tolist()) for n in (lower, upper)]
+    pairs = {(a, b) for a, b in both if a in known[0] and b in known[1]}
+    pairs |= {
+        (a, b)
+        for a, b in zip(
+            below.high_labels.ravel().tolist(), above.low_labels.ravel().tolist(), strict=True
+        )
+        if a and b
+    }
+    return {(a, b): (both[a, b], us[a], vs[b]) for a, b in pairs}
+
+
+@pytest.mark.parametrize(
+    "context", [((0, 0, 0), (1, 1, 1)), ((2, 1, 1), (0, 0, 0)), ((1, 1, 1), (2, 2, 2))]
+)
+def test_overlap_equals_a_plain_count(context):
+    blocks = grid((4, 12, 10), *context)
+    run = make_run(blocks, seed=6)
+    opened, seen = files(run), 0
+    for lower in range(blocks.n_blocks):
+        for axis in range(3):
+            upper = blocks.neighbor(lower, axis)
+            if upper is None:
+                continue
+            table = face_contacts(opened[lower], opened[upper], axis, blocks, overlap=True)
+            columns = [getattr(table, name).tolist() for name in OVERLAP]
+            pairs = zip((table.u & 0x1FFFFF).tolist(), (table.v & 0x1FFFFF).tolist(), strict=True)
+            got = dict(zip(pairs, zip(*columns, strict=True), strict=True))
+            assert got == plain_overlap(run, lower, upper, axis)
+            plain = face_contacts(opened[lower], opened[upper], axis, blocks)
+            touching = table.across_count > 0
+            assert np.array_equal(table.across_sum[touching], plain.across_sum)
+            assert np.array_equal(table.u[touching], plain.u)
+            seen += int((~touching).sum())
+    whole = from_sidecars(run, overlap=True)
+    assert rows(
+        from_sidecars(run, [range(9), range(9, blocks.n_blocks)], overlap=True), OVERLAP
+    ) == rows(whole, OVERLAP)
+
+
+def one(across=(0, 0), within=(0, 0), overlap=(0, 0, 0)) -> ContactTable:
+    columns = [np.array([n], np.int64) for n in (*across, *within, *overlap)]
+    return ContactTable(np.ones(1, np.uint64), np.full(1, 2, np.uint64), *columns)
+
+
+def score(contact: ContactTable, **rule) -> tuple[int, int]:
+    numerator, denominator = scores(contact, Thresholds(**rule))
+    return int(numerator[0]), int(denominator[0])
+
+
+def test_what_each_kind_of_evidence_counts():
+    touching = one(across=(450 * 8, 8), overlap=(3, 4, 5))  # 3 of 6 voxels agree
+    assert score(touching) == ((450 - 357) * 8, 8)
+    assert score(touching, evidence="overlap", overlap=0.4) == (510 * 3 - 204 * 6, 6)
+    assert score(touching, evidence="both", overlap=0.5) == ((450 - 357) * 8, 8)  # not below
+    assert score(touching, evidence="both", overlap=0.51) == ((450 - 510) * 8, 8)  # a veto
+    inside = one(within=(400 * 5, 5))
+    for kind in ("affinity", "overlap", "both"):
+        assert score(inside, evidence=kind) == ((400 - 510) * 5, 5)
+    apart = one(overlap=(2, 3, 2))
+    assert score(apart, evidence="overlap")[1] == 3
+    assert score(apart) == score(apart, evidence="both") == (0, 0)  # no edge
+
+
+def test_small_contacts_are_left_out_before_merging():
+    small, large = one(across=(500 * 3, 3)), one(across=(500 * 4, 4))
+    assert score(small, min_contact=4) == (0, 0)
+    assert score(large, min_contact=4)[0] > 0
+    assert score(one(within=(0, 1)), min_contact=4) == (-510, 1)  # inside blocks all count
+    assert score(one(across=(SAME, 1)), min_contact=4) == (SAME, 1)
+
+
+def test_margins_move_all_thresholds():
+    contact = one(across=(450 * 8, 8), within=(300, 1))
+    n, d = score(contact)
+    assert score(contact, margin=0.1) == (n - 51 * d, d)
+    with pytest.raises(InputError, match="margin"):
+        Thresholds(margin=1.5)
+    with pytest.raises(InputError, match="min_contact"):
+        Thresholds(min_contact=-1)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"evidence": "overlap", "overlap": 0.3}, {"evidence": "both"}, {"min_contact": 6}]
+)
+def test_stitched_by_other_evidence(tmp_path, client, rule):
+    run = make_run(GRID, seed=5)
+    write_run(run, tmp_path)
+    report = run_stitch(run.spec(tmp_path, **rule), client)
+    evidence = from_sidecars(run, overlap="evidence" in rule)
+    result = agglomerate(evidence.nodes.ids, evidence.contacts, Thresholds(**rule))
+    names = dict(zip(result.ids.tolist(), result.representatives.tolist(), strict=True)) | {0: 0}
+    expected = np.vectorize(names.__getitem__, otypes=[np.uint64])(run.fragments)
+    assert same_partition(segmentation(tmp_path), expected)
+    assert 0 < report.merges == len(result.merges)
+    if "evidence" in rule:
+        stored = read_evidence(tmp_path)
+        assert rows(stored, OVERLAP) == rows(evidence, OVERLAP)
+
+
+def test_overlap_needs_blocks_that_overlap(tmp_path, client):
+    run = make_run(grid((4, 12, 10), (0, 0, 0), (1, 0, 1)), seed=5)
+    write_run(run, tmp_path)
+    with pytest.raises(InputError, match=r"no context on y .*use affinity"):
+        run_stitch(run.spec(tmp_path, evidence="both"), client)
+
+
+def test_a_larger_margin_cuts_the_stored_merges(tmp_path, client):
+    run = make_run(GRID, seed=5, noise=0.6)
+    write_run(run, tmp_path)
+    first = run_stitch(run.spec(tmp_path, margin_floor=-0.1), client)
+    assert np.array_equal(segmentation(tmp_path), expected_segments(run))
+    counts = {0.0: first.segments}
+    for margin in (0.1, -0.05):
+        report = run_stitch(run.spec(tmp_path, margin=margin), client)
+        assert report.reused == ["contacts", "agglomerate"], margin
+        expected = expected_segments(run, Thresholds(margin=margin))
+        assert np.array_equal(segmentation(tmp_path), expected)
+        counts[margin] = report.segments
+    assert sorted(counts, key=counts.__getitem__) == sorted(counts)
+    assert len(set(counts.values())) == 3
+    lower = run_stitch(run.spec(tmp_path, margin=-0.2), client)
+    assert lower.reused == ["contacts"]
+    assert np.array_equal(segmentation(tmp_path), expected_segments(run, Thresholds(margin=-0.2)))
+
+
+def test_local_labels():
+    ids = np.array([[[0, 0, 2**63 + 5], [9, 9, 0]]], np.uint64)
+    labels, names = local_labels(ids)
+    assert labels.dtype == np.uint32
+    assert names.tolist() == [0, 9, 2**63 + 5]
+    assert np.array_equal(names[labels], ids)
+    labels, names = local_labels(ids + np.uint64(1))
+    assert names[0] == 0
+    assert np.array_equal(names[labels], ids + np.uint64(1))
+
+
+def foreign_volumes(folder, dtype):
+    """Supervoxels that run across blocks, with affinities, as another model leaves them."""
+    rng = np.random.default_rng(3)
+    shape = (20, 300, 270)
+    cells = rng.choice(2**40, (2, 10, 9), replace=False) + 1
+    coarse = np.kron(cells, np.ones((10, 30, 30), np.int64))
+    fragments = np.where(rng.random(shape) < 0.02, 0, coarse).astype(np.uint64)
+    # Noise, so that no two contacts have equal scores: ties follow the ids of the pieces.
+    means = np.kron(rng.integers(40, 215, (3, 2, 10, 9)), np.ones((1, 10, 30, 30), np.int64))
+    affinities = (means + rng.integers(-40, 41, (3, *shape))).astype(np.uint8)
+    attributes = {"voxel_size": [30, 6, 6], "offset": [0, 0, 0], "units": ["nm"] * 3}
+    stored = affinities if dtype == np.uint8 else (affinities / 255).astype(dtype)
+    for name, data in (("fragments", fragments), ("affinities", stored)):
+        array = zarr.create_array(str(folder / "in.zarr" / name), data=data, chunks=data.shape)
+        array.attrs.update(attributes)
+    return fragments, affinities
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_fragments_of_another_model(tmp_path, client, dtype):
+    fragments, affinities = foreign_volumes(tmp_path, dtype)
+    paths = [str(tmp_path / "in.zarr" / name) for name in ("fragments", "affinities")]
+    source = Fragments.open(*paths)
+    out = tmp_path / "out"
+    blocks = import_fragments(source, out, client)
+    assert blocks.n_blocks == 8
+    evidence = contacts_from_volume(fragments, affinities, np.zeros(affinities.shape, bool))
+    thresholds = Thresholds(0.6, 0.6)
+    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds)
+    names = dict(zip(result.ids.tolist(), result.representatives.tolist(), strict=True)) | {0: 0}
+    expected = np.vectorize(names.__getitem__, otypes=[np.uint64])(fragments)
+    spec = make_spec(out, blocks, across=0.6, within=0.6)
+    run_stitch(spec, client)
+    assert same_partition(segmentation(out), expected)
+    assert len(np.unique(expected)) < len(np.unique(fragments)) - 40
+    # Again: nothing is imported twice, and other volumes are refused.
+    before = sorted((out / "sidecars").rglob("*.agqs"), key=str)
+    times = [path.stat().st_mtime_ns for path in before]
+    import_fragments(source, out, client)
+    assert [path.stat().st_mtime_ns for path in before] == times
+    with pytest.raises(InputError, match="is not empty"):
+        import_fragments(source, tmp_path, client)
+
+
+def make_spec(run_dir, blocks, **options):
+    from blockwise.stitch import StitchSpec
+
+    return StitchSpec(run_dir=run_dir, grid=blocks.to_dict(), **options)
+
+
+def test_foreign_volumes_that_do_not_fit_are_refused(tmp_path):
+    foreign_volumes(tmp_path, np.uint8)
+    fragments, affinities = (str(tmp_path / "in.zarr" / n) for n in ("fragments", "affinities"))
+    with pytest.raises(InputError, match=r"is not \(3, z, y, x\)"):
+        Fragments.open(fragments, fragments)
+    with pytest.raises(InputError, match="affinitiesx"):
+        Fragments.open(fragments, affinities + "x")
+
+
+def test_command_line(tmp_path):
+    foreign_volumes(tmp_path, np.float32)
+    fragments, affinities = (str(tmp_path / "in.zarr" / n) for n in ("fragments", "affinities"))
+    alone = agq("stitch", "--fragments", fragments)
+    assert alone.returncode == 2
+    assert "go together" in alone.stderr
+    assert agq("stitch").returncode == 2
+    done = agq(
+        "stitch", "--fragments", fragments, "--affinities", affinities,
+        "--output", tmp_path / "out", "--threshold", "0.6", "--set", "stitch.dask.workers=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "lut" / "segments.parquet").exists()
+    assert segmentation(tmp_path / "out").any()
+    assert "segments of" in done.stdout
