@@ -8,24 +8,18 @@ volume, report on another.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import psutil
-import waterz
 from rich.console import Group
 
 from blockwise.agglomerate import Thresholds, agglomerate
-from blockwise.arrays import Volume, open_array, open_volume
+from blockwise.arrays import Volume, open_volume
 from blockwise.contacts import Evidence
 from blockwise.contacts_blocks import collect
 from blockwise.contacts_volume import read_evidence
@@ -37,7 +31,8 @@ from blockwise.journal_records import STATE_RANK
 from blockwise.sidecar import open_sidecar
 from blockwise.stitch import StitchSpec, run_stitch
 from pipeline.contingency import BlockCounts, BorderRule
-from pipeline.evaluate import count
+from pipeline.evaluate import count, evaluate
+from pipeline.quantile import quantile_segments, write_joined
 from pipeline.run_folder import RunFolder
 from pipeline.sweep import Criterion, Point, best, one_threshold, point, points_table
 from pipeline.watershed import WatershedRun, WatershedSettings, make_fragments
@@ -46,10 +41,6 @@ MEAN, QUANTILE = "watershed + mean", "watershed + 75% quantile"
 METHODS = (MEAN, QUANTILE)
 REPORT = "baseline.json"
 THRESHOLDS = (*(t / 20 for t in range(2, 20)), 0.97, 0.98, 0.99)
-
-_QUANTILE = "OneMinus<HistogramQuantileAffinity<RegionGraphType,75,ScoreValue,256,false>>"
-# What waterz needs: float32 affinities, uint64 fragments in and out, its own tables.
-_BYTES_PER_VOXEL = 40
 
 Progress = Callable[[str, int, int], None]
 
@@ -67,7 +58,12 @@ class BaselineReport:
     agq
         The run's own segmentation, small segments kept.
     chosen
-        The baseline by method, at its best threshold, or at the one given.
+        The baseline by method, at its best threshold, or at the one given; small segments kept.
+    final
+        The run's own segmentation and the baselines at those thresholds as volumes, small
+        segments removed from all of them as the run's `stitch.min_size` says.
+    min_size
+        That size in voxels.
     curves
         Every threshold tried; empty where thresholds were given.
     tuned_on
@@ -84,6 +80,8 @@ class BaselineReport:
     settings: WatershedSettings
     agq: Point
     chosen: list[Point]
+    final: list[Point]
+    min_size: int
     curves: list[Point]
     tuned_on: str | None
     segmentation: str
@@ -95,19 +93,24 @@ class BaselineReport:
             **vars(self),
             "settings": asdict(self.settings),
             "agq": self.agq.to_dict(),
-            "chosen": [item.to_dict() for item in self.chosen],
-            "curves": [item.to_dict() for item in self.curves],
+            **{
+                name: [item.to_dict() for item in getattr(self, name)]
+                for name in ("chosen", "final", "curves")
+            },
         }
 
     def table(self) -> Group:
         """Return tables for a rich console."""
         where = f"thresholds of {self.tuned_on}" if self.tuned_on else "thresholds searched here"
-        main = points_table(
+        kept = points_table(
             [self.agq, *self.chosen],
-            f"{self.run} against {self.truth}; predicted 0 filled by the nearest; {where}",
+            f"{self.run}: predicted 0 filled by the nearest; {where}; small segments kept",
+        )
+        main = points_table(
+            self.final, f"the same without segments of fewer than {self.min_size} voxels"
         )
         times = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
-        return Group(main, f"time: {times}")
+        return Group(kept, main, f"time: {times}")
 
 
 def compare(
@@ -175,25 +178,43 @@ def compare(
         if method == MEAN:
             found = one_threshold(method, counts, _evidence(job, grid), wanted)
         else:
-            found = _quantile(method, counts, job, wanted)
+            found = [
+                point(method, {"affinity": threshold}, counts, ids, segments)
+                for threshold, ids, segments in quantile_segments(job, wanted)
+            ]
         seconds[f"agglomeration, {method}"] = time.perf_counter() - begun
         chosen.append(best(found, criterion))
         if tuned is None:
             curves += found
-    mean = next((item for item in chosen if item.method == MEAN), None)
-    if mean is not None:
-        threshold = mean.setting["affinity"]
-        spec = StitchSpec(
-            run_dir=job.folder, grid=job.grid, across=threshold, within=threshold, levels=1,
-            allow_missing=True,
-        )  # fmt: skip
-        run_stitch(spec, client, on_progress)
+    min_size = int(run.record()["config"]["stitch"].get("min_size", 0))
+    final = [_scored(own, _labels(run.container, "segmentation", truth), truth, client, ignore)]
+    for item in chosen:
+        threshold = item.setting["affinity"]
+        if item.method == MEAN:
+            spec = StitchSpec(
+                run_dir=job.folder,
+                grid=job.grid,
+                across=threshold,
+                within=threshold,
+                min_size=min_size,
+                levels=1,
+                allow_missing=True,
+            )
+            run_stitch(spec, client, on_progress)
+            name = "segmentation"
+        else:
+            name = "quantile"
+            write_joined(job, name, *quantile_segments(job, [threshold])[0][1:], min_size)
+        volume = _labels(job.folder / "data.zarr", name, truth)
+        final.append(_scored(item, volume, truth, client, ignore))
     report = BaselineReport(
         run=str(run.path),
         truth=truth.name,
         settings=settings,
         agq=own,
         chosen=chosen,
+        final=final,
+        min_size=min_size,
         curves=curves,
         tuned_on=None if tuned_on is None else str(tuned_on.path),
         segmentation=str(job.folder / "data.zarr" / "segmentation"),
@@ -233,55 +254,12 @@ def _evidence(job: WatershedRun, grid: BlockGrid) -> Evidence:
     return collect(np.flatnonzero(present), grid, present, lambda n: open_sidecar(job.folder, n))
 
 
-def _quantile(
-    method: str, counts: BlockCounts, job: WatershedRun, thresholds: Sequence[float]
-) -> list[Point]:
-    """Agglomerate in memory by the 75 % quantile of 256-bin histograms of affinities."""
-    array = open_array(job.folder / "data.zarr", "fragments", "r")
-    need = _BYTES_PER_VOXEL * int(np.prod(array.shape))
-    if need > psutil.virtual_memory().available:
-        raise InputError(
-            f"the quantile runs in memory and needs {need / 2**30:.0f} GiB for {array.shape} "
-            "voxels; compare on a part of the volume, or with --method mean"
-        )
-    ids, places, compact = np.unique(
-        np.asarray(array[:], np.uint64), return_index=True, return_inverse=True
-    )
-    # Compact ids, for waterz makes tables of the size of the largest; 0 stays 0.
-    first = 0 if ids[0] == 0 else 1
-    volume = (compact.reshape(array.shape) + first).astype(np.uint64)
-    if first == 0:
-        ids, places = ids[1:], places[1:]
-    source = open_array(job.source, "affinities", "r")
-    affinities = np.asarray(source[:], np.float32)
-    affinities /= np.float32(255)
-    points = []
-    ascending = sorted(thresholds, reverse=True)
-    with _quiet_stdout():
-        results = waterz.agglomerate(
-            affinities,
-            [1 - t for t in ascending],
-            fragments=volume,
-            scoring_function=_QUANTILE,
-        )
-        for threshold, result in zip(ascending, results, strict=True):
-            labels = result[0] if isinstance(result, tuple) else result
-            segments: npt.NDArray[np.uint64] = labels.reshape(-1)[places]
-            points.append(point(method, {"affinity": threshold}, counts, ids, segments))
-    return points[::-1]
-
-
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Send what C++ code prints to standard error: standard output is for results."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+def _scored(
+    item: Point, volume: Volume, truth: Volume, client: Any, ignore: BorderRule | None
+) -> Point:
+    """Score a volume that a point stands for."""
+    report = evaluate(volume, truth, client=client, ignore=ignore, worst=0)
+    return replace(item, segments=report.segments, scores=report.scores())
 
 
 def _read_report(run: RunFolder) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stitch_helpers import GRID, box, make_run, write_run
+from stitch_helpers import GRID, box, make_run, same_partition, write_run
 
 from blockwise.agglomerate import Thresholds, agglomerate
 from blockwise.arrays import Volume, create_affinities, create_array, open_volume, write_chunk
@@ -18,9 +18,9 @@ from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.journal_read import Journal
 from blockwise.stitch import run_stitch
-from pipeline import baseline
 from pipeline.baseline import MEAN, QUANTILE, compare, fragment_counts
-from pipeline.evaluate import count, evaluate
+from pipeline.evaluate import evaluate
+from pipeline.quantile import quantile_segments, write_joined
 from pipeline.run_folder import RunFolder
 from pipeline.sweep import one_threshold, point, two_thresholds
 from pipeline.watershed import (
@@ -162,6 +162,7 @@ def test_the_table_scores_what_evaluate_scores(
     stitched = open_volume(report.segmentation, level=0, kind="labels")
     mean, quantile = report.chosen
     assert mean.scores == evaluate(stitched, truth).scores()
+    assert [p.scores for p in report.final] == [p.scores for p in (report.agq, *report.chosen)]
     assert (mean.method, quantile.method) == (MEAN, QUANTILE)
     assert len(report.curves) == 6
     assert mean.value("voi_sum") == min(p.value("voi_sum") for p in report.curves[:3])
@@ -191,12 +192,30 @@ def test_quantile_agglomeration_takes_the_upper_quartile(tmp_path: Path) -> None
             axes=("z", "y", "x") if data.ndim == 3 else ("c^", "z", "y", "x"),
         )
         array[:] = data
-    source = open_volume(tmp_path / "data.zarr", "fragments", kind="labels")
     job = WatershedRun(tmp_path / "data.zarr", tmp_path, grid.to_dict(), SMALL)
-    counts = count(source, source).counts
-    points = baseline._quantile(QUANTILE, counts, job, [0.15, 0.5, 0.85, 0.95])
-    assert [p.setting["affinity"] for p in points] == [0.15, 0.5, 0.85, 0.95]
-    assert [p.segments for p in points] == [1, 1, 1, 2]
+    found = quantile_segments(job, [0.85, 0.15, 0.5, 0.95])
+    assert [threshold for threshold, _, _ in found] == [0.15, 0.5, 0.85, 0.95]
+    assert [len(np.unique(segments)) for _, _, segments in found] == [1, 1, 1, 2]
+    assert all(ids.tolist() == [1, 2] for _, ids, _ in found)
+
+
+def test_joined_fragments_are_written_without_small_segments(
+    prepared: tuple[RunFolder, Volume],
+) -> None:
+    run, _ = prepared
+    job = make_fragments(run, SMALL)
+    volume = open_volume(job.folder / "data.zarr", "fragments", kind="labels")
+    fragments = volume.read((0, 0, 0), volume.shape)
+    ids = np.unique(fragments[fragments > 0])
+    segments = ids // 3
+    write_joined(job, "joined", ids, segments, 40)
+    found = open_volume(job.folder / "data.zarr", "joined", kind="labels").read(
+        (0, 0, 0), volume.shape
+    )
+    sizes = dict(zip(*np.unique(fragments[fragments > 0] // 3, return_counts=True), strict=True))
+    kept = np.array([0 if v == 0 or sizes[v // 3] < 40 else v // 3 for v in fragments.flat])
+    assert same_partition(found, kept.reshape(found.shape))
+    assert 0 < np.count_nonzero(found) < np.count_nonzero(fragments)
 
 
 def test_what_cannot_be_compared_is_one_clear_line(
