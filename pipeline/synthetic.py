@@ -2,8 +2,10 @@
 
 Stands in for real data in the demo and in scaling tests: serial sections at 30x6x6 nm with
 branching neurites in all directions, dark membranes (grey and wide where they lie flat in the
-section), mitochondria, vesicles, and per-section shift and brightness. Every voxel is a function
-of the parameters and its own position, so neither block size nor workers change the result.
+section), mitochondria, vesicles, and per-section shift and brightness. Every voxel of `block` is a
+function of the parameters and its own position, so neither block size nor workers change the
+result; `write` then gives parts of a neurite that are not connected inside the volume ids of their
+own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from scipy import ndimage
 from blockwise.arrays import create_array, write_chunk
 from blockwise.errors import InputError
 from pipeline import synthetic_tissue as tissue
+from pipeline.connected import split_labels
 from pipeline.parallel import Box, boxes, unordered
 from pipeline.synthetic_skeleton import mix, noise, skeletons, unit
 
@@ -232,6 +235,9 @@ def write(
 ) -> None:
     """Write a synthetic volume as the zarr v3 arrays ``raw`` and ``labels``.
 
+    Labels are those of a segmentation that is right about everything in the volume: each is one
+    6-connected piece (see `pipeline.connected`).
+
     Parameters
     ----------
     container : pathlib.Path
@@ -247,7 +253,7 @@ def write(
     workers : int, optional
         Threads; by default one for each processor this process may use.
     on_progress : callable, optional
-        Called with (blocks done, blocks in all) after each block.
+        Called with (blocks done, blocks in all) after each block; each is gone over four times.
 
     Raises
     ------
@@ -278,7 +284,12 @@ def write(
         # Not at creation: an array that existed keeps the attributes it was made with.
         array.update_attributes({"synthetic": asdict(params)})
     blocks = boxes((0, 0, 0), shape, chunks)
+
+    def report(done: int, _: int = 0) -> None:
+        if on_progress is not None:
+            on_progress(done, 4 * len(blocks))
+
     task = partial(_write_block, arrays, params)
     for done, _ in enumerate(unordered(task, blocks, workers=workers), 1):
-        if on_progress is not None:
-            on_progress(done, len(blocks))
+        report(done)
+    split_labels(arrays[1], workers=workers, on_progress=lambda done, _: report(len(blocks) + done))

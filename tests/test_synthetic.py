@@ -53,7 +53,7 @@ def test_write_does_not_depend_on_block_size_or_workers(tmp_path: Path) -> None:
         workers=3,
         on_progress=lambda done, total: calls.append((done, total)),
     )
-    assert calls == [(n, 18) for n in range(1, 19)]
+    assert calls == [(n, 72) for n in range(1, 73)]
     for name, dtype in (("raw", "uint8"), ("labels", "uint64")):
         a = open_volume(tmp_path / "a.zarr", name, kind="labels")
         b = open_volume(tmp_path / "b.zarr", name, kind="labels")
@@ -71,9 +71,8 @@ def test_write_over_a_volume_of_another_seed(tmp_path: Path) -> None:
         synthetic.write(tmp_path / "a.zarr", (2, 20, 30), seed=seed)
     labels = open_array(tmp_path / "a.zarr", "labels", "r")
     assert labels.attrs["synthetic"]["seed"] == 2
-    np.testing.assert_array_equal(
-        labels[:], synthetic.block((0, 0, 0), (2, 20, 30), SyntheticParams(seed=2))[1]
-    )
+    neurites = synthetic.block((0, 0, 0), (2, 20, 30), SyntheticParams(seed=2))[1]
+    np.testing.assert_array_equal(np.asarray(labels[:]) > 0, neurites > 0)
     with pytest.raises(InputError):
         synthetic.write(tmp_path / "a.zarr", (2, 20, 31))
 
