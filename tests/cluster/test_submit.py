@@ -122,7 +122,7 @@ def test_readme_line_by_line(quiet, tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     monkeypatch.setenv("RAW", str(tmp_path / "in.zarr"))
     config = yaml.safe_load((ROOT / "configs" / "slurm.yaml").read_text())
-    config["model"] = {"factory": "tests.fakes:threshold", "options": {"delay_s": 2.0}}
+    config["model"] = {"factory": "tests.fakes:threshold", "options": {"delay_s": 8.0}}
     config["blocks"] = {"read_shape": [9, 17, 17], "before": [1, 1, 1], "after": [1, 1, 1]}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
     run_dir = tmp_path / "my-volume"
@@ -131,7 +131,13 @@ def test_readme_line_by_line(quiet, tmp_path, monkeypatch):
         words = shlex.split(line.replace("/scratch/me", str(tmp_path)), comments=True)
         assert words[0] == "agq"
         process = subprocess.Popen(
-            command(*words[1:]), env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+            command(*words[1:]),
+            env=environment(),
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            # As from a terminal, also where these tests run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         if words[1] == "attach":
             wait_for(lambda: done() > 2)
