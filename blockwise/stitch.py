@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from distributed import Client
+from distributed.comm import CommClosedError
 from numpy.typing import NDArray
 
 from blockwise import contacts as contacts_module
@@ -82,7 +83,10 @@ def run_stitch(
     StitchError
         If blocks could not be relabelled, or workers kept dying. Running again does the rest.
     """
-    return _Stitch(spec, client, on_progress).run()
+    try:
+        return _Stitch(spec, client, on_progress).run()
+    except CommClosedError as error:
+        raise StitchError(f"lost the dask scheduler ({error})") from None
 
 
 class _Stitch:

@@ -349,7 +349,7 @@ def test_killed_while_relabelling(run, run_dir, client, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
     rng = np.random.default_rng(seed)
     kills = 0
@@ -364,7 +364,7 @@ def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(1))
+@pytest.mark.parametrize("seed", range(5))
 def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed):
     rng = np.random.default_rng(seed)
     killed = []
@@ -379,4 +379,30 @@ def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed):
         run_stitch(run.spec(run_dir, batch_blocks=2), cluster, kill)
         assert killed
         time.sleep(0.1)
+    assert results(run_dir) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_scheduler_stops_with_one_error_and_resumes(run, run_dir, undisturbed, seed):
+    rng = np.random.default_rng(seed)
+    step = ["contacts", "agglomerate 2/3", "lut map", "relabel", "pyramid s1"][seed]
+    script = Path(__file__).with_name("dask_process.py")
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True
+    ) as cluster:
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+
+        def kill(name: str, done: int, total: int) -> None:
+            if name == step and done >= rng.random() * total:
+                cluster.kill()
+
+        with pytest.raises(StitchError, match="lost the dask scheduler"):  # noqa: SIM117
+            with local_client(address) as client:
+                run_stitch(run.spec(run_dir), client, kill)
+        assert cluster.wait() == -signal.SIGKILL
+    assert in_a_process(run.spec(run_dir), 1, "never") == 0
     assert results(run_dir) == undisturbed
