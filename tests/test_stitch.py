@@ -349,7 +349,7 @@ def test_killed_while_relabelling(run, run_dir, client, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
     rng = np.random.default_rng(seed)
     kills = 0
@@ -364,7 +364,7 @@ def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed):
     rng = np.random.default_rng(seed)
     killed = []
@@ -384,10 +384,10 @@ def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_scheduler_stops_with_one_error_and_resumes(run, run_dir, undisturbed, seed):
     rng = np.random.default_rng(seed)
-    step = ["contacts", "agglomerate 2/3", "lut map", "relabel", "pyramid s1"][seed]
+    step = ["contacts", "agglomerate 2/3", "relabel"][seed]
     script = Path(__file__).with_name("dask_process.py")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(
