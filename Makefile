@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 DEMO := runs/demo
 
-.PHONY: demo test test-slow test-cluster lint format bench install clean
+.PHONY: demo test test-slow test-cluster lint docs format bench install clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	$(if $(TORCH_INDEX),$(BIN)/pip install -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,view,slurm]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,view,slurm,docs]'
 	@touch $@
 
 # The database that the ledger tests talk to has its own environment: it is no part of the product.
@@ -49,6 +49,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -57,4 +61,5 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/forward.py
 
 clean:
+	rm -f docs/configuration.md
 	rm -rf $(VENV) .venv-services runs build dist *.egg-info

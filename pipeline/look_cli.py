@@ -70,6 +70,10 @@ def dashboard(
     token: Annotated[
         bool, typer.Option("--token", help="Ask for a token on loopback too (shared machines).")
     ] = False,
+    ledger_uri_file: Annotated[
+        Path | None,
+        typer.Option(help="With --all: file with the MongoDB URI, instead of AGQ_MONGO_URI."),
+    ] = None,
     viewer_port: Annotated[
         int, typer.Option(help="Port of the viewer behind the links; 0 takes any free one.")
     ] = 0,
@@ -78,7 +82,7 @@ def dashboard(
     from pipeline.dashboard.runs import Runs
     from pipeline.dashboard.server import Dashboard, serve
 
-    runs = Runs(*_sources(target, everything))
+    runs = Runs(*_sources(target, everything, ledger_uri_file))
     lines = runs.listing()
     if not lines:
         raise InputError(f"no run in {target or DEFAULT_RUNS} and none in a ledger; name a run")
@@ -140,12 +144,14 @@ def _writable(file: Path) -> Path:
     return file
 
 
-def _sources(target: Path | None, everything: bool) -> tuple[list[Path], Path | None, Any]:
+def _sources(
+    target: Path | None, everything: bool, uri_file: Path | None
+) -> tuple[list[Path], Path | None, Any]:
     """Return run folders, a folder of run folders, and the ledger."""
     from blockwise.ledger import LedgerSettings, connect
     from pipeline.cli import read_target
 
-    settings = LedgerSettings()
+    settings = LedgerSettings(uri_file=uri_file)
     if everything:
         return [], target or DEFAULT_RUNS, connect(settings)
     if target is None:

@@ -117,6 +117,9 @@ def start_view(neuroglancer: Any, state: Any, first: Layer, at: Sequence[int] | 
     position = [o / s + a + 0.5 for o, s, a in zip(offset, size, middle, strict=True)]
     state.position = position[::-1]
     state.cross_section_scale = 1.0
+    # The whole volume fits into the 3-D panel.
+    extent = [n * s for n, s in zip(first.data.shape[-3:], size, strict=True)]
+    state.projection_scale = 1.5 * max(extent) / size[-1]
     state.layout = "4panel"
 
 
