@@ -15,6 +15,7 @@ from blockwise.errors import InputError
 from blockwise.files import make_folder, write_atomic
 from blockwise.predict_spec import Session, session_path
 from pipeline.config import Config
+from pipeline.run_folder import RunFolder
 from pipeline.run_status import QueueStatus
 from pipeline.slurm import client
 from pipeline.slurm.scripts import (
@@ -248,7 +249,10 @@ def submit_all(config: Config, stages: Sequence[Stage], *, after_predict: bool =
         elif after_predict:
             before = jobs.latest("coordinator")
             if before is None or not client.queue([before]):
-                raise InputError("--after predict: no prediction of this run is in the queue")
+                stages_done = RunFolder(run_dir).record()["stages"]
+                if stages_done.get("predict", {}).get("state") != "done":
+                    raise InputError("--after predict: no prediction of this run is in the queue")
+                before = None  # it has ended meanwhile
         if "stitch" in stages:
             _submit(jobs, run_dir, "stitch", after=f"afterok:{before}" if before else None)
     return jobs
