@@ -91,6 +91,8 @@ IMAGE = "localhost/agq-test-image"
 @pytest.fixture
 def builder(tmp_path: Path) -> Iterator[list[str]]:
     """A builder without a daemon, with a stand-in for Debian's base image made on the spot."""
+    if not os.environ.get("AGQ_TEST_IMAGE"):
+        pytest.skip("an image takes half an hour and gigabytes: set AGQ_TEST_IMAGE=1 to build it")
     missing = [tool for tool in ("buildah", "mmdebstrap") if shutil.which(tool) is None]
     if missing or os.getuid() != 0:
         pytest.skip(f"no image builder: {', '.join(missing) or 'not root'}")
@@ -136,7 +138,9 @@ def test_image_is_built_and_runs_the_demo(builder: list[str], tmp_path: Path) ->
         return call([*run, *words], 600)
 
     assert inside("id", "-u").strip() == "1000"
-    size = int(inside("du", "-sk", "--one-file-system", "/").split()[0]) / 2**20
+    # What the image consists of; other folders are small or closed to its user.
+    sizes = inside("du", "-sk", "/opt/agq", "/usr").splitlines()
+    size = sum(int(line.split()[0]) for line in sizes) / 2**20
     print(f"image: {size:.2f} GiB")
     assert size < 2.5
     inside("agq", "synthetic", "/runs/in.zarr", "--shape", "18,120,120", "--seed", "7")
