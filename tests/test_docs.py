@@ -47,7 +47,7 @@ def mentioned() -> Iterator[tuple[str, list[str]]]:
             line.strip()
             for _, kind, body in fences(file)
             if kind in ("sh", "console")
-            for line in body.splitlines()
+            for line in body.replace("\\\n", " ").splitlines()
         ]
         lines += re.findall(r"`(agq [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
         for line in lines:

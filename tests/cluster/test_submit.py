@@ -136,8 +136,6 @@ def test_readme_line_by_line(quiet, tmp_path, monkeypatch):
             cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
-            # As from a terminal, also where these tests run in the background.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         if words[1] == "attach":
             wait_for(lambda: done() > 2)
