@@ -165,6 +165,10 @@ def test_totals_never_go_back(ledger):
 # The feeder
 
 
+def totals(ledger, stage):
+    return ledger.find_run("r")["stages"][stage].get("totals", {})
+
+
 def test_feeder_delivers_everything(ledger, tmp_path):
     run = {"host": "h", "config": {"ledger": {"uri": "mongodb://u:secret@h/"}, "a.b": 2**70}}
     folders = {"predict": tmp_path / "predict", "relabel": tmp_path / "relabel"}
@@ -176,7 +180,9 @@ def test_feeder_delivers_everything(ledger, tmp_path):
             writer.finish(record(block, "failed" if block % 50 == 7 else "done"))
         writer.begin(300, 1)
         feeder.update_stage("predict", state="running", blocks_total=400)
-        wait_for(lambda: ledger.find_run("r")["stages"]["predict"]["totals"]["done"] == 294)
+        # The run is there before its stages are.
+        wait_for(lambda: "predict" in (ledger.find_run("r") or {}).get("stages", {}))
+        wait_for(lambda: totals(ledger, "predict").get("done") == 294)
         (worker,) = ledger.find_workers("r", "predict", running=True)
         assert worker["current"] == [
             {"block": 300, "attempt": 1, "begun": worker["current"][0]["begun"]}
