@@ -165,7 +165,7 @@ def test_totals_never_go_back(ledger):
 # The feeder
 
 
-def totals(ledger, stage):
+def stage_totals(ledger, stage):
     return ledger.find_run("r")["stages"][stage].get("totals", {})
 
 
@@ -182,7 +182,7 @@ def test_feeder_delivers_everything(ledger, tmp_path):
         feeder.update_stage("predict", state="running", blocks_total=400)
         # The run is there before its stages are.
         wait_for(lambda: "predict" in (ledger.find_run("r") or {}).get("stages", {}))
-        wait_for(lambda: totals(ledger, "predict").get("done") == 294)
+        wait_for(lambda: stage_totals(ledger, "predict").get("done") == 294)
         (worker,) = ledger.find_workers("r", "predict", running=True)
         assert worker["current"] == [
             {"block": 300, "attempt": 1, "begun": worker["current"][0]["begun"]}

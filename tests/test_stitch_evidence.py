@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import zarr
-from runs import agq
 from stitch_helpers import GRID, make_run, same_partition, write_run
 from test_contacts import OVERLAP, files, from_sidecars, grid, rows
 from test_stitch import expected_segments, segmentation
@@ -17,6 +16,7 @@ from blockwise.contacts_volume import contacts_from_volume, read_evidence
 from blockwise.errors import InputError
 from blockwise.stitch import local_client, run_stitch
 from blockwise.stitch_import import Fragments, import_fragments, local_labels
+from tests.runs import agq
 
 
 @pytest.fixture(scope="module")
