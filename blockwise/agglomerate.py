@@ -24,8 +24,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from blockwise.agglomerate_graph import EdgeTable, Graph, MergeTable, contract, positions
-from blockwise.agglomerate_kernel import positive_components
+from blockwise.agglomerate_graph import Graph, MergeTable, ScoreTable, contract, positions
+from blockwise.components import connected_components
 from blockwise.contacts import HALF_UNITS, ContactTable, merge_contacts
 from blockwise.errors import InputError
 
@@ -121,13 +121,14 @@ def scores(
     across, within, overlap = thresholds.half_units
     margin, rows = thresholds.margin_half_units, contacts
     weight = rows.across_count
-    union = rows.size_u + rows.size_v - rows.overlap
-    agreement = HALF_UNITS * rows.overlap - overlap * union
     value = rows.across_sum - across * weight
-    if thresholds.evidence == "both":
-        value = np.where(agreement < 0, rows.across_sum - within * weight, value)
-    elif thresholds.evidence == "overlap":
-        value, weight = agreement, union
+    if thresholds.evidence != "affinity":
+        union = rows.size_u + rows.size_v - rows.overlap
+        agreement = HALF_UNITS * rows.overlap - overlap * union
+        if thresholds.evidence == "both":
+            value = np.where(agreement < 0, rows.across_sum - within * weight, value)
+        else:
+            value, weight = agreement, union
     if thresholds.min_contact > 0:
         enough = rows.across_count >= thresholds.min_contact
         value, weight = value * enough, weight * enough
@@ -141,15 +142,13 @@ def scores(
     return numerator - margin * denominator, denominator
 
 
-def score_edges(contacts: ContactTable, thresholds: Thresholds) -> EdgeTable:
-    """Return the contacts that count as edges between fragments."""
+def score_contacts(contacts: ContactTable, thresholds: Thresholds) -> ScoreTable:
+    """Return the contacts that count, with their scores."""
     numerator, denominator = scores(contacts, thresholds)
     keep = denominator > 0
     if bool(keep.all()):
-        return EdgeTable.original(contacts.u, contacts.v, numerator, denominator)
-    return EdgeTable.original(
-        contacts.u[keep], contacts.v[keep], numerator[keep], denominator[keep]
-    )
+        return ScoreTable(contacts.u, contacts.v, numerator, denominator)
+    return ScoreTable(contacts.u[keep], contacts.v[keep], numerator[keep], denominator[keep])
 
 
 def agglomerate(
@@ -174,7 +173,6 @@ def agglomerate(
     if len(ids) and (ids[0] == 0 or bool(np.any(ids[1:] == ids[:-1]))):
         raise InputError("fragment ids: they must be distinct and not 0 (background)")
     contacts = merge_contacts([contacts])
-    edges = score_edges(contacts, thresholds)
-    merges, _ = contract(Graph(ids, np.zeros(len(ids), np.uint8), edges))
-    roots = positive_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
+    merges, _ = contract(Graph.of_fragments(ids, score_contacts(contacts, thresholds)))
+    roots = connected_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
     return Agglomeration(ids, ids[roots], merges)

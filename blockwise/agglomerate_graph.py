@@ -1,27 +1,36 @@
 """Exact agglomeration of one part of a larger graph: merge what is certain, hand up the rest.
 
 A *superblock* holds a box of blocks. Its nodes are clusters, named by their smallest fragment id.
-A node that touches a fragment outside the superblock is *open*: not all of its edges are known, so
-it must not merge here. Any two other nodes that are each other's best neighbour would merge in the
+All contacts of its fragments are known, those with fragments outside too; what is not known is what
+happens outside. But pooled edges never beat the better of their parents, so whatever happens there,
+no edge of a node to the outside will beat the best one that the contacts say it has: its *reach*.
+Two nodes that are each other's best neighbour, better than the reach of both, would merge in the
 global run too (reducibility, see :mod:`blockwise.agglomerate`), so they merge now. A node whose
-best neighbour may not merge here has to wait: no later merge can change its best edge, because
-pooled edges never beat the better of their parents.
+reach is as good as its best edge inside has to wait, and so has a node whose best neighbour waits.
 
-Nodes that are neither open nor waiting have no positive edge left; they can never merge again and
-leave with their edges. What remains, the *residual* graph, goes up to the parent superblock, where
-it is joined with its siblings' and with the contacts between them. Open nodes have never merged,
-so those contacts still name original fragments. At the root nothing is open.
+Nodes that neither wait nor have a positive edge to the outside have none inside either; they can
+never merge again and leave with their edges. What remains, the *residual* graph, goes up to the
+parent superblock, where it is joined with its siblings' and with the contacts between them. For
+that, each contact across a face keeps the original fragment outside, and the superblock there
+keeps which of its clusters holds that fragment. At the root nothing lies outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockwise.agglomerate_kernel import Contraction, agglomerate_edges, positive_components
+from blockwise.agglomerate_kernel import (
+    Contraction,
+    agglomerate_edges,
+    pooled_edges,
+    raise_reach,
+)
+from blockwise.components import connected_components
 from blockwise.errors import InputError
 
 MAX_EDGES = 2**30
@@ -61,69 +70,162 @@ class MergeTable:
 
 
 @dataclass(frozen=True)
-class EdgeTable:
-    """Scored edges between clusters.
+class ScoreTable:
+    """Scored contacts between fragments.
 
     Attributes
     ----------
     u, v
-        Smallest fragment id of each end, uint64, ``u < v``; distinct pairs.
+        Fragment ids, uint64, ``u < v``.
     numerator, denominator
         Score as an exact fraction in half units, int64, denominator positive.
-    key_u, key_v
-        Smallest original edge pooled in this one, uint64: what orders equal scores.
     """
 
     u: NDArray[np.uint64]
     v: NDArray[np.uint64]
     numerator: NDArray[np.int64]
     denominator: NDArray[np.int64]
-    key_u: NDArray[np.uint64]
-    key_v: NDArray[np.uint64]
 
     def __len__(self) -> int:
         return len(self.u)
 
-    @classmethod
-    def original(
-        cls,
-        u: NDArray[np.uint64],
-        v: NDArray[np.uint64],
-        numerator: NDArray[np.int64],
-        denominator: NDArray[np.int64],
-    ) -> EdgeTable:
-        """Return edges between fragments, each its own key."""
-        return cls(u, v, numerator, denominator, u, v)
+
+_IDS, _SUMS = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+_NOTHING = ScoreTable(_IDS, _IDS, _SUMS, _SUMS)
+
+
+@dataclass(frozen=True)
+class EdgeTable:
+    """Scored edges between clusters.
+
+    Attributes
+    ----------
+    ends
+        Rows of both ends in the list of nodes, int32 (n, 2).
+    numerator, denominator
+        Score as an exact fraction in half units, int64, denominator positive.
+    keys
+        Smallest original edge pooled in this one, uint64 (n, 2): what orders equal scores.
+    """
+
+    ends: NDArray[np.int32]
+    numerator: NDArray[np.int64]
+    denominator: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+@dataclass(frozen=True)
+class UpperFace:
+    """Contacts across an upper face of a superblock.
+
+    Attributes
+    ----------
+    node
+        Row of the cluster inside, int32.
+    fragments
+        The original contact: fragment inside and fragment outside, uint64 (n, 2).
+    numerator, denominator
+        Its score, int64.
+    """
+
+    node: NDArray[np.int32]
+    fragments: NDArray[np.uint64]
+    numerator: NDArray[np.int64]
+    denominator: NDArray[np.int64]
 
     @classmethod
-    def concatenate(cls, tables: Sequence[EdgeTable]) -> EdgeTable:
-        """Return the rows of several tables."""
-        if not tables:
-            none, sums = np.zeros(0, np.uint64), np.zeros(0, np.int64)
-            return cls(none, none, sums, sums, none, none)
-        return cls(
-            *(np.concatenate([getattr(t, field.name) for t in tables]) for field in fields(cls))
-        )
+    def of_fragments(cls, ids: NDArray[np.uint64], rows: ScoreTable = _NOTHING) -> UpperFace:
+        """Return a face of original fragments, from contacts with ``u`` inside."""
+        fragments = np.stack((rows.u, rows.v), axis=1)
+        return cls(positions(ids, rows.u), fragments, rows.numerator, rows.denominator)
+
+
+@dataclass(frozen=True)
+class LowerFace:
+    """Fragments that have contacts across a lower face of a superblock.
+
+    Attributes
+    ----------
+    fragment
+        Original fragments inside, uint64, ascending.
+    node
+        Row of the cluster that each belongs to, int32.
+    numerator, denominator
+        Best positive score of its contacts across the face, int64; numerator 0: none is positive.
+    """
+
+    fragment: NDArray[np.uint64]
+    node: NDArray[np.int32]
+    numerator: NDArray[np.int64]
+    denominator: NDArray[np.int64]
+
+    @classmethod
+    def of_fragments(cls, ids: NDArray[np.uint64], rows: ScoreTable = _NOTHING) -> LowerFace:
+        """Return a face of original fragments, from contacts with ``v`` inside."""
+        fragment, row = np.unique(rows.v, return_inverse=True)
+        best = np.zeros(len(fragment), np.int64), np.ones(len(fragment), np.int64)
+        raise_reach(*best, row.astype(np.int32), rows.numerator, rows.denominator)
+        return cls(fragment, positions(ids, fragment), *best)
+
+
+Face = TypeVar("Face", UpperFace, LowerFace)
+Table = TypeVar("Table", EdgeTable, UpperFace, LowerFace)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Clusters of a superblock and the edges among them.
+    """Clusters of a superblock, the edges among them, and what lies across its faces.
 
     Attributes
     ----------
     nodes
         Smallest fragment id of each cluster, uint64, ascending.
-    outside
-        Bit mask of the faces across which a node touches fragments outside, uint8; 0: all its
-        edges are in ``edges``. Bit ``d`` is the lower face on axis ``d``, bit ``3 + d`` the upper.
     edges
-        All edges between these nodes.
+        All edges between these nodes; parallel ones add up.
+    upper, lower
+        Faces on z, y, x.
     """
 
     nodes: NDArray[np.uint64]
-    outside: NDArray[np.uint8]
     edges: EdgeTable
+    upper: tuple[UpperFace, UpperFace, UpperFace]
+    lower: tuple[LowerFace, LowerFace, LowerFace]
+
+    @classmethod
+    def of_fragments(
+        cls,
+        ids: NDArray[np.uint64],
+        contacts: ScoreTable,
+        above: Sequence[ScoreTable] = (),
+        below: Sequence[ScoreTable] = (),
+    ) -> Graph:
+        """Return the graph of original fragments.
+
+        Parameters
+        ----------
+        ids
+            All fragments inside, ascending.
+        contacts
+            Contacts between two of them.
+        above, below
+            On z, y, x: contacts across the upper faces (``u`` inside) and the lower ones (``v``
+            inside). Empty: nothing lies outside.
+
+        Raises
+        ------
+        InputError
+            If a contact names a fragment that is not there.
+        """
+        ends = np.empty((len(contacts), 2), np.int32)
+        ends[:, 0], ends[:, 1] = positions(ids, contacts.u), positions(ids, contacts.v)
+        keys = np.stack((contacts.u, contacts.v), axis=1)
+        edges = EdgeTable(ends, contacts.numerator, contacts.denominator, keys)
+        z, y, x = (UpperFace.of_fragments(ids, rows) for rows in above or [_NOTHING] * 3)
+        c, b, a = (LowerFace.of_fragments(ids, rows) for rows in below or [_NOTHING] * 3)
+        return cls(ids, edges, (z, y, x), (c, b, a))
 
 
 def positions(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -147,6 +249,8 @@ def positions(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np
 def contract(graph: Graph) -> tuple[MergeTable, Graph]:
     """Merge all that is certain in a part of the graph.
 
+    The edges of the graph given are used up: their memory may be written to.
+
     Returns
     -------
     MergeTable
@@ -160,78 +264,59 @@ def contract(graph: Graph) -> tuple[MergeTable, Graph]:
         If there are more than :data:`MAX_EDGES` edges, or sums do not fit in 64 bits.
     """
     nodes, edges = graph.nodes, graph.edges
-    first, second = positions(nodes, edges.u), positions(nodes, edges.v)
-    is_open = graph.outside != 0
+    reach = np.zeros(len(nodes), np.int64), np.ones(len(nodes), np.int64)
+    for face in (*graph.upper, *graph.lower):
+        raise_reach(*reach, face.node, face.numerator, face.denominator)
 
     # Clusters grow along positive edges only, so an edge between two components of the graph of
-    # positive edges cannot become positive here; and never, if one of them has no open node.
-    positive = edges.numerator > 0
-    component = positive_components(len(nodes), first[positive], second[positive])
-    alive = np.zeros(len(nodes), bool)
-    alive[component[is_open]] = True
-    inner = component[first] == component[second]
-    veto = np.flatnonzero(~inner & alive[component[first]] & alive[component[second]])
-    inner = np.flatnonzero(inner)
-    if len(inner) > MAX_EDGES:
+    # positive edges cannot become positive here; and never, if one of them reaches nothing outside.
+    component = connected_components(
+        len(nodes), edges.ends[:, 0], edges.ends[:, 1], edges.numerator
+    )
+    alive = np.zeros(len(nodes), np.bool_)
+    alive[component[reach[0] > 0]] = True
+    first, second = component[edges.ends[:, 0]], component[edges.ends[:, 1]]
+    inner = first == second
+    veto = ~inner & alive[first] & alive[second]
+    n_inner = int(np.count_nonzero(inner))
+    if n_inner > MAX_EDGES:
         raise InputError(
-            f"contact graph: {len(inner)} edges are more than one process can hold ({MAX_EDGES});"
+            f"contact graph: {n_inner} edges are more than one process can hold ({MAX_EDGES});"
             " set a smaller stitch.superblock"
         )
-    order = np.lexsort((edges.key_v[inner], edges.key_u[inner]))
-    done = agglomerate_edges(
-        first[inner],
-        second[inner],
-        edges.numerator[inner],
-        edges.denominator[inner],
-        order,
-        is_open,
-    )
+    apart = _take(edges, veto)
+    inside = edges if n_inner == len(edges) else _take(edges, inner)
+    del first, second, inner, veto
+    done = agglomerate_edges(inside.ends, inside.numerator, inside.denominator, inside.keys, *reach)
     merges = MergeTable(
         nodes[done.merge_u], nodes[done.merge_v], done.merge_numerator, done.merge_denominator
     )
+    n_apart = pooled_edges(apart.ends, apart.numerator, apart.denominator, apart.keys, done)
+    left = _take(inside, slice(done.edges))
+    if n_apart:
+        left = concatenate(EdgeTable, [left, _take(apart, slice(n_apart))])
     # From here on a cluster is known by its smallest node.
-    least = inner[done.edge_row]
-    residual = EdgeTable.concatenate(
-        [
-            EdgeTable(
-                nodes[done.edge_u],
-                nodes[done.edge_v],
-                done.edge_numerator,
-                done.edge_denominator,
-                edges.key_u[least],
-                edges.key_v[least],
-            ),
-            _pooled(nodes, done, first[veto], second[veto], edges, veto),
-        ]
-    )
-    stays = np.flatnonzero(done.waiting & (done.cluster == np.arange(len(nodes))))
-    return merges, Graph(nodes[stays], graph.outside[stays], residual)
+    stays = done.waiting & (done.cluster == np.arange(len(nodes)))
+    fresh = np.cumsum(stays, dtype=np.int32) - np.int32(1)
+    c, b, a = (_waiting(face, done, fresh) for face in graph.lower)
+    z, y, x = (_waiting(face, done, fresh) for face in graph.upper)
+    left = replace(left, ends=fresh[left.ends])
+    return merges, Graph(nodes[stays], left, (z, y, x), (c, b, a))
 
 
-def _pooled(
-    nodes: NDArray[np.uint64],
-    done: Contraction,
-    first: NDArray[np.int32],
-    second: NDArray[np.int32],
-    edges: EdgeTable,
-    rows: NDArray[np.int64],
-) -> EdgeTable:
-    """Return rows of ``edges``, with these ends, added up between the clusters that wait."""
-    a, b = done.cluster[first], done.cluster[second]
-    stay = done.waiting[a] & done.waiting[b]
-    a, b, rows = a[stay], b[stay], rows[stay]
-    if not len(rows):
-        return EdgeTable.concatenate([])
-    pair = (np.minimum(a, b).astype(np.int64) << 32) | np.maximum(a, b)
-    order = np.lexsort((edges.key_v[rows], edges.key_u[rows], pair))
-    pair, rows = pair[order], rows[order]
-    new = np.flatnonzero(np.concatenate(([True], pair[1:] != pair[:-1])))
-    pair, least = pair[new], rows[new]
-    return EdgeTable(
-        nodes[pair >> 32],
-        nodes[pair & 0xFFFFFFFF],
-        np.add.reduceat(edges.numerator[rows], new),
-        np.add.reduceat(edges.denominator[rows], new),
-        edges.key_u[least],
-        edges.key_v[least],
-    )
+def _take(table: Table, rows: Any) -> Table:
+    return replace(table, **{f.name: getattr(table, f.name)[rows] for f in fields(table)})
+
+
+def concatenate(kind: type[Table], tables: Sequence[Table]) -> Table:
+    """Return the rows of several tables of one kind, of at least one."""
+    if len(tables) == 1:
+        return tables[0]
+    names = [field.name for field in fields(kind)]
+    return kind(*(np.concatenate([getattr(t, name) for t in tables]) for name in names))
+
+
+def _waiting(face: Face, done: Contraction, fresh: NDArray[np.int32]) -> Face:
+    """Return the rows of a face whose clusters wait, with their new rows among the nodes."""
+    face = _take(face, done.waiting[face.node])
+    return replace(face, node=fresh[done.cluster[face.node]])

@@ -1,12 +1,13 @@
 """Compiled core of the agglomeration: an indexed heap, edge lists and a hash of live edges.
 
 Nodes are dense indices in the order of fragment ids, so comparing indices compares ids. The best
-edge of all is the best one of both its ends. If one of them must not merge, the other has to wait
-for it, which is the same as being frozen itself: its best edge can only be beaten by one that was
-better before. An edge
-keeps its row for life: pooling adds one row into another and kills it. All arrays are allocated
-before the loop and never grow. Half-edge ``2 e`` lies in the list of the first end of edge ``e``,
-``2 e + 1`` in that of the second; dead ones are dropped when their list is walked.
+edge of all is the best one of both its ends. If one of them may not merge, because the best edge
+that it has to the outside is as good or because it waits for another, both wait: its best edge can
+only be beaten by one that was better before. An edge keeps its row for life: pooling adds one row
+into another and kills it. All arrays are allocated before the loop and never grow. Half-edge
+``2 e`` lies in the list of the first end of edge ``e``, ``2 e + 1`` in that of the second; dead
+ones are dropped when their list is walked. Only positive edges are in the heap, with their score as
+a float beside them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from blockwise.agglomerate_hash import delete, empty_slots, find, lower_key, pool
+from blockwise.components import root_of
 from blockwise.errors import InputError
 
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 _EXACT_FLOAT = 2**52
 _LARGEST_SUM = 2**62
 _EXACT_PRODUCT = 2**31
@@ -29,7 +31,7 @@ _DEAD = -2
 
 @numba.njit(cache=True, nogil=True)
 def compare_fractions(n1, d1, n2, d2):  # type: ignore[no-untyped-def]
-    """Return the sign of ``n1 / d1 - n2 / d2`` for positive int64, without overflow.
+    """Return the sign of ``n1 / d1 - n2 / d2`` for int64 that are not negative, without overflow.
 
     Large operands are compared by their continued fractions (Euclid), so that no product is
     formed: sums over 10^12 voxels would need 128 bits.
@@ -53,134 +55,105 @@ def compare_fractions(n1, d1, n2, d2):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _better(a, b, num, den, quick, key, floats):  # type: ignore[no-untyped-def]
+def _better(a, fast_a, b, fast_b, num, den, keys, floats):  # type: ignore[no-untyped-def]
     # Correctly rounded quotients of exactly represented integers never swap: only when they are
     # equal do the fractions have to be compared.
-    if floats and quick[a] != quick[b]:
-        return quick[a] > quick[b]
+    if floats and fast_a != fast_b:
+        return fast_a > fast_b
     sign = compare_fractions(num[a], den[a], num[b], den[b])
     if sign != 0:
         return sign > 0
-    return key[a] < key[b]
+    return keys[a, 0] < keys[b, 0] or (keys[a, 0] == keys[b, 0] and keys[a, 1] < keys[b, 1])
 
 
 @numba.njit(cache=True, nogil=True)
-def _up(heap, place, i, num, den, quick, key, floats):  # type: ignore[no-untyped-def]
-    edge = heap[i]
+def _up(heap, fast, place, i, num, den, keys, floats):  # type: ignore[no-untyped-def]
+    edge, own = heap[i], fast[i]
     while i > 0:
         parent = (i - 1) >> 1
-        other = heap[parent]
-        if not _better(edge, other, num, den, quick, key, floats):
+        if not _better(edge, own, heap[parent], fast[parent], num, den, keys, floats):
             break
-        heap[i] = other
-        place[other] = i
+        heap[i], fast[i] = heap[parent], fast[parent]
+        place[heap[i]] = i
         i = parent
-    heap[i] = edge
+    heap[i], fast[i] = edge, own
     place[edge] = i
     return i
 
 
 @numba.njit(cache=True, nogil=True)
-def _down(heap, place, size, i, num, den, quick, key, floats):  # type: ignore[no-untyped-def]
-    edge = heap[i]
+def _down(heap, fast, place, size, i, num, den, keys, floats):  # type: ignore[no-untyped-def]
+    edge, own = heap[i], fast[i]
     while True:
         child = 2 * i + 1
         if child >= size:
             break
         right = child + 1
-        if right < size and _better(heap[right], heap[child], num, den, quick, key, floats):
+        if right < size and _better(
+            heap[right], fast[right], heap[child], fast[child], num, den, keys, floats
+        ):
             child = right
-        other = heap[child]
-        if not _better(other, edge, num, den, quick, key, floats):
+        if not _better(heap[child], fast[child], edge, own, num, den, keys, floats):
             break
-        heap[i] = other
-        place[other] = i
+        heap[i], fast[i] = heap[child], fast[child]
+        place[heap[i]] = i
         i = child
-    heap[i] = edge
+    heap[i], fast[i] = edge, own
     place[edge] = i
 
 
 @numba.njit(cache=True, nogil=True)
-def _remove(heap, place, size, edge, num, den, quick, key, floats):  # type: ignore[no-untyped-def]
+def _remove(heap, fast, place, size, edge, num, den, keys, floats):  # type: ignore[no-untyped-def]
     """Take an edge out of the heap; return the new size."""
     i = place[edge]
     place[edge] = _ABSENT
     size -= 1
     if i != size:
-        heap[i] = heap[size]
-        i = _up(heap, place, i, num, den, quick, key, floats)
-        _down(heap, place, size, i, num, den, quick, key, floats)
+        heap[i], fast[i] = heap[size], fast[size]
+        i = _up(heap, fast, place, i, num, den, keys, floats)
+        _down(heap, fast, place, size, i, num, den, keys, floats)
     return size
 
 
 @numba.njit(cache=True, nogil=True)
-def _home(pair, mask):  # type: ignore[no-untyped-def]
-    mixed = np.uint64(pair) * _MIX
-    return np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(mask))
-
-
-@numba.njit(cache=True, nogil=True)
-def _pair(a, b):  # type: ignore[no-untyped-def]
-    low, high = np.int64(min(a, b)), np.int64(max(a, b))
-    return (low << 32) | high
-
-
-@numba.njit(cache=True, nogil=True)
-def _find(pairs, pair):  # type: ignore[no-untyped-def]
-    """Return the slot of a pair, or the empty slot where it would go."""
-    mask = pairs.size - 1
-    slot = _home(pair, mask)
-    while pairs[slot] != pair and pairs[slot] >= 0:
-        slot = (slot + 1) & mask
-    return slot
-
-
-@numba.njit(cache=True, nogil=True)
-def _delete(pairs, edges, slot):  # type: ignore[no-untyped-def]
-    """Empty a slot and move later entries back, so that probing never meets a gap."""
-    mask = pairs.size - 1
-    hole = slot
-    slot = (slot + 1) & mask
-    while pairs[slot] >= 0:
-        home = _home(pairs[slot], mask)
-        if ((slot - home) & mask) >= ((slot - hole) & mask):
-            pairs[hole] = pairs[slot]
-            edges[hole] = edges[slot]
-            hole = slot
-        slot = (slot + 1) & mask
-    pairs[hole] = _ABSENT
+def _held_back(node, edge, num, den, reach_num, reach_den):  # type: ignore[no-untyped-def]
+    """Whether a node has an edge to the outside that is as good, or may be."""
+    return reach_num[node] > 0 and (
+        compare_fractions(reach_num[node], reach_den[node], num[edge], den[edge]) >= 0
+    )
 
 
 @numba.njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]
-    first, second, num, den, quick, key, floats, heap, place, heads, nexts, degree, pairs, edges,
-    parent, smallest, frozen, merges,
+    ends, num, den, keys, floats, reach_num, reach_den, heap, fast, place, heads, nexts, degree,
+    slots, parent, smallest, frozen, merges,
 ):  # fmt: skip
-    n_edges = first.size
     size = 0
-    for edge in range(n_edges):
+    for edge in range(ends.shape[0]):
         place[edge] = _ABSENT
-        a, b = first[edge], second[edge]
+        a, b = ends[edge, 0], ends[edge, 1]
         nexts[2 * edge], heads[a] = heads[a], 2 * edge
         nexts[2 * edge + 1], heads[b] = heads[b], 2 * edge + 1
         degree[a] += 1
         degree[b] += 1
-        slot = _find(pairs, _pair(a, b))
-        pairs[slot] = _pair(a, b)
-        edges[slot] = edge
         if num[edge] > 0:
-            heap[size] = edge
+            heap[size], fast[size] = edge, num[edge] / den[edge]
             place[edge] = size
             size += 1
     for i in range(size // 2 - 1, -1, -1):
-        _down(heap, place, size, i, num, den, quick, key, floats)
+        _down(heap, fast, place, size, i, num, den, keys, floats)
 
     merged = 0
     while size > 0:
         best = heap[0]
-        size = _remove(heap, place, size, best, num, den, quick, key, floats)
-        a, b = first[best], second[best]
-        if frozen[a] or frozen[b]:
+        size = _remove(heap, fast, place, size, best, num, den, keys, floats)
+        a, b = ends[best, 0], ends[best, 1]
+        if (
+            frozen[a]
+            or frozen[b]
+            or _held_back(a, best, num, den, reach_num, reach_den)
+            or _held_back(b, best, num, den, reach_num, reach_den)
+        ):
             frozen[a] = frozen[b] = True
             continue
         if degree[a] > degree[b]:
@@ -191,7 +164,9 @@ def _run(  # type: ignore[no-untyped-def]
         merged += 1
         parent[a] = b
         smallest[b] = low
-        _delete(pairs, edges, _find(pairs, _pair(a, b)))
+        if compare_fractions(reach_num[a], reach_den[a], reach_num[b], reach_den[b]) > 0:
+            reach_num[b], reach_den[b] = reach_num[a], reach_den[a]
+        delete(slots, ends, find(slots, ends, a, b))
         place[best] = _DEAD
         degree[b] -= 1
 
@@ -201,34 +176,30 @@ def _run(  # type: ignore[no-untyped-def]
             following = nexts[half]
             edge = half >> 1
             if place[edge] != _DEAD:
-                other = first[edge] if half & 1 else second[edge]
-                _delete(pairs, edges, _find(pairs, _pair(a, other)))
-                slot = _find(pairs, _pair(b, other))
-                if pairs[slot] >= 0:
-                    kept = edges[slot]
+                own = half & 1
+                other = ends[edge, 1 - own]
+                delete(slots, ends, find(slots, ends, a, other))
+                slot = find(slots, ends, b, other)
+                kept = slots[slot]
+                if kept >= 0:
                     if place[edge] >= 0:
-                        size = _remove(heap, place, size, edge, num, den, quick, key, floats)
+                        size = _remove(heap, fast, place, size, edge, num, den, keys, floats)
                     place[edge] = _DEAD
                     degree[other] -= 1
                     # A key that changes while its edge is in the heap would break the heap.
                     if place[kept] >= 0:
-                        size = _remove(heap, place, size, kept, num, den, quick, key, floats)
+                        size = _remove(heap, fast, place, size, kept, num, den, keys, floats)
                     num[kept] += num[edge]
                     den[kept] += den[edge]
-                    key[kept] = min(key[kept], key[edge])
-                    quick[kept] = num[kept] / den[kept]
+                    lower_key(keys, kept, edge)
                     if num[kept] > 0:
-                        heap[size] = kept
+                        heap[size], fast[size] = kept, num[kept] / den[kept]
                         place[kept] = size
-                        _up(heap, place, size, num, den, quick, key, floats)
+                        _up(heap, fast, place, size, num, den, keys, floats)
                         size += 1
                 else:
-                    pairs[slot] = _pair(b, other)
-                    edges[slot] = edge
-                    if half & 1:
-                        second[edge] = b
-                    else:
-                        first[edge] = b
+                    slots[slot] = edge
+                    ends[edge, own] = b
                     nexts[half] = heads[b]
                     heads[b] = half
                     degree[b] += 1
@@ -237,42 +208,46 @@ def _run(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _root(parent, node):  # type: ignore[no-untyped-def]
-    root = node
-    while parent[root] != root:
-        root = parent[root]
-    while parent[node] != root:
-        parent[node], node = root, parent[node]
-    return root
-
-
-@numba.njit(cache=True, nogil=True)
-def _clusters(parent, smallest, frozen, cluster, waiting):  # type: ignore[no-untyped-def]
+def _clusters(parent, smallest, frozen, reach_num, cluster, waiting):  # type: ignore[no-untyped-def]
     for node in range(parent.size):
-        root = _root(parent, node)
+        root = root_of(parent, node)
         cluster[node] = smallest[root]
-        waiting[node] = frozen[root]
+        waiting[node] = frozen[root] or reach_num[root] > 0
 
 
 @numba.njit(cache=True, nogil=True)
-def _unite(parent, first, second):  # type: ignore[no-untyped-def]
-    for i in range(first.size):
-        a, b = _root(parent, first[i]), _root(parent, second[i])
-        if a < b:
-            parent[b] = a
-        elif b < a:
-            parent[a] = b
-    for node in range(parent.size):
-        _root(parent, node)
+def _survivors(ends, num, den, keys, dead, place, cluster, waiting):  # type: ignore[no-untyped-def]
+    """Move the edges between waiting clusters to the front, by cluster; return how many."""
+    rows = 0
+    for row in range(ends.shape[0]):
+        if dead and place[row] == _DEAD:
+            continue
+        a, b = ends[row, 0], ends[row, 1]
+        if not (waiting[a] and waiting[b]):
+            continue
+        a, b = cluster[a], cluster[b]
+        ends[rows, 0], ends[rows, 1] = min(a, b), max(a, b)
+        num[rows], den[rows] = num[row], den[row]
+        keys[rows, 0], keys[rows, 1] = keys[row, 0], keys[row, 1]
+        rows += 1
+    return rows
 
 
-def positive_components(
-    n_nodes: int, first: NDArray[np.int32], second: NDArray[np.int32]
-) -> NDArray[np.int32]:
-    """Return the smallest node of each node's connected component, int32, (n_nodes,)."""
-    parent = np.arange(n_nodes, dtype=np.int32)
-    _unite(parent, first, second)
-    return parent
+@numba.njit(cache=True, nogil=True)
+def raise_reach(reach_num, reach_den, node, num, den):  # type: ignore[no-untyped-def]
+    """Raise the best score that nodes have outside to those of some edges (only if positive)."""
+    for i in range(node.size):
+        n = node[i]
+        if num[i] > 0 and compare_fractions(num[i], den[i], reach_num[n], reach_den[n]) > 0:
+            reach_num[n], reach_den[n] = num[i], den[i]
+
+
+@numba.njit(cache=True, nogil=True)
+def _weight(num, den):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(num.size):
+        total += abs(float(num[i])) + float(den[i])
+    return total
 
 
 @dataclass(frozen=True)
@@ -282,12 +257,12 @@ class Contraction:
     Attributes
     ----------
     cluster, waiting
-        Smallest node of each node's cluster (int32), and whether the cluster is frozen or waits.
+        Smallest node of each node's cluster (int32), and whether the cluster may still merge.
     merge_u, merge_v, merge_numerator, merge_denominator
         Merges in order: smallest node of each of the two clusters (``u < v``) and score, int64.
-    edge_u, edge_v, edge_row, edge_numerator, edge_denominator
-        Edges between clusters that wait: smallest nodes of both (``u < v``), row of the original
-        edge with the smallest key, and score, int64.
+    edges
+        Number of edges between clusters that wait; they are the first rows of the arrays given,
+        their ends the smallest nodes of both clusters, in ascending order.
     """
 
     cluster: NDArray[np.int32]
@@ -296,79 +271,70 @@ class Contraction:
     merge_v: NDArray[np.int64]
     merge_numerator: NDArray[np.int64]
     merge_denominator: NDArray[np.int64]
-    edge_u: NDArray[np.int32]
-    edge_v: NDArray[np.int32]
-    edge_row: NDArray[np.int64]
-    edge_numerator: NDArray[np.int64]
-    edge_denominator: NDArray[np.int64]
+    edges: int
 
 
 def agglomerate_edges(
-    first: NDArray[np.int32],
-    second: NDArray[np.int32],
+    ends: NDArray[np.int32],
     numerator: NDArray[np.int64],
     denominator: NDArray[np.int64],
-    order: NDArray[np.int64],
-    frozen: NDArray[np.bool_],
+    keys: NDArray[np.uint64],
+    reach_numerator: NDArray[np.int64],
+    reach_denominator: NDArray[np.int64],
 ) -> Contraction:
-    """Agglomerate a graph of distinct edges between dense nodes.
+    """Agglomerate a graph between dense nodes, in the memory of its arrays.
 
     Parameters
     ----------
-    first, second
-        Ends, int32, every pair once.
+    ends
+        Nodes of each edge, int32 (n, 2); parallel edges add up.
     numerator, denominator
         Score of each edge, int64, denominator positive.
-    order
-        Rows in ascending order of the key that breaks ties, int64.
-    frozen
-        Nodes that must not merge, bool, (n_nodes,).
+    keys
+        Smallest original edge pooled in each, uint64 (n, 2): what orders equal scores.
+    reach_numerator, reach_denominator
+        For each node a bound on the score of its edges to nodes outside, int64; numerator 0: it
+        has no positive one.
 
     Raises
     ------
     InputError
         If sums over all edges could overflow int64.
     """
-    n_edges, n_nodes = len(first), len(frozen)
-    num, den = numerator.astype(np.int64), denominator.astype(np.int64)
-    key = np.empty(n_edges, np.int64)
-    key[order] = np.arange(n_edges)
-    bound = float(np.abs(num).sum(dtype=np.float64) + den.sum(dtype=np.float64))
+    bound = float(_weight(numerator, denominator))
     if bound >= _LARGEST_SUM:
         raise InputError("contact graph: the sums of all contacts do not fit in 64 bits")
-    slots = 1 << max(4, int(2 * n_edges - 1).bit_length())
+    slots = empty_slots(len(ends))
+    rows = pool(slots, ends, numerator, denominator, keys)
+    ends, num, den, keys = ends[:rows], numerator[:rows], denominator[:rows], keys[:rows]
+    n_nodes, positive = len(reach_numerator), int(np.count_nonzero(num > 0))
     parent = np.arange(n_nodes, dtype=np.int32)
     smallest = np.arange(n_nodes, dtype=np.int32)
-    first, second = first.astype(np.int32), second.astype(np.int32)
-    frozen = frozen.astype(np.bool_)
-    place = np.zeros(n_edges, np.int32)
-    merges = np.zeros((min(max(n_nodes - 1, 0), n_edges), 4), np.int64)
+    frozen = np.zeros(n_nodes, np.bool_)
+    place = np.empty(rows, np.int32)
+    merges = np.zeros((min(max(n_nodes - 1, 0), positive), 4), np.int64)
     merged = _run(
-        first,
-        second,
+        ends,
         num,
         den,
-        num / den,
-        key,
+        keys,
         bound < _EXACT_FLOAT,
-        np.zeros(n_edges, np.int32),
+        reach_numerator,
+        reach_denominator,
+        np.empty(positive, np.int32),
+        np.empty(positive, np.float64),
         place,
         np.full(n_nodes, -1, np.int32),
-        np.zeros(2 * n_edges, np.int32),
+        np.empty(2 * rows, np.int32),
         np.zeros(n_nodes, np.int32),
-        np.full(slots, _ABSENT, np.int64),
-        np.zeros(slots, np.int32),
+        slots,
         parent,
         smallest,
         frozen,
         merges,
     )
     cluster, waiting = np.empty(n_nodes, np.int32), np.empty(n_nodes, np.bool_)
-    _clusters(parent, smallest, frozen, cluster, waiting)
-    live = np.flatnonzero(place != _DEAD)
-    a, b = cluster[first[live]], cluster[second[live]]
-    keep = waiting[a] & waiting[b]
-    live, a, b = live[keep], a[keep], b[keep]
+    _clusters(parent, smallest, frozen, reach_numerator, cluster, waiting)
     return Contraction(
         cluster,
         waiting,
@@ -376,9 +342,19 @@ def agglomerate_edges(
         merge_v=merges[:merged, 1],
         merge_numerator=merges[:merged, 2],
         merge_denominator=merges[:merged, 3],
-        edge_u=np.minimum(a, b),
-        edge_v=np.maximum(a, b),
-        edge_row=order[key[live]],
-        edge_numerator=num[live],
-        edge_denominator=den[live],
+        edges=_survivors(ends, num, den, keys, True, place, cluster, waiting),
     )
+
+
+def pooled_edges(
+    ends: NDArray[np.int32],
+    numerator: NDArray[np.int64],
+    denominator: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    done: Contraction,
+) -> int:
+    """Add edges that took no part up between the clusters that wait, in place; return how many."""
+    arrays = (ends, numerator, denominator, keys)
+    none = np.zeros(0, np.int32)
+    rows = _survivors(*arrays, False, none, done.cluster, done.waiting)
+    return int(pool(empty_slots(rows), *(array[:rows] for array in arrays)))

@@ -7,18 +7,15 @@ children ``(2 z + {0, 1}, 2 y + {0, 1}, 2 x + {0, 1})`` of level ``k``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockwise.agglomerate_graph import EdgeTable, Graph
+from blockwise.agglomerate_graph import EdgeTable, Graph, LowerFace, UpperFace, concatenate
 from blockwise.grid import Voxels
 
-Faces = tuple[EdgeTable, EdgeTable, EdgeTable]
-"""Edges across the upper faces of a superblock on z, y, x: ``u`` inside, ``v`` outside."""
-
-_OUTER = np.uint8(0b111111)
+_NO_IDS = np.zeros(0, np.uint64)
 
 
 @dataclass(frozen=True, order=True)
@@ -96,38 +93,58 @@ class SuperblockTree:
         return found
 
 
-def join(
-    children: Sequence[tuple[Superblock, Graph, Faces]],
-) -> tuple[Graph, Faces]:
+def join(children: Sequence[tuple[Superblock, Graph]]) -> Graph:
     """Return the graph of a parent: its children's, and the edges between them.
 
     Parameters
     ----------
     children
-        Of one parent: place, residual graph, and edges across the upper faces.
-
-    Returns
-    -------
-    Graph
-        Its nodes are open towards faces of the parent only.
-    Faces
-        Edges across the upper faces of the parent.
+        Of one parent: place and residual graph.
     """
-    inner: list[EdgeTable] = []
-    outer: tuple[list[EdgeTable], ...] = ([], [], [])
-    nodes, outside = [], []
-    for child, graph, faces in children:
-        mask = 0
-        inner.append(graph.edges)
-        for axis in range(3):
-            upper = child.index[axis] % 2
-            # A lower child's upper face lies inside the parent, an upper child's lower one.
-            mask |= 1 << (axis if upper else 3 + axis)
-            (outer[axis] if upper else inner).append(faces[axis])
-        nodes.append(graph.nodes)
-        outside.append(graph.outside & np.uint8(_OUTER & ~np.uint8(mask)))
-    every = np.concatenate(nodes)
+    every = np.concatenate([graph.nodes for _, graph in children])
     order = np.argsort(every, kind="stable")
-    graph = Graph(every[order], np.concatenate(outside)[order], EdgeTable.concatenate(inner))
-    z, y, x = (EdgeTable.concatenate(face) for face in outer)
-    return graph, (z, y, x)
+    row = np.empty(len(every), np.int32)
+    row[order] = np.arange(len(every), dtype=np.int32)
+    starts = np.cumsum([0, *(len(graph.nodes) for _, graph in children)])
+    rows = {
+        child: row[start : start + len(graph.nodes)]
+        for (child, graph), start in zip(children, starts, strict=False)
+    }
+    graphs = dict(children)
+    edges = [replace(graph.edges, ends=rows[child][graph.edges.ends]) for child, graph in children]
+    # Nothing at first: a parent at the end of the grid has children on one side only.
+    upper = [[UpperFace.of_fragments(_NO_IDS)] for _ in range(3)]
+    lower = [[LowerFace.of_fragments(_NO_IDS)] for _ in range(3)]
+    for child, graph in children:
+        for axis in range(3):
+            above, below = graph.upper[axis], graph.lower[axis]
+            if child.index[axis] % 2:
+                upper[axis].append(replace(above, node=rows[child][above.node]))
+                continue
+            lower[axis].append(replace(below, node=rows[child][below.node]))
+            other = child.neighbor(axis, 1)
+            if other in graphs:
+                there = graphs[other].lower[axis]
+                there = replace(there, node=rows[other][there.node])
+                edges.append(_across(replace(above, node=rows[child][above.node]), there))
+    z, y, x = (concatenate(UpperFace, faces) for faces in upper)
+    c, b, a = (_ascending(concatenate(LowerFace, faces)) for faces in lower)
+    return Graph(every[order], concatenate(EdgeTable, edges), (z, y, x), (c, b, a))
+
+
+def _across(above: UpperFace, below: LowerFace) -> EdgeTable:
+    """Return the edges between two superblocks whose clusters still wait on both sides."""
+    outside = above.fragments[:, 1]
+    place = np.minimum(np.searchsorted(below.fragment, outside), max(len(below.fragment) - 1, 0))
+    known = (
+        np.flatnonzero(below.fragment[place] == outside)
+        if len(below.fragment)
+        else np.zeros(0, np.int64)
+    )
+    ends = np.stack((above.node[known], below.node[place[known]]), axis=1)
+    return EdgeTable(ends, above.numerator[known], above.denominator[known], above.fragments[known])
+
+
+def _ascending(face: LowerFace) -> LowerFace:
+    order = np.argsort(face.fragment, kind="stable")
+    return LowerFace(*(getattr(face, field.name)[order] for field in fields(face)))

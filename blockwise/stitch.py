@@ -50,7 +50,7 @@ __all__ = [
     "run_stitch",
 ]
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 """Raised whenever the same evidence would give another segmentation or other bytes."""
 
 _DONE = STATE_RANK["done"]

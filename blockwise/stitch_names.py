@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockwise.agglomerate_graph import MergeTable, positions
-from blockwise.agglomerate_kernel import positive_components
 from blockwise.agglomerate_tree import Superblock
 from blockwise.array_files import array_table, load_arrays, save_arrays, table_arrays
+from blockwise.components import connected_components
 from blockwise.relabel import BlockLut, SegmentIds
 from blockwise.stitch_files import StitchFiles
 from blockwise.stitch_tasks import load_nodes
@@ -60,7 +60,7 @@ def join_clusters(
     """Merge clusters; return the row of each entering one in the result, and the result."""
     order = np.argsort(entering.ids, kind="stable")
     table = entering.take(order)
-    root = positive_components(
+    root = connected_components(
         len(table), positions(table.ids, merges.u), positions(table.ids, merges.v)
     )
     is_root = root == np.arange(len(root))

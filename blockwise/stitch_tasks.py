@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from blockwise.agglomerate import Thresholds, score_edges
-from blockwise.agglomerate_graph import EdgeTable, Graph, contract, positions
-from blockwise.agglomerate_tree import Faces, Superblock, join
+from blockwise.agglomerate import Thresholds, score_contacts
+from blockwise.agglomerate_graph import (
+    EdgeTable,
+    Graph,
+    LowerFace,
+    ScoreTable,
+    UpperFace,
+    contract,
+)
+from blockwise.agglomerate_tree import Superblock, join
 from blockwise.array_files import array_table, load_arrays, save_arrays, table_arrays
 from blockwise.contacts import ContactTable, Evidence, NodeTable
 from blockwise.contacts_blocks import collect
@@ -80,28 +86,18 @@ def load_nodes(path: Path) -> NodeTable:
     return array_table(NodeTable, "nodes", load_arrays(path, "nodes."))
 
 
-def leaf_graph(files: StitchFiles, leaf: Superblock, thresholds: Thresholds) -> tuple[Graph, Faces]:
+def leaf_graph(files: StitchFiles, leaf: Superblock, thresholds: Thresholds) -> Graph:
     """Return the graph of a leaf; what it shares with others is read from their files."""
     path = files.evidence(leaf)
     ids = load_arrays(path, "nodes.ids")["nodes.ids"]
-    edges = score_edges(load_contacts(path, "contacts"), thresholds)
-    outside = np.zeros(len(ids), np.uint8)
-    faces: list[EdgeTable] = []
-    for axis in range(3):
-        faces.append(score_edges(load_contacts(path, f"face{axis}"), thresholds))
-        _mark(ids, outside, faces[-1].u, 3 + axis)
-        below = files.evidence(leaf.neighbor(axis, -1))
-        if below.exists():
-            _mark(
-                ids, outside, score_edges(load_contacts(below, f"face{axis}"), thresholds).v, axis
-            )
-    return Graph(ids, outside, edges), (faces[0], faces[1], faces[2])
 
+    def scored(file: Path, part: str) -> ScoreTable:
+        contacts = load_contacts(file, part) if file.exists() else ContactTable.empty()
+        return score_contacts(contacts, thresholds)
 
-def _mark(
-    ids: NDArray[np.uint64], outside: NDArray[np.uint8], touched: NDArray[np.uint64], bit: int
-) -> None:
-    outside[positions(ids, touched)] |= np.uint8(1 << bit)
+    above = [scored(path, f"face{axis}") for axis in range(3)]
+    below = [scored(files.evidence(leaf.neighbor(axis, -1)), f"face{axis}") for axis in range(3)]
+    return Graph.of_fragments(ids, scored(path, "contacts"), above, below)
 
 
 def contract_superblocks(
@@ -115,14 +111,14 @@ def contract_superblocks(
         if files.merges(superblock).exists():
             continue
         if superblock.level == 0:
-            graph, faces = leaf_graph(files, superblock, thresholds)
+            graph = leaf_graph(files, superblock, thresholds)
         else:
-            graph, faces = join([(child, *_load_graph(files.graph(child))) for child in children])
+            graph = join([(child, _load_graph(files.graph(child))) for child in children])
         merges, residual = contract(graph)
-        arrays = table_arrays("edges", residual.edges)
-        for axis, face in enumerate(faces):
-            arrays |= table_arrays(f"face{axis}", face)
-        arrays |= {"nodes": residual.nodes, "outside": residual.outside}
+        arrays = table_arrays("edges", residual.edges) | {"nodes": residual.nodes}
+        for axis in range(3):
+            arrays |= table_arrays(f"upper{axis}", residual.upper[axis])
+            arrays |= table_arrays(f"lower{axis}", residual.lower[axis])
         save_arrays(files.graph(superblock), arrays)
         # Written last: once it is there, the graph is.
         save_arrays(
@@ -131,8 +127,9 @@ def contract_superblocks(
     return len(superblocks)
 
 
-def _load_graph(path: Path) -> tuple[Graph, Faces]:
+def _load_graph(path: Path) -> Graph:
     arrays = load_arrays(path)
-    z, y, x = (array_table(EdgeTable, f"face{axis}", arrays) for axis in range(3))
     edges = array_table(EdgeTable, "edges", arrays)
-    return Graph(arrays["nodes"], arrays["outside"], edges), (z, y, x)
+    z, y, x = (array_table(UpperFace, f"upper{axis}", arrays) for axis in range(3))
+    c, b, a = (array_table(LowerFace, f"lower{axis}", arrays) for axis in range(3))
+    return Graph(arrays["nodes"], edges, (z, y, x), (c, b, a))

@@ -8,18 +8,18 @@ from agglomeration_reference import greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockwise.agglomerate_graph import EdgeTable, Graph, MergeTable, contract
+from blockwise.agglomerate_graph import Graph, MergeTable, ScoreTable, contract
 from blockwise.agglomerate_tree import Superblock, SuperblockTree, join
 from blockwise.grid import LOCAL_BITS
 
 SCORES = [-300, -20, -1, 0, 1, 20, 20, 20, 150]
 
 
-def edge_table(rows) -> EdgeTable:
+def score_table(rows) -> ScoreTable:
     u, v, numerator, denominator = (
         (list(column) for column in zip(*rows, strict=True)) if rows else ([],) * 4
     )
-    return EdgeTable.original(
+    return ScoreTable(
         np.array(u, np.uint64),
         np.array(v, np.uint64),
         np.array(numerator, np.int64),
@@ -36,8 +36,7 @@ def leaf_graphs(grid_shape, leaf_shape, nodes, rows):
         z, y, x = (int(p) // n for p, n in zip(place, leaf_shape, strict=True))
         return Superblock(0, (z, y, x))
 
-    own = {leaf: ([], [], ([], [], [])) for leaf in map(leaf_of, nodes)}
-    outside = dict.fromkeys(nodes, 0)
+    own = {leaf: ([], [], ([], [], []), ([], [], [])) for leaf in map(leaf_of, nodes)}
     for node in nodes:
         own[leaf_of(node)][0].append(node)
     for row in rows:
@@ -47,14 +46,15 @@ def leaf_graphs(grid_shape, leaf_shape, nodes, rows):
             continue
         axis = next(d for d in range(3) if lower.index[d] != upper.index[d])
         own[lower][2][axis].append(row)
-        outside[row[0]] |= 1 << (3 + axis)
-        outside[row[1]] |= 1 << axis
+        own[upper][3][axis].append(row)
     graphs = {}
-    for leaf, (members, inner, faces) in own.items():
-        members = sorted(members)
-        mask = np.array([outside[n] for n in members], np.uint8)
-        graph = Graph(np.array(members, np.uint64), mask, edge_table(inner))
-        graphs[leaf] = (graph, tuple(edge_table(face) for face in faces))
+    for leaf, (members, inner, above, below) in own.items():
+        graphs[leaf] = Graph.of_fragments(
+            np.array(sorted(members), np.uint64),
+            score_table(inner),
+            [score_table(face) for face in above],
+            [score_table(face) for face in below],
+        )
     return tree, graphs
 
 
@@ -72,14 +72,11 @@ def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None):
         above = {}
         for superblock in order:
             children = level[superblock]
-            graph, faces = (
-                join([(c, *residual[c]) for c in children]) if children else entering[superblock]
-            )
-            made, rest = contract(graph)
+            graph = join([(c, residual[c]) for c in children]) if children else entering[superblock]
+            made, above[superblock] = contract(graph)
             merges.append(made)
-            above[superblock] = (rest, faces)
         residual = above
-        sizes.append(sum(len(graph.nodes) for graph, _ in residual.values()))
+        sizes.append(sum(len(graph.nodes) for graph in residual.values()))
     assert sizes[-1] == 0  # the root hands nothing up
     cluster = {node: node for node in nodes}
 
@@ -181,7 +178,7 @@ def large_graph(seed: int, shape=(3, 4, 5), most: int = 12, scores=SCORES):
 
 def whole(nodes, rows):
     ids = np.array(sorted(nodes), np.uint64)
-    made, rest = contract(Graph(ids, np.zeros(len(ids), np.uint8), edge_table(rows)))
+    made, rest = contract(Graph.of_fragments(ids, score_table(rows)))
     assert len(rest.nodes) == len(rest.edges) == 0
     columns = (made.u, made.v, made.numerator, made.denominator)
     return sorted(zip(*(c.tolist() for c in columns), strict=True))
@@ -203,7 +200,7 @@ def test_large_graphs(seed):
 
 
 def test_superblocks_hand_up_less_than_they_get():
-    """Chains of strong contacts contract inside a superblock; only what touches outside stays."""
+    """Touching fragments outside holds a node back only while the best edge may lead there."""
     shape, leaf = (8, 8, 8), (4, 4, 4)
     rng = np.random.default_rng(0)
     nodes = [(b << LOCAL_BITS) | 1 for b in range(512)]
@@ -219,10 +216,11 @@ def test_superblocks_hand_up_less_than_they_get():
     tree, graphs = leaf_graphs(shape, leaf, nodes, rows)
     assert tree.depth == 2
     assert len(graphs) == 8
-    for graph, _ in graphs.values():
+    for graph in graphs.values():
         merges, rest = contract(graph)
-        assert len(rest.nodes) == len(graph.nodes) - len(merges) < len(graph.nodes)
-        assert np.isin(graph.nodes[graph.outside > 0], rest.nodes).all()
+        assert len(rest.nodes) == len(graph.nodes) - len(merges) < 0.75 * len(graph.nodes)
+        outside = np.concatenate([graph.nodes[face.node] for face in (*graph.upper, *graph.lower)])
+        assert np.isin(outside, rest.nodes, invert=True).any()
 
 
 def test_tree_of_uneven_grids():

@@ -1,0 +1,198 @@
+"""Stitch of made-up volumes against a plain copy, and its memory (see benchmarks/stitch.py)."""
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed import Client
+from scipy.ndimage import zoom
+from stitch_memory import peak_mib
+
+from blockwise.arrays import create_array, open_array, write_chunk
+from blockwise.files import write_atomic
+from blockwise.grid import BlockGrid
+from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo
+from blockwise.sidecar import Sidecar, SidecarFile, build_sidecar, sidecar_path
+from blockwise.stitch import StitchReport, StitchSpec, local_client, run_stitch
+
+BLOCK = (16, 256, 256)
+PATTERNS = 7
+"""Different blocks; a volume repeats them."""
+
+STEPS = ("contacts", "agglomerate", "lut", "relabel")
+"""The stitch without its pyramid."""
+
+
+@cache
+def block_arrays(pattern: int) -> tuple[np.ndarray, np.ndarray]:
+    """About 90 objects in a read window, affinities high inside them and noisy."""
+    rng = np.random.default_rng(pattern)
+    shape = tuple(n + 1 for n in BLOCK)
+    coarse = rng.integers(0, 100, (3, 8, 8)).astype(np.uint16)
+    labels = zoom(coarse, [n / c for n, c in zip(shape, coarse.shape, strict=True)], order=0)
+    noise = rng.integers(0, 60, (3, *shape), dtype=np.uint8)
+    return labels, np.uint8(255) - noise
+
+
+def print_sidecar() -> None:
+    """Print what the sidecar of a block costs."""
+    grid = BlockGrid(BLOCK, (30, 6, 6), BLOCK)
+    labels, affinities = block_arrays(0)
+    labels, affinities = labels[:16, :256, :256], affinities[:, :16, :256, :256]
+    build_sidecar(labels, affinities, grid, 0)
+    times, data = [], b""
+    for _ in range(5):
+        begun = time.perf_counter()
+        sidecar = build_sidecar(labels, affinities, grid, 0)
+        built = time.perf_counter()
+        data = sidecar.to_bytes()
+        packed = time.perf_counter()
+        file = SidecarFile(data)
+        for frame in (
+            "tables",
+            *(f"{side}_{axis}" for side in ("low", "high") for axis in range(3)),
+        ):
+            file.frame(frame)
+        times.append((built - begun, packed - built, time.perf_counter() - packed))
+    build, pack, read = (1000 * min(column) for column in zip(*times, strict=True))
+    print(
+        f"sidecar of a block: build {build:.1f} ms, pack {pack:.1f} ms, read {read:.1f} ms,"
+        f" {len(data) / 1024:.0f} KiB"
+    )
+
+
+def make_array(run_dir: Path, name: str, grid: BlockGrid) -> Any:
+    """Create an array of labels in chunks of blocks."""
+    return create_array(
+        run_dir / "data.zarr",
+        name,
+        shape=grid.volume_shape,
+        chunks=grid.write_shape,
+        dtype=np.uint64,
+        voxel_size=grid.voxel_size,
+    )
+
+
+def made_grid(blocks: Sequence[int]) -> BlockGrid:
+    """Return a grid of so many whole blocks, (z, y, x)."""
+    z, y, x = (n * b for n, b in zip(blocks, BLOCK, strict=True))
+    return BlockGrid((z, y, x), (30, 6, 6), BLOCK)
+
+
+def prepare(run_dir: Path, grid: BlockGrid) -> None:
+    """Write fragments, sidecars and journal as predict leaves them."""
+    array = make_array(run_dir, "fragments", grid)
+    known: dict[Any, Sidecar] = {}
+    with JournalWriter(run_dir / "journal" / "predict", WorkerInfo("made", "here", 1)) as journal:
+        for number in range(grid.n_blocks):
+            labels, affinities = block_arrays(number % PATTERNS)
+            start, stop = grid.read_box(number)
+            inner = grid.write_in_read(number)
+            kind = (number % PATTERNS, *inner, *(b - a for a, b in zip(start, stop, strict=True)))
+            labels = labels[tuple(slice(0, b - a) for a, b in zip(start, stop, strict=True))]
+            key = str(kind)
+            if key not in known:
+                read = tuple(slice(0, n) for n in labels.shape)
+                known[key] = build_sidecar(labels, affinities[(slice(None), *read)], grid, number)
+            write_chunk(array, grid.index(number), grid.fragment_ids(number, labels[inner]))
+            sidecar = replace(known[key], number=number)
+            write_atomic(sidecar_path(run_dir, number), sidecar.to_bytes())
+            journal.finish(BlockRecord(number, "done"))
+
+
+def copy_batch(container: str, grid: dict[str, Any], numbers: Sequence[int]) -> None:
+    """Copy blocks as a user of zarr would."""
+    blocks = BlockGrid.from_dict(grid)
+    source, target = open_array(container, "fragments", "r"), open_array(container, "copy")
+    for number in numbers:
+        start, stop = blocks.write_box(number)
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        target[box] = source[box]
+
+
+def plain_copy(client: Client, folder: Path, grid: BlockGrid) -> float:
+    """Copy the fragments on all workers; return the seconds."""
+    make_array(folder, "copy", grid)
+    numbers = np.array_split(np.arange(grid.n_blocks), 4 * len(client.ncores()))
+    begun = time.perf_counter()
+    container = str(folder / "data.zarr")
+    client.gather(
+        [client.submit(copy_batch, container, grid.to_dict(), part.tolist()) for part in numbers]
+    )
+    return time.perf_counter() - begun
+
+
+def warm_up(client: Client, folder: Path) -> None:
+    """Let every worker import and load compiled code; a run of hours does not feel that."""
+    small = made_grid((2, 2, 2))
+    for i in range(len(client.ncores())):
+        run_dir = folder / f"warm{i}"
+        prepare(run_dir, small)
+        spec = StitchSpec(run_dir=run_dir, grid=small.to_dict(), superblock=(1, 1, 1))
+        run_stitch(spec, client)
+        plain_copy(client, run_dir, small)
+
+
+def stitch_seconds(report: StitchReport) -> float:
+    """Return the seconds of the stitch without its pyramid."""
+    return sum(report.seconds[name] for name in STEPS)
+
+
+def volume(blocks: Sequence[int], workers: int | None, folder: Path) -> None:
+    """Print the time of each step of a stitch, and of a plain copy of its fragments."""
+    grid = made_grid(blocks)
+    prepare(folder, grid)
+    with local_client(workers=workers) as client:
+        warm_up(client, folder)
+        before = plain_copy(client, folder, grid)
+        report = run_stitch(StitchSpec(run_dir=folder, grid=grid.to_dict()), client)
+        cores = len(client.ncores())
+    voxels = int(np.prod(grid.volume_shape)) / 1e6
+    print(
+        f"{voxels:.0f} Mvoxel, {grid.n_blocks} blocks, {report.fragments} fragments,"
+        f" {report.contacts} contacts, {report.segments} segments, {cores} workers"
+    )
+    print(f"{'step':>12} {'s':>8} {'Mvoxel/s':>9} {'of copy':>8}")
+    rows = {"plain copy": before, **report.seconds, "stitch": stitch_seconds(report)}
+    for name, seconds in rows.items():
+        print(f"{name:>12} {seconds:8.2f} {voxels / seconds:9.1f} {seconds / before:8.2f}")
+
+
+def _measure(blocks: Sequence[int], workers: int | None, folder: Path, send: Any) -> None:
+    grid = made_grid(blocks)
+    with local_client(workers=workers) as client:
+        report = run_stitch(StitchSpec(run_dir=folder, grid=grid.to_dict()), client)
+        peaks = client.run(peak_mib)
+    send.send((max(peaks.values()), peak_mib(), report.seconds, report.fragments))
+
+
+def memory(sizes: Sequence[Sequence[int]], workers: int | None, parent: Path | None) -> None:
+    """Print the peak memory of workers and client for volumes of several sizes."""
+    spawn = multiprocessing.get_context("spawn")
+    print(
+        f"{'Mvoxel':>8} {'fragments':>10} {'stitch s':>9} {'pyramid s':>10} {'worker MiB':>11}"
+        f" {'client MiB':>11}"
+    )
+    for blocks in sizes:
+        with tempfile.TemporaryDirectory(dir=parent) as made:
+            folder = Path(made)
+            grid = made_grid(blocks)
+            prepare(folder, grid)
+            receive, send = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=_measure, args=(blocks, workers, folder, send))
+            process.start()
+            send.close()
+            worker, client, seconds, fragments = receive.recv()
+            process.join()
+        voxels = int(np.prod(grid.volume_shape)) / 1e6
+        print(
+            f"{voxels:8.0f} {fragments:10} {sum(seconds[name] for name in STEPS):9.1f}"
+            f" {seconds['pyramid']:10.1f} {worker:11.0f} {client:11.0f}",
+            flush=True,
+        )
