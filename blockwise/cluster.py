@@ -6,16 +6,58 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from distributed import Client, LocalCluster
+from distributed.security import Security
 
 from blockwise.errors import InputError
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """Certificates for a scheduler at a ``tls://`` address, as PEM files.
+
+    Attributes
+    ----------
+    ca_file
+        Authority that signed the certificates of scheduler and workers.
+    cert_file, key_file
+        Certificate and private key of this client.
+    """
+
+    ca_file: Path
+    cert_file: Path
+    key_file: Path
+
+    def security(self) -> Security:
+        """Return what dask takes.
+
+        Raises
+        ------
+        InputError
+            If a file cannot be read.
+        """
+        for name in ("ca_file", "cert_file", "key_file"):
+            try:
+                getattr(self, name).read_bytes()
+            except OSError as error:
+                path = getattr(self, name)
+                raise InputError(f"stitch.dask.{name}: {path}: {error.strerror}") from None
+        return Security(
+            tls_ca_file=str(self.ca_file),
+            tls_client_cert=str(self.cert_file),
+            tls_client_key=str(self.key_file),
+            require_encryption=True,
+        )
 
 
 @contextmanager
 def local_client(
     address: str | None = None,
     *,
+    tls: TlsFiles | None = None,
     workers: int | None = None,
     processes: bool = True,
     timeout: float = 30.0,
@@ -27,6 +69,8 @@ def local_client(
     address
         Of a running scheduler (``tcp://host:8786``, ``tls://...``); its workers must see the run
         folder under the same path. None: start a cluster on this machine, on loopback only.
+    tls
+        Certificates for a ``tls://`` address; None: those of dask's own configuration, if any.
     workers
         Worker processes of the local cluster; None: one per usable core. They have one thread
         each: the tasks hold the interpreter lock between compiled parts.
@@ -43,13 +87,17 @@ def local_client(
     Raises
     ------
     InputError
-        If nothing answers at the address.
+        If nothing answers at the address, or the certificates do not fit.
     """
     if address is not None:
+        security = None if tls is None else tls.security()
         try:
-            client = Client(address, timeout=timeout)
-        except (OSError, ValueError) as error:
-            raise InputError(f"dask scheduler {address}: cannot connect ({error})") from None
+            client = Client(address, timeout=timeout, security=security)
+        except (OSError, ValueError, TypeError) as error:
+            hint = ""
+            if tls is None and address.startswith("tls://"):
+                hint = "; name stitch.dask.ca_file, cert_file and key_file"
+            raise InputError(f"dask scheduler {address}: cannot connect ({error}){hint}") from None
         with client:
             yield client
         return

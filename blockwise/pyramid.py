@@ -1,9 +1,10 @@
 """Coarser levels of a label volume, as an OME-NGFF 0.5 multiscale image.
 
-**Downsampling.** Each coarse voxel takes the most frequent label of the voxels it covers
-(2 x 2 x 2 or 1 x 2 x 2, fewer at the end of the volume). Background counts as a label. Ties go to
-foreground before background, then to the smallest id. (The kept libraries' mode filters do not
-state their tie rule, and results that depend on one cannot be reproduced.)
+**Downsampling.** A coarse voxel covers 2 x 2 x 2 or 1 x 2 x 2 voxels, fewer at the end of the
+volume. ``majority``: it takes the most frequent label of them. Background counts as a label. Ties
+go to foreground before background, then to the smallest id. (The kept libraries' mode filters do
+not state their tie rule, and results that depend on one cannot be reproduced.) ``stride``: it takes
+the first of them, so a level is the full resolution at every n-th voxel.
 
 **Factors.** An axis is halved once it is not much coarser than the finest one (within a factor of
 the square root of 2), so 30 x 6 x 6 nm goes by (1, 2, 2) to 30 x 24 x 24 and then by (2, 2, 2).
@@ -22,7 +23,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -35,6 +36,14 @@ from blockwise.relabel import run_journalled
 
 OME_UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
 """OME-NGFF names of the world units."""
+
+Downsampling = Literal["majority", "stride"]
+"""How a coarse voxel is chosen from those it covers."""
+
+_DESCRIPTIONS: dict[Downsampling, str] = {
+    "majority": "most frequent label of the window; ties to foreground, then to the smallest id",
+    "stride": "first voxel of the window",
+}
 
 _NONE = np.uint64(0)
 
@@ -130,8 +139,10 @@ def _mode(fine, step, out):  # type: ignore[no-untyped-def]
                 out[z, y, x] = best
 
 
-def downsample(labels: NDArray[np.uint64], step: Sequence[int]) -> NDArray[np.uint64]:
-    """Return the most frequent label of each window (see the module's tie rule).
+def downsample(
+    labels: NDArray[np.uint64], step: Sequence[int], how: Downsampling = "majority"
+) -> NDArray[np.uint64]:
+    """Return one label of each window (see the module).
 
     Parameters
     ----------
@@ -139,7 +150,11 @@ def downsample(labels: NDArray[np.uint64], step: Sequence[int]) -> NDArray[np.ui
         uint64, (z, y, x).
     step
         Window in voxels, each 1 or 2; windows at the end are clipped.
+    how
+        Which label.
     """
+    if how == "stride":
+        return np.ascontiguousarray(labels[tuple(slice(None, None, n) for n in step)])
     out = np.empty([-(-n // f) for n, f in zip(labels.shape, step, strict=True)], np.uint64)
     _mode(np.ascontiguousarray(labels), _three(step), out)
     return out
@@ -203,6 +218,7 @@ def downsample_batch(
     fine: str,
     coarse: str,
     step: Sequence[int],
+    how: Downsampling,
     journal_folder: str,
     chunks: Sequence[tuple[int, Sequence[int]]],
 ) -> int:
@@ -214,6 +230,8 @@ def downsample_batch(
         Zarr container and the two arrays in it.
     step
         Downsampling from fine to coarse.
+    how
+        Which label of a window.
     journal_folder
         Of the stage's journal.
     chunks
@@ -233,7 +251,7 @@ def downsample_batch(
             slice(a * f, min(b * f, n))
             for a, b, f, n in zip(start, stop, step, source.shape, strict=True)
         )
-        labels = downsample(np.asarray(source[box]), step)
+        labels = downsample(np.asarray(source[box]), step, how)
         # A chunk of background reads as background without a file.
         if labels.any():
             write_chunk(target, places[number], labels)
@@ -248,14 +266,19 @@ def write_metadata(
     levels: Sequence[Level],
     offset: Sequence[int],
     unit: str = "nm",
+    how: Downsampling = "majority",
 ) -> None:
     """Write the OME-NGFF 0.5 ``multiscales`` and ``image-label`` metadata of a group."""
     node = zarr.open_group(store=str(container), path=group, mode="r+", zarr_format=3)
-    node.attrs["ome"] = ome_metadata(group, levels, offset, unit)
+    node.attrs["ome"] = ome_metadata(group, levels, offset, unit, how)
 
 
 def ome_metadata(
-    name: str, levels: Sequence[Level], offset: Sequence[int], unit: str = "nm"
+    name: str,
+    levels: Sequence[Level],
+    offset: Sequence[int],
+    unit: str = "nm",
+    how: Downsampling = "majority",
 ) -> dict[str, Any]:
     """Return the ``ome`` attribute of a multiscale label group (OME-NGFF 0.5)."""
     base = levels[0].voxel_size
@@ -272,7 +295,11 @@ def ome_metadata(
         "multiscales": [
             {
                 "name": name,
-                "type": "mode",
+                "type": how,
+                "metadata": {
+                    "method": "blockwise.pyramid.downsample",
+                    "description": _DESCRIPTIONS[how],
+                },
                 "axes": [
                     {"name": axis, "type": "space", "unit": OME_UNITS[unit]} for axis in "zyx"
                 ],

@@ -16,6 +16,7 @@ from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.journal import Journal
 from blockwise.journal_records import STATE_RANK
+from blockwise.pyramid import Downsampling
 from blockwise.relabel import SegmentIds
 from blockwise.stitch_steps import Step
 
@@ -46,6 +47,8 @@ class StitchSpec(BaseModel):
         Stitch although blocks failed or are missing; they stay background.
     levels
         Most levels of the pyramid, the full one included; None: down to one chunk.
+    downsampling
+        How its coarse voxels are chosen, see :mod:`blockwise.pyramid`.
     superblock
         Blocks (z, y, x) of a leaf superblock; None: a compact box that keeps all workers busy.
         The result does not depend on it.
@@ -70,6 +73,7 @@ class StitchSpec(BaseModel):
     stop: tuple[int, int, int] | None = None
     allow_missing: bool = False
     levels: int | None = Field(None, ge=1)
+    downsampling: Downsampling = "majority"
     superblock: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     batch_blocks: int = Field(512, ge=1)
 

@@ -133,7 +133,11 @@ class Writer:
         names = {level.name for level in levels[1:]} | {path.name for path in group.glob("s*")}
         outputs = [group / name for name in sorted(names - {levels[0].name})]
         step = Step(
-            self.client, self.run_dir, "pyramid", digest(key, len(levels)), [*outputs, folder]
+            self.client,
+            self.run_dir,
+            "pyramid",
+            digest(key, len(levels), self.spec.downsampling),
+            [*outputs, folder],
         )
         if step.finished() is None:
             create_levels(
@@ -144,7 +148,14 @@ class Writer:
             for i, level in enumerate(levels[1:], 1):
                 indices = coarse_chunks(indices, level.step)
                 self._coarsen(levels, i, indices, folder)
-            write_metadata(self.container, SEGMENTATION, levels, self.grid.offset, self.unit)
+            write_metadata(
+                self.container,
+                SEGMENTATION,
+                levels,
+                self.grid.offset,
+                self.unit,
+                self.spec.downsampling,
+            )
             step.finish({})
         self.report.levels = len(levels)
         self.report.end(step)
@@ -167,6 +178,7 @@ class Writer:
                     f"{SEGMENTATION}/{levels[i - 1].name}",
                     f"{SEGMENTATION}/{levels[i].name}",
                     levels[i].step,
+                    self.spec.downsampling,
                     str(folder),
                     list(zip(named[batch].tolist(), indices[batch].tolist(), strict=True)),
                 )

@@ -15,8 +15,9 @@ from rich.table import Table
 from blockwise.errors import InputError, RunStoppedError
 from model.errors import ModelInputError
 from pipeline import look_cli, stitch_cli, watch_cli
-from pipeline.config import Config, apply_override, load_config, parse_config
+from pipeline.config import Config, load_config, parse_config
 from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
+from pipeline.settings import apply_override
 from pipeline.slurm import commands as slurm_commands
 from pipeline.train_cli import checkpoint_app, train
 

@@ -1,16 +1,12 @@
-"""One YAML file describes a run: the configuration model, its reader and its error messages."""
+"""One YAML file describes a run: the configuration model (`pipeline.settings` reads it)."""
 
-import difflib
-import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from blockwise.errors import InputError
 from blockwise.ledger import LedgerSettings
+from pipeline.settings import load_yaml, parse_values
 from pipeline.slurm.section import SlurmSection
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -163,10 +159,29 @@ class DaskSection(Section):
     """Where the stitch runs."""
 
     address: str | None = None
-    """Address of a running scheduler (tcp:// or tls://); default: a local cluster."""
+    """Address of a running scheduler (tcp:// or tls://); default: a local cluster. Its workers need
+    this package and the run folder under the same path."""
+
+    ca_file: Path | None = None
+    """For a tls:// address: PEM file of the authority that signed the scheduler's certificate."""
+
+    cert_file: Path | None = None
+    """For a tls:// address: PEM file of this client's certificate."""
+
+    key_file: Path | None = None
+    """For a tls:// address: PEM file of this client's private key."""
 
     workers: PositiveInt | None = None
     """Processes of the local cluster, one thread each; default: one per core."""
+
+    @model_validator(mode="after")
+    def _certificates_are_whole(self) -> "DaskSection":
+        files = (self.ca_file, self.cert_file, self.key_file)
+        if any(files) and not all(files):
+            raise ValueError("ca_file, cert_file and key_file go together")
+        if any(files) and not (self.address or "").startswith("tls://"):
+            raise ValueError("certificates are for an address that starts with tls://")
+        return self
 
 
 class StitchSection(Section):
@@ -221,6 +236,10 @@ class PyramidSection(Section):
     levels: Annotated[int, Field(ge=0, le=20)] | Literal["auto"] = "auto"
     """Levels beyond full resolution; `auto` stops when a level fits into one block."""
 
+    downsampling: Literal["majority", "stride"] = "majority"
+    """A coarse voxel takes the most frequent label of the voxels that it covers (`majority`), or
+    that of the first of them (`stride`: quicker, with rougher borders)."""
+
 
 class OutputSection(Section):
     """What is kept."""
@@ -274,144 +293,16 @@ class Config(Section):
     """How `agq submit` runs it on a cluster."""
 
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-ModelType = TypeVar("ModelType", bound=BaseModel)
-
-
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read and check the configuration of a run; see `load_yaml`."""
+    """Read and check the configuration of a run; see `pipeline.settings.load_yaml`."""
     return load_yaml(Config, path, overrides)
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:
     """Check the configuration of a run given as a mapping."""
-    return _validated(Config, data, source)
-
-
-def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = None) -> ModelType:
-    """Read and check a YAML file.
-
-    Parameters
-    ----------
-    model
-        What the file describes.
-    path
-        YAML file. Values may hold ``${NAME}`` or ``${NAME:-default}``, replaced from the
-        environment.
-    overrides
-        ``a.b=value`` settings, with YAML values, that replace those of the file.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read or a value is wrong; the message names every field.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"config {path}: not a text file") from None
-    except OSError as error:
-        raise InputError(f"config {path}: {error.strerror or error}") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        keys = ", ".join(list(model.model_fields)[:3])
-        raise InputError(f"config {path}: expected a mapping with the keys {keys}, ...")
-    return parse_values(model, data, overrides, str(path))
-
-
-def parse_values(
-    model: type[ModelType],
-    data: dict[str, Any],
-    overrides: list[str] | None = None,
-    source: str = "settings",
-) -> ModelType:
-    """Check a mapping after ``a.b=value`` overrides; errors as in `load_yaml`."""
-    for override in overrides or []:
-        apply_override(data, override)
-    return _validated(model, data, source)
-
-
-def _validated(model: type[ModelType], data: dict[str, Any], source: str) -> ModelType:
-    expanded = _expand(data, ())
-    try:
-        return model.model_validate(expanded)
-    except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=True)
-        lines = [_explain(model, item) for item in errors]
-        raise InputError(f"{source}: " + "; ".join(lines)) from None
+    return parse_values(Config, data, source=source)
 
 
 def masked(config: Config) -> dict[str, Any]:
     """Return the configuration as plain data without any secret, for records and logs."""
     return config.model_dump(mode="json")
-
-
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Replace one value of a plain configuration by an ``a.b=value`` setting, in place."""
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {override}: expected section.field=value")
-    *parents, last = key.split(".")
-    node = data
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise InputError(f"--set {override}: {parent} is a value, not a section")
-        node = child
-    node[last] = yaml.safe_load(value)
-
-
-def _expand(value: Any, where: tuple[str, ...]) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand(item, (*where, str(key))) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, (*where, str(i))) for i, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-
-    def replace(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(2)
-        found = os.environ.get(name, default)
-        if found is None:
-            raise InputError(
-                f"{'.'.join(where)}: the environment variable {name} is not set; set it or write "
-                f"${{{name}:-default}}"
-            )
-        return found
-
-    return _VARIABLE.sub(replace, value)
-
-
-def _explain(model: type[BaseModel], item: Any) -> str:
-    """Turn one pydantic error into a line with the field's full name and, if close, the fix."""
-    loc = [part for part in item["loc"] if isinstance(part, str)]
-    field = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        valid = _fields_at(model, loc[:-1])
-        close = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else f"valid keys: {', '.join(valid)}"
-        return f"unknown key '{field}' ({hint})"
-    if item["type"] == "missing":
-        return f"{field} is missing"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    # A URI may hold a password, so the ledger's values are never repeated.
-    shown = item["input"]
-    if isinstance(shown, str | int | float | list | tuple) and "ledger" not in loc:
-        return f"{field}: {message} (got {shown!r})"
-    return f"{field}: {message}"
-
-
-def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
-    for name in loc:
-        field = model.model_fields.get(name)
-        if field is None:
-            break
-        for candidate in (field.annotation, *get_args(field.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-    return sorted(model.model_fields)

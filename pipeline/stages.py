@@ -15,6 +15,7 @@ import psutil
 from distributed import Client
 
 from blockwise.arrays import Volume, create_affinities, create_array, open_volume
+from blockwise.cluster import TlsFiles
 from blockwise.files import write_atomic
 from blockwise.grid import BlockGrid
 from blockwise.journal import BlockRecord, JournalWriter
@@ -24,7 +25,7 @@ from blockwise.mask import mask_blocks
 from blockwise.predict import PredictProgress, PredictReport, PredictSpec, run_predict
 from blockwise.processes import this_worker
 from blockwise.stitch import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
-from pipeline.config import PyramidSection, StitchSection
+from pipeline.config import DaskSection, PyramidSection, StitchSection
 from pipeline.prepare import Prepared
 from pipeline.scores import EvaluationReport
 from pipeline.session import Session
@@ -213,7 +214,16 @@ def stitch_spec(
         start=start,
         stop=stop,
         levels=None if pyramid.levels == "auto" else pyramid.levels + 1,
+        downsampling=pyramid.downsampling,
     )
+
+
+def dask_client(section: DaskSection) -> AbstractContextManager[Client]:
+    """Return a context with dask's client, as the configuration says."""
+    tls = None
+    if section.ca_file and section.cert_file and section.key_file:
+        tls = TlsFiles(section.ca_file, section.cert_file, section.key_file)
+    return local_client(section.address, tls=tls, workers=section.workers)
 
 
 def stitch(
@@ -235,7 +245,7 @@ def stitch(
     find_blocks(spec)
     with (
         session.stage("stitch", int(prepared.selected.size)) as record,
-        client or local_client(section.dask.address, workers=section.dask.workers) as dask,
+        client or dask_client(section.dask) as dask,
     ):
         session.progress.note(f"dask dashboard: {dask.dashboard_link}")
         report = run_stitch(spec, dask, on_progress=session.progress.step)
@@ -255,12 +265,13 @@ def score(session: Session) -> EvaluationReport | None:
     from pipeline.evaluate import evaluate
 
     prepared = session.prepared
-    if prepared.truth is None:
+    truth = prepared.scored_truth()
+    if truth is None:
         return None
     with session.stage("evaluate", 1) as record:
         report = evaluate(
             segmentation(prepared),
-            prepared.truth,
+            truth,
             on_progress=lambda done, total: session.progress.step("evaluate", done, total),
         )
         record["report"] = report.to_dict()

@@ -8,7 +8,8 @@ import typer
 
 from blockwise.errors import InputError
 from blockwise.files import write_atomic
-from pipeline.config import PyramidSection, Section, StitchSection, parse_values
+from pipeline.config import PyramidSection, Section, StitchSection
+from pipeline.settings import parse_values
 
 
 class VolumesSettings(Section):
@@ -116,12 +117,11 @@ def _stitch_volumes(
     voxel_size: str | None,
     changes: list[str],
 ) -> None:
-    from blockwise.cluster import local_client
     from blockwise.stitch import run_stitch
     from blockwise.stitch_import import Fragments, import_fragments
     from pipeline.locations import parse_triple
     from pipeline.progress import RunProgress
-    from pipeline.stages import stitch_spec
+    from pipeline.stages import dask_client, stitch_spec
 
     source = Fragments.open(
         fragments,
@@ -132,7 +132,7 @@ def _stitch_volumes(
     values = parse_values(VolumesSettings, thresholds, changes)
     section = values.stitch
     with (
-        local_client(section.dask.address, workers=section.dask.workers) as client,
+        dask_client(section.dask) as client,
         RunProgress(output) as progress,
     ):
         progress.note(f"dask dashboard: {client.dashboard_link}")

@@ -32,7 +32,7 @@ def train(
     """Train the network on annotated volumes; under torchrun on several GPUs."""
     from model.training.config import TrainConfig
     from model.training.loop import train as run_training
-    from pipeline.config import load_yaml
+    from pipeline.settings import load_yaml
 
     plan = load_yaml(TrainConfig, config, settings)
     if init_from is not None:

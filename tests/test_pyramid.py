@@ -36,6 +36,18 @@ def plain_mode(labels: np.ndarray, step) -> np.ndarray:
     return out
 
 
+def plain_stride(labels: np.ndarray, step) -> np.ndarray:
+    shape = [-(-n // f) for n, f in zip(labels.shape, step, strict=True)]
+    out = np.zeros(shape, np.uint64)
+    for index in np.ndindex(*shape):
+        out[index] = labels[tuple(i * f for i, f in zip(index, step, strict=True))]
+    return out
+
+
+PLAIN = {"majority": plain_mode, "stride": plain_stride}
+
+
+@pytest.mark.parametrize("how", sorted(PLAIN))
 @settings(max_examples=150, deadline=None)
 @given(
     st.tuples(*[st.integers(1, 5)] * 3),
@@ -43,11 +55,11 @@ def plain_mode(labels: np.ndarray, step) -> np.ndarray:
     st.integers(0, 2**32 - 1),
     st.integers(1, 4),
 )
-def test_downsample_is_the_mode_with_the_stated_ties(shape, step, seed, labels):
+def test_downsample_equals_the_plain_rule(how, shape, step, seed, labels):
     rng = np.random.default_rng(seed)
     values = np.array([0, 2**63 + 7, 3, 2**40, 5], np.uint64)[: labels + 1]
     volume = rng.choice(values, shape)
-    assert np.array_equal(downsample(volume, step), plain_mode(volume, step))
+    assert np.array_equal(downsample(volume, step, how), PLAIN[how](volume, step))
 
 
 def test_ties():
@@ -90,7 +102,7 @@ def test_levels_end_for_any_shape(shape):
 CHUNKS, SIZE, OFFSET = (3, 5, 4), (30, 6, 6), (60, -12, 18)
 
 
-def build(folder, volume, chosen=None):
+def build(folder, volume, chosen=None, how="majority"):
     """Write a pyramid as the stitch does; `chosen` selects the chunks of s0 that have data."""
     levels = plan_levels(volume.shape, CHUNKS, SIZE)
     create_levels(folder, "segmentation", levels, CHUNKS, OFFSET)
@@ -107,22 +119,24 @@ def build(folder, volume, chosen=None):
             f"segmentation/s{i - 1}",
             f"segmentation/s{i}",
             level.step,
+            how,
             str(folder / "journal"),
             list(zip(named, indices.tolist(), strict=True)),
         )
         assert failed == 0
-    write_metadata(folder, "segmentation", levels, OFFSET)
+    write_metadata(folder, "segmentation", levels, OFFSET, how=how)
     return levels, numbers
 
 
-def test_chunks_give_the_whole_volume_mode(tmp_path):
+@pytest.mark.parametrize("how", sorted(PLAIN))
+def test_chunks_give_the_levels_of_the_whole_volume(tmp_path, how):
     rng = np.random.default_rng(0)
     volume = rng.integers(0, 3, (10, 23, 17)).astype(np.uint64)
-    levels, numbers = build(tmp_path, volume)
+    levels, numbers = build(tmp_path, volume, how=how)
     assert sorted(numbers) == list(range(pyramid_size(levels, CHUNKS)))
     assert Journal(tmp_path / "journal").done(len(numbers)).all()
     for level in levels[1:]:
-        volume = plain_mode(volume, level.step)
+        volume = PLAIN[how](volume, level.step)
         assert np.array_equal(open_array(tmp_path, f"segmentation/{level.name}", "r")[:], volume)
 
 
@@ -136,17 +150,22 @@ def test_only_chunks_over_data_are_written(tmp_path):
         assert np.array_equal(open_array(tmp_path, f"segmentation/{level.name}", "r")[:], volume)
 
 
-def test_metadata_is_valid_and_in_place(tmp_path):
+@pytest.mark.parametrize("how", sorted(PLAIN))
+def test_metadata_is_valid_and_in_place(tmp_path, how):
     volume = np.zeros((10, 23, 17), np.uint64)
     volume[5, 11, 9] = 4
-    levels, _ = build(tmp_path, volume)
+    levels, _ = build(tmp_path, volume, how=how)
     with warnings.catch_warnings():
         # funlib.persistence 0.7 defines a pydantic model in a deprecated way when imported.
         warnings.simplefilter("ignore", DeprecationWarning)
         from funlib.persistence import open_ds
     group = zarr.open_group(str(tmp_path / "segmentation"), mode="r")
     label = ImageLabel.from_zarr(group)
+    assert label.ome_attributes.version == "0.5"
+    assert label.ome_attributes.image_label is not None
     (multiscale,) = label.ome_attributes.multiscales
+    assert multiscale.type == how
+    assert multiscale.metadata["method"] == "blockwise.pyramid.downsample"
     assert [(axis.name, axis.unit) for axis in multiscale.axes] == [
         (name, "nanometer") for name in "zyx"
     ]
@@ -198,6 +217,7 @@ def test_damaged_chunk_fails_alone(tmp_path):
         "segmentation/s0",
         "segmentation/s1",
         levels[1].step,
+        "majority",
         str(tmp_path / "journal"),
         [(0, (0, 0, 0)), (1, (0, 0, 1))],
     )

@@ -1,0 +1,79 @@
+"""Where a stitch runs: worker counts, TLS schedulers, and what it asks of a scheduler."""
+
+from pathlib import Path
+
+import pytest
+from distributed import LocalCluster
+from distributed.security import Security
+from stitch_helpers import GRID, make_run, write_run
+from test_stitch import results
+
+from blockwise.cluster import TlsFiles
+from blockwise.errors import InputError
+from blockwise.stitch import local_client, run_stitch
+from pipeline.config import DaskSection
+from pipeline.stages import dask_client
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory) -> tuple[Security, dict[str, Path]]:
+    """Return certificates made for the test, as a scheduler takes them and as files."""
+    folder, security = tmp_path_factory.mktemp("tls"), Security.temporary()
+    files = {}
+    for name, pem in (
+        ("ca_file", security.tls_ca_file),
+        ("cert_file", security.tls_client_cert),
+        ("key_file", security.tls_client_key),
+    ):
+        files[name] = folder / f"{name}.pem"
+        files[name].write_text(pem)
+    return security, files
+
+
+def test_scheduler_behind_tls(tmp_path, certificates):
+    security, files = certificates
+    run = make_run(GRID, seed=5)
+    for name in ("local", "tls"):
+        write_run(run, tmp_path / name)
+    with local_client(workers=1) as client:
+        run_stitch(run.spec(tmp_path / "local"), client)
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, security=security, protocol="tls://",
+        host="127.0.0.1", dashboard_address=None,
+    ) as cluster:  # fmt: skip
+        address = cluster.scheduler_address
+        assert address.startswith("tls://")
+        section = DaskSection(address=address, **files)
+        with dask_client(section) as client:
+            run_stitch(run.spec(tmp_path / "tls"), client)
+        with (
+            pytest.raises(InputError, match=r"cannot connect.*stitch\.dask\.ca_file"),
+            local_client(address, timeout=2),
+        ):
+            pass
+        other = Security.temporary()
+        strangers = {}
+        for name, pem in (("cert_file", other.tls_client_cert), ("key_file", other.tls_client_key)):
+            strangers[name] = tmp_path / name
+            strangers[name].write_text(pem)
+        wrong = TlsFiles(files["ca_file"], **strangers)
+        with (
+            pytest.raises(InputError, match="cannot connect"),
+            local_client(address, tls=wrong, timeout=2),
+        ):
+            pass
+    assert results(tmp_path / "tls") == results(tmp_path / "local")
+
+
+def test_certificates_are_checked_first(tmp_path, certificates):
+    _, files = certificates
+    with pytest.raises(ValueError, match="go together"):
+        DaskSection(address="tls://host:8786", ca_file=files["ca_file"])
+    with pytest.raises(ValueError, match="starts with tls://"):
+        DaskSection(address="tcp://host:8786", **files)
+    absent = TlsFiles(**files | {"key_file": tmp_path / "none.pem"})
+    with (
+        pytest.raises(InputError, match=r"stitch\.dask\.key_file: .*none\.pem: No such file"),
+        local_client("tls://127.0.0.1:1", tls=absent),
+    ):
+        pass
