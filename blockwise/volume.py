@@ -6,7 +6,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -76,6 +76,7 @@ class Volume:
     _array: Any
     _axes: tuple[int, int, int]
     _ndim: int
+    _origin: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def units(self) -> tuple[str, str, str]:
@@ -116,14 +117,41 @@ class Volume:
         ):
             raise ValueError(f"box {begin} to {end} is not inside {self.name} {self.shape}")
         selection: list[int | slice] = [0] * self._ndim
-        for axis, b, e in zip(self._axes, begin, end, strict=True):
-            selection[axis] = slice(b, e)
+        for axis, first, b, e in zip(self._axes, self._origin, begin, end, strict=True):
+            selection[axis] = slice(first + b, first + e)
         data = self._array[tuple(selection)]
         if self.format == "n5":
             data = data.read().result()
         ranks = sorted(self._axes)
         data = np.asarray(data).transpose([ranks.index(axis) for axis in self._axes])
         return np.require(data, self.dtype, ["C", "W", "O"])
+
+    def crop(self, roi: Roi) -> "Volume":
+        """Return the part of the volume inside a ROI, with its own shape and offset.
+
+        Parameters
+        ----------
+        roi
+            World units; may reach beyond the volume.
+
+        Raises
+        ------
+        InputError
+            If nothing is inside, or the ROI is not on the voxel grid.
+        """
+        common = self.roi.intersect(roi)
+        if common.empty:
+            raise InputError(f"{self.name} ({self.roi}) has no voxel inside {roi}; correct offsets")
+        start, size = common.offset - self.offset, self.voxel_size
+        if any(s % v or n % v for s, n, v in zip(start, common.shape, size, strict=True)):
+            raise InputError(
+                f"{self.name}: offset {tuple(self.offset)} and {roi} are not a whole number of"
+                f" voxels of {tuple(size)} apart; correct one offset"
+            )
+        first, shape = start / size, common.shape / size
+        z, y, x = (o + int(f) for o, f in zip(self._origin, first, strict=True))
+        d, h, w = (int(n) for n in shape)
+        return replace(self, shape=(d, h, w), offset=common.offset, _origin=(z, y, x))
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the volume, for comparing runs; JSON types only.
@@ -215,6 +243,22 @@ def open_volume(
         _axes=axes,
         _ndim=len(shape),
     )
+
+
+def open_levels(
+    path: str | os.PathLike[str], dataset: str | None = None, **options: Any
+) -> list[Volume]:
+    """Open all resolution levels of a multiscale group, finest first, or the one array named.
+
+    Arguments and errors are those of `open_volume`.
+    """
+    location = locate(path)
+    node = read_node(location, join(dataset or ""))
+    groups = [] if node is None else multiscales(node)
+    if node is None or node.shape is not None or not groups:
+        return [open_volume(path, dataset, **options)]
+    count = len(groups[0]["datasets"])
+    return [open_volume(path, dataset, level=level, **options) for level in range(count)]
 
 
 def _find(

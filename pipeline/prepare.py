@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from funlib.geometry import Coordinate, Roi
 
 from blockwise.arrays import Kind, Volume, open_volume
 from blockwise.errors import InputError
@@ -19,7 +20,7 @@ from blockwise.files import require_free_space, require_writable
 from blockwise.grid import BlockGrid
 from blockwise.ledger import connect
 from blockwise.predictor import resolve_factory
-from pipeline.config import Config, VolumeSection
+from pipeline.config import Config, RoiSection, VolumeSection
 from pipeline.importer import import_volume, is_importable
 from pipeline.run_folder import RunFolder
 
@@ -64,6 +65,12 @@ class Prepared:
     selected: npt.NDArray[np.int64]
     predictor_options: dict[str, Any]
     identity: dict[str, Any]
+
+    def scored_truth(self) -> Volume | None:
+        """Return the truth inside the ROI: outside of it nothing is segmented."""
+        if self.truth is None:
+            return None
+        return self.truth.crop(world_roi(self.box, self.grid))
 
     def disk_estimate(self) -> dict[str, int]:
         """Estimate the bytes that the selected blocks will take, by kind of output."""
@@ -115,7 +122,7 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
             )
     options, model_identity, trained_shape = _model(config, workers_here)
     grid = _grid(config, raw, trained_shape)
-    box = _roi_box(config, raw)
+    box = roi_box(config.input.roi, grid)
     prepared = Prepared(
         config=config,
         run=run,
@@ -134,6 +141,10 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
             "affinities": config.output.affinities,
         },
     )
+    try:
+        prepared.scored_truth()
+    except InputError as error:
+        raise InputError(f"evaluate.truth: {error}") from None
     if check_output:
         done = run.exists()
         if not done:
@@ -267,30 +278,41 @@ def _grid(config: Config, raw: Volume, trained: Triple | None) -> BlockGrid:
     )
 
 
-def _roi_box(config: Config, raw: Volume) -> tuple[Triple, Triple] | None:
-    """Return the ROI as voxels of the volume."""
-    roi = config.input.roi
+def roi_box(roi: RoiSection | None, grid: BlockGrid) -> tuple[Triple, Triple] | None:
+    """Return the ROI of a configuration as voxels of the volume; None for the whole volume.
+
+    Raises
+    ------
+    InputError
+        If it is not on the voxel grid, or outside the volume.
+    """
     if roi is None:
         return None
+    size, offset = np.array(tuple(grid.voxel_size)), np.array(tuple(grid.offset))
     if roi.units == "voxels":
         start = np.array(roi.offset)
         shape = np.array(roi.shape)
     else:
-        size = np.array(tuple(raw.voxel_size))
-        start, odd_start = np.divmod(np.array(roi.offset) - np.array(tuple(raw.offset)), size)
+        start, odd_start = np.divmod(np.array(roi.offset) - offset, size)
         shape, odd_shape = np.divmod(np.array(roi.shape), size)
         if odd_start.any() or odd_shape.any():
             raise InputError(
                 f"input.roi: offset {roi.offset} and shape {roi.shape} are not on the voxel grid "
-                f"(voxel size {tuple(raw.voxel_size)}, volume offset {tuple(raw.offset)})"
+                f"(voxel size {triple(size)}, volume offset {triple(offset)})"
             )
     stop = start + shape
-    if (start < 0).any() or (stop > np.array(raw.shape)).any():
+    if (start < 0).any() or (stop > np.array(grid.volume_shape)).any():
         raise InputError(
             f"input.roi: voxels {start.tolist()} to {stop.tolist()} are outside the volume of "
-            f"{list(raw.shape)} voxels"
+            f"{list(grid.volume_shape)} voxels"
         )
     return triple(start), triple(stop)
+
+
+def world_roi(box: tuple[Triple, Triple] | None, grid: BlockGrid) -> Roi:
+    """Return a voxel box of the volume in world units; None is the whole volume."""
+    start, stop = (Coordinate(corner) for corner in box or ((0, 0, 0), grid.volume_shape))
+    return Roi(grid.offset + start * grid.voxel_size, (stop - start) * grid.voxel_size)
 
 
 def triple(values: Iterable[int]) -> Triple:

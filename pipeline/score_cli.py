@@ -33,18 +33,24 @@ By = Annotated[
 
 
 def truth_of(run: RunFolder, location: str | None) -> Volume:
-    """Open the truth named, or that of a run's configuration."""
+    """Open the truth named, or that of a run's configuration; only what lies in the run's ROI."""
+    from blockwise.grid import BlockGrid
     from pipeline.config import parse_config
     from pipeline.locations import open_location
-    from pipeline.prepare import open_section
+    from pipeline.prepare import open_section, roi_box, world_roi
 
+    record = run.record()
+    config = parse_config({**record["config"], "ledger": None}, source=str(run.record_path))
     if location is not None:
-        return open_location(location, "labels")
-    recorded = {**run.record()["config"], "ledger": None}
-    section = parse_config(recorded, source=str(run.record_path)).evaluate
-    if section is None:
+        truth = open_location(location, "labels")
+    elif config.evaluate is not None:
+        truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
+    else:
         raise InputError(f"{run.path}: its configuration names no truth; give --truth")
-    return open_section(section.truth, run, "labels", "evaluate.truth")
+    if config.input.roi is None:
+        return truth
+    grid = BlockGrid.from_dict(record["identity"]["grid"])
+    return truth.crop(world_roi(roi_box(config.input.roi, grid), grid))
 
 
 def evaluate(

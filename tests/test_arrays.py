@@ -132,6 +132,26 @@ def test_zarr(tmp_path: Path, zarr_format: int, dtype: str) -> None:
     assert volume.units == ("nm", "nm", "nm")
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_crop(tmp_path: Path, zarr_format: int) -> None:
+    data = voxels()
+    put(tmp_path / "a.zarr", "raw", data, zarr_format, **PLACE)
+    whole = open_volume(tmp_path / "a.zarr", "raw")
+    part = whole.crop(Roi((90, 18, -60), (60, 18, 84)))
+    assert part.roi == Roi((90, 18, -6), (60, 18, 30))
+    np.testing.assert_array_equal(part.read((0, 0, 0), part.shape), data[1:3, 1:4, :5])
+    np.testing.assert_array_equal(part.read((1, 1, 2), (2, 3, 5)), data[2:3, 2:4, 2:5])
+    twice = pickle.loads(pickle.dumps(part.crop(Roi((120, 0, 6), (900, 900, 12)))))
+    assert twice.shape == (1, 3, 2)
+    np.testing.assert_array_equal(twice.read((0, 0, 0), (1, 3, 2)), data[2:3, 1:4, 2:4])
+    with pytest.raises(InputError, match="no voxel inside"):
+        whole.crop(Roi((300, 0, 0), (30, 6, 6)))
+    with pytest.raises(InputError, match="whole number of voxels"):
+        whole.crop(Roi((75, 12, -6), (30, 6, 6)))
+    with pytest.raises(ValueError, match="is not inside"):
+        part.read((0, 0, 0), (3, 1, 1))
+
+
 def test_sharded_zarr(tmp_path: Path) -> None:
     put(tmp_path / "a.zarr", "raw", voxels(), shards=(4, 8, 12), **PLACE)
     volume = open_volume(tmp_path / "a.zarr", "raw")

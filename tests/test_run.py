@@ -158,6 +158,38 @@ def test_a_roi_is_done_whole_blocks_and_extended_later(undisturbed, tmp_path):
     assert results(tmp_path / "run") == whole
 
 
+def test_only_the_roi_is_scored(tmp_path):
+    data = blobs((20, 50, 70))
+    truth = np.digitize(data, (60, 120)).astype(np.uint32) * (blobs(data.shape, 3) > 90)
+    write_volume(tmp_path / "in.zarr", "labels", truth)
+    container = str(tmp_path / "in.zarr")
+    sections = {
+        "input": {
+            "raw": {"path": container, "dataset": "raw"},
+            "roi": {"offset": [60, 18, 120], "shape": [150, 120, 180], "units": "world"},
+        },
+        "evaluate": {"truth": {"path": container, "dataset": "labels"}},
+    }
+    config = make_config(tmp_path, data, **sections)
+    done = agq("run", config)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    inside = truth[2:7, 3:23, 20:50]
+    assert (report["offset"], report["shape"]) == ([60, 18, 120], [5, 20, 30])
+    assert report["voxels"] == np.count_nonzero(inside)
+    labels = open_volume(tmp_path / "run/data.zarr", "segmentation", level=0, kind="labels")
+    found = labels.read((2, 3, 20), (7, 23, 50))
+    assert report["background"] == pytest.approx(np.mean(found[inside > 0] == 0))
+    again = json.loads(agq("evaluate", tmp_path / "run", "--json").stdout)
+    assert again == report
+    write_volume(tmp_path / "far.zarr", "labels", truth, offset=(30_000, 0, 0))
+    sections["evaluate"]["truth"] = {"path": str(tmp_path / "far.zarr"), "dataset": "labels"}
+    refused = agq("plan", make_config(tmp_path, data, **sections), "--no-time")
+    assert refused.returncode == 2
+    assert "evaluate.truth" in refused.stderr
+    assert "no voxel inside" in refused.stderr
+
+
 def test_masked_blocks_are_skipped_and_recorded(tmp_path):
     data = blobs((20, 50, 70))
     mask = np.zeros((4, 10, 14), np.uint8)
