@@ -16,6 +16,7 @@ from blockwise.errors import InputError, RunStoppedError
 from model.errors import ModelInputError
 from pipeline import look_cli, stitch_cli, watch_cli
 from pipeline.config import Config, load_config, parse_config
+from pipeline.export_cli import export_app
 from pipeline.score_cli import baseline_app, evaluate, skeletons, sweep
 from pipeline.settings import apply_override
 from pipeline.slurm import commands as slurm_commands
@@ -38,6 +39,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Check a configuration or pr
 app.add_typer(config_app, name="config")
 app.add_typer(baseline_app, name="baseline")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(export_app, name="export")
 for _command in (evaluate, sweep, skeletons, train):
     app.command()(_command)
 look_cli.register(app)

@@ -1,5 +1,6 @@
 """Overlap evidence, margins, and fragments of another model."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -250,3 +251,6 @@ def test_command_line(tmp_path):
     assert (tmp_path / "out" / "lut" / "segments.parquet").exists()
     assert segmentation(tmp_path / "out").any()
     assert "segments of" in done.stdout
+    assert agq("export", "precomputed", tmp_path / "out", tmp_path / "pc").returncode == 0
+    levels = list((tmp_path / "out" / "data.zarr" / "segmentation").glob("s*"))
+    assert len(json.loads((tmp_path / "pc" / "info").read_text())["scales"]) == len(levels) > 1

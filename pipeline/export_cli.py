@@ -1,0 +1,120 @@
+"""The command `agq export precomputed`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blockwise.errors import InputError
+from blockwise.precomputed import number
+
+export_app = typer.Typer(no_args_is_help=True, help="Write results in formats of other programs.")
+
+
+@export_app.callback()
+def _group() -> None:
+    """Keep the name of a single command."""
+
+
+@export_app.command("precomputed")
+def precomputed(
+    source: Annotated[
+        str, typer.Argument(help="Run folder (its segmentation), path or path::dataset.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    image: Annotated[
+        bool, typer.Option("--image", help="Grey values (raw encoding) instead of labels.")
+    ] = False,
+    chunk: Annotated[str, typer.Option(help="Voxels z,y,x of a chunk.")] = "64,64,64",
+    voxel_size: Annotated[
+        str | None, typer.Option(help="z,y,x, if the array does not say.", show_default=False)
+    ] = None,
+    offset: Annotated[
+        str | None,
+        typer.Option(
+            help="World position z,y,x of the first voxel, if the array does not say.",
+            show_default=False,
+        ),
+    ] = None,
+    unit: Annotated[str, typer.Option(help="World unit: nm, angstrom or pm.")] = "nm",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; default one per core.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a precomputed volume that is there.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+    ] = False,
+) -> None:
+    """Write a segmentation as neuroglancer "precomputed", with all levels of its pyramid.
+
+    Stopped anywhere, the same command goes on there.
+    """
+    from blockwise.cluster import local_client
+    from blockwise.precomputed import export_precomputed, plan_export
+    from pipeline.locations import parse_triple
+    from pipeline.progress import RunProgress
+
+    options: dict[str, Any] = {"kind": "raw" if image else "labels", "unit": unit}
+    if voxel_size is not None:
+        options["voxel_size"] = parse_triple("--voxel-size", voxel_size, least=1)
+    if offset is not None:
+        options["offset"] = parse_triple("--offset", offset)
+    levels, version = _levels(source, options)
+    scales = plan_export(levels, image=image, chunk=parse_triple("--chunk", chunk, least=1))
+    for volume, scale in zip(levels, scales, strict=True):
+        size = math.prod(scale.shape) * (
+            8 if scale.data_type == "uint64" else volume.dtype.itemsize
+        )
+        typer.echo(
+            f"{scale.key}: {_by(scale.shape)} voxels of {_by(scale.resolution)} nm at voxel"
+            f" {_by(scale.voxel_offset)}, {scale.chunks:,} chunks, {size / 2**30:.3g} GiB"
+            " before compression"
+        )
+        if any(scale.shift):
+            typer.echo(f"  shown {_by(scale.shift)} nm too low: no whole voxel starts there")
+    if dry_run:
+        return
+    with local_client(workers=workers) as client, RunProgress(None) as progress:
+        written = export_precomputed(
+            levels,
+            scales,
+            out,
+            client,
+            version=version,
+            overwrite=overwrite,
+            on_progress=progress.step,
+        )
+    state = "wrote" if written else "complete already:"
+    typer.echo(f"{state} {out}; serve the folder over http and open precomputed://ADDRESS")
+
+
+def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
+    """Open what is exported; return it with what changes when a run is stitched again."""
+    from blockwise.stitch_steps import Step
+    from blockwise.volume import open_levels
+    from pipeline.run_folder import RunFolder
+
+    path, _, dataset = source.partition("::")
+    run = RunFolder(Path(path))
+    foreign = (run.path / "imported.json").is_file()
+    if dataset or not (run.exists() or foreign):
+        return open_levels(path, dataset or None, **options), ""
+    if options["kind"] == "raw":
+        raise InputError(f"{path}: a run folder exports its segmentation; name path::dataset")
+    marker = Step.read(run.path, "pyramid")
+    if not marker.get("done"):
+        raise InputError(f"{path}: not stitched to the end; run `agq stitch {path}` first")
+    if "unit" in options and run.exists():
+        options["unit"] = run.record()["identity"]["raw"]["unit"]
+    elif foreign:
+        options["unit"] = json.loads((run.path / "imported.json").read_bytes())["unit"]
+    return open_levels(run.path / "data.zarr", "segmentation", **options), str(marker["key"])
+
+
+def _by(values: Any) -> str:
+    return " x ".join(number(v) for v in values)
