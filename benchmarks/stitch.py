@@ -26,6 +26,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--edges", type=float, nargs="*", default=[], help="sizes of graphs")
+    parser.add_argument(
+        "--weak",
+        type=int,
+        default=370,
+        help="highest affinity, in 1/510, of neighbours that should stay apart; a larger one makes"
+        " graphs with more positive edges",
+    )
     parser.add_argument("--leaf", type=int, nargs=3, default=[8, 8, 8], help="blocks of a leaf")
     parser.add_argument("--blocks", type=int, nargs=3, help="blocks of the volume")
     parser.add_argument("--memory", action="store_true")
@@ -34,7 +41,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where files go (default: temporary)")
     arguments = parser.parse_args()
     if arguments.edges:
-        graphs([int(n) for n in arguments.edges], arguments.folder, arguments.leaf)
+        graphs(
+            [int(n) for n in arguments.edges],
+            arguments.weak,
+            arguments.folder,
+            arguments.leaf,
+        )
     if arguments.blocks:
         print_sidecar()
         with tempfile.TemporaryDirectory(dir=arguments.folder) as made:

@@ -27,12 +27,15 @@ FRAGMENTS = 100
 BLOCK = (16, 256, 256)
 
 
-def block_contacts(number: int, grid: BlockGrid) -> tuple[np.ndarray, list[ContactTable]]:
+def block_contacts(
+    number: int, grid: BlockGrid, weak: int
+) -> tuple[np.ndarray, list[ContactTable]]:
     """Fragments of a made-up block, contacts inside it, and those across its three upper faces.
 
     Each fragment is a piece of a neurite along one axis (half of them z) that goes on into the next
     block with probability 0.9; one in 50 goes on along all axes. Fragments touch others there and
-    in their own block, as neighbours that should stay apart: about 6 edges a fragment.
+    in their own block, as neighbours that should stay apart: about 6 edges a fragment. The mean
+    affinity of those is up to ``weak`` (1/510; a contact speaks for a merge above 357).
     """
     rng = np.random.default_rng(number)
     base = number << LOCAL_BITS
@@ -60,7 +63,7 @@ def block_contacts(number: int, grid: BlockGrid) -> tuple[np.ndarray, list[Conta
         on = own[((along == axis) | large) & (rng.random(FRAGMENTS) < 0.9)]
         other = np.clip(own + rng.integers(-5, 6, FRAGMENTS), 1, FRAGMENTS)
         same = table(ContactTable.across, base + on, there + on, 360, 511)
-        rest = table(ContactTable.across, base + own, there + other, 0, 370)
+        rest = table(ContactTable.across, base + own, there + other, 0, weak)
         fresh = ~np.isin(rest.v - np.uint64(there), on) | (
             rest.u + np.uint64(there - base) != rest.v
         )
@@ -69,7 +72,7 @@ def block_contacts(number: int, grid: BlockGrid) -> tuple[np.ndarray, list[Conta
     return (base + own).astype(np.uint64), tables
 
 
-def generate(run_dir: Path, grid: BlockGrid, leaves: Sequence[Any]) -> int:
+def generate(run_dir: Path, grid: BlockGrid, weak: int, leaves: Sequence[Any]) -> int:
     """Write the evidence of made-up leaves; return the number of edges."""
     files, edges = StitchFiles(run_dir), 0
     for leaf, numbers in leaves:
@@ -77,7 +80,7 @@ def generate(run_dir: Path, grid: BlockGrid, leaves: Sequence[Any]) -> int:
         faces: list[list[ContactTable]] = [[], [], []]
         members = set(numbers)
         for number in numbers:
-            own, tables = block_contacts(number, grid)
+            own, tables = block_contacts(number, grid, weak)
             ids.append(own)
             inner.append(tables[0])
             for axis in range(3):
@@ -141,7 +144,7 @@ def graph(folder: Path, grid: BlockGrid, levels: Sequence[Sequence[Any]]) -> Non
     )
 
 
-def graphs(sizes: Sequence[int], folder: Path | None, leaf_shape: Sequence[int]) -> None:
+def graphs(sizes: Sequence[int], weak: int, folder: Path | None, leaf_shape: Sequence[int]) -> None:
     """Each size in a process of its own, so that the peaks are theirs."""
     spawn = multiprocessing.get_context("spawn")
     for size in sizes:
@@ -154,7 +157,7 @@ def graphs(sizes: Sequence[int], folder: Path | None, leaf_shape: Sequence[int])
             leaves = [(leaf, n.tolist()) for leaf, n in tree.leaves(np.arange(grid.n_blocks))]
             above = [list(level.items()) for level in tree.levels([leaf for leaf, _ in leaves])]
             with spawn.Pool(len(os.sched_getaffinity(0))) as pool:
-                pool.starmap(generate, [(here, grid, [leaf]) for leaf in leaves], chunksize=1)
+                pool.starmap(generate, [(here, grid, weak, [leaf]) for leaf in leaves], chunksize=1)
             for function, arguments in ((describe, leaves), (graph, [leaves, *above])):
                 process = spawn.Process(target=function, args=(here, grid, arguments))
                 process.start()

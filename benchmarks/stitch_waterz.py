@@ -18,7 +18,7 @@ from blockwise.stitch import StitchSpec, local_client, run_stitch
 
 SHAPE = (100, 1024, 1024)
 SCORING = "OneMinus<MeanAffinity<RegionGraphType, ScoreValue>>"
-CELL = (24, 40, 40)
+CELL = (24, 28, 28)
 """Mean size of an object's cells."""
 
 

@@ -30,7 +30,7 @@ from blockwise.agglomerate_kernel import (
     pooled_edges,
     raise_reach,
 )
-from blockwise.components import connected_components
+from blockwise.components import connected_components, split_edges
 from blockwise.errors import InputError
 
 MAX_EDGES = 2**30
@@ -275,26 +275,22 @@ def contract(graph: Graph) -> tuple[MergeTable, Graph]:
     )
     alive = np.zeros(len(nodes), np.bool_)
     alive[component[reach[0] > 0]] = True
-    first, second = component[edges.ends[:, 0]], component[edges.ends[:, 1]]
-    inner = first == second
-    veto = ~inner & alive[first] & alive[second]
-    n_inner = int(np.count_nonzero(inner))
-    if n_inner > MAX_EDGES:
+    inside, between = split_edges(
+        component, alive, (edges.ends, edges.numerator, edges.denominator, edges.keys)
+    )
+    if len(inside[0]) > MAX_EDGES:
         raise InputError(
-            f"contact graph: {n_inner} edges are more than one process can hold ({MAX_EDGES});"
-            " set a smaller stitch.superblock"
+            f"contact graph: {len(inside[0])} edges are more than one process can hold"
+            f" ({MAX_EDGES}); set a smaller stitch.superblock"
         )
-    apart = _take(edges, veto)
-    inside = edges if n_inner == len(edges) else _take(edges, inner)
-    del first, second, inner, veto
-    done = agglomerate_edges(inside.ends, inside.numerator, inside.denominator, inside.keys, *reach)
+    done = agglomerate_edges(*inside, *reach)
     merges = MergeTable(
         nodes[done.merge_u], nodes[done.merge_v], done.merge_numerator, done.merge_denominator
     )
-    n_apart = pooled_edges(apart.ends, apart.numerator, apart.denominator, apart.keys, done)
-    left = _take(inside, slice(done.edges))
-    if n_apart:
-        left = concatenate(EdgeTable, [left, _take(apart, slice(n_apart))])
+    n_between = pooled_edges(*between, done)
+    left = EdgeTable(*(column[: done.edges] for column in inside))
+    if n_between:
+        left = concatenate(EdgeTable, [left, EdgeTable(*(c[:n_between] for c in between))])
     # From here on a cluster is known by its smallest node.
     stays = done.waiting & (done.cluster == np.arange(len(nodes)))
     fresh = np.cumsum(stays, dtype=np.int32) - np.int32(1)
