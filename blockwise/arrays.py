@@ -16,7 +16,7 @@ import zarr.errors
 from zarr.storage import LocalStore
 
 from blockwise.errors import InputError
-from blockwise.files import fsync_path
+from blockwise.files import Unsynced, fsync_path
 from blockwise.volume import DTYPES, Kind, Volume, open_volume
 
 __all__ = [
@@ -115,7 +115,9 @@ def create_array(
         if parent == folder.parent:
             break
         fsync_path(parent / "zarr.json")
-    _fsync_below(folder / name / "zarr.json", folder.parent)
+    created = Unsynced()
+    created.add(folder / name / "zarr.json", folder.parent)
+    created.sync()
     return array
 
 
@@ -221,12 +223,15 @@ def chunk_file(array: "zarr.Array[Any]", index: Sequence[int]) -> Path:
 
 
 def write_chunk(
-    array: "zarr.Array[Any]", chunk_index: Sequence[int], data: npt.NDArray[Any]
+    array: "zarr.Array[Any]",
+    chunk_index: Sequence[int],
+    data: npt.NDArray[Any],
+    unsynced: Unsynced | None = None,
 ) -> None:
     """Write exactly one whole chunk, atomically and durably.
 
     zarr writes to a temporary file and renames it; the file and the folders above it up to the
-    array are synced here, so that after the return the chunk survives a power cut.
+    array are synced, so that after the return the chunk survives a power cut.
 
     Parameters
     ----------
@@ -236,6 +241,8 @@ def write_chunk(
         Place in the grid of chunks, one number per array axis.
     data
         The voxels of the chunk, clipped at the array's edge; same dtype as the array.
+    unsynced
+        Collects what is to be synced instead; the chunk is durable once that has been done.
 
     Raises
     ------
@@ -255,17 +262,11 @@ def write_chunk(
         array = array.with_config(_CONFIG)
     array[tuple(slice(b, e) for b, e in zip(start, stop, strict=True))] = data
     if isinstance(array.store_path.store, LocalStore):
-        file = chunk_file(array, chunk_index)
-        _fsync_below(file, Path(array.store_path.store.root) / array.store_path.path)
-
-
-def _fsync_below(file: Path, top: Path) -> None:
-    """Sync a file and the folders above it, up to and including `top`."""
-    fsync_path(file)
-    for folder in file.parents:
-        fsync_path(folder)
-        if folder == top:
-            return
+        written = Unsynced() if unsynced is None else unsynced
+        top = Path(array.store_path.store.root) / array.store_path.path
+        written.add(chunk_file(array, chunk_index), top)
+        if unsynced is None:
+            written.sync()
 
 
 def _reopen(

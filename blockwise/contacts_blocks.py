@@ -65,8 +65,8 @@ def face_contacts(
         u, v, (total, count), counted = _with_overlap(
             lower, upper, axis, found.u, found.v, total, count
         )
-    names, others = lower.frame("tables").get("names"), upper.frame("tables").get("names")
-    if names is not None and others is not None:
+    if lower.has("tables", "names") and upper.has("tables", "names"):
+        names, others = lower.frame("tables")["names"], upper.frame("tables")["names"]
         same = names[_rows(lower, u)] == others[_rows(upper, v)]
         total = np.where(same, SAME * count, total)
     # The upper block has the larger number, so u < v holds for the global ids.

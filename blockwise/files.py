@@ -49,6 +49,39 @@ def fsync_path(path: PathLike) -> None:
         os.close(descriptor)
 
 
+class Unsynced:
+    """Files that are written but not durable yet, synced together.
+
+    A folder that names many of them is synced once, and the device has often written a file by the
+    time it is asked to: cheaper than to wait for every file by itself.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[Path] = []
+        self._folders: dict[Path, None] = {}
+
+    def add(self, file: Path, top: Path) -> None:
+        """Take a file and the folders above it, up to and including ``top``."""
+        self._files.append(file)
+        for folder in file.parents:
+            self._folders[folder] = None
+            if folder == top:
+                return
+
+    def sync(self) -> None:
+        """Make them durable, and forget them.
+
+        Raises
+        ------
+        OSError
+            If the device reports an error; some may then not be durable.
+        """
+        files, folders = self._files, self._folders
+        self._files, self._folders = [], {}
+        for path in (*files, *folders):
+            fsync_path(path)
+
+
 def make_folder(path: PathLike) -> Path:
     """Create a folder with its missing parents and make their names durable.
 

@@ -31,6 +31,7 @@ import zarr
 from numpy.typing import NDArray
 
 from blockwise.arrays import chunk_box, create_array, open_array, write_chunk
+from blockwise.files import Unsynced
 from blockwise.grid import Voxels
 from blockwise.relabel import run_journalled
 
@@ -245,7 +246,7 @@ def downsample_batch(
     source, target = open_array(container, fine, "r"), open_array(container, coarse)
     places = {int(number): index for number, index in chunks}
 
-    def work(number: int) -> int:
+    def work(number: int, unsynced: Unsynced) -> int:
         start, stop = chunk_box(target, places[number])
         box = tuple(
             slice(a * f, min(b * f, n))
@@ -254,7 +255,7 @@ def downsample_batch(
         labels = downsample(np.asarray(source[box]), step, how)
         # A chunk of background reads as background without a file.
         if labels.any():
-            write_chunk(target, places[number], labels)
+            write_chunk(target, places[number], labels, unsynced)
         return labels.size
 
     return run_journalled(Path(journal_folder), places, work)

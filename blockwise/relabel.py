@@ -11,7 +11,8 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from blockwise.array_files import load_arrays, save_arrays
 from blockwise.arrays import open_array, write_chunk
 from blockwise.errors import InputError
+from blockwise.files import Unsynced
 from blockwise.grid import LOCAL_BITS, BlockGrid
 from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo
 
@@ -138,7 +140,11 @@ def _apply(fragments, number, lut, out):  # type: ignore[no-untyped-def]
 
 
 def relabel_block(
-    fragments: NDArray[np.uint64], number: int, lut: NDArray[np.uint64]
+    fragments: NDArray[np.uint64],
+    number: int,
+    lut: NDArray[np.uint64],
+    *,
+    in_place: bool = False,
 ) -> NDArray[np.uint64]:
     """Return the segment ids of a block's fragments.
 
@@ -148,14 +154,18 @@ def relabel_block(
         Global fragment ids of the block, uint64, (z, y, x).
     lut
         Segment ids of its local labels 1, 2, ...
+    in_place
+        Write them over the fragments, if those lie in C order: new memory takes longer to get than
+        to fill.
 
     Raises
     ------
     InputError
         If an id belongs to another block or is not in the map.
     """
-    out = np.empty(fragments.shape, np.uint64)
-    flat = np.ascontiguousarray(fragments).reshape(-1)
+    fragments = np.ascontiguousarray(fragments)
+    out = fragments if in_place else np.empty_like(fragments)
+    flat = fragments.reshape(-1)
     unknown = int(_apply(flat, np.uint64(number), np.ascontiguousarray(lut), out.reshape(-1)))
     if unknown:
         raise InputError(
@@ -198,21 +208,24 @@ def relabel_batch(
     lut = BlockLut.open(Path(lut_file))
     fragments, segments = open_array(container, source, "r"), open_array(container, target)
 
-    def work(number: int) -> int:
+    def work(number: int, unsynced: Unsynced) -> int:
         start, stop = blocks.write_box(number)
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        labels = relabel_block(np.asarray(fragments[box]), number, lut.block(number))
-        write_chunk(segments, blocks.index(number), labels)
+        labels = relabel_block(np.asarray(fragments[box]), number, lut.block(number), in_place=True)
+        write_chunk(segments, blocks.index(number), labels, unsynced)
         return labels.size
 
     return run_journalled(Path(journal_folder), numbers, work)
 
 
-def run_journalled(folder: Path, numbers: Iterable[int], work: Any) -> int:
-    """Call ``work(number) -> voxels`` for each number and record how it ended.
+def run_journalled(
+    folder: Path, numbers: Iterable[int], work: Callable[[int, Unsynced], int]
+) -> int:
+    """Call ``work(number, unsynced) -> voxels`` for each number and record how it ended.
 
-    Lines are synced together about twice a second: after a crash a little work is done again,
-    with the same result.
+    What the work adds to ``unsynced`` is made durable before its line is written. Files and lines
+    are synced together about twice a second: after a crash a little work is done again, with the
+    same result.
 
     Returns
     -------
@@ -223,30 +236,45 @@ def run_journalled(folder: Path, numbers: Iterable[int], work: Any) -> int:
     worker = WorkerInfo(
         name=f"stitch-{pid}", host=socket.gethostname(), pid=pid, started=time.time()
     )
+    unsynced = Unsynced()
     with JournalWriter(folder, worker) as journal:
         waiting: list[BlockRecord] = []
         flushed = time.monotonic()
-        for number in numbers:
-            number = int(number)
-            started = time.time()
+
+        def flush() -> int:
+            records, lost = waiting, 0
             try:
-                voxels = work(number)
-                record = BlockRecord(
-                    number, "done", started=started, finished=time.time(), voxels=voxels
-                )
+                unsynced.sync()
+            except OSError as error:
+                records = [_failed(record, error) for record in waiting]
+                lost = sum(record.state == "done" for record in waiting)
+            journal.finish_many(records)
+            waiting.clear()
+            return lost
+
+        for number in numbers:
+            record = BlockRecord(int(number), "done", started=time.time())
+            try:
+                voxels = work(record.block, unsynced)
+                waiting.append(replace(record, finished=time.time(), voxels=voxels))
             except Exception as error:
                 failed += 1
-                record = BlockRecord(
-                    number,
-                    "failed",
-                    started=started,
-                    finished=time.time(),
-                    reason=str(error),
-                    error=traceback.format_exc(),
-                )
-            waiting.append(record)
+                waiting.append(_failed(record, error))
             if time.monotonic() - flushed > _FLUSH_SECONDS:
-                journal.finish_many(waiting)
-                waiting, flushed = [], time.monotonic()
-        journal.finish_many(waiting)
+                failed += flush()
+                flushed = time.monotonic()
+        failed += flush()
     return failed
+
+
+def _failed(record: BlockRecord, error: Exception) -> BlockRecord:
+    if record.state == "failed":
+        return record
+    return BlockRecord(
+        record.block,
+        "failed",
+        started=record.started,
+        finished=time.time(),
+        reason=str(error),
+        error="".join(traceback.format_exception(error)),
+    )

@@ -17,6 +17,7 @@ needs: a face between two blocks needs one frame of each. (A zip of npy files wa
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -203,6 +204,10 @@ class SidecarFile:
             raise _damaged(f"{len(data)} of {offset} bytes")
         self._data = data
 
+    def has(self, frame: str, array: str) -> bool:
+        """Whether a frame holds an array; without decoding it."""
+        return any(array == name for name, _, _ in self._frames[frame][2])
+
     def frame(self, name: str) -> dict[str, NDArray]:
         """Return the arrays of a frame: ``tables``, ``low_0``, ``high_0``, ``outer_0``, ...
 
@@ -216,7 +221,7 @@ class SidecarFile:
             raw = zstd.decompress(self._data[offset : offset + size]) if size else b""
             arrays, at = {}, 0
             for array, dtype, shape in described:
-                count = int(np.prod(shape, dtype=np.int64))
+                count = math.prod(shape)
                 found = np.frombuffer(raw, dtype, count, at) if count else np.zeros(0, dtype)
                 arrays[array] = found.reshape(shape)
                 at += arrays[array].nbytes

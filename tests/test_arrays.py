@@ -21,7 +21,7 @@ import pytest
 import zarr
 from funlib.geometry import Coordinate, Roi
 
-from blockwise import arrays, pyramid
+from blockwise import arrays, files, pyramid
 from blockwise.arrays import create_affinities, create_array, open_array, open_volume, write_chunk
 from blockwise.errors import InputError
 
@@ -764,13 +764,13 @@ def test_write_chunk_syncs_file_and_folders(
 ) -> None:
     array = make(tmp_path)
     synced: list[Path] = []
-    real = arrays.fsync_path
+    real = files.fsync_path
 
     def record(path: Path) -> None:
         synced.append(path)
         real(path)
 
-    monkeypatch.setattr(arrays, "fsync_path", record)
+    monkeypatch.setattr(files, "fsync_path", record)
     write_chunk(array, (1, 0, 2), np.ones((2, 4, 1), np.uint64))
     top = tmp_path / "data.zarr" / "fragments"
     assert synced == [top / "c/1/0/2", top / "c/1/0", top / "c/1", top / "c", top]
