@@ -26,7 +26,7 @@ import numpy as np
 from distributed import Client
 
 from blockwise.errors import InputError
-from blockwise.files import make_folder, write_atomic
+from blockwise.files import Unsynced, make_folder, write_atomic
 from blockwise.grid import Voxels
 from blockwise.journal import Journal
 from blockwise.relabel import run_journalled
@@ -265,7 +265,8 @@ def export_batch(volume: Volume, scale: Scale, out: str, first: int, places: Seq
     """
     store = _open(scale, Path(out))
 
-    def work(number: int) -> int:
+    def work(number: int, _unsynced: Unsynced) -> int:
+        # tensorstore syncs what it writes itself.
         index = np.unravel_index(number - first, scale.grid)
         start = [int(i) * b for i, b in zip(index, scale.box, strict=True)]
         stop = [min(a + b, n) for a, b, n in zip(start, scale.box, scale.shape, strict=True)]
