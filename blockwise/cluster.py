@@ -110,7 +110,8 @@ def local_client(
             # Threads talk inside the process, without a port.
             host="127.0.0.1" if processes else None,
             dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
+            # A task's error is raised here as one line; dask would also print it as a traceback.
+            silence_logs=logging.CRITICAL,
             # A task near the root may need more than an equal share of the memory: dask would kill
             # it while the machine still has room.
             memory_limit=0,

@@ -30,6 +30,7 @@ from blockwise import sidecar as sidecar_module
 from blockwise.agglomerate_tree import Superblock, SuperblockTree
 from blockwise.array_files import save_array
 from blockwise.cluster import local_client
+from blockwise.errors import InputError
 from blockwise.files import write_atomic
 from blockwise.journal_records import STATE_RANK
 from blockwise.stitch_files import StitchFiles, groups, leaf_shape
@@ -58,12 +59,18 @@ _SKIPPED = STATE_RANK["skipped"]
 _TASKS_PER_CORE = 8
 """Of each level: enough to keep workers busy to the end, few enough for the scheduler."""
 
+_MOST_LEAVES = 50_000
+"""So that no step has more than about 10^5 tasks, and no folder more than that many files."""
+
 Family = tuple[Superblock, Sequence[Any]]
 """A superblock with its children, or a leaf with its block numbers."""
 
 
 def run_stitch(
-    spec: StitchSpec, client: Client, on_progress: Progress | None = None
+    spec: StitchSpec,
+    client: Client,
+    on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> StitchReport:
     """Stitch the fragments of a run.
 
@@ -75,6 +82,8 @@ def run_stitch(
         Dask client; its workers must see the run folder under the same path.
     on_progress
         Called with the name of the step, items done, and items in all.
+    on_note
+        Called with a line about what an earlier stitch left to do.
 
     Raises
     ------
@@ -84,16 +93,23 @@ def run_stitch(
         If blocks could not be relabelled, or workers kept dying. Running again does the rest.
     """
     try:
-        return _Stitch(spec, client, on_progress).run()
+        return _Stitch(spec, client, on_progress, on_note).run()
     except CommClosedError as error:
         raise StitchError(f"lost the dask scheduler ({error})") from None
 
 
 class _Stitch:
-    def __init__(self, spec: StitchSpec, client: Client, on_progress: Progress | None) -> None:
+    def __init__(
+        self,
+        spec: StitchSpec,
+        client: Client,
+        on_progress: Progress | None,
+        on_note: Callable[[str], None] | None,
+    ) -> None:
         self.spec = spec
         self.client = client
         self.on_progress = on_progress
+        self.on_note = on_note
         self.grid = spec.block_grid()
         self.run_dir = spec.run_dir
         self.files = StitchFiles(spec.run_dir)
@@ -143,6 +159,11 @@ class _Stitch:
         result = step.finished()
         tree = SuperblockTree(self.grid.shape, shape)
         self.leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(numbers)]
+        if len(self.leaves) > _MOST_LEAVES:
+            raise InputError(
+                f"stitch.superblock: {shape} blocks cut {len(numbers)} blocks into"
+                f" {len(self.leaves)} superblocks; choose larger ones, for at most {_MOST_LEAVES}"
+            )
         parents = tree.levels([leaf for leaf, _ in self.leaves])
         self.levels = [self.leaves]
         self.levels += [list(level.items()) for level in parents]
@@ -184,7 +205,17 @@ class _Stitch:
         step = Step(
             self.client, self.run_dir, "agglomerate", digest(key, floor), [files.agglomeration]
         )
-        if step.finished() is None:
+        if step.finished() is not None:
+            if wanted > floor:
+                self._note("margin: the stored merges are cut again, without merging anew")
+        else:
+            if known.get("done") and "contacts" in self.report.reused:
+                same = known["result"].get("rule") == key
+                self._note(
+                    f"{'margin below that of the stored merges' if same else 'rule changed'}:"
+                    " merging again, from the stored contacts; no voxel is read for it"
+                    + ("" if same else " (stitch.margin alone would only cut the stored merges)")
+                )
             at_floor = spec.thresholds(floor / contacts_module.HALF_UNITS)
             for i, level in enumerate(self.levels):
                 name = f"agglomerate {i + 1}/{len(self.levels)}"
@@ -192,7 +223,7 @@ class _Stitch:
             # The residual graphs have served; the merges are the result.
             for graph in files.agglomeration.glob("*/*.graph.npz"):
                 graph.unlink()
-            step.finish({"floor": floor})
+            step.finish({"floor": floor, "rule": key})
         self._cut = wanted - floor
         return self._end(step)
 
@@ -246,6 +277,10 @@ class _Stitch:
             [int(weights[part].sum()) for part in parts],
             self.on_progress,
         )
+
+    def _note(self, text: str) -> None:
+        if self.on_note is not None:
+            self.on_note(text)
 
     def _end(self, step: Step) -> str:
         self.report.end(step)

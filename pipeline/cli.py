@@ -297,8 +297,7 @@ def _summary(prepared: "Prepared", scores: "EvaluationReport | None") -> None:
         table.add_row("dropped by the query limit", f"{predict['dropped']:,}")
     if stitch["missing"]:
         table.add_row("missing blocks", f"{stitch['missing']:,} (background)")
-    largest = stitch["largest"][:3]
-    table.add_row("largest", ", ".join(f"{s['id']} ({s['voxels']:,} voxels)" for s in largest))
+    table.add_row("largest", stitch_cli.largest_segments(stitch))
     table.add_row("segmentation", str(run.container / "segmentation"))
     table.add_row("picture", str(run.path / f"{run.path.name}.png"))
     table.add_row("viewer", f"agq view {run.path}")
@@ -321,6 +320,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = OSError(f"{error}: free some space, then the same command goes on")
         _fail(error, EXIT_BAD_INPUT)
 
 

@@ -248,7 +248,8 @@ def stitch(
         client or dask_client(section.dask) as dask,
     ):
         session.progress.note(f"dask dashboard: {dask.dashboard_link}")
-        report = run_stitch(spec, dask, on_progress=session.progress.step)
+        progress = session.progress
+        report = run_stitch(spec, dask, on_progress=progress.step, on_note=progress.note)
         record["report"] = report.to_dict()
     return report
 

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from blockwise.errors import InputError
 from blockwise.files import write_atomic
 from pipeline.config import PyramidSection, Section, StitchSection
 from pipeline.settings import parse_values
+
+out = Console(highlight=False, soft_wrap=True)
 
 
 class VolumesSettings(Section):
@@ -106,7 +110,8 @@ def _stitch_run(target: Path, changes: list[str], allow_missing: bool) -> None:
         config = config.model_copy(update={"stitch": section})
     prepared = prepare(config)
     with open_session(prepared) as session:
-        stages.stitch(session)
+        report = stages.stitch(session)
+    out.print(stitch_table(report.to_dict(), prepared.run.container / "segmentation"))
 
 
 def _stitch_volumes(
@@ -138,10 +143,36 @@ def _stitch_volumes(
         progress.note(f"dask dashboard: {client.dashboard_link}")
         grid = import_fragments(source, output, client, progress.step)
         report = run_stitch(
-            stitch_spec(section, values.pyramid, output, grid), client, progress.step
+            stitch_spec(section, values.pyramid, output, grid),
+            client,
+            progress.step,
+            progress.note,
         )
     write_atomic(output / "stitch.json", json.dumps(report.to_dict(), indent=1).encode())
-    typer.echo(
-        f"{report.segments} segments of {report.fragments} pieces of fragments:"
-        f" {output / 'data.zarr' / 'segmentation'}"
+    out.print(stitch_table(report.to_dict(), output / "data.zarr" / "segmentation"))
+
+
+def stitch_table(report: dict[str, Any], segmentation: Path) -> Table:
+    """Return what a stitch made, for a rich console: a merger shows among the largest first."""
+    table = Table(title=f"Stitch of {segmentation.parents[1].name}", show_header=False)
+    table.title_justify = "left"
+    table.add_row("fragments", f"{report['fragments']:,} in {report['blocks']:,} blocks")
+    table.add_row("segments", f"{report['segments']:,} after {report['merges']:,} merges")
+    if report["small_segments"]:
+        small = f"{report['small_segments']:,} of {report['small_voxels']:,} voxels, now background"
+        table.add_row("small segments", small)
+    if report["missing"]:
+        table.add_row("missing blocks", f"{report['missing']:,} (background)")
+    table.add_row("largest", largest_segments(report))
+    if report["reused"]:
+        table.add_row("kept from before", ", ".join(report["reused"]))
+    table.add_row("segmentation", str(segmentation))
+    return table
+
+
+def largest_segments(report: dict[str, Any]) -> str:
+    """Return the largest segments of a stitch, one a line."""
+    return "\n".join(
+        f"{s['id']}: {s['voxels']:,} voxels, {s['fragments']:,} fragments"
+        for s in report["largest"]
     )

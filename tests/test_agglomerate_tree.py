@@ -4,12 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
-from agglomeration_reference import greedy
+from agglomeration_reference import greedy, greedy_pooled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockwise.agglomerate_graph import Graph, MergeTable, ScoreTable, contract
 from blockwise.agglomerate_tree import Superblock, SuperblockTree, join
+from blockwise.contacts import ContactTable, merge_contacts
 from blockwise.grid import LOCAL_BITS
 
 SCORES = [-300, -20, -1, 0, 1, 20, 20, 20, 150]
@@ -197,6 +198,73 @@ def test_large_graphs(seed):
     rng = np.random.default_rng(seed)
     for leaf in ((1, 1, 1), (2, 2, 2), (1, 3, 2), (3, 4, 5), (2, 1, 5)):
         assert sorted(hierarchical(shape, leaf, nodes, rows, rng.shuffle)[1]) == merges, leaf
+
+
+@st.composite
+def large_block_graphs(draw):
+    """Graphs of up to thousands of edges with few distinct scores, isolated and parallel ones."""
+    shape = draw(st.tuples(*[st.integers(1, 4)] * 3))
+    seed, most = draw(st.integers(0, 2**32 - 1)), draw(st.integers(4, 14))
+    scores = draw(st.lists(st.sampled_from(SCORES), min_size=1, max_size=4))
+    nodes, rows = large_graph(seed, shape, most, scores)
+    # Parallel edges: contacts that came in parts, which add up before anything merges.
+    rng = np.random.default_rng(seed)
+    parts = [rows[i] for i in np.flatnonzero(rng.random(len(rows)) < 0.1)]
+    return shape, draw(st.tuples(*[st.integers(1, 4)] * 3)), nodes, rows, parts
+
+
+def check_large(case, shuffle):
+    shape, leaf, nodes, rows, parts = case
+    together = merged_rows([*rows, *parts])
+    expected = greedy_pooled(nodes, [*rows, *parts])
+    cluster, merges = hierarchical(shape, leaf, nodes, together, shuffle)
+    assert cluster == expected[0]
+    assert sorted(merges) == sorted(expected[1])
+    # Isolated nodes stay what they are.
+    touched = {n for u, v, *_ in together for n in (u, v)}
+    assert all(cluster[n] == n for n in nodes if n not in touched)
+
+
+def merged_rows(rows):
+    """Add rows of one pair up, through the table of contacts that the stitch uses."""
+    if not rows:
+        return []
+    u, v, numerator, denominator = (np.array(column, object) for column in zip(*rows, strict=True))
+    count = denominator.astype(np.int64)
+    table = merge_contacts(
+        [
+            ContactTable.across(
+                u[part].astype(np.uint64),
+                v[part].astype(np.uint64),
+                numerator[part].astype(np.int64),
+                count[part],
+            )
+            for part in (slice(None, None, 2), slice(1, None, 2))
+        ]
+    )
+    columns = (table.u, table.v, table.across_sum, table.across_count)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@settings(max_examples=8, deadline=None)
+@given(large_block_graphs(), st.randoms(use_true_random=False))
+def test_large_graphs_equal_the_greedy_reference(case, random):
+    check_large(case, random.shuffle)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=150, deadline=None)
+@given(large_block_graphs(), st.randoms(use_true_random=False))
+def test_large_graphs_equal_the_greedy_reference_at_length(case, random):
+    check_large(case, random.shuffle)
+
+
+@settings(max_examples=50, deadline=None)
+@given(block_graphs())
+def test_both_references_agree(case):
+    _, _, nodes, rows = case
+    assert greedy(nodes, rows) == greedy_pooled(nodes, rows)
 
 
 def test_superblocks_hand_up_less_than_they_get():

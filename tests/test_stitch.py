@@ -1,19 +1,14 @@
 """The whole stitch: against whole arrays, any batches and workers, resumed, and refused."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from pydantic import ValidationError
 from stitch_helpers import GRID, Run, folder_bytes, make_run, same_partition, write_run
 
+from blockwise import stitch
 from blockwise.agglomerate import Thresholds, agglomerate
 from blockwise.arrays import chunk_file, open_array
 from blockwise.contacts_volume import contacts_from_volume
@@ -259,7 +254,7 @@ def test_failed_and_missing_blocks_are_refused(run, tmp_path, client):
     assert np.array_equal(segmentation(tmp_path), expected_segments(run))
 
 
-def test_bad_input_is_one_clear_error(run, run_dir, client, tmp_path):
+def test_bad_input_is_one_clear_error(run, run_dir, client, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such array"):
         run_stitch(run.spec(tmp_path / "nothing"), client)
     other = GRID.to_dict() | {"write_shape": [4, 11, 10]}
@@ -267,6 +262,10 @@ def test_bad_input_is_one_clear_error(run, run_dir, client, tmp_path):
         run_stitch(StitchSpec(run_dir=run_dir, grid=other), client)
     with pytest.raises(InputError, match="holds no block"):
         run_stitch(run.spec(run_dir, start=(0, 0, 0), stop=(0, 5, 5)), client)
+    monkeypatch.setattr(stitch, "_MOST_LEAVES", 26)
+    with pytest.raises(InputError, match=r"stitch\.superblock: \(1, 1, 1\) blocks cut 27"):
+        run_stitch(run.spec(run_dir, superblock=(1, 1, 1)), client)
+    monkeypatch.undo()
     with pytest.raises(InputError, match="threshold across"):
         run_stitch(run.spec(run_dir, across=1.2), client)
     with pytest.raises(ValidationError, match="write_shape"):
@@ -322,87 +321,4 @@ def test_stopped_in_any_step(run, run_dir, client, undisturbed, step):
     run_stitch(run.spec(run_dir), client, lambda name, done, _: first.setdefault(name, done))
     if step in ("relabel", "pyramid s1"):
         assert first[step] > 0
-    assert results(run_dir) == undisturbed
-
-
-def in_a_process(spec: StitchSpec, workers: int, *when: str) -> int:
-    """Run `stitch_process.py`; return its exit code."""
-    file = spec.run_dir.parent / "spec.json"
-    file.write_text(spec.model_dump_json())
-    script = Path(__file__).with_name("stitch_process.py")
-    command = [sys.executable, str(script), str(file), str(workers), *when]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, check=False, env=env
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
-
-
-def test_killed_while_relabelling(run, run_dir, client, undisturbed):
-    assert in_a_process(run.spec(run_dir), 0, "relabel", "9") == -signal.SIGKILL
-    done = Journal(run_dir / "journal" / "relabel").counts()["done"]
-    assert 0 < done < GRID.n_blocks
-    run_stitch(run.spec(run_dir), client)
-    assert results(run_dir) == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
-    rng = np.random.default_rng(seed)
-    kills = 0
-    for _ in range(4):
-        workers = int(rng.integers(0, 3))
-        code = in_a_process(run.spec(run_dir), workers, "after", str(rng.uniform(0.05, 2.5)))
-        kills += code != 0
-    assert in_a_process(run.spec(run_dir), 2, "never") == 0
-    assert kills > 0
-    assert results(run_dir) == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed):
-    rng = np.random.default_rng(seed)
-    killed = []
-    with local_client(workers=2) as cluster:
-        pids = list(cluster.run(lambda: __import__("os").getpid()).values())
-
-        def kill(step: str, done: int, total: int) -> None:
-            if not killed and step in ("contacts", "relabel") and done and rng.random() < 0.3:
-                killed.append(psutil.Process(pids[0]))
-                killed[0].kill()
-
-        run_stitch(run.spec(run_dir, batch_blocks=2), cluster, kill)
-        assert killed
-        time.sleep(0.1)
-    assert results(run_dir) == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_scheduler_stops_with_one_error_and_resumes(run, run_dir, undisturbed, seed):
-    rng = np.random.default_rng(seed)
-    step = ["contacts", "agglomerate 2/3", "relabel"][seed]
-    script = Path(__file__).with_name("dask_process.py")
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(
-        [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True
-    ) as cluster:
-        assert cluster.stdout is not None
-        address = cluster.stdout.readline().strip()
-
-        def kill(name: str, done: int, total: int) -> None:
-            if name == step and done >= rng.random() * total:
-                cluster.kill()
-
-        with pytest.raises(StitchError, match="lost the dask scheduler"):  # noqa: SIM117
-            with local_client(address) as client:
-                run_stitch(run.spec(run_dir), client, kill)
-        assert cluster.wait() == -signal.SIGKILL
-    assert in_a_process(run.spec(run_dir), 1, "never") == 0
     assert results(run_dir) == undisturbed

@@ -4,11 +4,12 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import zarr
 from stitch_helpers import GRID, make_run, same_partition, write_run
 from test_contacts import OVERLAP, files, from_sidecars, grid, rows
-from test_stitch import expected_segments, segmentation
+from test_stitch import expected_segments, results, segmentation
 
 from blockwise.agglomerate import Thresholds, agglomerate, scores
 from blockwise.contacts import SAME, ContactTable
@@ -153,17 +154,50 @@ def test_a_larger_margin_cuts_the_stored_merges(tmp_path, client):
     first = run_stitch(run.spec(tmp_path, margin_floor=-0.1), client)
     assert np.array_equal(segmentation(tmp_path), expected_segments(run))
     counts = {0.0: first.segments}
+    notes: list[str] = []
     for margin in (0.1, -0.05):
-        report = run_stitch(run.spec(tmp_path, margin=margin), client)
+        report = run_stitch(run.spec(tmp_path, margin=margin), client, on_note=notes.append)
+        assert "cut again" in notes.pop()
         assert report.reused == ["contacts", "agglomerate"], margin
         expected = expected_segments(run, Thresholds(margin=margin))
         assert np.array_equal(segmentation(tmp_path), expected)
         counts[margin] = report.segments
     assert sorted(counts, key=counts.__getitem__) == sorted(counts)
     assert len(set(counts.values())) == 3
-    lower = run_stitch(run.spec(tmp_path, margin=-0.2), client)
+    lower = run_stitch(run.spec(tmp_path, margin=-0.2), client, on_note=notes.append)
+    assert "margin below that of the stored merges" in notes.pop()
     assert lower.reused == ["contacts"]
     assert np.array_equal(segmentation(tmp_path), expected_segments(run, Thresholds(margin=-0.2)))
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.25])
+def test_a_cut_has_the_bytes_of_a_run_from_the_start(tmp_path, client, margin):
+    """Also with a rule of which one part moves: overlaps, small contacts, ids and sizes."""
+    run = make_run(GRID, seed=5, noise=0.6)
+    rule = {"evidence": "both", "overlap": 0.3, "min_contact": 3, "min_size": 6}
+    for name in ("later", "start"):
+        write_run(run, tmp_path / name)
+    run_stitch(run.spec(tmp_path / "later", **rule), client)
+    run_stitch(run.spec(tmp_path / "later", **rule, margin=margin), client)
+    run_stitch(run.spec(tmp_path / "start", **rule, margin=margin), client)
+    assert results(tmp_path / "later") == results(tmp_path / "start")
+
+
+@pytest.mark.parametrize(
+    "change", [{"across": 0.6}, {"within": 0.9}, {"min_contact": 4}], ids=lambda c: next(iter(c))
+)
+def test_one_threshold_alone_merges_again_from_the_contacts(tmp_path, client, change):
+    run = make_run(GRID, seed=5, noise=0.6)
+    write_run(run, tmp_path)
+    run_stitch(run.spec(tmp_path), client)
+    for sidecar in (tmp_path / "sidecars").rglob("*.agqs"):
+        sidecar.unlink()  # contacts are stored: neither voxels nor sidecars are read again
+    notes: list[str] = []
+    report = run_stitch(run.spec(tmp_path, **change), client, on_note=notes.append)
+    assert report.reused == ["contacts"]
+    (note,) = notes
+    assert "merging again, from the stored contacts" in note
+    assert np.array_equal(segmentation(tmp_path), expected_segments(run, Thresholds(**change)))
 
 
 def test_local_labels():
@@ -250,7 +284,13 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "lut" / "segments.parquet").exists()
     assert segmentation(tmp_path / "out").any()
-    assert "segments of" in done.stdout
+    assert "segments" in done.stdout
+    table = pq.read_table(tmp_path / "out" / "lut" / "segments.parquet").to_pydict()
+    largest = sorted(
+        zip(table["voxels"], table["segment"], strict=True), key=lambda e: (-e[0], e[1])
+    )
+    for voxels, segment in largest[:10]:
+        assert f"{segment}: {voxels:,} voxels" in done.stdout
     assert agq("export", "precomputed", tmp_path / "out", tmp_path / "pc").returncode == 0
     levels = list((tmp_path / "out" / "data.zarr" / "segmentation").glob("s*"))
     assert len(json.loads((tmp_path / "pc" / "info").read_text())["scales"]) == len(levels) > 1

@@ -1,0 +1,122 @@
+"""Whole volumes: any block shape, superblock and number of workers gives one partition."""
+
+import itertools
+
+import numpy as np
+import pytest
+from stitch_helpers import make_run, make_truth, same_partition, write_run
+from test_agglomerate_oracles import by_waterz, needs_compiler
+from test_stitch import expected_segments, results, segmentation
+
+from blockwise.agglomerate import Thresholds, scores
+from blockwise.arrays import open_array
+from blockwise.contacts_volume import contacts_from_volume
+from blockwise.grid import BlockGrid
+from blockwise.stitch import local_client, run_stitch
+from pipeline.synthetic import write
+
+SHAPE = (14, 56, 45)
+BLOCKS = [(4, 12, 10), (5, 29, 45), (14, 9, 16)]
+"""Grids of 4 x 5 x 5, 3 x 2 x 1 and 1 x 7 x 3 blocks, none filled up on every axis."""
+
+SUPERBLOCKS = [(1, 1, 1), (2, 2, 2), (1, 2, 3), (4, 1, 2), None]
+
+
+def grid(write, shape=SHAPE, **context) -> BlockGrid:
+    context = context or {"after": (1, 1, 1)}
+    return BlockGrid(volume_shape=shape, voxel_size=(30, 6, 6), write_shape=write, **context)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with local_client(processes=False, workers=2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory) -> np.ndarray:
+    """Labels of a synthetic volume: every label is one connected piece."""
+    container = tmp_path_factory.mktemp("synthetic") / "a.zarr"
+    write(container, SHAPE, seed=4)
+    return open_array(container, "labels", "r")[:].astype(np.uint32)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_workers_superblocks_and_blocks_change_nothing(truth, tmp_path):
+    """Real processes. Without noise every block shape joins up to the objects themselves."""
+    found: dict = {}
+    for workers in (1, 2, 4):
+        with local_client(workers=workers) as cluster:
+            assert len(cluster.ncores()) == workers
+            for block, superblock, noise in itertools.product(BLOCKS, SUPERBLOCKS, (0.0, 0.6)):
+                folder = tmp_path / str((workers, block, superblock, noise))
+                run = make_run(grid(block), seed=1, truth=truth, noise=noise)
+                write_run(run, folder)
+                run_stitch(run.spec(folder, superblock=superblock, batch_blocks=7), cluster)
+                if noise == 0:
+                    assert same_partition(segmentation(folder), truth)
+                kept = found.setdefault((block, noise), results(folder))
+                assert results(folder) == kept, (workers, block, superblock, noise)
+    noisy = [data for (_, noise), data in found.items() if noise]
+    assert len(noisy) == len(BLOCKS)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_superblocks_change_nothing(truth, tmp_path, client, block):
+    run = make_run(grid(block), seed=2, truth=truth, noise=0.6)
+    expected = expected_segments(run)
+    assert not same_partition(expected, truth)  # the noise is large enough to matter
+    for superblock in SUPERBLOCKS[::2]:
+        folder = tmp_path / str(superblock)
+        write_run(run, folder)
+        run_stitch(run.spec(folder, superblock=superblock), client)
+        assert np.array_equal(segmentation(folder), expected), superblock
+
+
+def test_a_label_through_every_block(tmp_path, client):
+    run = make_run(grid((4, 12, 10)), truth=np.ones(SHAPE, np.uint32), noise=0.2)
+    write_run(run, tmp_path)
+    report = run_stitch(run.spec(tmp_path, superblock=(2, 2, 2)), client)
+    assert (report.segments, report.fragments, report.merges) == (1, 100, 99)
+    assert (segmentation(tmp_path) == 1).all()
+
+
+def test_a_block_of_more_than_2_to_the_16_labels(tmp_path, client):
+    """Every voxel of two blocks is a label of its own; those at the border are cut by it."""
+    half = np.arange(1, 40 * 41 * 41 + 1, dtype=np.uint32).reshape(40, 41, 41)
+    truth = np.concatenate((half, half[:, :, ::-1] + half.max()), axis=2)
+    truth[:, :, 41] = truth[:, :, 40]
+    blocks = grid((40, 41, 41), truth.shape)
+    run = make_run(blocks, truth=truth, noise=0.1)
+    assert min(len(sidecar.nodes) for sidecar in run.sidecars.values()) > 2**16
+    write_run(run, tmp_path)
+    report = run_stitch(run.spec(tmp_path), client)
+    assert (report.fragments, report.merges) == (truth.size, 40 * 41)
+    assert np.array_equal(segmentation(tmp_path), expected_segments(run))
+
+
+@needs_compiler
+def test_stitched_volumes_equal_waterz(tmp_path, client):
+    """The published rule on the whole volume by waterz, where no two scores are equal."""
+    compared = 0
+    for seed in range(60):
+        blocks = grid((7, 13, 10), (14, 28, 26))
+        shape = blocks.volume_shape
+        run = make_run(blocks, seed, truth=make_truth(shape, seed, cell=8), noise=0.6)
+        evidence = contacts_from_volume(run.fragments, run.half_units, run.border)
+        numerators, denominators = scores(evidence.contacts, Thresholds())
+        positive = (numerators / denominators)[numerators > 0]
+        # With float32 means, waterz may merge an edge that lies exactly at the threshold.
+        if len(positive) != len(set(positive.round(9).tolist())) or not numerators.all():
+            continue
+        compared += 1
+        expected = by_waterz(run.fragments, run.half_units / 510, run.border)
+        folder = tmp_path / str(seed)
+        write_run(run, folder)
+        superblock = SUPERBLOCKS[compared % len(SUPERBLOCKS)]
+        run_stitch(run.spec(folder, superblock=superblock), client)
+        assert same_partition(segmentation(folder), expected), seed
+        if compared == 5:
+            break
+    assert compared >= 3
