@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from model.errors import ModelInputError
 
 SeedOrder = Literal["label", "largest"]
+Flips = Literal["none", "inplane", "all"]
 
 
 class ModelConfig(BaseModel):
@@ -63,6 +64,10 @@ class ModelConfig(BaseModel):
 
     seed_order: SeedOrder = "label"
     """Which components are kept above ``max_seeds``: first in raster order, or the largest."""
+
+    flips: Flips = "none"
+    """Mirror images whose affinities are averaged at inference (`model.flips`): none, as published,
+    the 4 of y and x, or all 8."""
 
     input_shape: tuple[int, int, int] = (17, 257, 257)
     """Block size (z, y, x) in voxels that the network was trained at."""

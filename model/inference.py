@@ -249,6 +249,20 @@ def quantised_affinities(logits: Tensor, size: tuple[int, int, int]) -> np.ndarr
     return np.ascontiguousarray(out.permute(3, 0, 1, 2).cpu().numpy())
 
 
+def resized_affinities(logits: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Return affinities (3, z, y, x) as float32: what `quantised_affinities` rounds."""
+    upsampler = Upsampler(torch.sigmoid(logits).permute(1, 2, 3, 0).contiguous(), size)
+    sections = [upsampler.section(z) for z in range(size[0])]
+    return torch.stack(sections).permute(3, 0, 1, 2).contiguous()
+
+
+def affinity_logits(model: AGQ, image: Tensor) -> Tensor:
+    """Return the affinity logits float32 (3, z1, y1, x1) of one normalised block, and no more."""
+    fused = model.fusion_block(model.pyramid(image[None, None]))
+    features = torch.cat([coordinates(fused.shape[2:], fused), fused], dim=1)
+    return model.affinity_branch(features)[0].float()
+
+
 def connected_labels(channels: np.ndarray) -> tuple[np.ndarray, int]:
     """Give each 6-connected piece of each channel its own label.
 

@@ -62,6 +62,10 @@ class LeanNetwork:
         masks, instances = self.features(fused)
         return DenseMaps(self.affinities(fused), masks, instances)
 
+    def affinity_logits(self, image: Tensor) -> Tensor:
+        """Return the affinity logits (3, z1, y1, x1) of one normalised block, and no more."""
+        return self.affinities(self.fuse(self.pyramid(image)))
+
     def features(self, fused: Sections) -> tuple[Tensor, Tensor]:
         """Return mask features, of unit length, and instance features (z1, y1, x1, C)."""
         masks, instances = [], []

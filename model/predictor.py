@@ -13,9 +13,11 @@ import torch
 
 from model import checkpoint as checkpoints
 from model.agq import AGQ
-from model.config import ModelConfig, SeedOrder
+from model.config import Flips, ModelConfig, SeedOrder
 from model.errors import ModelInputError
+from model.flips import flipped_affinities
 from model.inference import (
+    affinity_logits,
     assign_voxels,
     connected_labels,
     decode,
@@ -107,6 +109,8 @@ class AGQPredictor:
         Threads torch uses on the CPU, in the whole process. By default torch's own choice.
     min_affinity : float, optional
         Overrides the checkpoint's configuration.
+    flips : {"none", "inplane", "all"}, optional
+        Overrides the checkpoint's configuration.
 
     Raises
     ------
@@ -125,6 +129,7 @@ class AGQPredictor:
         max_seeds: int | None = None,
         threads: int | None = None,
         min_affinity: float | None = None,
+        flips: Flips | None = None,
     ) -> None:
         if precision not in get_args(Precision):
             raise ModelInputError(
@@ -143,6 +148,7 @@ class AGQPredictor:
             "seed_order": seed_order,
             "max_seeds": max_seeds,
             "min_affinity": min_affinity,
+            "flips": flips,
         }
         settings = loaded.config.model_dump() | {k: v for k, v in changes.items() if v is not None}
         self.config = ModelConfig.from_values(settings, "predictor settings")
@@ -212,17 +218,35 @@ class AGQPredictor:
             else:
                 with self._autocast():
                     maps = dense_maps(self.network, x)
-            if not maps.finite():
-                raise ModelInputError(
-                    f"the network's features overflow at precision {self.precision} on this "
-                    "block: use bf16 or fp32"
-                )
+            self._check_finite(maps.finite())
             seeds = seeds_of(self.network, maps)
             head = decode(self.network, maps, seeds)
             channels, mass = assign_voxels(head, maps.mask_features, size, self.config.min_mass)
-            affinities = quantised_affinities(maps.affinity_logits, size)
+            if self.config.flips == "none":
+                affinities = quantised_affinities(maps.affinity_logits, size)
+            else:
+                mean = flipped_affinities(
+                    maps.affinity_logits, self._affinity_logits, x, self.config.flips
+                )
+                affinities = mean.mul_(255).round_().to(torch.uint8).cpu().numpy()
             logits = maps.affinity_logits.cpu().numpy()
         return BlockMasks(logits, channels, mass, seeds.components, seeds.dropped), affinities
+
+    def _affinity_logits(self, image: torch.Tensor) -> torch.Tensor:
+        if self.lean is not None:
+            logits = self.lean.affinity_logits(image)
+        else:
+            with self._autocast():
+                logits = affinity_logits(self.network, image)
+        self._check_finite(bool(torch.isfinite(logits.sum())))
+        return logits
+
+    def _check_finite(self, finite: bool) -> None:
+        if not finite:
+            raise ModelInputError(
+                f"the network's features overflow at precision {self.precision} on this "
+                "block: use bf16 or fp32"
+            )
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.precision == "fp32":

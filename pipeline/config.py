@@ -98,6 +98,9 @@ class ModelSection(Section):
     (published: 0, never). Helps a network whose masks are less mature than its affinities,
     together with `stitch.within` below 1."""
 
+    flips: Literal["none", "inplane", "all"] | None = None
+    """Average affinities over 1, 4 or 8 mirror images of a block; default: as trained."""
+
     factory: str = "model.predictor:AGQPredictor"
     """`module:callable` that makes the predictor; another model can be put here."""
 

@@ -238,6 +238,7 @@ def _model(
         "seed_order": section.seed_order,
         "max_seeds": section.max_seeds,
         "min_affinity": section.min_affinity,
+        "flips": section.flips,
         "threads": config.workers.threads,
     }
     identity = {
@@ -252,6 +253,9 @@ def _model(
         ),
         "threads": config.workers.threads,
     }
+    flips = section.flips or loaded.config.flips
+    if flips != "none":  # absent otherwise, so that runs of earlier releases go on
+        identity["flips"] = flips
     return options, identity, loaded.config.input_shape
 
 

@@ -157,6 +157,16 @@ def test_a_run_can_start_from_a_checkpoint(volume: Path, tmp_path: Path) -> None
     assert second.step == 0
 
 
+def test_a_start_from_an_export_takes_its_background_margin_back(
+    volume: Path, tmp_path: Path
+) -> None:
+    first = train(config_of(volume, tmp_path / "one", steps=2, background_margin=-4.0))
+    second = Trainer(config_of(volume, tmp_path / "two", init_from=first.export))
+    trained = load_state(tmp_path / "one" / "state.pt")["ema"]
+    for key, value in second.network.state_dict().items():
+        torch.testing.assert_close(value, trained[key].to(value.dtype), rtol=2e-3, atol=1e-4)
+
+
 def test_a_background_margin_lowers_the_last_query_logits_alone(
     volume: Path, tmp_path: Path
 ) -> None:

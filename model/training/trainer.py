@@ -72,6 +72,11 @@ class Trainer:
         if config.init_from is not None:
             loaded = checkpoint.load(config.init_from, config.network)
             self.network.load_state_dict(loaded.state_dict)
+            # An export of ours may hold logits moved by a margin; training starts without it.
+            margin = float(loaded.provenance.get("background_margin", 0.0))
+            if margin:
+                with torch.no_grad():
+                    self.network.get_parameter(self._margin_name).add_(margin)
         if ranks.size > 1:
             synchronise_norms(self.network)
         self.network.to(self.device)
@@ -131,6 +136,11 @@ class Trainer:
         """Share of the schedule that is over."""
         return progress(self.step, self.config.steps, self.minutes, self.config.time_budget_minutes)
 
+    @property
+    def _margin_name(self) -> str:
+        """Name of the parameter that `background_margin` moves in an export."""
+        return f"inst_decoder.predictors.{self.config.network.iterations - 1}.norm_logits.bias"
+
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Do one optimisation step and return its metrics."""
         rate = learning_rate(self.step, self.done, self.config.optimizer)
@@ -186,7 +196,7 @@ class Trainer:
             "background_margin": self.config.background_margin,
         }
         weights = dict(self.ema.state)
-        last = f"inst_decoder.predictors.{self.config.network.iterations - 1}.norm_logits.bias"
+        last = self._margin_name
         weights[last] = weights[last] - self.config.background_margin
         checkpoint.save(path, weights, self.config.network, provenance, half=True)
         return path
