@@ -31,12 +31,21 @@ def train(
 ) -> None:
     """Train the network on annotated volumes; under torchrun on several GPUs."""
     from model.training.config import TrainConfig
+    from model.training.distributed import Ranks
     from model.training.loop import train as run_training
     from pipeline.settings import load_yaml
+    from pipeline.train_data import ready
 
     plan = load_yaml(TrainConfig, config, settings)
     if init_from is not None:
         plan = plan.model_copy(update={"init_from": init_from})
+    ranks = Ranks.of_environment()
+
+    def say(line: str) -> None:
+        if ranks.first:
+            Console(stderr=True).print(f"agq: {line}", soft_wrap=True, markup=False)
+
+    plan = ready(plan, say, alone=ranks.size == 1)
     report = run_training(plan, resume=resume, max_steps=max_steps)
     if not report.first:
         return

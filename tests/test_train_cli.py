@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+import zarr
 from test_training_loop import NETWORK, config_of, volume  # noqa: F401
 from typer.testing import CliRunner
 
@@ -13,7 +15,9 @@ from blockwise.errors import InputError
 from model import checkpoint
 from model.agq import AGQ
 from model.errors import ModelInputError
+from model.training.config import SyntheticConfig, VolumeConfig
 from pipeline.cli import app
+from pipeline.train_data import ready
 
 
 def call(*arguments: object) -> str:
@@ -43,6 +47,47 @@ def test_train_says_how_it_went_and_starts_from_a_checkpoint(
         torch.testing.assert_close(found[key], value.detach(), rtol=2e-3, atol=1e-4)
     with pytest.raises(ModelInputError, match="nothing"):
         call("train", file, "--set", f"output={tmp_path / 'other'}", "--init-from", "nothing.pt")
+
+
+def test_train_makes_synthetic_volumes_and_goes_on_without_optional_ones(
+    volume: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    made = {"container": str(tmp_path / "s.zarr"), "synthetic": {"shape": [6, 48, 48], "seed": 3}}
+    absent = {"container": str(tmp_path / "absent.zarr"), "optional": True}
+    values = config_of(volume, tmp_path / "run").model_dump(mode="json")
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(values | {"volumes": [made, absent], "validation": [absent]}))
+    (tmp_path / "s.zarr.unfinished").mkdir()  # of a command that was stopped
+    result = CliRunner().invoke(app, ["train", str(file), "--max-steps", "1"])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count(f"{tmp_path / 'absent.zarr'} is not there and optional") == 2
+    labels = zarr.open_array(tmp_path / "s.zarr" / "labels", mode="r")
+    assert labels.shape == (6, 48, 48)
+    assert np.asarray(labels[:]).any()
+    assert not (tmp_path / "s.zarr.unfinished").exists()
+    about = checkpoint.load(tmp_path / "run" / "model.safetensors").provenance
+    assert about["data"] == [made["container"]]
+    file.write_text(yaml.safe_dump(values | {"volumes": [absent]}))
+    with pytest.raises(InputError, match="nothing to train on"):
+        call("train", file)
+    needed = {"volumes": [absent | {"optional": False}], "output": str(tmp_path / "other")}
+    file.write_text(yaml.safe_dump(values | needed))
+    with pytest.raises(ModelInputError, match=r"absent\.zarr/raw"):
+        call("train", file)
+
+
+def test_several_processes_are_told_to_make_volumes_first(
+    volume: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    entry = VolumeConfig(
+        container=tmp_path / "s.zarr", synthetic=SyntheticConfig(shape=(6, 48, 48), seed=3)
+    )
+    plan = config_of(volume, tmp_path).model_copy(update={"volumes": [entry]})
+    with pytest.raises(InputError, match=r"agq synthetic .*s\.zarr --shape 6,48,48 --seed 3"):
+        ready(plan, print, alone=False)
+    assert not entry.container.exists()
 
 
 def test_checkpoints_are_shown_and_converted(tmp_path: Path) -> None:

@@ -12,6 +12,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class SyntheticConfig(_Section):
+    """A synthetic volume, as `agq synthetic` makes it."""
+
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="Voxels (z, y, x).")
+    seed: int = Field(0, description="The same seed gives the same volume.")
+
+
 class VolumeConfig(_Section):
     """One annotated volume: a zarr container with a raw and a label array, axes (z, y, x)."""
 
@@ -22,6 +29,12 @@ class VolumeConfig(_Section):
         None, description="Path of an array that is nonzero where labels are valid; all by default."
     )
     weight: float = Field(1.0, gt=0, description="How often crops come from it, relatively.")
+    synthetic: SyntheticConfig | None = Field(
+        None, description="`agq train` makes the container this way if it is not there."
+    )
+    optional: bool = Field(
+        False, description="`agq train` says so and goes on if the container is not there."
+    )
 
 
 class AugmentConfig(_Section):

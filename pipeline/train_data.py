@@ -1,0 +1,80 @@
+"""The volumes a training configuration names: synthetic ones are made, optional ones may lack."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+from blockwise.errors import InputError
+from model.training.config import TrainConfig, VolumeConfig
+from pipeline import synthetic
+from pipeline.progress import step_progress
+
+
+def ready(plan: TrainConfig, say: Callable[[str], None], *, alone: bool = True) -> TrainConfig:
+    """Make what can be made, and leave out optional volumes that are not there.
+
+    A volume being made has another name until it is whole, so an interrupted command leaves
+    nothing that could be taken for one.
+
+    Parameters
+    ----------
+    plan
+        The run.
+    say
+        Called with a line for every volume that is left out.
+    alone
+        Whether this is the only process of the run; several must find all volumes made.
+
+    Returns
+    -------
+    TrainConfig
+        With the volumes that are there.
+
+    Raises
+    ------
+    InputError
+        If no volume is left to train on, or one has to be made and there are other processes.
+    """
+
+    def there(volume: VolumeConfig) -> bool:
+        if volume.container.exists():
+            return True
+        if volume.synthetic is not None:
+            if not alone:
+                raise InputError(
+                    f"{volume.container} has to be made first: agq synthetic {volume.container} "
+                    f"--shape {','.join(map(str, volume.synthetic.shape))} "
+                    f"--seed {volume.synthetic.seed}"
+                )
+            make(volume)
+            return True
+        if volume.optional:
+            say(f"{volume.container} is not there and optional: trained without it")
+        return not volume.optional
+
+    volumes = [volume for volume in plan.volumes if there(volume)]
+    if not volumes:
+        raise InputError("volumes: none of the optional volumes is there, so nothing to train on")
+    validation = [volume for volume in plan.validation if there(volume)]
+    return plan.model_copy(update={"volumes": volumes, "validation": validation})
+
+
+def make(volume: VolumeConfig) -> None:
+    """Write the synthetic volume of an entry, whole or not at all."""
+    assert volume.synthetic is not None
+    if (volume.raw, volume.labels, volume.mask) != ("raw", "labels", None):
+        raise InputError(
+            f"{volume.container}: a synthetic volume has raw and labels, and no mask; "
+            "leave these names out"
+        )
+    unfinished = volume.container.with_name(volume.container.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with step_progress(f"making {volume.container.name}") as report:
+        synthetic.write(
+            unfinished,
+            volume.synthetic.shape,
+            seed=volume.synthetic.seed,
+            on_progress=report,
+        )
+    unfinished.rename(volume.container)
