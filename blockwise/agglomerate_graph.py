@@ -117,6 +117,9 @@ class EdgeTable:
         return len(self.ends)
 
 
+NO_EDGES = EdgeTable(np.zeros((0, 2), np.int32), _SUMS, _SUMS, np.zeros((0, 2), np.uint64))
+
+
 @dataclass(frozen=True)
 class UpperFace:
     """Contacts across an upper face of a superblock.

@@ -6,7 +6,8 @@ children ``(2 z + {0, 1}, 2 y + {0, 1}, 2 x + {0, 1})`` of level ``k``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -93,13 +94,19 @@ class SuperblockTree:
         return found
 
 
-def join(children: Sequence[tuple[Superblock, Graph]]) -> Graph:
+def join(
+    children: Sequence[tuple[Superblock, Graph]],
+    column: Callable[[Superblock, str], NDArray] | None = None,
+) -> Graph:
     """Return the graph of a parent: its children's, and the edges between them.
 
     Parameters
     ----------
     children
         Of one parent: place and residual graph.
+    column
+        Returns a column of a child's edges; they are then not taken from its graph, so that
+        memory holds those of all children once.
     """
     every = np.concatenate([graph.nodes for _, graph in children])
     order = np.argsort(every, kind="stable")
@@ -111,7 +118,7 @@ def join(children: Sequence[tuple[Superblock, Graph]]) -> Graph:
         for (child, graph), start in zip(children, starts, strict=False)
     }
     graphs = dict(children)
-    edges = [replace(graph.edges, ends=rows[child][graph.edges.ends]) for child, graph in children]
+    across: list[EdgeTable] = []
     # Nothing at first: a parent at the end of the grid has children on one side only.
     upper = [[UpperFace.of_fragments(_NO_IDS)] for _ in range(3)]
     lower = [[LowerFace.of_fragments(_NO_IDS)] for _ in range(3)]
@@ -126,10 +133,38 @@ def join(children: Sequence[tuple[Superblock, Graph]]) -> Graph:
             if other in graphs:
                 there = graphs[other].lower[axis]
                 there = replace(there, node=rows[other][there.node])
-                edges.append(_across(replace(above, node=rows[child][above.node]), there))
+                across.append(_across(replace(above, node=rows[child][above.node]), there))
+    own = column or (lambda child, name: getattr(graphs[child].edges, name))
+    edges = _edges(rows, own, across)
     z, y, x = (concatenate(UpperFace, faces) for faces in upper)
     c, b, a = (_ascending(concatenate(LowerFace, faces)) for faces in lower)
-    return Graph(every[order], concatenate(EdgeTable, edges), (z, y, x), (c, b, a))
+    return Graph(every[order], edges, (z, y, x), (c, b, a))
+
+
+def _edges(
+    rows: Mapping[Superblock, NDArray[np.int32]],
+    column: Callable[[Superblock, str], NDArray],
+    across: Sequence[EdgeTable],
+) -> EdgeTable:
+    """Return the edges of children, given with the new rows of their nodes, and those between."""
+    columns: dict[str, NDArray] = {}
+    parts = [new[column(child, "ends")] for child, new in rows.items()]
+    columns["ends"] = np.concatenate([*parts, *(table.ends for table in across)])
+    del parts
+    for field in fields(EdgeTable):
+        if field.name == "ends":
+            continue
+        at = 0
+        for part in itertools.chain(
+            (column(child, field.name) for child in rows),
+            (getattr(table, field.name) for table in across),
+        ):
+            if field.name not in columns:
+                shape = (len(columns["ends"]), *part.shape[1:])
+                columns[field.name] = np.empty(shape, part.dtype)
+            columns[field.name][at : at + len(part)] = part
+            at += len(part)
+    return EdgeTable(**columns)
 
 
 def _across(above: UpperFace, below: LowerFace) -> EdgeTable:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blockwise.agglomerate import Thresholds, score_contacts
 from blockwise.agglomerate_graph import (
-    EdgeTable,
+    NO_EDGES,
     Graph,
     LowerFace,
     ScoreTable,
@@ -113,7 +114,7 @@ def contract_superblocks(
         if superblock.level == 0:
             graph = leaf_graph(files, superblock, thresholds)
         else:
-            graph = join([(child, _load_graph(files.graph(child))) for child in children])
+            graph = _join_files(files, children)
         merges, residual = contract(graph)
         arrays = table_arrays("edges", residual.edges) | {"nodes": residual.nodes}
         for axis in range(3):
@@ -127,9 +128,14 @@ def contract_superblocks(
     return len(superblocks)
 
 
-def _load_graph(path: Path) -> Graph:
-    arrays = load_arrays(path)
-    edges = array_table(EdgeTable, "edges", arrays)
-    z, y, x = (array_table(UpperFace, f"upper{axis}", arrays) for axis in range(3))
-    c, b, a = (array_table(LowerFace, f"lower{axis}", arrays) for axis in range(3))
-    return Graph(arrays["nodes"], edges, (z, y, x), (c, b, a))
+def _join_files(files: StitchFiles, children: Sequence[Superblock]) -> Graph:
+    def column(child: Superblock, name: str) -> NDArray:
+        return load_arrays(files.graph(child), f"edges.{name}")[f"edges.{name}"]
+
+    graphs = []
+    for child in children:
+        arrays = load_arrays(files.graph(child), "nodes", "upper", "lower")
+        z, y, x = (array_table(UpperFace, f"upper{axis}", arrays) for axis in range(3))
+        c, b, a = (array_table(LowerFace, f"lower{axis}", arrays) for axis in range(3))
+        graphs.append((child, Graph(arrays["nodes"], NO_EDGES, (z, y, x), (c, b, a))))
+    return join(graphs, column)
