@@ -245,7 +245,7 @@ def to_world(
         reason = "declares no voxel size"
         if placement.voxel_size is not None:
             reason = f"declares the scale {_show(placement.voxel_size)} without a unit"
-        raise InputError(f"{where} {reason}; give voxel_size (z, y, x) in {unit}")
+        raise InputError(f"{where} {reason}; give voxel_size (z, y, x) in {unit} (--voxel-size)")
     if (
         declared_size is not None
         and given_size is not None

@@ -19,19 +19,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
 from blockwise.arrays import create_array, open_array, write_chunk
+from blockwise.channels import Affinities
 from blockwise.errors import InputError
 from blockwise.files import checksum, write_atomic
 from blockwise.grid import LOCAL_BITS, BlockGrid
 from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo
-from blockwise.location import locate
 from blockwise.sidecar import build_sidecar, sidecar_path
 from blockwise.stitch_steps import Progress, cores, run_tasks
 from blockwise.volume import Volume, open_volume
@@ -44,18 +42,10 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Fragments:
-    """Open inputs; picklable, for workers of dask.
-
-    Attributes
-    ----------
-    volume
-        Fragments.
-    affinities
-        Path of the array of affinities.
-    """
+    """Open inputs; picklable, for workers of dask."""
 
     volume: Volume
-    affinities: str
+    affinities: Affinities
 
     @classmethod
     def open(
@@ -65,34 +55,29 @@ class Fragments:
         *,
         voxel_size: Sequence[int] | None = None,
         unit: str = "nm",
+        channels: Sequence[int] = (0, 1, 2),
     ) -> Fragments:
         """Open and check both arrays.
+
+        Parameters
+        ----------
+        fragments, affinities
+            Arrays: a path, or ``path::dataset``.
+        voxel_size
+            (z, y, x), if the fragments do not say.
+        unit
+            World unit.
+        channels
+            Channels of the affinities on z, y and x.
 
         Raises
         ------
         InputError
             If one is missing, or they do not fit together.
         """
-        volume = open_volume(fragments, kind="labels", voxel_size=voxel_size, unit=unit)
-        found = cls(volume, affinities)
-        array = found.array()
-        if array.shape != (3, *volume.shape):
-            raise InputError(
-                f"affinities {affinities}: shape {array.shape} is not (3, z, y, x) of the"
-                f" fragments, {(3, *volume.shape)}"
-            )
-        if array.dtype != np.uint8 and array.dtype.kind != "f":
-            raise InputError(f"affinities {affinities}: {array.dtype} is neither uint8 nor float")
-        return found
-
-    def array(self) -> Any:
-        """Return the affinities as a zarr array."""
-        try:
-            return zarr.open_array(store=locate(self.affinities).zarr_store(), mode="r")
-        except (FileNotFoundError, zarr.errors.BaseZarrError, ValueError) as error:
-            raise InputError(
-                f"affinities {self.affinities}: no zarr array there ({error})"
-            ) from None
+        path, _, dataset = fragments.partition("::")
+        volume = open_volume(path, dataset or None, kind="labels", voxel_size=voxel_size, unit=unit)
+        return cls(volume, Affinities.open(affinities, volume, channels))
 
     def grid(self) -> BlockGrid:
         """Return the blocks that the fragments are cut into."""
@@ -121,7 +106,8 @@ def import_fragments(
     marker = run_dir / "imported.json"
     made_of = {
         "fragments": source.volume.name,
-        "affinities": source.affinities,
+        "affinities": source.affinities.name,
+        "channels": list(source.affinities.channels),
         "grid": grid.to_dict(),
         "unit": source.volume.unit,
     }
@@ -159,18 +145,17 @@ def import_fragments(
 
 def import_batch(source: Fragments, run_dir: str, numbers: Sequence[int]) -> int:
     """Import some blocks; one task. Return how many."""
-    folder, grid, affinities = Path(run_dir), source.grid(), source.array()
+    folder, grid = Path(run_dir), source.grid()
     target = open_array(folder / "data.zarr", "fragments")
     worker = WorkerInfo(f"import-{os.getpid()}", socket.gethostname(), os.getpid())
     with JournalWriter(folder / "journal" / "predict", worker) as journal:
         for number in numbers:
             started = time.time()
             start, stop = grid.read_box(number)
-            box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
             labels, names = local_labels(source.volume.read(start, stop))
             if len(names) > 2**LOCAL_BITS:
                 raise InputError(f"fragments: block {number} has {len(names)} of them, too many")
-            window = _uint8(np.asarray(affinities[(slice(None), *box)]), number)
+            window = _uint8(source.affinities.read(start, stop), number)
             sidecar = build_sidecar(labels, window, grid, number, names).to_bytes()
             ids = grid.fragment_ids(number, labels[grid.write_in_read(number)])
             write_chunk(target, grid.index(number), ids)
@@ -189,7 +174,15 @@ def import_batch(source: Fragments, run_dir: str, numbers: Sequence[int]) -> int
 
 
 def local_labels(fragments: NDArray) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
-    """Return consecutive labels of a block (0 background), and the fragment that each is."""
+    """Return consecutive labels of a block (0 background), and the fragment that each is.
+
+    Raises
+    ------
+    InputError
+        If an id is negative.
+    """
+    if fragments.dtype.kind == "i" and fragments.min() < 0:
+        raise InputError(f"fragments: id {fragments.min()} is below 0; 0 is background")
     flat = fragments.reshape(-1)
     begins = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
     names, label = np.unique(flat[begins], return_inverse=True)
@@ -204,6 +197,8 @@ def _uint8(affinities: NDArray, number: int) -> NDArray[np.uint8]:
     if affinities.dtype == np.uint8:
         return affinities
     low, high = float(affinities.min()), float(affinities.max())
+    if np.isnan(low):
+        raise InputError(f"affinities: block {number} holds NaN; write 0 where nothing is known")
     if not (low >= 0 and high <= 1):
         raise InputError(
             f"affinities: block {number} has values from {low:g} to {high:g}; they must lie"

@@ -221,7 +221,7 @@ def open_volume(
     if placement is None:
         placement = from_attributes(node.attributes, len(shape), reversed_axes=reverse, where=where)
     axes = _spatial_axes(shape, placement.axes, reverse, where)
-    array, chunks, dtype = _open_array(location, node, where)
+    array, chunks, dtype = open_node(location, node, where)
     if dtype.name not in DTYPES[kind]:
         raise InputError(
             f"{where}: {kind} of type {dtype.name} cannot be used; convert it to one of "
@@ -363,10 +363,21 @@ def _spatial_axes(
     return z, y, x
 
 
-def _open_array(
+def open_node(
     location: Location, node: Node, where: str
 ) -> tuple[Any, tuple[int, ...], np.dtype[Any]]:
-    """Open the array itself: zarr by zarr-python, N5 by tensorstore."""
+    """Open an array as stored: zarr by zarr-python, N5 (x first) by tensorstore.
+
+    Returns
+    -------
+    tuple
+        The array, what its storage reads at once in the order of its axes, and its native type.
+
+    Raises
+    ------
+    InputError
+        If it cannot be opened; `where` names it.
+    """
     try:
         if node.format == "n5":
             import tensorstore as ts

@@ -11,9 +11,13 @@ from rich.table import Table
 from blockwise.errors import InputError
 from blockwise.files import write_atomic
 from pipeline.config import PyramidSection, Section, StitchSection
+from pipeline.locations import parse_triple
 from pipeline.settings import parse_values
 
 out = Console(highlight=False, soft_wrap=True)
+
+_RECORD = "settings.json"
+"""Of an output folder: arrays and settings of the last stitch."""
 
 
 class VolumesSettings(Section):
@@ -74,6 +78,12 @@ def stitch(
             help="With --fragments: z,y,x, if the array does not say.", show_default=False
         ),
     ] = None,
+    unit: Annotated[
+        str, typer.Option(help="With --fragments: world unit; nm, angstrom or pm.")
+    ] = "nm",
+    channels: Annotated[
+        str, typer.Option(help="With --fragments: channels of the affinities on z, y and x.")
+    ] = "0,1,2",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Replace a value: section.field=value (repeatable)."),
@@ -81,7 +91,9 @@ def stitch(
 ) -> None:
     """Join the blocks of a finished prediction into one segmentation with its pyramid.
 
-    Also joins fragments that another model made, with --fragments, --affinities and --output.
+    Also joins fragments that another model made: name --fragments, --affinities and --output, each
+    array as path or path::dataset (zarr v2, v3 or N5). Afterwards `agq stitch OUTPUT` takes other
+    settings. What depends on what did not change is kept.
     """
     changes = [*(settings or [])]
     if margin is not None:
@@ -89,13 +101,24 @@ def stitch(
     if fragments is None and affinities is None and output is None:
         if target is None:
             raise InputError("stitch: name a run folder, or --fragments, --affinities, --output")
-        _stitch_run(target, changes, allow_missing)
+        if (target / _RECORD).is_file():
+            _stitch_volumes(target, _recorded(target), changes)
+        else:
+            _stitch_run(target, changes, allow_missing)
         return
     if target is not None or fragments is None or affinities is None or output is None:
         raise InputError(
             "stitch: --fragments, --affinities and --output go together, without a run folder"
         )
-    _stitch_volumes(fragments, affinities, output, threshold, voxel_size, changes)
+    source = {
+        "fragments": _absolute(fragments),
+        "affinities": _absolute(affinities),
+        "voxel_size": None if voxel_size is None else parse_triple("--voxel-size", voxel_size, 1),
+        "unit": unit,
+        "channels": parse_triple("--channels", channels, 0),
+    }
+    thresholds = {"across": threshold, "within": threshold}
+    _stitch_volumes(output, {"source": source, "settings": {"stitch": thresholds}}, changes)
 
 
 def _stitch_run(target: Path, changes: list[str], allow_missing: bool) -> None:
@@ -114,34 +137,40 @@ def _stitch_run(target: Path, changes: list[str], allow_missing: bool) -> None:
     out.print(stitch_table(report.to_dict(), prepared.run.container / "segmentation"))
 
 
-def _stitch_volumes(
-    fragments: str,
-    affinities: str,
-    output: Path,
-    threshold: float,
-    voxel_size: str | None,
-    changes: list[str],
-) -> None:
+def _absolute(location: str) -> str:
+    """Return a location that means the same from every folder."""
+    return location if "://" in location else str(Path(location).expanduser().absolute())
+
+
+def _recorded(output: Path) -> dict[str, Any]:
+    try:
+        recorded: dict[str, Any] = json.loads((output / _RECORD).read_bytes())
+    except ValueError:
+        raise InputError(f"{output / _RECORD} is damaged; remove {output} and start over") from None
+    return recorded
+
+
+def _stitch_volumes(output: Path, recorded: dict[str, Any], changes: list[str]) -> None:
+    """Stitch arrays of another model into a folder; `recorded` is what its `_RECORD` holds."""
     from blockwise.stitch import run_stitch
     from blockwise.stitch_import import Fragments, import_fragments
-    from pipeline.locations import parse_triple
     from pipeline.progress import RunProgress
     from pipeline.stages import dask_client, stitch_spec
 
-    source = Fragments.open(
-        fragments,
-        affinities,
-        voxel_size=None if voxel_size is None else parse_triple("--voxel-size", voxel_size),
-    )
-    thresholds: dict[str, Any] = {"stitch": {"across": threshold, "within": threshold}}
-    values = parse_values(VolumesSettings, thresholds, changes)
+    values = parse_values(VolumesSettings, recorded["settings"], changes)
     section = values.stitch
-    with (
-        dask_client(section.dask) as client,
-        RunProgress(output) as progress,
-    ):
+    if section.evidence != "affinity":
+        raise InputError(
+            f"stitch.evidence: {section.evidence} needs two labels of each voxel at the borders of"
+            " blocks, which fragments of another model do not have; use affinity"
+        )
+    source = Fragments.open(**recorded["source"])
+    with dask_client(section.dask) as client, RunProgress(output) as progress:
         progress.note(f"dask dashboard: {client.dashboard_link}")
         grid = import_fragments(source, output, client, progress.step)
+        settings = values.model_dump(mode="json")
+        record = {"source": recorded["source"], "settings": settings}
+        write_atomic(output / _RECORD, json.dumps(record, indent=1).encode())
         report = run_stitch(
             stitch_spec(section, values.pyramid, output, grid),
             client,
@@ -171,8 +200,9 @@ def stitch_table(report: dict[str, Any], segmentation: Path) -> Table:
 
 
 def largest_segments(report: dict[str, Any]) -> str:
-    """Return the largest segments of a stitch, one a line."""
+    """Return the largest segments of a stitch, with the number of their fragments, one a line."""
     return "\n".join(
-        f"{s['id']}: {s['voxels']:,} voxels, {s['fragments']:,} fragments"
+        f"{s['id']}: {s['voxels']:,} voxels, {s['fragments']:,} fragment"
+        + "s" * (s["fragments"] > 1)
         for s in report["largest"]
     )

@@ -1,12 +1,9 @@
-"""Overlap evidence, margins, and fragments of another model."""
+"""Overlap evidence and margins."""
 
-import json
 from collections import Counter
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-import zarr
 from stitch_helpers import GRID, make_run, same_partition, write_run
 from test_contacts import OVERLAP, files, from_sidecars, grid, rows
 from test_stitch import expected_segments, results, segmentation
@@ -14,11 +11,9 @@ from test_stitch import expected_segments, results, segmentation
 from blockwise.agglomerate import Thresholds, agglomerate, scores
 from blockwise.contacts import SAME, ContactTable
 from blockwise.contacts_blocks import face_contacts
-from blockwise.contacts_volume import contacts_from_volume, read_evidence
+from blockwise.contacts_volume import read_evidence
 from blockwise.errors import InputError
 from blockwise.stitch import local_client, run_stitch
-from blockwise.stitch_import import Fragments, import_fragments, local_labels
-from tests.runs import agq
 
 
 @pytest.fixture(scope="module")
@@ -198,99 +193,3 @@ def test_one_threshold_alone_merges_again_from_the_contacts(tmp_path, client, ch
     (note,) = notes
     assert "merging again, from the stored contacts" in note
     assert np.array_equal(segmentation(tmp_path), expected_segments(run, Thresholds(**change)))
-
-
-def test_local_labels():
-    ids = np.array([[[0, 0, 2**63 + 5], [9, 9, 0]]], np.uint64)
-    labels, names = local_labels(ids)
-    assert labels.dtype == np.uint32
-    assert names.tolist() == [0, 9, 2**63 + 5]
-    assert np.array_equal(names[labels], ids)
-    labels, names = local_labels(ids + np.uint64(1))
-    assert names[0] == 0
-    assert np.array_equal(names[labels], ids + np.uint64(1))
-
-
-def foreign_volumes(folder, dtype):
-    """Supervoxels that run across blocks, with affinities, as another model leaves them."""
-    rng = np.random.default_rng(3)
-    shape = (20, 300, 270)
-    cells = rng.choice(2**40, (2, 10, 9), replace=False) + 1
-    coarse = np.kron(cells, np.ones((10, 30, 30), np.int64))
-    fragments = np.where(rng.random(shape) < 0.02, 0, coarse).astype(np.uint64)
-    # Noise, so that no two contacts have equal scores: ties follow the ids of the pieces.
-    means = np.kron(rng.integers(40, 215, (3, 2, 10, 9)), np.ones((1, 10, 30, 30), np.int64))
-    affinities = (means + rng.integers(-40, 41, (3, *shape))).astype(np.uint8)
-    attributes = {"voxel_size": [30, 6, 6], "offset": [0, 0, 0], "units": ["nm"] * 3}
-    stored = affinities if dtype == np.uint8 else (affinities / 255).astype(dtype)
-    for name, data in (("fragments", fragments), ("affinities", stored)):
-        array = zarr.create_array(str(folder / "in.zarr" / name), data=data, chunks=data.shape)
-        array.attrs.update(attributes)
-    return fragments, affinities
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_fragments_of_another_model(tmp_path, client, dtype):
-    fragments, affinities = foreign_volumes(tmp_path, dtype)
-    paths = [str(tmp_path / "in.zarr" / name) for name in ("fragments", "affinities")]
-    source = Fragments.open(*paths)
-    out = tmp_path / "out"
-    blocks = import_fragments(source, out, client)
-    assert blocks.n_blocks == 8
-    evidence = contacts_from_volume(fragments, affinities, np.zeros(affinities.shape, bool))
-    thresholds = Thresholds(0.6, 0.6)
-    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds)
-    names = dict(zip(result.ids.tolist(), result.representatives.tolist(), strict=True)) | {0: 0}
-    expected = np.vectorize(names.__getitem__, otypes=[np.uint64])(fragments)
-    spec = make_spec(out, blocks, across=0.6, within=0.6)
-    run_stitch(spec, client)
-    assert same_partition(segmentation(out), expected)
-    assert len(np.unique(expected)) < len(np.unique(fragments)) - 40
-    # Again: nothing is imported twice, and other volumes are refused.
-    before = sorted((out / "sidecars").rglob("*.agqs"), key=str)
-    times = [path.stat().st_mtime_ns for path in before]
-    import_fragments(source, out, client)
-    assert [path.stat().st_mtime_ns for path in before] == times
-    with pytest.raises(InputError, match="is not empty"):
-        import_fragments(source, tmp_path, client)
-
-
-def make_spec(run_dir, blocks, **options):
-    from blockwise.stitch import StitchSpec
-
-    return StitchSpec(run_dir=run_dir, grid=blocks.to_dict(), **options)
-
-
-def test_foreign_volumes_that_do_not_fit_are_refused(tmp_path):
-    foreign_volumes(tmp_path, np.uint8)
-    fragments, affinities = (str(tmp_path / "in.zarr" / n) for n in ("fragments", "affinities"))
-    with pytest.raises(InputError, match=r"is not \(3, z, y, x\)"):
-        Fragments.open(fragments, fragments)
-    with pytest.raises(InputError, match="affinitiesx"):
-        Fragments.open(fragments, affinities + "x")
-
-
-def test_command_line(tmp_path):
-    foreign_volumes(tmp_path, np.float32)
-    fragments, affinities = (str(tmp_path / "in.zarr" / n) for n in ("fragments", "affinities"))
-    alone = agq("stitch", "--fragments", fragments)
-    assert alone.returncode == 2
-    assert "go together" in alone.stderr
-    assert agq("stitch").returncode == 2
-    done = agq(
-        "stitch", "--fragments", fragments, "--affinities", affinities,
-        "--output", tmp_path / "out", "--threshold", "0.6", "--set", "stitch.dask.workers=1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "lut" / "segments.parquet").exists()
-    assert segmentation(tmp_path / "out").any()
-    assert "segments" in done.stdout
-    table = pq.read_table(tmp_path / "out" / "lut" / "segments.parquet").to_pydict()
-    largest = sorted(
-        zip(table["voxels"], table["segment"], strict=True), key=lambda e: (-e[0], e[1])
-    )
-    for voxels, segment in largest[:10]:
-        assert f"{segment}: {voxels:,} voxels" in done.stdout
-    assert agq("export", "precomputed", tmp_path / "out", tmp_path / "pc").returncode == 0
-    levels = list((tmp_path / "out" / "data.zarr" / "segmentation").glob("s*"))
-    assert len(json.loads((tmp_path / "pc" / "info").read_text())["scales"]) == len(levels) > 1
