@@ -177,11 +177,6 @@ class SidecarFile:
     """
 
     def __init__(self, data: bytes) -> None:
-        if data[:2] == b"PK":
-            raise InputError(
-                "sidecar is of an older format version than this release reads: predict again with"
-                " --overwrite"
-            )
         try:
             if data[:4] != _MAGIC:
                 raise ValueError("not a sidecar")
@@ -251,6 +246,11 @@ def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
     try:
         file = SidecarFile(path.read_bytes())
     except FileNotFoundError:
+        if path.with_suffix(".npz").exists():
+            raise InputError(
+                f"{path.with_suffix('.npz')}: sidecar of an older release, which this one does not"
+                " read: predict the run again with --overwrite"
+            ) from None
         raise InputError(
             f"{path}: sidecar of block {number} is missing: predict it again"
         ) from None

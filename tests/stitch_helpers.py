@@ -59,8 +59,13 @@ def make_run(
     absent: Collection[int] = (),
     truth: np.ndarray | None = None,
     noise: float = 0.15,
+    scrambled: int = 0,
 ) -> Run:
-    """Segment each block on its own: pieces of the truth, noisy affinities of its own."""
+    """Segment each block on its own: pieces of the truth, noisy affinities of its own.
+
+    With `scrambled` labels, voxels of a block have one of so many by chance instead, so that blocks
+    do not agree where both predicted.
+    """
     if truth is None:
         truth = make_truth(grid.volume_shape, seed)
     shape = grid.volume_shape
@@ -77,6 +82,8 @@ def make_run(
         rng = np.random.default_rng([seed, number])
         labels = cc3d.connected_components(truth[read], connectivity=6)
         labels = labels.astype(np.uint16 if labels.max() < 2**16 else np.uint32)
+        if scrambled:
+            labels = np.random.default_rng(number).integers(0, scrambled, labels.shape, np.uint16)
         own = np.where(same[(slice(None), *read)], 1.0, 0.3)
         own -= noise * rng.random(own.shape)
         affinities[number] = np.round(255 * own).astype(np.uint8)

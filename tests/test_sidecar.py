@@ -149,6 +149,11 @@ def test_bad_arrays_and_files_are_refused(tmp_path):
         Sidecar.from_bytes(data.replace(b'"version":2', b'"version":1'))
     with pytest.raises(InputError, match="block 3 is missing"):
         read_sidecar(tmp_path, 3)
+    old = sidecar_path(tmp_path, 3).with_suffix(".npz")
+    old.parent.mkdir(parents=True)
+    np.savez(old, labels=labels)
+    with pytest.raises(InputError, match=r"3\.npz: sidecar of an older release.*--overwrite"):
+        read_sidecar(tmp_path, 3)
     _write(sidecar_path(tmp_path, 3), data)
     with pytest.raises(InputError, match="holds block 0, not block 3"):
         read_sidecar(tmp_path, 3)

@@ -270,6 +270,11 @@ def test_bad_input_is_one_clear_error(run, run_dir, client, tmp_path, monkeypatc
         run_stitch(run.spec(run_dir, across=1.2), client)
     with pytest.raises(ValidationError, match="write_shape"):
         StitchSpec(run_dir=run_dir, grid=GRID.to_dict() | {"write_shape": [0, 1, 1]})
+    old = sidecar_path(run_dir, 7).with_suffix(".npz")
+    sidecar_path(run_dir, 7).rename(old)
+    with pytest.raises(InputError, match=r"7\.npz: sidecar of an older release"):
+        run_stitch(run.spec(run_dir), client)
+    old.unlink()
     sidecar_path(run_dir, 7).write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"7\.agqs: sidecar is damaged"):
         run_stitch(run.spec(run_dir), client)

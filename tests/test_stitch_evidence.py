@@ -51,9 +51,10 @@ def plain_overlap(run, lower, upper, axis):
 @pytest.mark.parametrize(
     "context", [((0, 0, 0), (1, 1, 1)), ((2, 1, 1), (0, 0, 0)), ((1, 1, 1), (2, 2, 2))]
 )
-def test_overlap_equals_a_plain_count(context):
+@pytest.mark.parametrize("scrambled", [0, 60])
+def test_overlap_equals_a_plain_count(context, scrambled):
     blocks = grid((4, 12, 10), *context)
-    run = make_run(blocks, seed=6)
+    run = make_run(blocks, seed=6, scrambled=scrambled)
     opened, seen = files(run), 0
     for lower in range(blocks.n_blocks):
         for axis in range(3):
@@ -70,6 +71,9 @@ def test_overlap_equals_a_plain_count(context):
             assert np.array_equal(table.across_sum[touching], plain.across_sum)
             assert np.array_equal(table.u[touching], plain.u)
             seen += int((~touching).sum())
+    assert (
+        seen > 1000 if scrambled else seen == 0
+    )  # labels that meet only in the overlap have rows too
     whole = from_sidecars(run, overlap=True)
     assert rows(
         from_sidecars(run, [range(9), range(9, blocks.n_blocks)], overlap=True), OVERLAP
@@ -121,8 +125,11 @@ def test_margins_move_all_thresholds():
 @pytest.mark.parametrize(
     "rule", [{"evidence": "overlap", "overlap": 0.3}, {"evidence": "both"}, {"min_contact": 6}]
 )
-def test_stitched_by_other_evidence(tmp_path, client, rule):
-    run = make_run(GRID, seed=5)
+@pytest.mark.parametrize("scrambled", [0, 60])
+def test_stitched_by_other_evidence(tmp_path, client, rule, scrambled):
+    if scrambled:  # then few labels overlap by much
+        rule = rule | {"overlap": 0.05, "within": 0.2, "min_contact": 0}
+    run = make_run(GRID, seed=5, scrambled=scrambled)
     write_run(run, tmp_path)
     report = run_stitch(run.spec(tmp_path, **rule), client)
     evidence = from_sidecars(run, overlap="evidence" in rule)
