@@ -1,12 +1,15 @@
-"""Whether scheduler, gate, journal and ledger keep up with many workers.
+"""Whether scheduler, gate and ledger keep up with many workers.
 
-The same number of clients take blocks and do nothing but wait, as a worker waits for its GPU: once
-straight from a bare daisy server, once through the gate, with a journal line for every block and
-the ledger fed from them. Rounds take turns; the bar is 90 % of bare daisy's block rate.
+The same number of clients take blocks, do nothing but wait, as a worker waits for its GPU, and
+write a journal line for each, synced to disk: once straight from a bare daisy server, once through
+the gate and with the ledger fed from their journal. Rounds take turns; the bar is 90 % of bare
+daisy's block rate.
 
-Clients are threads in a few processes: what runs on the coordinator's machine is measured, not
-what a block costs its worker (reading, computing, writing). It starts the tests' MongoDB-wire
-server, or takes ``--uri``; without either there is no ledger.
+Clients are threads in a few processes and the same on both sides, because it is the coordinator's
+machine that is measured, not what a block costs its worker. They share this machine with it, so
+the CPU time per block of each part is printed too: it says how many blocks per second a core of
+the coordinator's machine can serve. It starts the tests' MongoDB-wire server, or takes ``--uri``;
+without either there is no ledger.
 """
 
 import argparse
@@ -20,9 +23,12 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 from pydantic import SecretStr
 
 from blockwise.gate import GateError
@@ -38,20 +44,18 @@ BAR = 0.9
 PROCESSES = 4
 
 
-def clients(folder: Path, count: int, seconds: float, journal: bool) -> None:
+def clients(folder: Path, count: int, seconds: float, first: int) -> None:
     """Be `count` workers until the dispatcher has gone."""
     # A refused connection is how every run ends.
     logging.getLogger("daisy").setLevel(logging.CRITICAL)
     while (session := Session.load(folder)) is None:
         time.sleep(0.01)
-    writer = (
-        JournalWriter(folder / "journal" / "predict", WorkerInfo("w", "n", 1)) if journal else None
-    )
-    numbers = iter(range(10**9))
-    lock = threading.Lock()
+    writer = JournalWriter(folder / "journal" / "predict", WorkerInfo(f"w{first}", "node", 1))
+    numbers = iter(range(first, 10**9, PROCESSES))
 
     def work() -> None:
-        client = None
+        client: Any = None
+        idle = 0.2
         while True:
             try:
                 if client is None:
@@ -61,33 +65,38 @@ def clients(folder: Path, count: int, seconds: float, journal: bool) -> None:
                 with client.acquire_block() as block:
                     if block is None:
                         client = None
-                        time.sleep(0.05)
-                        continue
-                    time.sleep(seconds)
-                    if writer is not None:
-                        with lock:
-                            number = next(numbers) * PROCESSES + int(sys.argv[-1])
-                        now = time.time()
+                    else:
+                        begun = time.time()
+                        number = next(numbers)
                         writer.begin(number)
-                        writer.finish(BlockRecord(number, "done", started=now, finished=now))
+                        time.sleep(seconds)
+                        record = BlockRecord(number, "done", started=begun, finished=time.time())
+                        writer.finish(record)
             except (GateError, OSError, RuntimeError):
                 return
+            if client is None:  # as a lane does
+                time.sleep(idle)
+                idle = min(1.5 * idle, 2.0)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if writer is not None:
-        writer.close()
+    writer.close()
+
+
+def cpu_seconds(*processes: psutil.Process) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def one_round(
     workers: int, blocks: int, seconds: float, settings: LedgerSettings | None, ours: bool
-) -> tuple[float, float | None]:
-    """Blocks per second, and seconds after the end until the ledger has all (None: no ledger)."""
+) -> dict[str, Any]:
+    """Blocks per second, CPU milliseconds per block, seconds until the ledger has all."""
     with tempfile.TemporaryDirectory(prefix="agq-rate-") as name:
         folder = Path(name)
+        journal = folder / "journal" / "predict"
         grid = BlockGrid(
             volume_shape=(blocks, 16, 16), voxel_size=(1, 1, 1), write_shape=(1, 16, 16)
         )
@@ -99,25 +108,28 @@ def one_round(
             listen="127.0.0.1" if ours else None,
         ).save()
         command = [sys.executable, __file__, "--clients", name, str(workers // PROCESSES)]
-        processes = [
-            subprocess.Popen([*command, str(seconds), "journal" if ours else "bare", str(i)])
-            for i in range(PROCESSES)
-        ]
+        processes = [subprocess.Popen([*command, str(seconds), str(i)]) for i in range(PROCESSES)]
         ledger = connect(settings) if ours and settings else None
         feeder = None
         if ledger is not None:
-            feeder = LedgerFeeder(
-                ledger, uuid.uuid4().hex, {"predict": folder / "journal" / "predict"}
-            )
+            feeder = LedgerFeeder(ledger, uuid.uuid4().hex, {"predict": journal})
             feeder.start()
         time.sleep(3)  # let the clients load daisy
-        start = time.perf_counter()
         dispatcher = Dispatcher(name, np.arange(blocks), alone=False)
         while dispatcher.poll() is None and not session_path(name).exists():
             time.sleep(0.001)
+        parts = {
+            "daisy and gate" if ours else "daisy": [psutil.Process(dispatcher._process.pid)],
+            "clients": [psutil.Process(process.pid) for process in processes],
+            "ledger feeder": [psutil.Process()],
+        }
+        before = {part: cpu_seconds(*members) for part, members in parts.items()}
+        after = dict(before)
         start = time.perf_counter()
         while dispatcher.poll() is None:
-            time.sleep(0.005)
+            with contextlib.suppress(psutil.Error):
+                after |= {part: cpu_seconds(*members) for part, members in parts.items()}
+            time.sleep(0.05)
         rate = blocks / (time.perf_counter() - start)
         late = None
         for process in processes:
@@ -128,17 +140,21 @@ def one_round(
             late = time.perf_counter() - begun
             assert report.complete, report
             ledger.close()
-        if ours:
-            done = Journal(folder / "journal" / "predict").counts()["done"]
-            assert done == blocks, f"{done} of {blocks} in the journal"
-        return rate, late
+        done = Journal(journal).counts()["done"]
+        assert done == blocks, f"{done} of {blocks} in the journal"
+        cpu = {part: (after[part] - before[part]) / blocks * 1e3 for part in parts}
+        return {"blocks_per_s": rate, "late_s": late, "cpu_ms_per_block": cpu}
+
+
+def median(rounds: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
+    return statistics.median(map(value, rounds))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=1.0, help="what a block takes")
-    parser.add_argument("--blocks", type=int, default=2000)
+    parser.add_argument("--blocks", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--uri")
     options = parser.parse_args()
@@ -153,27 +169,25 @@ def main() -> None:
                 uri = stack.enter_context(running(MongoServer(Path(folder)))).uri
         settings = uri and LedgerSettings(uri=SecretStr(uri), database="rate")
         of = options.workers, options.blocks, options.seconds, settings or None
-        bare, ours, lates = [], [], []
+        bare, ours = [], []
         for _ in range(options.rounds):
-            bare.append(one_round(*of, ours=False)[0])
-            rate, late = one_round(*of, ours=True)
-            ours.append(rate)
-            lates.append(late)
-    found = {
-        "workers": options.workers,
-        "seconds_per_block": options.seconds,
-        "bare_blocks_per_s": bare,
-        "ours_blocks_per_s": ours,
-        "ledger_late_s": lates,
-        "share": statistics.median(ours) / statistics.median(bare),
-        "bar": BAR,
-    }
-    print(json.dumps(found, indent=1))
-    sys.exit(found["share"] < BAR)
+            bare.append(one_round(*of, ours=False))
+            ours.append(one_round(*of, ours=True))
+    share = median(ours, lambda r: r["blocks_per_s"]) / median(bare, lambda r: r["blocks_per_s"])
+    for name, rounds in (("bare", bare), ("ours", ours)):
+        rates = " ".join(f"{r['blocks_per_s']:.1f}" for r in rounds)
+        print(f"{name}: blocks/s {rates} ({options.workers} workers of {options.seconds:g} s)")
+        for part in rounds[0]["cpu_ms_per_block"]:
+            cpu = median(rounds, lambda r, part=part: r["cpu_ms_per_block"][part])
+            print(f"  CPU ms per block, {part}: {cpu:.2f}")
+    late = [r["late_s"] for r in ours]
+    print(f"ledger complete after the last block, s: {json.dumps(late)}")
+    print(f"share of bare daisy's rate: {share:.3f} (bar {BAR})")
+    sys.exit(share < BAR)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] == "--clients":
-        clients(Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5] == "journal")
+        clients(Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
     else:
         main()

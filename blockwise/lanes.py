@@ -16,6 +16,7 @@ import contextlib
 import logging
 import math
 import queue
+import random
 import secrets
 import threading
 import time
@@ -45,6 +46,7 @@ from blockwise.predict_spec import (
 from blockwise.predictor import Prediction, Predictor
 
 _IDLE_S = 0.2
+_MAX_IDLE_S = 2.0
 _DRAIN_S = 60.0
 _PAUSE_S = 2.0
 _MAX_PAUSE_S = 30.0
@@ -223,6 +225,7 @@ class BlockLoop:
 
     def _lane(self, session: Session, places: threading.Semaphore, over: threading.Event) -> None:
         client: Any = None
+        idle_s = _IDLE_S
         while not (over.is_set() or self.leaving):
             self._pause()
             if not places.acquire(timeout=_IDLE_S):
@@ -239,8 +242,10 @@ class BlockLoop:
                         # Nothing is ready *now*; this client stays dead, so the next gets a new
                         # one. A block that another worker holds may still come back.
                         client = None
-                    elif not self._process(block, slot):
-                        block.status = daisy.BlockStatus.FAILED
+                    else:
+                        idle_s = _IDLE_S
+                        if not self._process(block, slot):
+                            block.status = daisy.BlockStatus.FAILED
             except Exception as error:
                 # Blocks' own errors end in _process: the dispatcher has ended or was killed.
                 _logger.info("the dispatcher has gone: %s", error)
@@ -248,7 +253,15 @@ class BlockLoop:
             finally:
                 slot.release()
             if client is None:
-                over.wait(_IDLE_S)
+                # Ever more slowly: at the end of a run, a thousand lanes wait for the last blocks.
+                self._idle(idle_s * random.uniform(0.75, 1.25), over)  # noqa: S311
+                idle_s = min(1.5 * idle_s, _MAX_IDLE_S)
+
+    def _idle(self, seconds: float, over: threading.Event) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self.leaving:
+            if over.wait(min(left, _IDLE_S)):
+                return
 
     def _process(self, block: Any, slot: _Slot) -> bool:
         """Take one block through all its steps; False if it failed."""
