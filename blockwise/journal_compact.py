@@ -16,7 +16,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from blockwise.errors import InputError
 from blockwise.files import fsync_path
+from blockwise.journal_lazy import SnapshotColumns
 from blockwise.journal_table import ROW
 
 SNAPSHOT: Final = "compact.npz"
@@ -87,6 +89,19 @@ def read_snapshot(folder: Path) -> tuple[NDArray[np.void], dict[str, Any]] | Non
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return rows, meta
+
+
+def open_snapshot(folder: Path) -> tuple[SnapshotColumns, dict[str, Any]] | None:
+    """Columns, not yet read, and meta of the snapshot; None where there is none with sums."""
+    try:
+        columns = SnapshotColumns(Path(folder) / SNAPSHOT)
+        meta: dict[str, Any] = json.loads(columns["meta"].tobytes())
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, InputError):
+        return None
+    if meta.get("version") != _VERSION or "summary" not in meta:
+        columns.close()
+        return None
+    return columns, meta
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockwise.errors import InputError
-from blockwise.journal_compact import SNAPSHOT, read_snapshot, write_snapshot
+from blockwise.journal_compact import SNAPSHOT, open_snapshot, read_snapshot, write_snapshot
+from blockwise.journal_lazy import LazyBlockTable
 from blockwise.journal_records import (
     RANK_STATE,
     STATE_RANK,
@@ -42,6 +43,8 @@ class Journal:
         ``<run>/journal/<stage>``; a missing one is an empty journal.
     use_snapshot : bool
         Start from the snapshot that `compact` wrote, if there is one.
+    lazy : bool
+        Read no more of it than is asked for: totals of 10^7 blocks in a moment.
 
     Attributes
     ----------
@@ -54,11 +57,11 @@ class Journal:
         If a journal file may not be read.
     """
 
-    def __init__(self, folder: Path, *, use_snapshot: bool = True) -> None:
+    def __init__(self, folder: Path, *, use_snapshot: bool = True, lazy: bool = False) -> None:
         self.folder = Path(folder)
         self.workers: dict[str, WorkerState] = {}
         self._tail = JournalTail(self.folder)
-        self._table = BlockTable()
+        self._table: BlockTable | LazyBlockTable = BlockTable()
         self._sources: list[tuple[str, str]] = []
         self._source_index: dict[tuple[str, str], int] = {}
         self._reasons: list[str] = [""]
@@ -66,9 +69,12 @@ class Journal:
         self._failed: dict[int, BlockRecord] = {}
         self._rivals: dict[int, set[tuple[str, int]]] = {}
         self._bad_events = 0
-        snapshot = read_snapshot(self.folder) if use_snapshot else None
-        if snapshot is not None:
-            self._restore(*snapshot)
+        opened = open_snapshot(self.folder) if use_snapshot and lazy else None
+        snapshot = read_snapshot(self.folder) if use_snapshot and opened is None else None
+        if opened is not None:
+            self._restore(LazyBlockTable(opened[0], opened[1]["summary"]), opened[1])
+        elif snapshot is not None:
+            self._restore(BlockTable(snapshot[0]), snapshot[1])
         self.catch_up()
 
     def refresh(self) -> list[Event]:
@@ -124,7 +130,7 @@ class Journal:
     def state(self, block: int) -> str:
         """``done``, ``skipped``, ``failed``, or an empty text."""
         row = self._table.find(block)
-        return "" if row < 0 else RANK_STATE[int(self._table.rows[row]["rank"])]
+        return "" if row < 0 else RANK_STATE[int(self._table.row(row)["rank"])]
 
     def counts(self) -> dict[str, int]:
         """Count the blocks ``failed``, ``skipped`` and ``done``."""
@@ -180,7 +186,7 @@ class Journal:
         row = self._table.find(block)
         if row < 0:
             return None
-        values = self._table.rows[row]
+        values = self._table.row(row)
         file, token = self._sources[int(values["source"])]
         try:
             with (self.folder / file).open("rb") as handle:
@@ -265,7 +271,7 @@ class Journal:
         block, rank = record.block, STATE_RANK[record.state]
         row = self._table.find(block)
         if row >= 0:
-            old = self._table.rows[row]
+            old = self._table.row(row)
             old_token = self._sources[int(old["source"])][1]
             if rank == _DONE and int(old["rank"]) == _DONE:
                 present = (old_token, int(old["digest"]))
@@ -330,6 +336,7 @@ class Journal:
             "garbage": self.garbage,
             "sources": self._sources,
             "reasons": self._reasons,
+            "summary": self._table.summary(),
             "failed": [record.to_dict() for record in self.failed()],
             "rivals": [[block, sorted(keys)] for block, keys in self._rivals.items()],
             "workers": [
@@ -339,8 +346,8 @@ class Journal:
         }
         return write_snapshot(self.folder, self._table.rows, meta)
 
-    def _restore(self, rows: NDArray[np.void], meta: dict[str, Any]) -> None:
-        self._table = BlockTable(rows)
+    def _restore(self, table: BlockTable | LazyBlockTable, meta: dict[str, Any]) -> None:
+        self._table = table
         self._tail = JournalTail(self.folder, meta["files"], set(meta["ended"]))
         self._tail.garbage = meta["garbage"]
         for file, token in meta["sources"]:

@@ -66,6 +66,10 @@ class BlockTable:
         page = self._pages.get(block >> _PAGE_BITS)
         return -1 if page is None else int(page[block & (_PAGE - 1)]) - 1
 
+    def row(self, row: int) -> Any:
+        """Values of a row by name."""
+        return self._rows[row]
+
     def put(self, row: int, values: tuple[Any, ...]) -> None:
         """Set a row (-1: add one); ``values`` in the order of ROW."""
         if row < 0:
@@ -126,6 +130,18 @@ class BlockTable:
         late = (rows["finished"] >= since) & (rows["rank"] == STATE_RANK["done"])
         return int(late.sum()), int(rows["voxels"].sum(where=late, dtype=np.int64))
 
+    def summary(self) -> dict[str, Any]:
+        """Return what a snapshot keeps beside the rows, for who needs no more than sums."""
+        rows = self.rows
+        ends = rows["finished"][rows["rank"] == STATE_RANK["done"]]
+        return {
+            "rows": len(rows),
+            "counts": self.counts(),
+            "totals": self.totals(),
+            "first_done": float(ends.min()) if len(ends) else 0.0,
+            "last_done": float(ends.max()) if len(ends) else 0.0,
+        }
+
     def _index_all(self) -> None:
         blocks = self.rows["block"]
         if not len(blocks):
@@ -138,3 +154,12 @@ class BlockTable:
         for key, start, stop in zip(pages.tolist(), starts.tolist(), stops.tolist(), strict=True):
             page = self._pages[key] = np.zeros(_PAGE, np.int32)
             page[low[start:stop]] = np.arange(start + 1, stop + 1, dtype=np.int32)
+
+
+def add_totals(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """Add up the totals of two tables without a block in common."""
+    starts = [t["started"] for t in (one, other) if t["started"] > 0]
+    return {name: one[name] + other[name] for name in (*_COUNTED, *_TIMED)} | {
+        "started": min(starts, default=0.0),
+        "finished": max(one["finished"], other["finished"]),
+    }

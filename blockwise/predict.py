@@ -54,6 +54,7 @@ _LEAVE_S = 2.0
 _DISPATCHER_RESTARTS = 3
 _START_CRASHES = 3
 _IDLE_SESSIONS = 10
+_COMPACT_BLOCKS = 20_000
 
 _TIMED_OUT = 87  # daisy's client ends a process that holds a block for too long with this status
 
@@ -118,6 +119,7 @@ class _Run:
         self._started = time.monotonic()
         self._next_progress = 0.0
         self._journal = Journal(journal_folder(spec.run_dir))
+        self._compacted = self._journal.version
         self._workers = LocalWorkers(spec.run_dir)
         # Of each block, the tokens of the processes in which it failed.
         self._failures: defaultdict[int, list[str]] = defaultdict(list)
@@ -247,10 +249,20 @@ class _Run:
         for event in self._journal.refresh():
             if event.kind == "block":
                 self._note(event.record)
+        self._compact()
         for end in ends:
             self._replace(end)
         if self._on_progress is not None:
             self._on_progress(self._progress())
+
+    def _compact(self) -> None:
+        """Save what has been read, now and then: who watches then need not read every line."""
+        grown = self._journal.version - self._compacted
+        if grown >= max(_COMPACT_BLOCKS, len(self._journal.rows) // 4):
+            # A full disk is noticed by the workers, whose lines matter.
+            with contextlib.suppress(OSError):
+                self._journal.save()
+            self._compacted = self._journal.version
 
     def _note(self, record: BlockRecord) -> None:
         """Count the end of an attempt."""

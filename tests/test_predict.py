@@ -12,6 +12,7 @@ from blockwise.arrays import chunk_file, open_array
 from blockwise.errors import InputError, RunStoppedError
 from blockwise.grid import BlockGrid
 from blockwise.journal import Journal
+from blockwise.journal_compact import read_snapshot
 from blockwise.predict import PredictProgress, PredictSpec, run_predict
 from blockwise.sidecar import build_sidecar, read_sidecar
 from tests import fakes
@@ -90,6 +91,18 @@ def test_bytes_do_not_depend_on_workers_or_batches(tmp_path, undisturbed, worker
     batches = [int(n) for n in (tmp_path / "batches").read_text().split()]
     assert sum(batches) == 27
     assert (max(batches) > 1) == (batch > 1)
+
+
+def test_the_journal_is_compacted_while_a_run_goes_on(tmp_path, undisturbed, monkeypatch):
+    """So that who watches a run of 10^7 blocks need not read as many lines."""
+    monkeypatch.setattr("blockwise.predict._COMPACT_BLOCKS", 5)
+    spec = make_run(tmp_path, raw_volume())
+    assert run_predict(spec, ALL).done == 27
+    snapshot = read_snapshot(journal(spec).folder)
+    assert snapshot is not None
+    assert len(snapshot[0]) >= 5
+    assert journal(spec).done(27).all()
+    assert outputs(spec) == undisturbed
 
 
 def test_a_roi_computes_only_its_blocks_with_the_same_bytes(tmp_path, undisturbed):

@@ -1,0 +1,113 @@
+"""A journal that reads of its snapshot what is asked for says what one says that reads it all."""
+
+import random
+
+import numpy as np
+import pytest
+
+from blockwise.errors import InputError
+from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo, compact
+from blockwise.journal_compact import SNAPSHOT
+from blockwise.journal_lazy import LazyBlockTable
+
+WORKER = WorkerInfo("w", "node", 1)
+
+
+def records(rng: random.Random, n: int, begin: float) -> list[BlockRecord]:
+    found = []
+    for i in range(n):
+        state = rng.choice(["done", "done", "done", "failed", "skipped"])
+        started = begin + rng.uniform(0, 50)
+        found.append(
+            BlockRecord(
+                rng.randrange(200),
+                state,
+                attempt=rng.randrange(1, 4),
+                started=started,
+                finished=started + rng.uniform(0, 9),
+                read_s=rng.uniform(0, 1),
+                compute_s=rng.uniform(0, 1),
+                voxels=rng.randrange(1000),
+                labels=rng.randrange(100),
+                dropped=i % 3,
+                sums={"fragments": f"{i % 5:x}"},
+                reason=f"why {i}" if state != "done" else None,
+                error="Traceback" if state == "failed" else None,
+                roi=((0, 0, i), (1, 2, 3)),
+            )
+        )
+    return found
+
+
+def same(lazy: Journal, whole: Journal) -> None:
+    assert lazy.counts() == whole.counts()
+    one, other = lazy.totals(), whole.totals()
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value == pytest.approx(other[name], rel=1e-6), name
+    for since in (0.0, 1000.0, 1025.0, 1058.9, 1060.0, 2020.0, 3000.0):
+        assert lazy.recent(since) == whole.recent(since), since
+    blocks = np.random.default_rng(0).permutation(260).astype(np.int64)
+    assert np.array_equal(lazy.ranks(blocks), whole.ranks(blocks))
+    assert lazy.failed() == whole.failed()
+    assert (lazy.duplicates, lazy.conflicts) == (whole.duplicates, whole.conflicts)
+    assert lazy.running() == whole.running()
+    assert [lazy.state(b) for b in range(210)] == [whole.state(b) for b in range(210)]
+    assert [lazy.record(b) for b in range(210)] == [whole.record(b) for b in range(210)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_lazy_journal_says_the_same(tmp_path, seed):
+    rng = random.Random(seed)
+    # Before and after the snapshot; one of both may be empty, and blocks come again.
+    before, after = rng.choice([(0, 80), (150, 0), (150, 3), (150, 150), (3, 150)])
+    with JournalWriter(tmp_path, WORKER) as writer:
+        writer.finish_many(records(rng, before, 1000.0))
+    compact(tmp_path)
+    with JournalWriter(tmp_path, WORKER) as writer:
+        late = records(rng, after, 2000.0)
+        writer.finish_many(late[: after // 2])
+        lazy = Journal(tmp_path, lazy=True)
+        assert isinstance(lazy._table, LazyBlockTable)
+        same(lazy, Journal(tmp_path, use_snapshot=False))
+        writer.finish_many(late[after // 2 :])
+        writer.begin(7)
+        lazy.catch_up()
+        whole = Journal(tmp_path, use_snapshot=False)
+        same(lazy, whole)
+        # Reading all of it, at last, changes nothing, nor does what comes then.
+        assert np.array_equal(lazy.done(200), whole.done(200))
+        assert len(lazy.rows) == len(whole.rows)
+        same(lazy, whole)
+        writer.finish_many(records(rng, 20, 3000.0))
+        lazy.catch_up()
+        whole = Journal(tmp_path, use_snapshot=False)
+        same(lazy, whole)
+    lazy.save()
+    same(Journal(tmp_path, lazy=True), Journal(tmp_path, use_snapshot=False))
+
+
+def test_a_status_reads_no_column_of_a_journal_at_rest(tmp_path, monkeypatch):
+    with JournalWriter(tmp_path, WORKER) as writer:
+        writer.finish_many(records(random.Random(1), 150, 1000.0))
+    compact(tmp_path)
+    lazy = Journal(tmp_path, lazy=True)
+    lazy.counts(), lazy.totals(), lazy.recent(0.0), lazy.recent(9000.0), lazy.failed()
+    assert set(lazy._table._columns._columns) == {"meta"}
+
+
+def test_a_damaged_column_is_said_in_one_line(tmp_path):
+    with JournalWriter(tmp_path, WORKER) as writer:
+        writer.finish_many(records(random.Random(1), 150, 1000.0))
+    compact(tmp_path)
+    file = tmp_path / SNAPSHOT
+    data = bytearray(file.read_bytes())
+    place = data.index(b"finished.npy") + 400
+    data[place] ^= 0xFF
+    file.write_bytes(data)
+    lazy = Journal(tmp_path, lazy=True)
+    with pytest.raises(InputError, match="delete it") as caught:
+        lazy.recent(1030.0)
+    assert str(file) in str(caught.value)
+    # Who decides what is done reads all of it at once, and passes a damaged one over.
+    same(Journal(tmp_path), Journal(tmp_path, use_snapshot=False))
