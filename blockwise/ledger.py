@@ -131,10 +131,15 @@ class Ledger:
             text = "user or password refused"
         elif isinstance(error, OperationFailure) and error.code == _FORBIDDEN:
             text = f"the user may not do this in database {self.settings.database!r}: {text}"
+            text = text.partition(", full error:")[0] + "; a run needs the role readWrite"
         elif isinstance(error, ConfigurationError | UserWarning):
             text = f"malformed URI or option: {text}"
-        # pymongo appends the whole description of the servers; the reason comes before it.
-        text = text.partition(", Timeout:")[0].partition(" (configured timeouts:")[0]
+        # pymongo appends the whole answer or the description of all servers to the reason.
+        text = (
+            text.partition(", full error:")[0]
+            .partition(", Timeout:")[0]
+            .partition(" (configured timeouts:")[0]
+        )
         return LedgerError(f"database {self.shown}: {text[:300]}")
 
     def hide(self, text: object) -> str:
@@ -176,6 +181,20 @@ class Ledger:
         self.workers.create_index([*key, ("exit", ASCENDING)], name="run")
         self.runs.create_index([("created", ASCENDING)], name="created")
         self._prepared = True
+
+    def require_writable(self) -> None:
+        """Make what a run needs here, or close the connections and say why that cannot be done.
+
+        Raises
+        ------
+        LedgerError
+            If the user may not write, or the database is away, full or read-only.
+        """
+        try:
+            self.prepare()
+        except (PyMongoError, OSError) as error:
+            self.close()
+            raise self.error(error) from None
 
     def close(self) -> None:
         """Close the connections."""
@@ -242,6 +261,27 @@ class Ledger:
         """Yield block documents by block number (limit 0: all)."""
         query = {"run": run, "stage": stage} | ({"state": state} if state else {})
         yield from self.blocks.find(query).sort("block", ASCENDING).limit(limit)
+
+    def failure_reasons(
+        self, run: str, stage: str, limit: int = 10_000
+    ) -> list[tuple[str, int, int]]:
+        """Group the failed blocks by their reason.
+
+        Returns
+        -------
+        list of (str, int, int)
+            Reason, blocks, and the first of them by number; the most frequent first.
+        """
+        failed: Document = {"$match": {"run": run, "stage": stage, "state": "failed"}}
+        group: Document = {"_id": "$reason", "count": {"$sum": 1}, "first": {"$min": "$block"}}
+        steps = [failed, {"$group": group}, {"$sort": {"count": -1, "_id": 1}}, {"$limit": limit}]
+        found = self.blocks.aggregate(steps)
+        return [(str(d["_id"] or ""), int(d["count"]), int(d["first"])) for d in found]
+
+    def blocks_of(self, run: str, stage: str, numbers: Sequence[int]) -> dict[int, Document]:
+        """Return the documents of some blocks by number."""
+        query = {"run": run, "stage": stage, "block": {"$in": list(numbers)}}
+        return {int(doc["block"]): doc for doc in self.blocks.find(query)}
 
     def find_workers(self, run: str, stage: str, *, running: bool = False) -> list[Document]:
         """Return the worker documents of a stage, or of those that have not ended."""

@@ -9,37 +9,20 @@ coordinator goes on where the last one stopped.
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from bson.errors import InvalidDocument
-from pymongo import UpdateOne
 
-from blockwise.journal_read import Journal
-from blockwise.journal_records import BadLineError, Event
-from blockwise.journal_tail import JournalTail, WorkerState
 from blockwise.ledger import Ledger, mask_secrets
-from blockwise.ledger_updates import (
-    RANK,
-    Attempt,
-    Document,
-    begin_update,
-    block_update,
-    worker_update,
-)
+from blockwise.ledger_stage import StageFeed, count_lines
+from blockwise.ledger_updates import Document
 
 logger = logging.getLogger(__name__)
 
-_BATCH_BYTES: Final = 256 << 10
-_BULK: Final = 500
 _MAX_WAIT_S: Final = 30.0
-_RECENT_S: Final = 60.0
-#: A worker with a deep prefetch queue may have begun many blocks.
-_MAX_CURRENT: Final = 16
 
 
 @dataclass(frozen=True)
@@ -103,7 +86,7 @@ class LedgerFeeder:
         self._user: str | None = self._fields.get("user")
         self._since: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._stages: list[_StageFeed] | None = None
+        self._stages: list[StageFeed] | None = None
         self._wake = threading.Event()
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._loop, name="ledger-feeder", daemon=True)
@@ -152,9 +135,9 @@ class LedgerFeeder:
     def _report(self) -> FeedReport:
         stages = self._stages
         if stages is None:
-            undelivered = sum(_count_lines(folder, {}) for folder in self._folders.values())
+            undelivered = sum(count_lines(folder, {}) for folder in self._folders.values())
             return FeedReport(0, undelivered, 0, self._error or "the database never answered")
-        undelivered = sum(_count_lines(s.folder, s.sent) for s in stages)
+        undelivered = sum(count_lines(s.folder, s.sent) for s in stages)
         with self._lock:
             waiting = bool(self._fields)
         error = None
@@ -210,7 +193,7 @@ class LedgerFeeder:
         self._remove_old()
         if self._stages is None:
             self._stages = [
-                _StageFeed(self._ledger, self._run, stage, folder, full=self._full)
+                StageFeed(self._ledger, self._run, stage, folder, full=self._full)
                 for stage, folder in self._folders.items()
             ]
         more = False
@@ -246,169 +229,3 @@ class LedgerFeeder:
             for name, value in fields.items():
                 if self._fields.get(name) is value:
                     del self._fields[name]
-
-
-_Order = tuple[int, float, int, str]
-_Make = Callable[..., UpdateOne]
-
-
-class _StageFeed:
-    """Delivers the journal of one stage."""
-
-    def __init__(self, ledger: Ledger, run: str, stage: str, folder: Path, *, full: bool) -> None:
-        self.folder = folder
-        self.delivered = 0
-        self.refused = 0
-        self._ledger = ledger
-        self._run = run
-        self.name = stage
-        self._open({} if full else ledger.delivered(run, stage))
-
-    def _open(self, delivered: dict[str, int]) -> None:
-        """Start reading; ``delivered`` says how far the database has each file."""
-        self._journal = Journal(self.folder)
-        read = self._journal.positions
-        if delivered.keys() - read.keys():
-            # The stage was started over: what the database has is of another attempt.
-            self._ledger.remove_stage(self._run, self.name)
-            delivered = {}
-        ended = {f for f in self._journal.ended if delivered.get(f) == read.get(f)}
-        self._tail = JournalTail(self.folder, delivered, ended)
-        self._batch: list[Event] = []
-        self._totals_key: tuple[int, int] | None = None
-        self._totals_time = 0.0
-        self.sent = delivered
-
-    def deliver(self) -> bool:
-        """Send one batch of events; on an error the same batch is sent again the next time."""
-        if self._journal.replaced():
-            self._ledger.remove_stage(self._run, self.name)
-            self._open({})
-        if not self._batch:
-            self._batch = self._tail.poll(_BATCH_BYTES)
-            # After the tail, so that the journal knows at least as much.
-            self._journal.catch_up()
-        if self._batch:
-            self._send_blocks()
-            self._send_workers()
-            self.delivered += len(self._batch)
-            self._batch = []
-            self.sent = dict(self._tail.positions)
-            return True
-        return False
-
-    def _send_blocks(self) -> None:
-        newest: dict[int, tuple[_Order, _Make]] = {}
-        failed: defaultdict[int, list[Attempt]] = defaultdict(list)
-        for event in self._batch:
-            try:
-                block, order, make = self._update_of(event)
-                if event.kind == "block" and event.data["state"] == "failed":
-                    worker = self._journal.workers.get(event.token)
-                    failed[block].append((event.record, worker.info if worker else None))
-            except (BadLineError, KeyError, TypeError, ValueError):
-                continue
-            if block >= 0 and (block not in newest or newest[block][0] < order):
-                newest[block] = order, make
-        updates = [make(earlier=failed.get(block, ())) for block, (_, make) in newest.items()]
-        for start in range(0, len(updates), _BULK):
-            self.refused += self._ledger.write("blocks", updates[start : start + _BULK])
-
-    def _update_of(self, event: Event) -> tuple[int, _Order, _Make]:
-        worker = self._journal.workers.get(event.token)
-        info = worker.info if worker else None
-        where = self._run, self.name
-        if event.kind == "block":
-            record = event.record
-            order = RANK[record.state], record.finished, record.attempt, record.token
-            return record.block, order, partial(block_update, *where, record, info)
-        if event.kind == "begin":
-            block, attempt = int(event.data["block"]), int(event.data.get("attempt", 1))
-            order = RANK["running"], event.time, attempt, event.token
-            who = event.token, info
-            return block, order, partial(begin_update, *where, block, attempt, event.time, *who)
-        return -1, (0, 0.0, 0, ""), partial(UpdateOne, {}, {})
-
-    def _send_workers(self) -> None:
-        files = {event.file: event.token for event in self._batch}
-        updates = [
-            worker_update(
-                self._run,
-                self.name,
-                file,
-                _worker_fields(self._journal.workers.get(token)),
-                read=self._journal.positions.get(file, 0),
-                delivered=self._tail.positions[file],
-            )
-            for file, token in files.items()
-        ]
-        self.refused += self._ledger.write("workers", updates)
-
-    def send_totals(self, since: float | None, *, at_once: bool = False) -> None:
-        """Send the totals of the stage, begun at ``since``, if they have changed."""
-        size = sum(self._journal.positions.values())
-        key = self._journal.version, size
-        started = time.monotonic()
-        if key == self._totals_key or (started < self._totals_time and not at_once):
-            return
-        journal = self._journal
-        now = time.time()
-        sums = journal.totals()
-        session = journal.recent(since or sums["started"])
-        blocks, voxels = journal.recent(now - _RECENT_S)
-        totals = {
-            **journal.counts(),
-            **sums,
-            "running": len(journal.running()),
-            "duplicates": len(journal.duplicates),
-            "conflicts": len(journal.conflicts),
-            "session": {"blocks": session[0], "voxels": session[1]},
-            "recent": {"seconds": _RECENT_S, "blocks": blocks, "voxels": voxels},
-            "updated": now,
-        }
-        self._ledger.set_totals(self._run, self.name, size, totals)
-        self._totals_key = key
-        # At 10^7 blocks adding up takes a good part of a second: do not spend all time on it.
-        spent = time.monotonic() - started
-        self._totals_time = started + max(1.0, 20 * spent)
-
-
-def _worker_fields(worker: WorkerState | None) -> Document:
-    if worker is None:
-        return {}
-    info = worker.info
-    current = sorted((begun, block, attempt) for block, (attempt, begun) in worker.current.items())
-    return mask_secrets(
-        {
-            "name": info.name,
-            "host": info.host,
-            "pid": info.pid,
-            "device": info.device,
-            "job": info.job,
-            "gpu": info.gpu,
-            "gpu_bytes": info.gpu_bytes,
-            "voxels_per_s": worker.voxels / max(worker.last - info.started, 1e-3),
-            "started": info.started,
-            "last": worker.last,
-            "done": worker.done,
-            "skipped": worker.skipped,
-            "failed": worker.failed,
-            "voxels": worker.voxels,
-            "exit": worker.exit,
-            "current": [
-                {"block": block, "attempt": attempt, "begun": begun}
-                for begun, block, attempt in current[-_MAX_CURRENT:]
-            ],
-        }
-    ) | {"token": worker.token}
-
-
-def _count_lines(folder: Path, sent: Mapping[str, int]) -> int:
-    """Count the whole lines after the delivered positions."""
-    lines = 0
-    for path in folder.glob("*.jsonl") if folder.is_dir() else ():
-        with path.open("rb") as file:
-            file.seek(sent.get(path.name, 0))
-            while piece := file.read(1 << 20):
-                lines += piece.count(b"\n")
-    return lines

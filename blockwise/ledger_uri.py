@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -12,6 +12,8 @@ from blockwise.errors import InputError
 
 #: Environment variable with the URI, used when the settings have none.
 URI_VARIABLE: Final = "AGQ_MONGO_URI"
+#: Environment variable with the database's name, for commands that have no settings.
+DATABASE_VARIABLE: Final = "AGQ_MONGO_DATABASE"
 HIDDEN: Final = "***"
 
 _SCHEME: Final = re.compile(r"^\s*(mongodb(?:\+srv)?://)(.*)$", re.DOTALL)
@@ -57,6 +59,12 @@ class LedgerSettings(BaseModel):
     interval_s: float = Field(
         1.0, gt=0, description="Seconds between two deliveries of new journal lines."
     )
+
+    @classmethod
+    def of_environment(cls) -> Self:
+        """Return what the environment alone says, for commands without a configuration."""
+        name = os.environ.get(DATABASE_VARIABLE)
+        return cls(database=name) if name else cls()
 
     def resolve(self) -> SecretStr | None:
         """Return the URI from wherever it is, or None where none is given.

@@ -1,7 +1,10 @@
 """Fixtures shared by all tests."""
 
+import contextlib
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +26,12 @@ def shared_dir() -> Path:
 def data_dir() -> Path:
     """Return the small reference files that are part of the repository."""
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def open_ledger() -> Iterator[Callable[..., Any]]:
+    """Like `blockwise.ledger.connect`, and closed in the end even if the test fails."""
+    from blockwise.ledger import connect
+
+    with contextlib.ExitStack() as stack:
+        yield lambda settings: stack.enter_context(contextlib.closing(connect(settings)))

@@ -12,8 +12,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 from pymongo import MongoClient
@@ -35,23 +37,26 @@ def free_port() -> int:
 class MongoServer:
     """One server over one folder; the port stays the same over restarts."""
 
-    def __init__(self, folder: Path, *, auth: bool = False) -> None:
+    def __init__(self, folder: Path, *, auth: bool = False, options: Sequence[str] = ()) -> None:
         self.folder = folder
         self.auth = auth
+        self.options = options
+        self.query = ""
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def uri(self) -> str:
-        return f"mongodb://127.0.0.1:{self.port}/"
+        return f"mongodb://127.0.0.1:{self.port}/" + (self.query and f"?{self.query}")
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [str(SERVER), "--host", "127.0.0.1", "--port", str(self.port), "--standalone"]
         command += ["--storage-path", str(self.folder / "db"), *(["--auth"] if self.auth else [])]
+        command += self.options
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
@@ -78,9 +83,13 @@ class MongoServer:
                 self.process.wait()
             self.process = None
 
-    def add_user(self, user: str, password: str) -> None:
+    def add_user(self, user: str, password: str, roles: Sequence[Any] = ("root",)) -> None:
         with self.client() as client:
-            client.admin.command("createUser", user, pwd=password, roles=["root"])
+            client.admin.command("createUser", user, pwd=password, roles=list(roles))
+
+    def uri_of(self, user: str, password: str) -> str:
+        """URI with a user; their password may hold any sign."""
+        return f"mongodb://{user}:{quote(password, safe='')}@127.0.0.1:{self.port}/"
 
 
 @contextlib.contextmanager

@@ -1,25 +1,20 @@
-import contextlib
 import itertools
 import logging
 import random
 import shutil
 import signal
-import threading
 import time
 import traceback
-import uuid
 from dataclasses import replace
 
 import pytest
 from pydantic import SecretStr, ValidationError
 from pymongo.errors import DuplicateKeyError, WriteError
-from services import MISSING, SERVER, MongoServer, free_port, mongo_server, mongo_uri, running  # noqa: F401
 
 from blockwise.errors import InputError
-from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo
+from blockwise.journal import JournalWriter
 from blockwise.ledger import (
     RANK,
-    Ledger,
     LedgerError,
     LedgerSettings,
     begin_update,
@@ -30,15 +25,26 @@ from blockwise.ledger import (
 )
 from blockwise.ledger_feed import LedgerFeeder
 from blockwise.ledger_uri import URI_VARIABLE, Secrets, shown_uri
-
-WORKER = WorkerInfo(name="w0", host="node1", pid=12, device="cuda:0", job="77", started=1.5)
-PASSWORD = "p@ss/w0rd %$x"
-QUOTED = "p%40ss%2Fw0rd%20%25%24x"
-
-
-def settings_for(uri: str, **kwargs) -> LedgerSettings:
-    kwargs = {"timeout_s": 1.0, "interval_s": 0.05, "database": f"t{uuid.uuid4().hex}"} | kwargs
-    return LedgerSettings(uri=SecretStr(uri), **kwargs)
+from tests.ledger_helpers import (
+    PASSWORD,
+    QUOTED,
+    WORKER,
+    in_journal,
+    in_ledger,
+    journal_slowly,
+    record,
+    settings_for,
+    wait_for,
+)
+from tests.services import (
+    MISSING,
+    SERVER,
+    MongoServer,
+    free_port,
+    mongo_server,  # noqa: F401
+    mongo_uri,  # noqa: F401
+    running,
+)
 
 
 @pytest.fixture
@@ -48,48 +54,6 @@ def ledger(mongo_uri):  # noqa: F811
     yield ledger
     ledger.runs.database.client.drop_database(ledger.runs.database.name)
     ledger.close()
-
-
-def record(block: int, state: str = "done", **kwargs) -> BlockRecord:
-    values = {"finished": 2.0, "voxels": 10, "labels": 3, "sums": {"fragments": f"{block:x}"}}
-    values |= {"roi": ((0, 60, 120), (30, 6, 6)), "error": "boom" if state == "failed" else None}
-    return BlockRecord(block, state, **(values | kwargs))
-
-
-def in_ledger(ledger: Ledger, run: str, stage: str = "predict") -> dict[int, tuple]:
-    return {
-        doc["block"]: (
-            doc["state"], doc["attempt"], doc["token"], doc["finished"], doc["labels"],
-            doc["voxels"], doc["sums"], doc["error"], doc["worker"], doc["host"],
-        )
-        for doc in ledger.find_blocks(run, stage)
-        if doc["state"] != "running"
-    }  # fmt: skip
-
-
-def in_journal(folder) -> dict[int, tuple]:
-    journal = Journal(folder)
-    return {
-        r.block: (
-            r.state, r.attempt, r.token, r.finished, r.labels,
-            r.voxels, r.sums, r.error, r.worker, journal.workers[r.token].info.host,
-        )
-        for r in journal.records()
-    }  # fmt: skip
-
-
-@pytest.fixture
-def open_ledger():
-    """Like `connect`, and closed in the end even if the test fails."""
-    with contextlib.ExitStack() as stack:
-        yield lambda settings: stack.enter_context(contextlib.closing(connect(settings)))
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 # Single writes
@@ -345,26 +309,6 @@ def test_fields_too_large_are_left_out_and_hold_nothing_up(ledger, tmp_path):
     report = feeder.stop(60)
     assert (report.refused, report.undelivered, report.error) == (1, 0, None)
     assert ledger.find_run("r")["stages"]["predict"]["state"] == "done"
-
-
-def journal_slowly(folder, n: int, pause: float) -> tuple[threading.Thread, list[float]]:
-    """A worker that journals n blocks; the longest times of one block come out in the list."""
-    times: list[float] = []
-
-    def work() -> None:
-        with JournalWriter(folder, WORKER) as writer:
-            for block in range(n):
-                start = time.perf_counter()
-                writer.begin(block)
-                writer.finish(record(block, "failed" if block % 9 == 0 else "done"))
-                if block % 18 == 0:
-                    writer.finish(record(block, attempt=2))
-                times.append(time.perf_counter() - start)
-                time.sleep(pause)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread, times
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP", "SIGTERM"])
