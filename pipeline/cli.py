@@ -82,14 +82,21 @@ def read_target(target: Path, settings: list[str] | None = None) -> Config:
 
     recorded = RunFolder(target).record()["config"]
     recorded["run_dir"] = str(target)
-    ledger = recorded.get("ledger")
-    # A recorded URI is masked; the environment may hold the real one.
-    if ledger is not None and ledger.get("uri") is not None:
-        uri = os.environ.get("MONGODB_URI")
-        recorded["ledger"] = None if uri is None else {**ledger, "uri": uri}
+    recorded["ledger"] = _recorded_ledger(target, recorded.get("ledger"))
     for setting in settings or []:
         apply_override(recorded, setting)
     return parse_config(recorded, source=str(target / "run.json"))
+
+
+def _recorded_ledger(run_dir: Path, ledger: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the ledger's settings with a URI that can be used: a recorded one is masked."""
+    if ledger is None or ledger.get("uri_file") is None:
+        # What was submitted keeps it in a file; anything else, and colleagues, may have the
+        # environment variable.
+        kept = run_dir / "slurm" / "ledger-uri"
+        file = str(kept) if os.access(kept, os.R_OK) else None
+        ledger = ledger if file is None else {**(ledger or {}), "uri_file": file}
+    return None if ledger is None else {**ledger, "uri": None}
 
 
 @app.command()
@@ -255,6 +262,15 @@ def watched(target: Path) -> tuple[Path, Any]:
     """Return the run folder to watch and the ledger that knows it, if there is one."""
     from blockwise.ledger import LedgerError, LedgerSettings, connect
 
+    if not target.exists():
+        # A run of another machine, by its folder there or its id.
+        settings = LedgerSettings.of_environment()
+        if settings.resolve() is None:
+            raise InputError(
+                f"{target}: no such run folder or configuration file; to ask the database for a "
+                "run of another machine, set AGQ_MONGO_URI"
+            )
+        return target, connect(settings.model_copy(update={"required": True}))
     config = read_target(target)
     settings = config.ledger or LedgerSettings()
     # Watching works without the database: the journal says the same.

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from blockwise.errors import InputError
-from blockwise.precomputed import number
 
 export_app = typer.Typer(no_args_is_help=True, help="Write results in formats of other programs.")
 
@@ -117,4 +116,6 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
 
 
 def _by(values: Any) -> str:
+    from blockwise.precomputed import number  # brings dask with it
+
     return " x ".join(number(v) for v in values)

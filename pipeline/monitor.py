@@ -6,7 +6,6 @@ the journal files, those are read.
 """
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,12 +16,10 @@ from rich.live import Live
 from blockwise.errors import InputError
 from blockwise.journal import Journal
 from blockwise.ledger import Ledger
+from pipeline.monitor_failures import failures_of_journal, failures_of_ledger
 from pipeline.monitor_stage import (
-    MAX_FAILURES,
     Record,
     coordinator_alive,
-    failure_of_document,
-    failure_of_record,
     journal_totals,
     ledger_totals,
     run_state_of,
@@ -166,13 +163,17 @@ class Monitor:
                 continue
             journal = self.journal(name) if name in _JOURNALS else None
             totals = journal_totals(journal, entry, now) if journal else {}
+            failures, errors = (
+                failures_of_journal(journal, name, self._run.path) if journal else ((), ())
+            )
             stages.append(
                 stage_status(
                     name,
                     entry,
                     totals,
                     state,
-                    failures=(failure_of_record(r) for r in (journal.failed() if journal else ())),
+                    failures=failures,
+                    errors=errors,
                     workers=workers_of_states(
                         journal.workers.values() if journal else (), state, now
                     ),
@@ -189,7 +190,7 @@ class Monitor:
         """Return the journal of a stage, read up to now."""
         journal = self._journals.get(stage)
         if journal is None or journal.replaced():
-            journal = self._journals[stage] = Journal(self._run.journal(stage))
+            journal = self._journals[stage] = Journal(self._run.journal(stage), lazy=True)
         else:
             journal.catch_up()
         return journal
@@ -203,7 +204,8 @@ class Monitor:
             known = self._ledger.find_run(here["id"])
         else:
             known = self._ledger.runs.find_one(
-                {"run_dir": str(self._run.path)}, sort=[("created", -1)]
+                {"$or": [{"run_dir": str(self._run.path)}, {"_id": self._run.path.name}]},
+                sort=[("created", -1)],
             )
             if known is None:
                 raise InputError(f"{self._run.path} is not a run folder, and unknown to the ledger")
@@ -212,6 +214,7 @@ class Monitor:
         now = time.time()
         # What the coordinator says of its stages is in run.json sooner than in the ledger.
         record = known | {"stages": here["stages"]} if here else known
+        path = Path(known.get("run_dir", self._run.path))
         totals = {name: s.get("totals", {}) for name, s in known.get("stages", {}).items()}
         alive = coordinator_alive(self._run.path) if here is not None else None
         entries = stage_entries(record, [name for name in totals if totals[name]])
@@ -219,9 +222,11 @@ class Monitor:
         stages = []
         for name, entry in entries.items():
             total = ledger_totals(totals.get(name, {}), entry, now)
-            failed: Iterable[Record] = ()
-            if total.get("failed"):
-                failed = self._ledger.find_blocks(known["_id"], name, "failed", MAX_FAILURES)
+            failures, errors = (
+                failures_of_ledger(self._ledger, known["_id"], name, path)
+                if total.get("failed")
+                else ((), ())
+            )
             workers = self._ledger.find_workers(known["_id"], name) if total else ()
             stages.append(
                 stage_status(
@@ -229,15 +234,14 @@ class Monitor:
                     entry,
                     total,
                     state,
-                    failures=(failure_of_document(d) for d in failed),
+                    failures=failures,
+                    errors=errors,
                     workers=workers_of_documents(workers, state, now),
                     now=now,
                 )
             )
         updated = max([known.get("updated", 0.0), *(t.get("updated", 0) for t in totals.values())])
-        return _status(
-            record | {"id": known["_id"]}, self._run.path, state, "ledger", None, updated, stages
-        )
+        return _status(record | {"id": known["_id"]}, path, state, "ledger", None, updated, stages)
 
     def _behind(self, known: Record) -> bool:
         for stage in _JOURNALS:

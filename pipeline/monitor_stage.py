@@ -1,4 +1,4 @@
-"""The parts of a run's status: stages, failures and workers, from journal or ledger."""
+"""The parts of a run's status: stages and workers, from journal or ledger."""
 
 import fcntl
 import socket
@@ -9,13 +9,12 @@ from typing import Any, Final, Literal
 
 import psutil
 
-from blockwise.journal import BlockRecord, Journal, WorkerState
-from pipeline.run_status import Failure, RunState, StageStatus, WorkerStatus
+from blockwise.journal import Journal, WorkerState
+from pipeline.run_status import Failure, FailureGroup, RunState, StageStatus, WorkerStatus
 
 _ORDER: Final = ("predict", "stitch", "relabel", "pyramid", "evaluate")
 _RECENT_S: Final = 60.0
 _SILENT_S: Final = 120.0
-MAX_FAILURES: Final = 20
 _MAX_WORKERS: Final = 200
 _MIN_DONE: Final = 3
 _MIN_WORKERS: Final = 3
@@ -108,7 +107,8 @@ def stage_status(
     totals: Record,
     run_state: RunState,
     *,
-    failures: Iterable[Failure],
+    failures: tuple[Failure, ...],
+    errors: tuple[FailureGroup, ...],
     workers: tuple[WorkerStatus, ...],
     now: float,
 ) -> StageStatus:
@@ -124,8 +124,8 @@ def stage_status(
         What its journal adds up to; empty where it has none.
     run_state : str
         State of the run.
-    failures, workers
-        Its failed blocks and its workers.
+    failures, errors, workers
+        The first of its failed blocks, all of them by error, and its workers.
     now : float
         Seconds since the epoch.
     """
@@ -161,7 +161,8 @@ def stage_status(
         started=started,
         finished=finished,
         error=entry.get("error"),
-        failures=tuple(f for f, _ in zip(failures, range(MAX_FAILURES), strict=False)),
+        failures=failures,
+        errors=errors,
         workers=workers,
     )
 
@@ -177,30 +178,6 @@ def _stage_state(
     if not totals:
         return "waiting"
     return "running" if run_state == "running" else "stopped"
-
-
-def failure_of_record(record: BlockRecord) -> Failure:
-    """Failure of a journal record."""
-    offset, shape = record.roi or (None, None)
-    return Failure(
-        block=record.block,
-        attempt=record.attempt,
-        reason=record.reason,
-        error=record.error,
-        offset=offset,
-        shape=shape,
-        worker=record.worker or None,
-    )
-
-
-def failure_of_document(document: Record) -> Failure:
-    """Failure of a ledger document."""
-    roi: Record = document.get("roi") or {}
-    return Failure(
-        **{k: document.get(k) for k in ("block", "attempt", "reason", "error", "worker")},
-        offset=roi.get("offset"),
-        shape=roi.get("shape"),
-    )
 
 
 def workers_of_states(

@@ -1,7 +1,6 @@
 """A run's status as text that fits in 80 columns."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable
 
 from rich.console import Group, RenderableType
@@ -10,7 +9,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from blockwise.predict_spec import TASK, log_name, log_path
 from pipeline.run_status import Failure, QueueStatus, RunStatus, StageStatus, WorkerStatus
 
 _STYLES = {
@@ -47,7 +45,7 @@ def render(status: RunStatus) -> RenderableType:
     if status.stages:
         parts.append(_stages(status.stages))
     for stage in status.stages:
-        parts += _details(stage, status.run_dir)
+        parts += _details(stage)
     for stage in status.stages:
         if any(worker.state != "ended" for worker in stage.workers):
             parts.append(_workers(stage, status.updated))
@@ -102,7 +100,7 @@ def _stages(stages: Iterable[StageStatus]) -> Table:
     return table
 
 
-def _details(stage: StageStatus, run_dir: str) -> list[RenderableType]:
+def _details(stage: StageStatus) -> list[RenderableType]:
     lines: list[RenderableType] = []
     facts = []
     if stage.blocks_per_s_now is not None and stage.voxels_per_s_now is not None:
@@ -122,23 +120,21 @@ def _details(stage: StageStatus, run_dir: str) -> list[RenderableType]:
         lines.append(_line(stage.name, text, "bold red"))
     if stage.error and stage.state != "done":
         lines.append(_line(stage.name, stage.error, "yellow"))
-    return lines + _failures(stage, run_dir)
+    return lines + _failures(stage)
 
 
-def _failures(stage: StageStatus, run_dir: str) -> list[RenderableType]:
+def _failures(stage: StageStatus) -> list[RenderableType]:
     """Failures by error, each with an example: a bad node gives a thousand of one kind."""
-    kinds = Counter(failure.summary for failure in stage.failures)
     lines: list[RenderableType] = []
-    for summary, count in kinds.most_common(_MAX_ERRORS):
-        example = next(f for f in stage.failures if f.summary == summary)
-        lines.append(_line(f"{count} failed", summary, "red"))
-        lines.append(Padding(Text(_where(example), "dim"), (0, 0, 0, 4)))
-        if example.worker and stage.name == TASK:
-            log = log_path(run_dir, log_name(example.worker))
-            lines.append(Padding(Text(f"log {log}", "dim"), (0, 0, 0, 4)))
-    hidden = stage.failed - sum(count for _, count in kinds.most_common(_MAX_ERRORS))
+    shown = stage.errors[:_MAX_ERRORS]
+    for group in shown:
+        lines.append(_line(f"{group.count} failed", group.summary, "red"))
+        lines.append(Padding(Text(_where(group.example), "dim"), (0, 0, 0, 4)))
+        if group.log:
+            lines.append(Padding(Text(f"log {group.log}", "dim"), (0, 0, 0, 4)))
+    hidden = stage.failed - sum(group.count for group in shown)
     if hidden > 0:
-        lines.append(_line(f"{hidden} failed", "more (not shown)", "red"))
+        lines.append(_line(f"{hidden} failed", "with other errors", "red"))
     return lines
 
 

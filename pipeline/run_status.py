@@ -7,6 +7,12 @@ from pydantic import BaseModel, ConfigDict
 RunState = Literal["new", "running", "stopped", "failed", "done"]
 
 
+def error_line(error: str | None) -> str:
+    """Return the last line of a traceback, which says what was wrong."""
+    lines = (error or "").strip().splitlines()
+    return lines[-1].strip() if lines else "no error recorded"
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -32,8 +38,20 @@ class Failure(_Model):
     @property
     def summary(self) -> str:
         """The error in one line."""
-        lines = (self.error or "").strip().splitlines()
-        return self.reason or (lines[-1].strip() if lines else "no error recorded")
+        return self.reason or error_line(self.error)
+
+
+class FailureGroup(_Model):
+    """Blocks that are failed now by one kind of error: texts that differ in numbers alone."""
+
+    summary: str
+    """The error in one line, as in the example."""
+    count: int
+    """Blocks."""
+    example: Failure
+    """The first of them by number."""
+    log: str | None = None
+    """Log of the worker of the example, where it has one of its own."""
 
 
 class WorkerStatus(_Model):
@@ -123,6 +141,8 @@ class StageStatus(_Model):
     """The first failed blocks by number; `failed` counts all of them."""
     workers: tuple[WorkerStatus, ...] = ()
     """Workers that have not ended, and the latest of those that have."""
+    errors: tuple[FailureGroup, ...] = ()
+    """All failed blocks by kind of error, the most frequent kinds first."""
 
     @property
     def ended_blocks(self) -> int:

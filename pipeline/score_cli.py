@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from blockwise.arrays import Volume
 from blockwise.errors import InputError
 from pipeline.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from blockwise.arrays import Volume
 
 baseline_app = typer.Typer(no_args_is_help=True, help="Other methods on the same run, to compare.")
 
@@ -32,7 +34,7 @@ By = Annotated[
 ]
 
 
-def truth_of(run: RunFolder, location: str | None) -> Volume:
+def truth_of(run: RunFolder, location: str | None) -> "Volume":
     """Open the truth named, or that of a run's configuration; only what lies in the run's ROI."""
     from blockwise.grid import BlockGrid
     from pipeline.config import parse_config

@@ -9,7 +9,7 @@ import numpy as np
 from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.journal_read import Journal
-from pipeline.monitor_stage import failure_of_record
+from pipeline.monitor_failures import failure_of_record
 from pipeline.run_folder import RunFolder
 
 NANOMETRES: Final = {"nm": 1.0, "angstrom": 0.1, "pm": 0.001}

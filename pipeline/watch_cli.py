@@ -30,7 +30,9 @@ def open_ledger(settings: LedgerSettings | None = None) -> Ledger:
     InputError
         If none is named, or it does not answer.
     """
-    ledger = connect((settings or LedgerSettings()).model_copy(update={"required": True}))
+    ledger = connect(
+        (settings or LedgerSettings.of_environment()).model_copy(update={"required": True})
+    )
     assert ledger is not None
     return ledger
 

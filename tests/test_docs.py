@@ -28,7 +28,6 @@ RUN_ELSEWHERE = {
     "cluster": "test_slurm.py",
     "evaluation": "test_evaluate.py",
     "training": "test_train_cli.py",
-    "watch": "test_watch_cli.py",
 }
 
 

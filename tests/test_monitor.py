@@ -24,7 +24,7 @@ from pipeline.monitor import Monitor, load_status, render, watch
 from pipeline.monitor_view import duration
 from pipeline.progress import RunProgress
 from pipeline.run_folder import RunFolder
-from pipeline.run_status import RunStatus
+from pipeline.run_status import QueueStatus, RunStatus
 
 WORKER = WorkerInfo(name="worker-0", host="node1", pid=12, device="cuda:0", job="77", started=1.0)
 ROI = ((0.0, 6168.0, 1542.0), (510.0, 1542.0, 1542.0))
@@ -221,7 +221,9 @@ def test_json_is_stable(run):
         *("name", "state", "blocks_total", "done", "skipped", "failed", "running", "voxels"),
         *("blocks_per_s", "blocks_per_s_now", "voxels_per_s", "voxels_per_s_now", "eta_s"),
         *("started", "finished", "duplicates", "conflicts", "error", "failures", "workers"),
+        "errors",
     ]
+    assert list(data["stages"][0]["errors"][0]) == ["summary", "count", "example", "log"]
     assert list(data["stages"][0]["failures"][0]) == [
         *("block", "attempt", "reason", "error", "offset", "shape", "worker")
     ]
@@ -232,16 +234,70 @@ def test_json_is_stable(run):
     assert RunStatus.model_validate(data) == RunStatus.model_validate_json(json.dumps(data))
 
 
+def test_failures_are_counted_by_error(run, ledger):
+    """All of them, though a status lists the first twenty only; by journal and by ledger."""
+    start = time.time() - 80
+    run.update_stage("predict", state="running", blocks_total=900, started=start)
+    with JournalWriter(run.journal("predict"), replace(WORKER, started=start)) as writer:
+        for block in range(700):
+            reason = f"ValueError: NaN in block {block} at {block / 7:.2f}"
+            if block % 100 == 7:
+                reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
+            writer.finish(BlockRecord(block, "failed", reason=reason, roi=ROI, finished=start + 2))
+    with run.lock():
+        feed(run, ledger)
+        for status in (load_status(run.path), load_status(run.path, ledger)):
+            (stage,) = status.stages
+            assert stage.failed == 700
+            assert [(e.count, e.example.block) for e in stage.errors] == [(693, 0), (7, 7)]
+            assert stage.errors[0].summary == "ValueError: NaN in block 0 at 0.00"
+            log = str(run.path / "logs" / "predict" / "worker-0.log")
+            assert {e.log for e in stage.errors} == {log}
+            text = draw(status)
+            assert "693 failed: ValueError: NaN in block 0 at 0.00" in text
+            assert "7 failed: RuntimeError: CUDA error" in text
+            assert "other errors" not in text
+            assert max(map(len, text.splitlines())) <= 80
+            # It may be broken over lines, but nothing of it is left out.
+            assert "".join(log.split()) in "".join(text.split())
+
+
+def test_stragglers_and_the_queue_are_shown(run):
+    start = time.time() - 100
+    run.update_stage("predict", state="running", blocks_total=900, started=start)
+    for name, done in (("a", 20), ("b", 22), ("c", 5), ("d", 21)):
+        writer = JournalWriter(run.journal("predict"), replace(WORKER, name=name, started=start))
+        writer.finish_many(
+            BlockRecord(100 * ord(name) + i, "done", finished=start + i) for i in range(done)
+        )
+    with run.lock():
+        status = load_status(run.path)
+    workers = {worker.name: worker for worker in status.stages[0].workers}
+    assert {name for name, worker in workers.items() if worker.slow} == {"c"}
+    queue = (
+        QueueStatus(role="coordinator", state="RUNNING", count=1),
+        QueueStatus(role="workers", state="RUNNING", count=4),
+        QueueStatus(role="workers", state="PENDING", reason="QOSMaxGRESPerUser", count=12),
+        QueueStatus(role="stitch", state="PENDING", reason="Dependency", count=1),
+    )
+    text = draw(status.model_copy(update={"queue": queue}))
+    assert max(map(len, text.splitlines())) <= 80
+    (line,) = [line for line in text.splitlines() if line.startswith("c ")]
+    assert line.rstrip().endswith(", slow")
+    assert "12 workers pending (QOSMaxGRESPerUser)" in " ".join(text.split())
+
+
 def test_large_numbers_fit_in_80_columns(run):
     start = time.time() - 10**6
     run.update_stage("predict", state="running", blocks_total=10**7, started=start)
     run.update_stage("stitch", state="running", blocks_total=10**7, started=start)
-    long = "x" * 200
+    long, now = "x" * 200, time.time()
     for i in range(30):
         info = replace(WORKER, name=f"worker-{i}-{long}", host=long, device="cuda:7")
         writer = JournalWriter(run.journal("predict"), info)
         writer.finish_many(
-            BlockRecord(b, "failed", error=f"E{b}: {long}", finished=time.time(), roi=ROI)
+            # Thirty kinds of error, told apart by a word.
+            BlockRecord(b, "failed", error=f"{chr(65 + i)}{b}: {long}", finished=now, roi=ROI)
             for b in range(10**6 + 100 * i, 10**6 + 100 * i + 5)
         )
         writer.begin(9_999_999 - i)
@@ -251,7 +307,8 @@ def test_large_numbers_fit_in_80_columns(run):
     assert status.stages[0].failed == 150
     text = draw(status)
     assert max(map(len, text.splitlines())) <= 80
-    assert "145 failed: more" in text
+    assert "5 failed: A1000000: " in text
+    assert "125 failed: with other errors" in text
     assert "18 more" in text
 
 

@@ -2,14 +2,22 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 import uuid
 
 import pytest
+from pydantic import SecretStr
 from pymongo import MongoClient
 
+from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo
+from blockwise.ledger import LedgerSettings, connect
+from blockwise.ledger_feed import LedgerFeeder
+from pipeline.run_folder import RunFolder
 from pipeline.run_status import RunStatus, StageStatus, WorkerStatus
 from pipeline.watch_cli import prometheus
-from tests.runs import agq, make_config
+from tests.runs import agq, environment, make_config
 from tests.services import mongo_uri  # noqa: F401
 
 
@@ -53,6 +61,116 @@ def test_status_wants_a_run_or_all():
     refused = agq("status")
     assert refused.returncode == 2
     assert "--all" in refused.stderr
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    """A run with one worker's journal and log: a block done, one failed twice, one begun."""
+    run = RunFolder(tmp_path / "the run")
+    with run.lock():
+        run.create({"run_dir": str(run.path), "input": {"raw": {"path": "x.zarr"}}}, {"grid": 1})
+    worker = WorkerInfo("77_3", "gpu4", 12, job="77_3")
+    with JournalWriter(run.journal("predict"), worker) as journal:
+        journal.begin(1)
+        journal.finish(BlockRecord(1, "done", finished=time.time()))
+        for attempt in (1, 2):
+            journal.begin(5, attempt)
+            error = f"Traceback (most recent call last):\n  File x\nValueError: try {attempt}"
+            reason = f"ValueError: try {attempt}"
+            journal.finish(BlockRecord(5, "failed", attempt=attempt, reason=reason, error=error))
+        journal.begin(6)
+    run.update_stage("predict", state="failed", blocks_total=9)
+    logs = run.path / "logs"
+    (logs / "slurm").mkdir(parents=True)
+    (logs / "predict").mkdir()
+    (logs / "predict" / "worker-77_3.log").write_text("".join(f"line {i}\n" for i in range(900)))
+    (logs / "predict" / "worker-77_4.log").write_text("another\n")
+    (logs / "slurm" / "workers-77_3.log").write_text("job 77_3 on gpu4\n")
+    return run
+
+
+def test_logs_of_a_block_and_of_a_worker(run):
+    said = agq("logs", run.path, "--block", "5")
+    assert said.returncode == 0
+    lines = said.stdout.splitlines()
+    kinds = [line[21:] for line in lines if line.startswith("20")]
+    assert kinds == [
+        "attempt 1 begun by 77_3 on gpu4",
+        "failed by 77_3 on gpu4: ValueError: try 1",
+        "attempt 2 begun by 77_3 on gpu4",
+        "failed by 77_3 on gpu4: ValueError: try 2",
+    ]
+    assert "ValueError: try 1" in lines
+    assert f"log: {run.path}/logs/predict/worker-77_3.log" in lines
+    # By the worker's name: its own log, and that of its job.
+    said = agq("logs", run.path, "--worker", "77_3", "-n", "3").stdout
+    assert said.count("==> ") == 2
+    assert "line 897\nline 898\nline 899\n" in said
+    assert "line 896\n" not in said
+    assert "job 77_3 on gpu4" in said
+    assert "another" not in said
+    assert agq("logs", run.path).stdout.count(".log\n") == 3
+    for wrong, word in (
+        ("--block=8", "nothing in the journal"),
+        ("--worker=9", "no log of worker"),
+    ):
+        refused = agq("logs", run.path, wrong)
+        assert refused.returncode == 2
+        assert word in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_status_of_a_run_on_another_machine(run, tmp_path, mongo_uri, monkeypatch):  # noqa: F811
+    record = run.record()
+    database = f"t{uuid.uuid4().hex}"
+    ledger = connect(LedgerSettings(uri=SecretStr(mongo_uri), database=database))
+    info = {"name": record["name"], "run_dir": str(run.path)}
+    feeder = LedgerFeeder(ledger, record["id"], {"predict": run.journal("predict")}, info)
+    feeder.update_stage("predict", **run.record()["stages"]["predict"])
+    feeder.start()
+    assert feeder.stop(60).complete
+    ledger.close()
+    run.path.rename(tmp_path / "not here")
+    monkeypatch.delenv("AGQ_MONGO_URI", raising=False)
+    for name in ("run", "nothing here"):
+        refused = agq("status", tmp_path / name)
+        assert refused.returncode == 2
+        assert "AGQ_MONGO_URI" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    monkeypatch.setenv("AGQ_MONGO_URI", mongo_uri)
+    monkeypatch.setenv("AGQ_MONGO_DATABASE", database)
+    for name in (run.path, record["id"]):
+        said = agq("status", name)
+        assert said.returncode == 0, said.stderr
+        assert "(ledger" in said.stdout
+        assert "1 failed: ValueError: try 2" in said.stdout
+        assert max(map(len, said.stdout.splitlines())) <= 80
+        data = json.loads(agq("status", name, "--json").stdout)
+        assert (data["id"], data["run_dir"]) == (record["id"], str(run.path))
+        assert data["stages"][0]["errors"][0]["log"].endswith("logs/predict/worker-77_3.log")
+    refused = agq("status", tmp_path / "nothing here")
+    assert refused.returncode == 2
+    assert "unknown to the ledger" in refused.stderr
+    with MongoClient(mongo_uri) as client:
+        client.drop_database(database)
+
+
+def test_a_status_loads_only_what_it_needs(run):
+    """It is asked often, and should answer within a second."""
+    code = (
+        "import sys\nfrom pipeline.cli import app\n"
+        "try:\n    app(['status', sys.argv[1]])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'zarr', 'numba', 'dask', 'distributed', 'scipy', 'matplotlib'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, run.path],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "loaded: []", done.stdout
 
 
 @pytest.mark.slow

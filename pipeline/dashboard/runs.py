@@ -35,10 +35,9 @@ from pipeline.dashboard.details import (
     worker_rows,
 )
 from pipeline.monitor import Monitor
+from pipeline.monitor_failures import failure_of_document, failure_of_record
 from pipeline.monitor_stage import (
     coordinator_alive,
-    failure_of_document,
-    failure_of_record,
     run_state_of,
 )
 from pipeline.run_folder import RunFolder
@@ -118,7 +117,9 @@ class RunView:
             now = time.time()
             until = now if stage is None or stage.finished is None else stage.finished
             count, failures = group_failures(self._failures(), self._grid)
-            return status.model_dump(mode="json", exclude={"stages": {"__all__": {"failures"}}}) | {
+            return status.model_dump(
+                mode="json", exclude={"stages": {"__all__": {"failures", "errors"}}}
+            ) | {
                 "now": now,
                 "grid": None if self._grid is None else self._grid.to_dict(),
                 "blocks": None if self._grid is None else self._grid.shape,
