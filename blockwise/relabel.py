@@ -8,7 +8,6 @@ own, so no process ever holds the map of the volume.
 from __future__ import annotations
 
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -25,7 +24,8 @@ from blockwise.arrays import open_array, write_chunk
 from blockwise.errors import InputError
 from blockwise.files import Unsynced
 from blockwise.grid import LOCAL_BITS, BlockGrid
-from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo
+from blockwise.journal import BlockRecord, JournalWriter
+from blockwise.processes import this_worker
 
 SegmentIds = Literal["consecutive", "fragment"]
 """Segment ids: 1, 2, ... in the order of the smallest fragment id, or that fragment id itself."""
@@ -232,12 +232,9 @@ def run_journalled(
     int
         Numbers that failed.
     """
-    pid, failed = os.getpid(), 0
-    worker = WorkerInfo(
-        name=f"stitch-{pid}", host=socket.gethostname(), pid=pid, started=time.time()
-    )
+    failed = 0
     unsynced = Unsynced()
-    with JournalWriter(folder, worker) as journal:
+    with JournalWriter(folder, this_worker(f"stitch-{os.getpid()}")) as journal:
         waiting: list[BlockRecord] = []
         flushed = time.monotonic()
 

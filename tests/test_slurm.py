@@ -1,13 +1,16 @@
 """Batch scripts, checks and secrets of a submission, without a cluster (tests/cluster has one)."""
 
 import os
+import shlex
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from dask_jobqueue.slurm import SLURMJob
 from pydantic import SecretStr
 
 from blockwise.errors import InputError
@@ -18,6 +21,8 @@ from pipeline.slurm.check import Cluster, Partition, check, grace_s
 from pipeline.slurm.client import QueueEntry
 from pipeline.slurm.scripts import coordinator_script, worker_script
 from pipeline.slurm.section import SlurmSection
+from pipeline.slurm.stitch import jobqueue_options
+from tests.runs import environment
 
 ODD = "a ü 'q\" $(touch pwned) `x`; #y & z"
 
@@ -121,6 +126,26 @@ def test_the_password_is_in_one_file_for_its_owner_only(tmp_path, monkeypatch):
         assert ledger.database == ("d" if given else LedgerSettings().database)
 
 
+def test_a_job_whose_coordinator_never_comes_waits_and_ends_with_0(tmp_path):
+    made = config(tmp_path / "run", slurm={"wait_s": 2, "gpus": 2})
+    jobs.save_config(made)
+    record = jobs.Jobs(here=str(tmp_path), grace_s=2, workers=1)
+    jobs.record_path(tmp_path / "run").write_text(record.model_dump_json())
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.slurm.worker", str(tmp_path / "run")],
+        env={**environment(), "SLURM_JOB_ID": "17", "CUDA_VISIBLE_DEVICES": "2,3"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began >= 2
+    assert "no coordinator for 2 s: leaving" in done.stderr
+    assert not (tmp_path / "run" / "logs" / "predict").exists(), "no worker was started"
+
+
 CLUSTER = Cluster(
     {
         "gpu": Partition("gpu", True, True, 60.0, 5, ((8, 4000, {"a100": 2}, frozenset({"ib"})),)),
@@ -167,6 +192,23 @@ def test_what_fits_is_accepted():
     assert grace_s(section.model_copy(update={"grace_s": 9}), CLUSTER) == 9
 
 
+@pytest.mark.parametrize("time", [None, "2:00:00"])
+def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time):
+    stitch = {"jobs": 2, "cpus": 3, "mem": "900000K", "partition": "cpu", "time": time}
+    section = SlurmSection(qos="low", account="lab", python="/my python", stitch=stitch)
+    options = jobqueue_options(section, tmp_path / "run")
+    lines = SLURMJob("tls://node:1", name="x", **options).job_script().splitlines()
+    asked = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
+    assert {"-p cpu", "-A lab", "--qos=low", "--mem=900000K", "--cpus-per-task=3"} <= asked
+    # Without a time, the partition's limit: not dask-jobqueue's half an hour.
+    assert {line for line in asked if line.startswith("-t")} == ({f"-t {time}"} if time else set())
+    words = shlex.split(lines[-1])
+    assert words[:3] == ["/my python", "-m", "distributed.cli.dask_worker"]
+    assert words[words.index("--nworkers") + 1] == "3"
+    # The last one counts: no worker is killed while the job still has memory.
+    assert words[len(words) - words[::-1].index("--memory-limit")] == "0"
+
+
 @pytest.mark.parametrize(
     ("task", "count"), [("", 1), ("3", 1), ("[4-7%2]", 4), ("[1,3-4]", 3), ("[9%2]", 1)]
 )
@@ -184,6 +226,7 @@ def test_pending_array_tasks_are_counted(task, count):
         {"time": "soon"},
         {"prologue": ["a\nb"]},
         {"container": "docker://x"},
+        {"container": "apptainer://x.sif", "stitch": {"jobs": 1}},
         {"lead_s": 1},
     ],
 )

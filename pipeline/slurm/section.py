@@ -1,9 +1,9 @@
 """The `slurm` section of a run's configuration."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -166,3 +166,12 @@ class SlurmSection(_Section):
 
     stitch: StitchJobSection = StitchJobSection()
     """The job that stitches."""
+
+    @model_validator(mode="after")
+    def _no_jobs_from_a_container(self) -> Self:
+        if self.container is not None and self.stitch.jobs:
+            raise ValueError(
+                "stitch.jobs cannot be had with a container, which has no sbatch: give the stitch "
+                "more cpus instead"
+            )
+        return self

@@ -50,6 +50,7 @@ class _Place:
 
     name: str
     device: str | None
+    index: int = 0
     process: "subprocess.Popen[bytes] | None" = None
     started: float = 0.0
     not_before: float = 0.0
@@ -87,7 +88,7 @@ class _Host:
         if place.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = place.device
         options = {
-            "--index": 0,
+            "--index": place.index,
             "--name": place.name,
             "--wait": self.wait_s,
             "--term": self.term_s,
@@ -232,7 +233,8 @@ def main(arguments: list[str]) -> int:
     usr1_s = section.lead_s - min(30, max(5, section.lead_s // 4))
     host = _Host(run_dir, section.wait_s, load(run_dir).grace_s, usr1_s)
     host.places = [
-        _Place(name if len(devices) == 1 else f"{name}.{i}", device)
+        # A process that is shown one device knows it as its first.
+        _Place(name if len(devices) == 1 else f"{name}.{i}", device, i if device is None else 0)
         for i, device in enumerate(devices)
     ]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
