@@ -1,20 +1,29 @@
 """A real SLURM of four emulated nodes with two emulated GPUs each, for the tests of this folder.
 
 Needs Debian or Ubuntu as root: `slurm-up.sh` installs what is missing. `AGQ_TEST_SLURM=1` makes its
-absence an error instead of a skip (CI).
+absence an error instead of a skip (CI). `AGQ_SLURM_LAB` names the folder of the cluster's files:
+who sets it (`make test-cluster`) takes the cluster down even if the tests are killed.
 """
 
+import contextlib
 import os
+import random
 import re
+import shutil
+import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.runs import FAULTS, RATE, chunks
+from tests.runs import agq, make_config, results
+
 HERE = Path(__file__).parent
-FAULTS = HERE.parents[1] / "build" / "cluster-faults.tsv"
+NODES = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,13 +33,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))
 
 
-@pytest.hookimpl
+_begun = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables() -> None:
+    """Start the tables that are printed at the end anew."""
+    for earlier in (FAULTS, RATE):
+        earlier.unlink(missing_ok=True)
+    _begun.append(True)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
-    if FAULTS.exists():
+    if _begun and FAULTS.exists():
         terminalreporter.write_line("\n| case | what happened | seconds to recover |")
         terminalreporter.write_line("| --- | --- | --- |")
         for line in FAULTS.read_text(encoding="utf-8").splitlines():
             terminalreporter.write_line(f"| {' | '.join(line.split(chr(9)))} |")
+    if _begun and RATE.exists():
+        terminalreporter.write_line("\n" + RATE.read_text(encoding="utf-8"))
 
 
 class Slurm:
@@ -38,15 +59,14 @@ class Slurm:
 
     def __init__(self, lab: Path) -> None:
         self.lab = lab
-        # Nine ports from here on; another cluster on this machine keeps its own.
-        self.port = 20000 + os.getpid() % 20000
+        self.port = free_ports(1 + NODES)
 
     def script(self, name: str, *arguments: str) -> str:
         environment = {
             **os.environ,
             "SLURM_LAB": str(self.lab),
             "SLURM_PORT": str(self.port),
-            "SLURM_NODES": "4",
+            "SLURM_NODES": str(NODES),
             "SLURM_GPUS": "2",
         }
         done = subprocess.run(
@@ -54,7 +74,7 @@ class Slurm:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
         if done.returncode != 0:
@@ -75,29 +95,49 @@ class Slurm:
         return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
+def free_ports(count: int) -> int:
+    """First of some ports in a row that are free, below those that the system gives out."""
+    while True:
+        first = random.randrange(20000, 32000 - count)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    sock = stack.enter_context(socket.socket())
+                    sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+
+
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def slurm() -> Iterator[Slurm]:
+    wanted = bool(os.environ.get("AGQ_TEST_SLURM"))
     if os.geteuid() != 0:
         reason = "a SLURM for tests is brought up by root only (make test-cluster as root)"
-        if os.environ.get("AGQ_TEST_SLURM"):
+        if wanted:
             pytest.fail(reason)
         pytest.skip(reason)
-    FAULTS.unlink(missing_ok=True)
-    lab = Path("/tmp") / f"agq-slurm-{os.getpid()}"  # munge wants a folder that others can enter
+    given = os.environ.get("AGQ_SLURM_LAB")
+    lab = Path(given or tempfile.mkdtemp(prefix="agq-slurm-", dir="/tmp"))
+    lab.chmod(0o755)  # munge wants a folder that others can enter
     cluster = Slurm(lab)
     before = os.environ.get("SLURM_CONF")
     try:
-        cluster.up()
-    except RuntimeError as error:
-        if os.environ.get("AGQ_TEST_SLURM"):
-            raise
-        pytest.skip(f"SLURM cannot be had here: {error}")
-    yield cluster
-    cluster.down()
-    if before is None:
-        os.environ.pop("SLURM_CONF", None)
-    else:
-        os.environ["SLURM_CONF"] = before
+        try:
+            cluster.up()
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            if wanted:
+                raise
+            pytest.skip(f"SLURM cannot be had here: {error}")
+        yield cluster
+    finally:
+        cluster.down()
+        if before is None:
+            os.environ.pop("SLURM_CONF", None)
+        else:
+            os.environ["SLURM_CONF"] = before
+        if not given:
+            shutil.rmtree(lab, ignore_errors=True)
 
 
 @pytest.fixture
@@ -109,9 +149,30 @@ def quiet(slurm: Slurm) -> Iterator[Slurm]:
 
 
 def _clean(slurm: Slurm) -> None:
-    subprocess.run(["scancel", "--user=root"], check=False, capture_output=True)
     slurm.up()
-    deadline = time.monotonic() + 60
+    subprocess.run(["scancel", "--user=root"], check=False, capture_output=True)
+    deadline = time.monotonic() + 180
     while slurm.command("squeue", "--noheader", "--format=%i").strip():
         assert time.monotonic() < deadline, slurm.command("squeue")
         time.sleep(0.3)
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of an undisturbed run on this machine, without a cluster."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = agq("run", make_config(folder))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(calm: Path) -> dict[str, bytes]:
+    """Bytes of the fragments and sidecars of an undisturbed run."""
+    return chunks(calm)
+
+
+@pytest.fixture(scope="session")
+def segmented(calm: Path) -> dict[str, bytes]:
+    """Bytes of everything that an undisturbed run computes."""
+    return results(calm)

@@ -14,13 +14,20 @@ from tests.runs import ROOT, agq, make_config, results
 
 N_BLOCKS = 60
 FAULTS = ROOT / "build" / "cluster-faults.tsv"
+RATE = ROOT / "build" / "cluster-rate.txt"
 Found = TypeVar("Found")
 
 
-def wait_for(condition: Callable[[], Found], seconds: float = 240.0, every: float = 0.2) -> Found:
+def wait_for(
+    condition: Callable[[], Found],
+    seconds: float = 300.0,
+    every: float = 0.2,
+    why: Callable[[], str] = str,
+) -> Found:
+    """Wait until something is so; `why` says what there is to say if it never is."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain\n{why()}"
         time.sleep(every)
     return result
 
@@ -76,12 +83,17 @@ class ClusterRun:
         ).stdout
         return text.splitlines()
 
-    def done(self) -> int:
-        journal = Journal(self.run_dir / "journal" / "predict")
-        return int(journal.done(N_BLOCKS).sum())
+    def journal(self) -> Journal:
+        return Journal(self.run_dir / "journal" / "predict")
 
-    def wait_until_begun(self, blocks: int = 4) -> None:
-        wait_for(lambda: self.done() >= blocks)
+    def done(self) -> int:
+        return int(self.journal().done(N_BLOCKS).sum())
+
+    def wait_until_begun(self, blocks: int = 4, workers: int | None = None) -> None:
+        """Wait for blocks that are done, and for worker processes that have begun."""
+        wait_for(lambda: self.done() >= blocks, why=self.post_mortem)
+        if workers is not None:
+            wait_for(lambda: len(self.journal().workers) >= workers, why=self.post_mortem)
 
     def node_of(self, role: str) -> str:
         ids = {str(n) for n in self.jobs(role)}
@@ -104,7 +116,7 @@ class ClusterRun:
     def stage(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "run.json").read_text())["stages"].get("predict", {})
 
-    def wait_until_done(self, seconds: float = 300.0) -> None:
+    def wait_until_done(self, seconds: float = 600.0) -> None:
         def over() -> bool:
             return self.stage().get("state") in ("done", "failed") and not self.queue()
 
@@ -127,3 +139,9 @@ def note(case: str, what: str, since: float) -> None:
     FAULTS.parent.mkdir(exist_ok=True)
     with FAULTS.open("a", encoding="utf-8") as file:
         file.write(f"{case}\t{what}\t{time.monotonic() - since:.0f}\n")
+
+
+def note_rate(text: str) -> None:
+    """Keep what is printed about rates at the end."""
+    RATE.parent.mkdir(exist_ok=True)
+    RATE.write_text(text, encoding="utf-8")

@@ -24,18 +24,8 @@ die() { say "FAILED: $*"; for f in "$LAB"/log/*.log; do [ -s "$f" ] && { echo "-
 [ "$(id -u)" = 0 ] || die "must be root"
 
 # --- packages -------------------------------------------------------------------------------
-need=(); has() { command -v "$1" >/dev/null 2>&1; }
-has slurmctld || need+=(slurmctld); has slurmd || need+=(slurmd); has sbatch || need+=(slurm-client); has munged || need+=(munge)
-if [ "$SACCT" = 1 ]; then
-  has slurmdbd || need+=(slurmdbd); has mariadbd || need+=(mariadb-server)
-  [ -e /usr/lib/"$(uname -m)"-linux-gnu/slurm-wlm/accounting_storage_mysql.so ] || need+=(slurm-wlm-mysql-plugin)
-fi
-if [ ${#need[@]} -gt 0 ]; then
-  t0=$(date +%s.%N); export DEBIAN_FRONTEND=noninteractive
-  mkdir -p "$LAB"; apt-get update -qq >"${LAB}/apt.log" 2>&1 || true
-  apt-get install -y -qq --no-install-recommends "${need[@]}" >>"$LAB/apt.log" 2>&1 || { tail -20 "$LAB/apt.log" >&2; die "apt-get install ${need[*]}"; }
-  say "apt-get install ${need[*]}: $(echo "$(date +%s.%N) - $t0" | bc 2>/dev/null || echo '?') s"
-fi
+mkdir -p "$LAB"
+SLURM_SACCT=$SACCT bash "$(dirname "$0")/slurm-install.sh" >&2 || die "packages"
 
 # --- layout ---------------------------------------------------------------------------------
 [ "${SLURM_FRESH:-0}" = 1 ] && [ -x "$(dirname "$0")/slurm-down.sh" ] && { SLURM_LAB="$LAB" "$(dirname "$0")/slurm-down.sh" >&2 || true; rm -rf "$LAB"/{state,spool,db,log}; }

@@ -1,10 +1,12 @@
 """`agq submit` on a real SLURM, from the command line to the segmentation."""
 
 import json
+import os
 import shlex
 import signal
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,21 +19,12 @@ from tests.runs import (
     blobs,
     command,
     environment,
-    make_config,
     results,
     write_volume,
 )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = agq("run", make_config(folder))
-    assert done.returncode == 0, done.stderr
-    return results(folder / "run")
-
-
-def test_all_stages_with_odd_names(quiet, tmp_path, undisturbed):
+def test_all_stages_with_odd_names(quiet, tmp_path, segmented):
     run = ClusterRun(tmp_path / "a ü 'q\" $x; #y", delay_s=0.05)
     shown = run.agq("submit", run.config, "--dry-run")
     assert not run.run_dir.exists()
@@ -49,7 +42,7 @@ def test_all_stages_with_odd_names(quiet, tmp_path, undisturbed):
     assert "jobs in the queue" in refused.stderr
     out = run.agq("attach", run.run_dir, "--interval", "1")
     assert "done" in out
-    assert results(run.run_dir) == undisturbed
+    assert results(run.run_dir) == segmented
     status = json.loads(run.agq("status", run.run_dir, "--json"))
     assert status["state"] == "done"
     workers = status["stages"][0]["workers"]
@@ -98,53 +91,66 @@ def test_scale_cancel_and_resume(quiet, tmp_path, undisturbed):
     assert 2 <= done < 60
     run.agq("resume", run.run_dir, "--stage", "predict", "--workers", "4")
     run.wait_until_done()
-    assert chunks(run.run_dir) == {k: undisturbed[k] for k in chunks(run.run_dir)}
+    assert chunks(run.run_dir) == undisturbed
 
 
-def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, undisturbed):
-    stitch = {"cpus": 1, "mem": "2G", "jobs": 2, "time": "10"}
-    run = ClusterRun(tmp_path, delay_s=0.05, slurm={"stitch": stitch})
-    run.submit()
-    wait_for(lambda: run.done() > 0)
-    run.agq("submit", run.config, "--stage", "stitch", "--after", "predict")
-    wait_for(lambda: any("dask" in line for line in run.queue("%j")))
-    run.agq("attach", run.run_dir, "--interval", "1")
-    wait_for(lambda: not run.queue())
-    assert results(run.run_dir) == undisturbed, run.post_mortem()
+def pending(run_dir: Path) -> set[tuple[str, int]]:
+    """Why worker jobs wait, and how many, as `agq status` says."""
+    queue = json.loads(agq("status", run_dir, "--json").stdout)["queue"]
+    found = [q for q in queue if q["role"] == "workers" and q["state"] == "PENDING"]
+    return {(q["reason"], q["count"]) for q in found}
 
 
 def test_readme_line_by_line(quiet, tmp_path, monkeypatch):
     """The section as written, but for the place of the data and a network without weights."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your cluster")[2]
     lines = text.partition("```sh\n")[2].partition("```")[0].splitlines()
-    assert lines[0].startswith("cp configs/slurm.yaml my.yaml")
+    assert [line.split()[1] for line in lines[1:]] == [
+        *("submit", "submit", "attach", "scale", "cancel")
+    ]
     write_volume(tmp_path / "in.zarr", "raw", blobs((20, 50, 70)))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shim = tmp_path / "bin" / "agq"
+    shim.parent.mkdir()
+    shim.write_text("#!/bin/sh\nexec " + shlex.join(command()) + ' "$@"\n')
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     monkeypatch.setenv("RAW", str(tmp_path / "in.zarr"))
-    config = yaml.safe_load((ROOT / "configs" / "slurm.yaml").read_text())
-    config["model"] = {"factory": "tests.fakes:threshold", "options": {"delay_s": 8.0}}
-    config["blocks"] = {"read_shape": [9, 17, 17], "before": [1, 1, 1], "after": [1, 1, 1]}
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
-    run_dir = tmp_path / "my-volume"
+    run_dir, my = tmp_path / "my-volume", tmp_path / "my.yaml"
     done = lambda: Journal(run_dir / "journal" / "predict").counts()["done"]  # noqa: E731
-    for line in lines[1:]:
-        words = shlex.split(line.replace("/scratch/me", str(tmp_path)), comments=True)
-        assert words[0] == "agq"
+
+    for line in lines:
         process = subprocess.Popen(
-            command(*words[1:]),
+            ["bash", "-euc", line.replace("/scratch/me", str(tmp_path))],
             env=environment(),
             cwd=tmp_path,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
-        if words[1] == "attach":
+        if " attach " in line:
             wait_for(lambda: done() > 2)
-            process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=200)
+            os.killpg(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=300)
         assert process.returncode == 0, f"{line}: {errors}"
+        if line.startswith("cp "):
+            config = yaml.safe_load(my.read_text())
+            config["model"] = {"factory": "tests.fakes:threshold", "options": {"delay_s": 5.0}}
+            config["blocks"] = {"read_shape": [9, 17, 17], "before": [1, 1, 1], "after": [1, 1, 1]}
+            config["slurm"]["stitch"]["cpus"] = 1
+            my.write_text(yaml.safe_dump(config, allow_unicode=True))
+        elif "--dry-run" in line:
+            assert "#SBATCH --gres=gpu:1" in said
+            assert not run_dir.exists()
+        elif " scale " in line:
+            # Eight GPUs for sixteen jobs: the status says why the others wait.
+            wait_for(lambda: pending(run_dir) in ({("Resources", 8)}, {("Priority", 8)}))
     assert 2 < done() < 60
-    # The line says that `agq resume` goes on.
-    agq("resume", run_dir)
-    assert agq("attach", run_dir, "--interval", "1", timeout=400).returncode == 0
+    # The last line says that `agq resume` goes on.
+    assert "agq resume" in lines[-1]
+    assert agq("resume", run_dir).returncode == 0
+    assert agq("attach", run_dir, "--interval", "1", timeout=600).returncode == 0
     assert done() == 60
     assert (run_dir / "data.zarr" / "segmentation").is_dir()
