@@ -1,15 +1,18 @@
 """What users type to name a volume or a position."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from blockwise.arrays import Kind, Volume, open_volume
 from blockwise.errors import InputError
 from pipeline.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from blockwise.arrays import Kind, Volume
 
 Triple = tuple[int, int, int]
 
 
-def open_location(location: str, kind: Kind) -> Volume:
+def open_location(location: str, kind: "Kind") -> "Volume":
     """Open ``path``, ``path::dataset`` or a run folder (its segmentation).
 
     Raises
@@ -17,6 +20,8 @@ def open_location(location: str, kind: Kind) -> Volume:
     InputError
         If there is no such volume.
     """
+    from blockwise.arrays import open_volume  # every command line loads this module
+
     path, _, dataset = location.partition("::")
     if not dataset and RunFolder(Path(path)).exists():
         return open_volume(RunFolder(Path(path)).container, "segmentation", level=0, kind=kind)
