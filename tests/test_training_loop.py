@@ -186,7 +186,10 @@ def test_a_background_margin_lowers_the_last_query_logits_alone(
         torch.testing.assert_close(plain[1:] - expected, lowered[1:])
 
 
-def test_sigterm_leaves_a_state_to_go_on_from(volume: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_notice_leaves_a_state_to_go_on_from(
+    volume: Path, tmp_path: Path, notice: signal.Signals
+) -> None:
     config = config_of(volume, tmp_path / "run", steps=100_000)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     code = (
@@ -209,7 +212,7 @@ def test_sigterm_leaves_a_state_to_go_on_from(volume: Path, tmp_path: Path) -> N
                 process.wait(0.1)
             except subprocess.TimeoutExpired:
                 continue
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(notice)
         assert process.wait(60) == 0
     finally:
         process.kill()
