@@ -1,7 +1,10 @@
 """Export as neuroglancer precomputed: read back by tensorstore, and by a plain reader."""
 
+import functools
+import http.server
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from blockwise.precomputed import ExportError, export_precomputed, plan_export
 from blockwise.pyramid import plan_levels, write_metadata
 from blockwise.stitch import local_client, run_stitch
 from blockwise.volume import open_levels
+from tests.browser import CHROMIUM
 from tests.runs import agq
 
 CHUNK = (8, 16, 8)
@@ -273,3 +277,43 @@ def test_command_line(stitched, tmp_path):
         assert refused.returncode == 2, refused.stdout
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+def test_neuroglancer_shows_the_export_in_place(tmp_path, client):
+    """A real browser reads info and chunks over http; one voxel is one pixel of the picture."""
+    neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
+    from test_view import _Readable, screenshot
+
+    data = np.zeros((8, 200, 200), np.uint64)
+    data[:, :100, :100], data[:, 100:, 100:] = 5, 2**40 + 7
+    write_array(tmp_path / "in", data, offset=(60, 12, -6))
+    levels = open_levels(tmp_path / "in", "a", kind="labels")
+    export_precomputed(levels, plan_export(levels), tmp_path / "out", client)
+    handler = functools.partial(_Readable, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        viewer = neuroglancer.Viewer()
+        with viewer.txn() as state:
+            state.dimensions = neuroglancer.CoordinateSpace(
+                names=["x", "y", "z"], units="nm", scales=[6, 6, 30]
+            )
+            state.position = [-1 + 100, 2 + 100, 2 + 4.5]
+            state.cross_section_scale = 1
+            state.layout = "xy"
+            state.show_axis_lines = False
+            state.layers["export"] = neuroglancer.SegmentationLayer(
+                source=f"precomputed://http://127.0.0.1:{server.server_port}/out",
+                segment_colors={5: "#ff0000", 2**40 + 7: "#0000ff"},
+                selected_alpha=1,
+            )
+        pixels = screenshot(viewer, tmp_path)
+        server.shutdown()
+    height, width = (n // 2 for n in pixels.shape[:2])
+    for y, x, colour in ((-50, -50, "red"), (50, 50, "blue"), (-50, 50, ""), (50, -50, "")):
+        red, _, blue = pixels[height + y - 5 : height + y + 5, width + x - 5 : width + x + 5].mean(
+            axis=(0, 1)
+        )
+        assert (red - blue > 100) == (colour == "red"), (y, x, red, blue)
+        assert (blue - red > 100) == (colour == "blue"), (y, x, red, blue)
