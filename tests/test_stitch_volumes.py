@@ -4,14 +4,18 @@ import itertools
 
 import numpy as np
 import pytest
+import zarr
+from ome_zarr_models.v05 import ImageLabel
 from stitch_helpers import make_run, make_truth, same_partition, write_run
 from test_agglomerate_oracles import by_waterz, needs_compiler
-from test_stitch import expected_segments, results, segmentation
+from test_pyramid import PLAIN
+from test_stitch import STEPS, expected_segments, results, segmentation
 
 from blockwise.agglomerate import Thresholds, scores
 from blockwise.arrays import open_array
 from blockwise.contacts_volume import contacts_from_volume
 from blockwise.grid import BlockGrid
+from blockwise.pyramid import plan_levels
 from blockwise.stitch import local_client, run_stitch
 from pipeline.synthetic import write
 
@@ -94,6 +98,23 @@ def test_a_block_of_more_than_2_to_the_16_labels(tmp_path, client):
     report = run_stitch(run.spec(tmp_path), client)
     assert (report.fragments, report.merges) == (truth.size, 40 * 41)
     assert np.array_equal(segmentation(tmp_path), expected_segments(run))
+
+
+def test_pyramids_of_a_stitch_are_valid_and_redone_alone(truth, tmp_path, client):
+    run = make_run(grid((4, 12, 10)), seed=2, truth=truth)
+    write_run(run, tmp_path)
+    for how in ("majority", "stride"):
+        report = run_stitch(run.spec(tmp_path, downsampling=how), client)
+        label = ImageLabel.from_zarr(zarr.open_group(tmp_path / "data.zarr/segmentation", mode="r"))
+        (multiscale,) = label.ome_attributes.multiscales
+        assert (label.ome_attributes.version, multiscale.type) == ("0.5", how)
+        assert len(multiscale.datasets) == report.levels > 2
+        levels = plan_levels(SHAPE, (4, 12, 10), (30, 6, 6))
+        expected = segmentation(tmp_path)
+        for i, level in enumerate(levels[1:], 1):
+            expected = PLAIN[how](expected, level.step)
+            assert np.array_equal(segmentation(tmp_path, i), expected)
+    assert report.reused == STEPS[:-1]
 
 
 @needs_compiler
