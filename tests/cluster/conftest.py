@@ -141,20 +141,15 @@ def slurm() -> Iterator[Slurm]:
 
 
 @pytest.fixture
-def quiet(slurm: Slurm) -> Iterator[Slurm]:
-    """The cluster with all nodes up and no job, before and after."""
-    _clean(slurm)
-    yield slurm
-    _clean(slurm)
-
-
-def _clean(slurm: Slurm) -> None:
+def quiet(slurm: Slurm) -> Slurm:
+    """The cluster with all nodes up and no job, whatever the last test has left."""
     slurm.up()
     subprocess.run(["scancel", "--user=root"], check=False, capture_output=True)
     deadline = time.monotonic() + 180
     while slurm.command("squeue", "--noheader", "--format=%i").strip():
         assert time.monotonic() < deadline, slurm.command("squeue")
         time.sleep(0.3)
+    return slurm
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def test_database_away_for_a_minute_and_its_password_nowhere(
 ):
     uri = server.uri_of("me", PASSWORD)
     monkeypatch.setenv("AGQ_MONGO_URI", uri)
-    run = ClusterRun(tmp_path, delay_s=4.0, ledger={"timeout_s": 1})
+    run = ClusterRun(tmp_path, delay_s=5.0, ledger={"timeout_s": 1})
     run.submit()
     run.wait_until_begun(workers=3)
     assert seen_by_others(quiet.lab) == []

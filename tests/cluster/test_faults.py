@@ -250,7 +250,7 @@ def test_slurmctld_away(quiet, tmp_path, undisturbed):
 
 
 def test_split_brain(quiet, tmp_path, undisturbed):
-    run = ClusterRun(tmp_path, delay_s=2.5, slurm={"workers": 2})
+    run = ClusterRun(tmp_path, delay_s=3.0, slurm={"workers": 2})
     run.submit()
     run.wait_until_begun(2)
     node = run.node_of("coordinator")

@@ -16,7 +16,7 @@ from tests.runs import results
 @pytest.mark.parametrize(("workers", "gpus"), [(2, 2), (4, 1)])
 def test_one_process_per_gpu_each_with_its_own(quiet, tmp_path, undisturbed, workers, gpus):
     slurm = {"workers": workers, "gpus": gpus, "mem": "900M"}
-    run = ClusterRun(tmp_path, delay_s=1.0, slurm=slurm)
+    run = ClusterRun(tmp_path, delay_s=2.0, slurm=slurm)
     run.submit()
     n = workers * gpus
     wait_for(lambda: len(run.processes("blockwise.worker")) == n, why=run.post_mortem)
