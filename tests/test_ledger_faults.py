@@ -42,6 +42,7 @@ ERRORS = {
     "no majority in time": {"writeConcernError": {"code": 64, "errmsg": "waiting timed out"}},
     "connection closed": {"closeConnection": True},
 }
+QUICK = {"not the primary any more", "disk full"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,9 @@ def with_users(tmp_path):
         yield server
 
 
-@pytest.mark.parametrize("what", ERRORS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(w, marks=() if w in QUICK else pytest.mark.slow) for w in ERRORS]
+)
 def test_errors_of_a_moment_are_outlived(failing, tmp_path, what, caplog, open_ledger):
     # Soon looked at again after it has said that it is no primary.
     uri = f"{failing.uri}?heartbeatFrequencyMS=500"
