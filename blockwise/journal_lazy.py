@@ -20,6 +20,10 @@ from blockwise.journal_table import ROW, BlockTable, add_totals
 _DONE = STATE_RANK["done"]
 
 
+class SnapshotError(InputError):
+    """A snapshot cannot be read any more; a journal read anew says all of it."""
+
+
 class SnapshotColumns:
     """The columns of a snapshot, each read, and checked, when it is first asked for.
 
@@ -56,9 +60,7 @@ class SnapshotColumns:
             try:
                 column = self._columns[name] = self._archive[name]
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise InputError(
-                    f"{self._path} cannot be read ({error}); delete it, the journal says all of it"
-                ) from None
+                raise SnapshotError(f"{self._path} cannot be read: {error}") from None
         return column
 
 

@@ -44,7 +44,9 @@ class Journal:
     use_snapshot : bool
         Start from the snapshot that `compact` wrote, if there is one.
     lazy : bool
-        Read no more of it than is asked for: totals of 10^7 blocks in a moment.
+        Read no more of it than is asked for: totals of 10^7 blocks in a moment. Any method may then
+        raise `blockwise.journal_lazy.SnapshotError`, where the snapshot is damaged, or was replaced
+        on a network file system; a journal read anew, or not lazily, goes on.
 
     Attributes
     ----------

@@ -15,6 +15,7 @@ from rich.live import Live
 
 from blockwise.errors import InputError
 from blockwise.journal import Journal
+from blockwise.journal_lazy import SnapshotError
 from blockwise.ledger import Ledger
 from pipeline.monitor_failures import failures_of_journal, failures_of_ledger
 from pipeline.monitor_stage import (
@@ -110,11 +111,14 @@ class Monitor:
         Run folder.
     ledger : Ledger, optional
         Ask it first.
+    lazy : bool
+        Read no more of a journal than a status needs; for who does not ask for all of it anyway.
     """
 
-    def __init__(self, run_dir: Path, ledger: Ledger | None = None) -> None:
+    def __init__(self, run_dir: Path, ledger: Ledger | None = None, *, lazy: bool = True) -> None:
         self._run = RunFolder(Path(run_dir))
         self._ledger = ledger
+        self._lazy = lazy
         self._journals: dict[str, Journal] = {}
         self._ended: dict[str, tuple[Record, StageStatus]] = {}
 
@@ -146,7 +150,19 @@ class Monitor:
                 note = f"{self._ledger.error(error)}: read from the journal"
                 if not here:
                     raise InputError(f"{self._run.path} is not here, and {note}") from None
-        return self._from_journal(self._run.record(), note)
+        record = self._run.record()
+        try:
+            return self._from_journal(record, note)
+        except SnapshotError:
+            # A network file system takes away what the coordinator has replaced: once more.
+            self._journals.clear()
+        try:
+            return self._from_journal(record, note)
+        except SnapshotError:
+            # Damaged, then: the lines say all of it.
+            self._journals.clear()
+            self._lazy = False
+        return self._from_journal(record, note)
 
     # From the run folder
 
@@ -190,7 +206,7 @@ class Monitor:
         """Return the journal of a stage, read up to now."""
         journal = self._journals.get(stage)
         if journal is None or journal.replaced():
-            journal = self._journals[stage] = Journal(self._run.journal(stage), lazy=True)
+            journal = self._journals[stage] = Journal(self._run.journal(stage), lazy=self._lazy)
         else:
             journal.catch_up()
         return journal

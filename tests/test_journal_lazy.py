@@ -1,14 +1,16 @@
 """A journal that reads of its snapshot what is asked for says what one says that reads it all."""
 
 import random
+import re
 
 import numpy as np
 import pytest
 
-from blockwise.errors import InputError
 from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo, compact
 from blockwise.journal_compact import SNAPSHOT
-from blockwise.journal_lazy import LazyBlockTable
+from blockwise.journal_lazy import LazyBlockTable, SnapshotError
+from pipeline.monitor import Monitor, load_status
+from pipeline.run_folder import RunFolder
 
 WORKER = WorkerInfo("w", "node", 1)
 
@@ -96,18 +98,40 @@ def test_a_status_reads_no_column_of_a_journal_at_rest(tmp_path, monkeypatch):
     assert set(lazy._table._columns._columns) == {"meta"}
 
 
-def test_a_damaged_column_is_said_in_one_line(tmp_path):
-    with JournalWriter(tmp_path, WORKER) as writer:
+def test_a_damaged_column_is_found_and_the_lines_read_instead(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        run.create({}, {"grid": 1})
+    folder = run.journal("predict")
+    with JournalWriter(folder, WORKER) as writer:
         writer.finish_many(records(random.Random(1), 150, 1000.0))
-    compact(tmp_path)
-    file = tmp_path / SNAPSHOT
+    # Between the first end and the last, so that a status needs the column.
+    run.update_stage("predict", state="running", blocks_total=200, started=1030.0)
+    expected = load_status(run.path).stages
+    compact(folder)
+    file = folder / SNAPSHOT
     data = bytearray(file.read_bytes())
-    place = data.index(b"finished.npy") + 400
-    data[place] ^= 0xFF
+    data[data.index(b"finished.npy") + 400] ^= 0xFF
     file.write_bytes(data)
-    lazy = Journal(tmp_path, lazy=True)
-    with pytest.raises(InputError, match="delete it") as caught:
-        lazy.recent(1030.0)
-    assert str(file) in str(caught.value)
+    with pytest.raises(SnapshotError, match=re.escape(str(file))):
+        Journal(folder, lazy=True).recent(1030.0)
+    assert load_status(run.path).stages == expected
     # Who decides what is done reads all of it at once, and passes a damaged one over.
-    same(Journal(tmp_path), Journal(tmp_path, use_snapshot=False))
+    same(Journal(folder), Journal(folder, use_snapshot=False))
+
+
+def test_a_snapshot_that_a_file_system_takes_away_is_opened_again(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        run.create({}, {"grid": 1})
+    with JournalWriter(run.journal("predict"), WORKER) as writer:
+        writer.finish_many(records(random.Random(1), 150, 1000.0))
+    run.update_stage("predict", state="running", blocks_total=200, started=1030.0)
+    compact(run.journal("predict"))
+    monitor = Monitor(run.path)
+    expected = monitor.poll().stages
+    monitor = Monitor(run.path)
+    # As on NFS, where a file that another machine has replaced cannot be read any more.
+    monitor.journal("predict")._table._columns.close()
+    assert monitor.poll().stages == expected
+    assert monitor._lazy

@@ -70,7 +70,8 @@ class RunView:
         # The map needs the journal anyway where there is one.
         self._here = self._run.exists()
         self._ledger = None if self._here else ledger
-        self._monitor = Monitor(run_dir, self._ledger)
+        # The block map needs every row.
+        self._monitor = Monitor(run_dir, self._ledger, lazy=False)
         self._lock = threading.Lock()
         self._polled = 0.0
         self._status: RunStatus | None = None
