@@ -1,8 +1,9 @@
 """How long the web page takes to open on a run of many blocks, and what its server holds.
 
-Writes the journal of a run that is under way (two workers, a few failures), once as lines only and
-once with the snapshot that every `agq predict` makes at its start, starts `agq dashboard` as a
-process of its own, and asks for what a browser asks for.
+Writes the journal of a run that is under way (two workers, a few failures), starts `agq dashboard`
+as a process of its own, and asks for what a browser asks for: with the snapshot that a prediction
+leaves now and then and the most lines that may follow it, with a snapshot of all, and with lines
+only, as a journal is whose snapshot was lost.
 
     .venv/bin/python benchmarks/dashboard.py --blocks 1000000
 """
@@ -13,12 +14,15 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
 from blockwise.grid import BlockGrid
-from blockwise.journal_read import compact
+from blockwise.journal_compact import SNAPSHOT
+from blockwise.journal_read import Journal, compact
 from blockwise.journal_records import BlockRecord, encode
 from pipeline.run_folder import RunFolder
 
@@ -32,32 +36,54 @@ def make_run(folder: Path, side: tuple[int, int, int]) -> RunFolder:
         run.create(config, {"grid": grid.to_dict()})
     start = time.time() - 10_000
     run.update_stage("predict", state="running", blocks_total=grid.n_blocks, started=start)
-    journal = run.journal("predict")
-    journal.mkdir(parents=True)
-    for worker in range(2):
-        token = f"token{worker}"
-        info = {"name": f"worker-{worker}", "host": "node", "pid": worker, "started": start}
-        with (journal / f"node-{worker}-{token}.jsonl").open("wb") as file:
-            file.write(encode("worker", start, token, {"worker": info}))
-            for number in range(worker, grid.n_blocks, 2):
-                end = start + 9_900 * number / grid.n_blocks
-                failed = number % 100_003 == 17
-                record = BlockRecord(
-                    number,
-                    "failed" if failed else "done",
-                    token=token,
-                    worker=f"worker-{worker}",
-                    started=end - 2,
-                    finished=end,
-                    labels=number % 300,
-                    voxels=16 * 256 * 256,
-                    sums={"fragments": f"{number:032x}"},
-                    error="ValueError: bad raw" if failed else None,
-                    roi=((0.0, 0.0, 0.0), (480.0, 1536.0, 1536.0)),
-                )
-                file.write(encode("begin", end - 2, token, {"block": number, "attempt": 1}))
-                file.write(encode("block", end, token, record.to_dict()))
+    folder = run.journal("predict")
+    folder.mkdir(parents=True)
+    snapshot, earlier = folder / SNAPSHOT, folder / "earlier"
+    with ExitStack() as stack:
+        files = []
+        for worker in range(2):
+            path = folder / f"node-{worker}-token{worker}.jsonl"
+            files.append(stack.enter_context(path.open("wb")))
+            info = {"name": f"worker-{worker}", "host": "node", "pid": worker, "started": start}
+            files[worker].write(encode("worker", start, f"token{worker}", {"worker": info}))
+        reader, saved = Journal(folder), 0
+        for number in range(grid.n_blocks):
+            worker = number % 2
+            end = start + 9_900 * number / grid.n_blocks
+            write_block(files[worker], f"token{worker}", number, end)
+            if number % 1000 == 0:
+                for file in files:
+                    file.flush()
+                reader.catch_up()
+                # As the coordinator does (blockwise/predict.py).
+                if reader.version - saved >= max(20_000, len(reader.rows) // 32):
+                    saved = reader.version
+                    if snapshot.exists():
+                        snapshot.replace(earlier)
+                    reader.save()
+    # Just before a snapshot is written, readers have the most lines to read.
+    if earlier.exists():
+        earlier.replace(snapshot)
     return run
+
+
+def write_block(file: BinaryIO, token: str, number: int, end: float) -> None:
+    failed = number % 100_003 == 17
+    record = BlockRecord(
+        number,
+        "failed" if failed else "done",
+        token=token,
+        worker=f"worker-{token[-1]}",
+        started=end - 2,
+        finished=end,
+        labels=number % 300,
+        voxels=16 * 256 * 256,
+        sums={"fragments": f"{number:032x}"},
+        error="ValueError: bad raw" if failed else None,
+        roi=((0.0, 0.0, 0.0), (480.0, 1536.0, 1536.0)),
+    )
+    file.write(encode("begin", end - 2, token, {"block": number, "attempt": 1}))
+    file.write(encode("block", end, token, record.to_dict()))
 
 
 def measure(run: RunFolder) -> None:
@@ -70,9 +96,9 @@ def measure(run: RunFolder) -> None:
         for ask in ("first", "again"):
             begun = time.perf_counter()
             for path in ("", "page.js", "page.css", "api/runs", f"api/run/{key}"):
-                urllib.request.urlopen(address + path, timeout=300).read()
+                urllib.request.urlopen(address + path, timeout=900).read()
             urllib.request.urlopen(
-                f"{address}api/run/{key}/map?by=state&axis=0&index=1", timeout=60
+                f"{address}api/run/{key}/map?by=state&axis=0&index=1", timeout=900
             ).read()
             print(f"  {ask}: page, run and map in {time.perf_counter() - begun:.2f} s")
             time.sleep(1.5)
@@ -91,10 +117,14 @@ def main() -> None:
     side = round(parser.parse_args().blocks ** (1 / 3))
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(Path(folder) / "run", (side, side, side))
-        print(f"{side**3:,} blocks, journal lines only")
+        journal = run.journal("predict")
+        print(f"{side**3:,} blocks, as a prediction leaves them")
         measure(run)
-        compact(run.journal("predict"))
-        print(f"{side**3:,} blocks, with snapshot")
+        compact(journal)
+        print(f"{side**3:,} blocks, with a snapshot of all")
+        measure(run)
+        (journal / SNAPSHOT).unlink()
+        print(f"{side**3:,} blocks, journal lines only")
         measure(run)
 
 

@@ -256,9 +256,12 @@ class _Run:
             self._on_progress(self._progress())
 
     def _compact(self) -> None:
-        """Save what has been read, now and then: who watches then need not read every line."""
+        """Save what has been read, now and then: who watches then need not read every line.
+
+        Of 10^6 blocks, at most 31 000 are then read line by line, which takes about a second.
+        """
         grown = self._journal.version - self._compacted
-        if grown >= max(_COMPACT_BLOCKS, len(self._journal.rows) // 4):
+        if grown >= max(_COMPACT_BLOCKS, len(self._journal.rows) // 32):
             # A full disk is noticed by the workers, whose lines matter.
             with contextlib.suppress(OSError):
                 self._journal.save()

@@ -1,17 +1,19 @@
-"""The container files: linted, parsed, and, where there is a builder, built and run."""
+"""The container files: linted, compared, parsed, and, where there is a builder, built and run."""
 
-import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCKER = ROOT / "docker"
+from pipeline.cli import app
+from pipeline.config import load_config
+from tests.image_builder import DOCKER, ROOT, post_script, section_of_definition
+
 HADOLINT = shutil.which("hadolint") or shutil.which("hadolint", path=str(ROOT / ".venv" / "bin"))
 
 
@@ -44,6 +46,57 @@ def test_every_copied_path_is_let_through_to_the_builder() -> None:
         assert re.search(rf"^ +{re.escape(path)} ", definition, re.M)
 
 
+def dockerfile_commands() -> list[str]:
+    """Return the shell commands of the Dockerfile, one a line as in a script."""
+    text = (DOCKER / "Dockerfile").read_text().replace("\\\n", "")
+    runs = [line.removeprefix("RUN ") for line in text.splitlines() if line.startswith("RUN ")]
+    return [re.sub(r"\s+", " ", part).strip() for run in runs for part in run.split(" && ")]
+
+
+def test_apptainer_definition_does_what_the_dockerfile_does() -> None:
+    """Apptainer is not in Debian: its file is compared, and its steps run in test_image.py."""
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    definition = (DOCKER / "apptainer.def").read_text()
+
+    def found(pattern: str, text: str) -> str:
+        match = re.search(pattern, text, re.MULTILINE)
+        assert match is not None, pattern
+        return match[1]
+
+    assert found(r"^From: (.*)$", definition) == found(r"^ARG BASE=(.*)$", dockerfile)
+    index = found(r"^ARG (TORCH_INDEX=.*)$", dockerfile)
+    assert section_of_definition("arguments") == [index]
+
+    theirs = dockerfile_commands()
+    ours = post_script("${TORCH_INDEX}").splitlines()
+    shared = r"/opt/agq/bin/pip |find |rm -rf /opt|python3 -m venv"
+    wanted = [line for line in theirs if re.match(shared, line)]
+    assert len(wanted) == 7
+    assert [line for line in ours if re.match(shared, line)] == wanted
+
+    def packages(lines: list[str]) -> set[str]:
+        words = [line.split() for line in lines if line.startswith("apt-get install")]
+        return {word for line in words for word in line[2:] if not word.startswith("-")}
+
+    assert packages(ours) == packages(theirs)
+    path = found(r"PATH=(\S+)", dockerfile)
+    assert f"export PATH={path}" in section_of_definition("environment")
+    entry = yaml.safe_load(found(r"^ENTRYPOINT (.*)$", dockerfile))
+    assert section_of_definition("runscript") == [f'exec {" ".join(entry)} "$@"']
+    check = yaml.safe_load(found(r"^HEALTHCHECK .*CMD (.*)$", dockerfile))
+    assert section_of_definition("test") == ["/opt/agq/bin/" + " ".join(check)]
+
+
+def test_every_image_is_pinned_by_digest() -> None:
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    pinned = r"\S+:[\w.-]*\d[\w.-]*@sha256:[0-9a-f]{64}"
+    assert re.search(rf"^ARG BASE={pinned}$", dockerfile, re.MULTILINE)
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {"${BASE}"}
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    for name, service in compose["services"].items():
+        assert "build" in service or re.fullmatch(pinned, service["image"]), name
+
+
 def test_compose_opens_nothing_beyond_loopback_and_holds_no_password() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     for name, service in compose["services"].items():
@@ -72,87 +125,60 @@ def compose_parser() -> list[str] | None:
 def test_a_real_parser_accepts_the_compose_file() -> None:
     command = compose_parser()
     if command is None:
-        pytest.skip("no docker compose is installed (apt install docker-compose)")
+        pytest.skip("no docker compose is installed (apt-get install docker-compose)")
     done = subprocess.run(
-        [*command, "-f", str(DOCKER / "compose.yaml"), "config"],
+        [*command, "-f", str(DOCKER / "compose.yaml"), "--profile", "run", "config"],
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    parsed = yaml.safe_load(done.stdout)
-    assert {"mongo", "dashboard"} <= set(parsed["services"])
+    services = yaml.safe_load(done.stdout)["services"]
+    assert set(services) == {"mongo", "dashboard", "worker"}
+    for name in ("dashboard", "worker"):
+        assert services[name]["depends_on"] == {"mongo": {"condition": "service_healthy"}}
+        targets = {mounted(volume): volume for volume in services[name]["volumes"]}
+        assert set(targets) == {"/data", "/runs"}
+    for name in ("mongo", "dashboard"):
+        assert services[name]["healthcheck"]["test"][0] == "CMD"
+    environment = services["mongo"]["environment"]
+    for what in ("USERNAME", "PASSWORD"):
+        file = Path(environment[f"MONGO_INITDB_ROOT_{what}_FILE"])
+        assert file.name in secrets_of(services["mongo"])
 
 
-BASE = "localhost/agq-test-base"
-IMAGE = "localhost/agq-test-image"
+def mounted(volume: Any) -> str:
+    """Return where a volume is mounted: parsers write it short or long."""
+    return volume["target"] if isinstance(volume, dict) else volume.split(":")[1]
 
 
-@pytest.fixture
-def builder(tmp_path: Path) -> Iterator[list[str]]:
-    """A builder without a daemon, with a stand-in for Debian's base image made on the spot."""
-    if not os.environ.get("AGQ_TEST_IMAGE"):
-        pytest.skip("an image takes half an hour and gigabytes: set AGQ_TEST_IMAGE=1 to build it")
-    missing = [tool for tool in ("buildah", "mmdebstrap") if shutil.which(tool) is None]
-    if missing or os.getuid() != 0:
-        pytest.skip(f"no image builder: {', '.join(missing) or 'not root'}")
-    storage = ["--root", str(tmp_path / "images"), "--runroot", str(tmp_path / "run")]
-    buildah = ["buildah", *storage, "--storage-driver", "vfs"]
-    base = tmp_path / "base.tar"
-    include = "--include=ca-certificates"
-    call(["mmdebstrap", "--variant=minbase", include, "bookworm", str(base)], 600)
-    box = call([*buildah, "from", "scratch"], 60).strip()
-    call([*buildah, "add", "--quiet", box, str(base), "/"], 300)
-    # A mirror's certificate that this machine trusts, for pip and apt inside.
-    certificates = "/etc/ssl/certs/ca-certificates.crt"
-    call([*buildah, "copy", "--quiet", box, certificates, certificates], 60)
-    call([*buildah, "commit", "--quiet", "--rm", box, BASE], 300)
-    base.unlink()
-    yield buildah
-    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+def secrets_of(service: dict[str, Any]) -> set[str]:
+    """Return the names of a service's secrets, written short or long."""
+    return {s["source"] if isinstance(s, dict) else s for s in service.get("secrets", ())}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_image_is_built_and_runs_the_demo(builder: list[str], tmp_path: Path) -> None:
-    build = [*builder, "bud", "--isolation", "chroot", "--pull-never", "--format", "docker"]
-    build += ["-f", str(DOCKER / "Dockerfile"), "--build-arg", f"BASE={BASE}", "-t", IMAGE]
-    # What this machine's pip is told about mirrors, the one in the image is told too.
-    for name, value in os.environ.items():
-        if name.startswith("PIP_") and not name.startswith("PIP_NO"):
-            build += ["--env", f"{name}={value}"]
-    links = os.environ.get("PIP_FIND_LINKS", "")
-    if Path(links or "/nothing").is_dir():
-        build += ["--volume", f"{links}:{links}:ro"]
-    index = os.environ.get("AGQ_TEST_TORCH_INDEX")
-    if index:
-        build += ["--build-arg", f"TORCH_INDEX={index}"]
-    call([*build, str(ROOT)], 1800)
-    runs = tmp_path / "runs"
-    runs.mkdir(mode=0o777)
-    runs.chmod(0o777)
-    box = call([*builder, "from", "--pull-never", IMAGE], 300).strip()
-
-    def inside(*words: str) -> str:
-        run = [*builder, "run", "--isolation", "chroot", "--volume", f"{runs}:/runs", box, "--"]
-        return call([*run, *words], 600)
-
-    assert inside("id", "-u").strip() == "1000"
-    # What the image consists of; other folders are small or closed to its user.
-    sizes = inside("du", "-sk", "/opt/agq", "/usr").splitlines()
-    size = sum(int(line.split()[0]) for line in sizes) / 2**20
-    print(f"image: {size:.2f} GiB")
-    assert size < 2.5
-    inside("agq", "synthetic", "/runs/in.zarr", "--shape", "18,120,120", "--seed", "7")
-    settings = ["run_dir=/runs/demo", "input.raw.path=/runs/in.zarr"]
-    settings += ["evaluate.truth.path=/runs/in.zarr"]
-    options = [word for setting in settings for word in ("--set", setting)]
-    inside("agq", "run", "/opt/agq/configs/demo.yaml", *options)
-    assert (runs / "demo" / "data.zarr" / "segmentation" / "s0" / "zarr.json").is_file()
-    assert (runs / "demo" / "evaluation.json").is_file()
-
-
-def call(command: list[str], timeout: float) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+@pytest.mark.parametrize("name", ["dashboard", "worker"])
+def test_commands_of_the_compose_file_are_valid(name: str, tmp_path: Path) -> None:
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    words = compose["services"][name]["command"]
+    group = typer.main.get_command(app)
+    with group.make_context("agq", list(words)) as outer:
+        _, command, rest = group.resolve_command(outer, list(words))  # type: ignore[attr-defined]
+        with command.make_context(words[0], rest, parent=outer) as inner:
+            given = {k: v for k, v in inner.params.items() if v not in (None, False, [])}
+    assert given.get("target", given.get("config")) is not None
+    secret = f"/run/secrets/{compose['services'][name]['secrets'][0]}"
+    if name == "worker":
+        settings = [word for word in words if "=" in word]
+        config = tmp_path / "my.yaml"
+        config.write_text("run_dir: run\ninput: {raw: {path: x.zarr}}\n")
+        ledger = load_config(config, settings).ledger
+        assert ledger is not None
+        assert str(ledger.uri_file) == secret
+    else:
+        assert str(given["ledger_uri_file"]) == secret
+        ports = compose["services"][name]["ports"]
+        assert [p.rpartition(":")[2] for p in ports] == [
+            str(given["port"]),
+            str(given["viewer_port"]),
+        ]
