@@ -21,7 +21,7 @@ from blockwise.errors import InputError
 from blockwise.files import write_atomic
 from pipeline.config import Config
 from pipeline.dashboard.blockmap import STATES
-from pipeline.dashboard.runs import RunView
+from pipeline.dashboard.run_view import RunView
 from pipeline.monitor_view import duration
 from pipeline.picture import MAX_IN_PLANE, snapshot
 

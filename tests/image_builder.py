@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,13 @@ class Builder:
 
     def fetch_wheels(self) -> None:
         """Fetch what pip inside will install, torch as this machine's pip has it."""
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        extras = project["project"]["optional-dependencies"]
+        wanted = [*project["project"]["dependencies"], *extras["view"], *extras["slurm"]]
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "-c", ROOT / "constraints.txt"]
-        call([*pip, "-w", self.wheels, f"{ROOT}[view,slurm]", "setuptools>=77"], 900)
+        call([*pip, "-w", self.wheels, *wanted, *project["build-system"]["requires"]], 900)
         torch = next(self.wheels.glob("torch-*.whl"))
         self.torch_build = torch.name.split("-")[1].partition("+")[2]
-        for own in self.wheels.glob("agq_pipeline-*.whl"):
-            own.unlink()
         (self.folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
 
     @property

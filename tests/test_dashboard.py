@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import re
+import signal
+import subprocess
 import threading
 import time
 import urllib.error
@@ -30,7 +32,8 @@ from pipeline.dashboard.runs import Runs
 from pipeline.dashboard.server import Dashboard, serve
 from pipeline.run_folder import RunFolder
 from tests.browser import browser_page
-from tests.runs import agq
+from tests.runs import ROOT, agq, command, environment
+from tests.services import free_port
 
 GRID = BlockGrid((12, 40, 50), (30, 6, 6), (4, 10, 10), offset=(60, 0, 0))
 SCRIPT = "<script>alert('pwned')</script><img src=x onerror=alert(1)>"
@@ -286,6 +289,27 @@ def test_a_run_that_only_the_ledger_knows(run: RunFolder, mongo_uri: str) -> Non
 def test_command_without_a_run(tmp_path: Path) -> None:
     done = agq("dashboard", "--all", tmp_path)
     assert (done.returncode, "no run in" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_command_serves_until_interrupted(run: RunFolder, everything: bool) -> None:
+    port = free_port()
+    wanted = ["--all", run.path.parent, "--viewer-port", free_port(), "--token"]
+    words = command("dashboard", *(wanted if everything else [run.path]), "--port", port)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=environment(), cwd=ROOT, **pipes) as process:
+        try:
+            address = process.stdout.readline().strip()
+            assert address.startswith(f"http://127.0.0.1:{port}/")
+            base, _, token = address.partition("?")
+            assert bool(token) == everything
+            assert get(base + "api/runs")[0] == (403 if everything else 200)
+            (line,) = json.loads(get(f"{base}api/runs?{token}")[1])
+            assert line["name"] == "my <b>run"
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
 
 
 SHOT = os.environ.get("AGQ_SHOTS")

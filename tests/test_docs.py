@@ -4,38 +4,15 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from typer.main import get_command
 
 from pipeline.cli import app
 from pipeline.config import Config
-from tests.runs import blobs
-
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docker" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Pages whose shell lines are run, in this order, in one folder.
-RUN_IN_ORDER = ("first-run", "your-data", "watching", "stitching")
-# Pages whose lines need their own data or a cluster, and the test that runs such lines.
-RUN_ELSEWHERE = {
-    "cluster": "test_slurm.py",
-    "evaluation": "test_evaluate.py",
-    "training": "test_train_cli.py",
-}
-
-
-def fences(file: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (line before, language, text) of every fenced block."""
-    text = file.read_text(encoding="utf-8")
-    for found in re.finditer(r"([^\n]*)\n```(\w+)\n(.*?)```", text, re.S):
-        yield found[1], found[2], found[3]
+from tests.pages import PAGES, ROOT, fences
 
 
 def mentioned() -> Iterator[tuple[str, list[str]]]:
@@ -78,18 +55,6 @@ def test_every_command_and_option_exists() -> None:
     assert count > 30
 
 
-def test_commands_that_are_only_shown_name_the_test_that_runs_them() -> None:
-    for file in PAGES:
-        for before, kind, body in fences(file):
-            if kind == "console":
-                named = re.match(r"<!-- runs in: (tests/\w+\.py)", before)
-                assert named, f"{file.name}: {body}"
-                assert (ROOT / named[1]).is_file(), before
-        if file.parent.name == "docs" and any(kind == "sh" for _, kind, _ in fences(file)):
-            assert file.stem in {*RUN_IN_ORDER, *RUN_ELSEWHERE}, file.name
-    assert all((ROOT / "tests" / name).is_file() for name in RUN_ELSEWHERE.values())
-
-
 def test_troubleshooting_quotes_messages_of_the_code() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^`([^`]+)`\n: ", text, re.M)
@@ -121,42 +86,3 @@ def test_reference_has_every_field(conf: ModuleType) -> None:
         assert field in text
     assert "| `retries` | integer | `2` | How often a failed block" in text
     assert not re.search(r"\|  \|", text), "a field without type or meaning"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_commands_run_as_written(tmp_path: Path) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "data").mkdir()
-    np.save(tmp_path / "data" / "sections.npy", blobs((18, 110, 110)))
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    shim = tools / "agq"
-    # Guarded, as a console script is: worker processes import it.
-    guarded = "from pipeline.cli import main\n\nif __name__ == '__main__':\n    main()\n"
-    shim.write_text(f"#!{sys.executable}\n{guarded}")
-    shim.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    for page in RUN_IN_ORDER:
-        for _, kind, body in fences(ROOT / "docs" / f"{page}.md"):
-            if kind == "sh":
-                run(["bash", "-euo", "pipefail", "-c", body], tmp_path, environment)
-    for _, kind, body in fences(ROOT / "docs" / "api.md"):
-        if kind == "python":
-            (tmp_path / "script.py").write_text(body)
-            run([sys.executable, "script.py"], tmp_path, environment)
-    assert (tmp_path / "small.html").stat().st_size > 10_000
-
-
-def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
-    begun = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
-    print(f"{time.perf_counter() - begun:.0f} s: {command[-1].strip()}")
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"

@@ -1,0 +1,295 @@
+"""One run as the page sees it: polled at most once a second, however many browsers look."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from pymongo.errors import PyMongoError
+
+from blockwise.errors import InputError
+from blockwise.grid import BlockGrid
+from blockwise.journal_table import ROW
+from blockwise.ledger import Ledger
+from pipeline.dashboard.blockmap import (
+    By,
+    MapImage,
+    block_in_cell,
+    block_states,
+    block_values,
+    state_image,
+    value_image,
+)
+from pipeline.dashboard.details import (
+    group_failures,
+    history,
+    log_tail,
+    middle_voxel,
+    results,
+    settings,
+    worker_rows,
+)
+from pipeline.monitor import Monitor
+from pipeline.monitor_failures import failure_of_document, failure_of_record
+from pipeline.run_folder import RunFolder
+from pipeline.run_status import Failure, RunStatus
+
+STAGE: Final = "predict"
+"""The stage whose blocks the map, the workers and the failures are of."""
+
+_POLL_S: Final = 1.0
+_PATIENCE_S: Final = 1.0
+_LEDGER_S: Final = 15.0
+_RANKS: Final = {"failed": 1, "skipped": 2, "done": 3}
+
+
+class RunView:
+    """One run: its status and everything that is drawn of it. Safe to use from several threads.
+
+    Parameters
+    ----------
+    run_dir
+        Run folder.
+    ledger
+        Where to look for a run whose folder is not on this machine.
+    """
+
+    def __init__(self, run_dir: Path, ledger: Ledger | None = None) -> None:
+        self._run = RunFolder(run_dir)
+        # The map needs the journal anyway where there is one.
+        self._here = self._run.exists()
+        self._ledger = None if self._here else ledger
+        # The block map needs every row.
+        self._monitor = Monitor(run_dir, self._ledger, lazy=False)
+        self._lock = threading.Lock()
+        self._polled = 0.0
+        self._status: RunStatus | None = None
+        self._record: dict[str, Any] = {}
+        self._rows: npt.NDArray[Any] = np.zeros(0, ROW)
+        self._rows_read = 0.0
+        self._grid: BlockGrid | None = None
+        self._selected: npt.NDArray[np.int64] | None = None
+        self._columns: dict[str, tuple[Any, npt.NDArray[Any]]] = {}
+        self._opened = threading.Event()
+        threading.Thread(target=self._open, name="open-run", daemon=True).start()
+
+    @property
+    def path(self) -> Path:
+        """Run folder."""
+        return self._run.path
+
+    @property
+    def rows(self) -> npt.NDArray[Any]:
+        """One row per block that has ended, as in the journal's table."""
+        with self._lock:
+            self._refresh()
+            return self._rows
+
+    def overview(self, patience_s: float | None = _PATIENCE_S) -> dict[str, Any]:
+        """Return all that the page shows except the map, as plain data.
+
+        Parameters
+        ----------
+        patience_s
+            Seconds to wait for the journal to be read; then the answer only says ``loading``.
+            None: as long as it takes.
+
+        Raises
+        ------
+        InputError
+            If there is no such run.
+        """
+        if not self._opened.wait(patience_s):
+            return {"loading": True, "name": self.path.name, "run_dir": str(self.path)}
+        with self._lock:
+            status = self._refresh()
+            stage = next((s for s in status.stages if s.name == STAGE), None)
+            now = time.time()
+            until = now if stage is None or stage.finished is None else stage.finished
+            count, failures = group_failures(self._failures(), self._grid)
+            return status.model_dump(
+                mode="json", exclude={"stages": {"__all__": {"failures", "errors"}}}
+            ) | {
+                "now": now,
+                "grid": None if self._grid is None else self._grid.to_dict(),
+                "blocks": None if self._grid is None else self._grid.shape,
+                "states": np.bincount(self._codes(), minlength=6).tolist() if self._grid else None,
+                "history": history(self._rows, stage.started if stage else None, until),
+                "workers": [] if stage is None else self._workers(stage, now),
+                "failed": count,
+                "failures": failures,
+                "results": results(self._record),
+                "settings": settings(self._record),
+                "here": self._here,
+            }
+
+    def progress(self) -> dict[str, int]:
+        """Count the blocks that need no more work, and those that failed."""
+        if not self._opened.wait(_PATIENCE_S):
+            return {}
+        with self._lock:
+            stage = next((s for s in self._refresh().stages if s.name == STAGE), None)
+        return {} if stage is None else {"done": stage.ended_blocks, "failed": stage.failed}
+
+    def image(self, by: By, axis: int, index: int) -> MapImage:
+        """Draw one layer of the block map.
+
+        Raises
+        ------
+        InputError
+            If the grid is not known, or has no such layer.
+        """
+        with self._lock:
+            self._refresh()
+            grid = self._known_grid()
+            if not 0 <= index < grid.shape[axis]:
+                raise InputError(f"no layer {index} on axis {axis} of {grid.shape} blocks")
+            if by == "state":
+                return state_image(grid, self._codes(), axis, index)
+            return value_image(grid, self._values(by), axis, index)
+
+    def block(self, at: tuple[int, int, int], axis: int, step: int) -> dict[str, Any]:
+        """Return what is known of the block that a cell of the map shows.
+
+        Raises
+        ------
+        InputError
+            If the grid is not known, or has no such block.
+        """
+        with self._lock:
+            self._refresh()
+            grid = self._known_grid()
+            try:
+                number = block_in_cell(grid, self._codes(), at, axis, step)
+            except IndexError as error:
+                raise InputError(str(error)) from None
+            roi = grid.write_roi(number)
+            found: dict[str, Any] = {
+                "block": number,
+                "index": grid.index(number),
+                "code": int(self._codes()[number]),
+                "at": middle_voxel(grid, number),
+                "offset": list(roi.offset),
+                "shape": list(roi.shape),
+            }
+            if self._here:
+                record = self._monitor.journal(STAGE).record(number)
+                return found | ({} if record is None else {"record": record.to_dict()})
+            return found
+
+    def log(self, worker: str) -> str | None:
+        """Return the end of a worker's log, if it is on this machine."""
+        return log_tail(self.path, worker)
+
+    def _open(self) -> None:
+        """Read the journal once in the background: 10^6 lines without a snapshot take a while."""
+        with self._lock, suppress(InputError, PyMongoError, OSError):
+            # Whoever asks meets the error again and gets it as an answer.
+            self._refresh()
+        self._opened.set()
+
+    def _refresh(self) -> RunStatus:
+        if self._status is not None and time.monotonic() - self._polled < _POLL_S:
+            return self._status
+        self._status = self._monitor.poll()
+        if self._ledger is None:
+            self._record = self._run.record()
+            grid = self._record["identity"].get("grid")
+            self._rows = self._monitor.journal(STAGE).rows
+        else:
+            self._record = self._ledger.find_run(self._status.id) or {}
+            grid = self._record.get("grid")
+            self._read_ledger_rows(self._ledger, self._status.id)
+        if grid and (self._grid is None or self._grid.to_dict() != grid):
+            self._grid = BlockGrid.from_dict(grid)
+            self._selected = _selected(self._grid, self._record.get("config", {}))
+            self._columns.clear()
+        self._polled = time.monotonic()
+        return self._status
+
+    def _read_ledger_rows(self, ledger: Ledger, run: str) -> None:
+        if time.monotonic() - self._rows_read < _LEDGER_S:
+            return
+        fields = ("block", "started", "finished", "labels", "dropped", "voxels")
+        found = ledger.blocks.find(
+            {"run": run, "stage": STAGE, "state": {"$in": list(_RANKS)}},
+            dict.fromkeys((*fields, "state"), 1),
+        )
+        documents = [
+            (d["block"], _RANKS[d["state"]], [d.get(f) or 0 for f in fields]) for d in found
+        ]
+        rows = np.zeros(len(documents), ROW)
+        for k, (block, rank, values) in enumerate(documents):
+            rows[k]["block"], rows[k]["rank"] = block, rank
+            for name, value in zip(fields[1:], values[1:], strict=True):
+                rows[k][name] = value
+        self._rows, self._rows_read = rows, time.monotonic()
+
+    def _running(self) -> npt.NDArray[np.int64]:
+        if self._status is None or self._status.state != "running":
+            return np.zeros(0, np.int64)
+        if self._here:
+            return np.array(list(self._monitor.journal(STAGE).running()), np.int64)
+        held = (w.current for s in self._status.stages if s.name == STAGE for w in s.workers)
+        return np.array([block for blocks in held for block in blocks], np.int64)
+
+    def _version(self) -> Any:
+        if self._here:
+            return self._monitor.journal(STAGE).version
+        return self._rows_read
+
+    def _codes(self) -> npt.NDArray[np.uint8]:
+        running = self._running()
+        version = (self._version(), tuple(running.tolist()))
+        known = self._columns.get("state")
+        if known is None or known[0] != version:
+            codes = block_states(self._known_grid().n_blocks, self._selected, self._rows, running)
+            known = self._columns["state"] = (version, codes)
+        return known[1]
+
+    def _values(self, by: By) -> npt.NDArray[np.float32]:
+        known = self._columns.get("value")
+        version = (self._version(), by)
+        if known is None or known[0] != version:
+            values = block_values(self._known_grid().n_blocks, self._rows, by)
+            known = self._columns["value"] = (version, values)
+        return known[1]
+
+    def _known_grid(self) -> BlockGrid:
+        if self._grid is None:
+            raise InputError("the block grid of this run is not known")
+        return self._grid
+
+    def _failures(self) -> Iterator[Failure]:
+        if self._here:
+            yield from map(failure_of_record, self._monitor.journal(STAGE).failed())
+        elif self._ledger is not None and self._status is not None:
+            found = self._ledger.find_blocks(self._status.id, STAGE, "failed", 10_000)
+            yield from map(failure_of_document, found)
+
+    def _workers(self, stage: Any, now: float) -> list[dict[str, Any]]:
+        begun: dict[str, float] = {}
+        if self._here:
+            for worker in self._monitor.journal(STAGE).workers.values():
+                if worker.current:
+                    begun[worker.info.name] = min(b for _, b in worker.current.values())
+        done = self._rows[-2000:]
+        done = done[done["rank"] == 3]
+        usual = float(np.median(done["finished"] - done["started"])) if done.size else 0.0
+        return worker_rows(stage, begun, usual, now)
+
+
+def _selected(grid: BlockGrid, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:
+    """Blocks that the configured ROI touches; None for all."""
+    roi = (config.get("input") or {}).get("roi")
+    if not roi:
+        return None
+    start, shape = np.array(roi["offset"]), np.array(roi["shape"])
+    if roi.get("units") == "world":
+        size = np.array(tuple(grid.voxel_size))
+        start, shape = (start - np.array(tuple(grid.offset))) // size, shape // size
+    return grid.select(start.tolist(), (start + shape).tolist())

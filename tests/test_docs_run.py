@@ -1,0 +1,303 @@
+"""Every command of every page is run: here as written, or by the test that is named here.
+
+Folders of a cluster or a web server become folders of the test, and large numbers small ones; the
+replacements are listed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from blockwise.arrays import open_array
+from model.agq import AGQ
+from tests.pages import ROOT, commands, fences, page_commands
+from tests.runs import blobs, make_config, write_volume
+from tests.services import mongo_uri  # noqa: F401
+from tests.test_training_loop import NETWORK, config_of, volume  # noqa: F401
+
+# Pages whose shell blocks are run here, in this order, in one folder.
+IN_ORDER = (
+    "docs/first-run.md",
+    "docs/your-data.md",
+    "docs/watching.md",
+    "docs/stitching.md",
+)
+ON_THEIR_OWN = ("docs/evaluation.md", "docs/training.md")
+SUBSTITUTES = {
+    "/data/www": "www",
+    "/var/lib/node_exporter": "node_exporter",
+    "/scratch/me/my-volume": "runs/small",
+    " RUN": " runs/small",
+    "--block 17": "--block 1",
+    "--worker 77_3": "--worker worker-0",
+    "--nproc-per-node 8": "--nproc-per-node 2",
+}
+CI = ".ci/run"
+IMAGE = "tests/test_image.py::"
+COMPOSE = "tests/test_containers.py::test_a_real_parser_accepts_the_compose_file"
+README = "tests/test_docs_run.py::test_the_readme_runs_as_written"
+CLUSTER = "tests/cluster/test_submit.py::test_pages_line_by_line"
+PAGE = "tests/test_dashboard.py::test_the_command_serves_until_interrupted"
+VIEW = "tests/test_view.py::test_command_serves_until_interrupted"
+NO_DAEMON = "needs a docker daemon: "
+NO_APPTAINER = "needs apptainer: "
+# What is not run here. A reason before the test says what of the line is stood in for.
+ELSEWHERE = {
+    ("README.md", "make demo"): "tests/test_docs_run.py::test_make_demo",
+    ("README.md", "make test"): CI,
+    ("README.md", ".venv/bin/agq view runs/demo"): VIEW,
+    ("README.md", "agq dashboard runs/my-volume"): PAGE,
+    ("README.md", "agq view runs/my-volume"): VIEW,
+    ("docs/first-run.md", "make demo"): "tests/test_docs_run.py::test_make_demo",
+    ("docs/watching.md", "agq dashboard runs/small"): PAGE,
+    ("docs/watching.md", "agq view runs/small --at 9,90,90"): VIEW,
+    (
+        "docs/watching.md",
+        "agq dashboard --all /scratch/me/runs --port 8765 --viewer-port 8766 --token",
+    ): PAGE,
+    ("docs/watching.md", "ssh -L 8765:localhost:8765 -L 8766:localhost:8766 login.cluster"): (
+        "ssh's own"
+    ),
+}
+CLUSTER_PAGES = {"README.md": "## Your cluster", "docs/cluster.md": "## A first run"}
+
+
+def elsewhere(page: str, line: str) -> str | None:
+    """Name the test that runs a command which is not run here."""
+    if (page, line) in ELSEWHERE:
+        return ELSEWHERE[page, line]
+    if page == "docker/README.md":
+        if line.startswith("docker compose"):
+            return NO_DAEMON + COMPOSE
+        if line.startswith("docker build"):
+            return NO_DAEMON + IMAGE + "test_image_is_small"
+        if line.startswith("docker run"):
+            return NO_DAEMON + IMAGE + "test_demo_runs_in_the_image"
+        if line.startswith("apptainer build"):
+            return NO_APPTAINER + IMAGE + "test_steps_of_the_apptainer_definition_run"
+        if line.startswith("srun"):
+            return NO_APPTAINER + IMAGE + "test_batch_scripts_run_in_the_image"
+        return "tests/test_docs_run.py::test_secrets_of_the_compose_file"
+    if page in CLUSTER_PAGES and line in section_commands(page, CLUSTER_PAGES[page]):
+        return CLUSTER
+    return None
+
+
+def section_commands(page: str, heading: str) -> list[str]:
+    """Return the command lines of one section of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition(heading + "\n")[2]
+    body = text.partition("\n## ")[0].partition("```sh\n")[2].partition("```")[0]
+    found = commands("sh", body)
+    assert found, (page, heading)
+    return found
+
+
+README_SECTIONS = ("## Your data", "## Watch it, look at it", "## Only the stitch")
+
+
+def test_every_command_of_every_page_is_run_somewhere() -> None:
+    seen = set()
+    for page, line in page_commands():
+        named = elsewhere(page, line)
+        if named is None:
+            here = page in (*IN_ORDER, *ON_THEIR_OWN) or (
+                page == "README.md"
+                and any(line in section_commands(page, h) for h in README_SECTIONS)
+            )
+            assert here, f"{page}: nothing runs `{line}`"
+            continue
+        seen.add((page, line))
+        file, _, name = named.rpartition(": ")[2].partition("::")
+        if name:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), named
+    assert set(ELSEWHERE) <= seen, "no page has these any more"
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for target in ("test", "test-slow", "lint", "docs"):
+        assert f"\nmake {target}\n" in ci
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as the pages see it: templates, a bin with agq."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "activate").write_text("")
+    install_agq(tools)
+    for name in ("data", "www", "node_exporter"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def install_agq(tools: Path) -> None:
+    """Write the console script."""
+    shim = tools / "agq"
+    # Guarded, as a console script is: worker processes import it.
+    guarded = "from pipeline.cli import main\n\nif __name__ == '__main__':\n    main()\n"
+    shim.write_text(f"#!{sys.executable}\n{guarded}")
+    shim.chmod(0o755)
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    own = f"{folder / '.venv' / 'bin'}:{Path(sys.executable).parent}"
+    path = {"PATH": f"{own}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **path, **more}
+
+
+def run(line: str, folder: Path, variables: dict[str, str]) -> str:
+    for old, new in SUBSTITUTES.items():
+        line = line.replace(old, new)
+    begun = time.perf_counter()
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", line],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    print(f"{time.perf_counter() - begun:.0f} s: {line}")
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_pages_run_as_written(folder: Path, mongo_uri: str) -> None:  # noqa: F811
+    np.save(folder / "data" / "sections.npy", blobs((18, 110, 110)))
+    variables = environment(folder, AGQ_MONGO_URI=mongo_uri)
+    for page in IN_ORDER:
+        for _, kind, body in fences(ROOT / page):
+            for line in commands(kind, body) if kind in ("sh", "console") else ():
+                if elsewhere(page, line) is None:
+                    run(line, folder, variables)
+    for _, kind, body in fences(ROOT / "docs" / "api.md"):
+        if kind == "python":
+            (folder / "script.py").write_text(body)
+            run(f"{sys.executable} script.py", folder, variables)
+    assert (folder / "small.html").stat().st_size > 10_000
+    assert (folder / "www" / "small" / "info").is_file()
+    if "agq.prom" in (ROOT / "docs" / "watching.md").read_text(encoding="utf-8"):
+        assert "agq_blocks" in (folder / "node_exporter" / "agq.prom").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_readme_runs_as_written(folder: Path) -> None:
+    np.save(folder / "data" / "sections.npy", blobs((18, 110, 110)))
+    (folder / "my_stack").mkdir()
+    for number, section in enumerate(blobs((18, 110, 110))):
+        np.save(folder / "my_stack" / f"{number:02}.npy", section)
+    variables = environment(folder)
+    for heading in README_SECTIONS:
+        for line in section_commands("README.md", heading):
+            if heading == "## Only the stitch":
+                # Of another model: here, those of a run.
+                run_of_fake(folder, "other", 0)
+                shutil.copytree(folder / "runs" / "other" / "data.zarr", folder / "data.zarr")
+            if elsewhere("README.md", line) is None:
+                run(line, folder, variables)
+    assert (folder / "runs" / "my-volume" / "report.html").is_file()
+    assert (folder / "www" / "my-volume" / "info").is_file()
+    assert (folder / "runs" / "joined" / "lut" / "segments.parquet").is_file()
+
+
+def run_of_fake(folder: Path, name: str, seed: int) -> None:
+    """A finished run with affinities and truth, by the predictor of the tests."""
+    place = folder / f"{name}-input"
+    place.mkdir()
+    data = blobs((20, 50, 70), seed)
+    write_volume(place / "in.zarr", "labels", (data > 120).astype(np.uint32))
+    file = make_config(
+        place,
+        data,
+        run_dir=str(folder / "runs" / name),
+        output={"affinities": True},
+        evaluate={"truth": {"path": str(place / "in.zarr"), "dataset": "labels"}},
+    )
+    run(f"agq run {file}", folder, environment(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_page_on_evaluation_runs_as_written(folder: Path) -> None:
+    for seed, name in enumerate(("ac4", "ac3")):
+        run_of_fake(folder, name, seed)
+    truth = open_array(folder / "ac4-input" / "in.zarr", "labels", "r")[:]
+    write_volume(folder / "truth.zarr", "labels", truth)
+    write_volume(folder / "seg.zarr", "labels", truth)
+    for _, kind, body in fences(ROOT / "docs" / "evaluation.md"):
+        if kind == "sh":
+            for line in commands(kind, body):
+                run(line, folder, environment(folder))
+    for name in ("ac4.png", "ac4.json", "runs/ac3/baseline.json"):
+        assert (folder / name).is_file(), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_page_on_training_runs_as_written(folder: Path, volume: Path) -> None:  # noqa: F811
+    torch.manual_seed(0)
+    state = {f"module.{key}": value for key, value in AGQ(NETWORK).state_dict().items()}
+    torch.save({"state_dict": state}, folder / "published.pth.tar")
+    config = config_of(volume, folder / "runs" / "train-mine", steps=3)
+    (folder / "my-train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    for _, kind, body in fences(ROOT / "docs" / "training.md"):
+        if kind != "sh":
+            continue
+        for line in commands(kind, body):
+            if "agq train my-train.yaml" in line and "--resume" not in line:
+                # Alternatives: each starts a training of its own.
+                shutil.rmtree(folder / "runs" / "train-mine", ignore_errors=True)
+            run(line, folder, environment(folder))
+            assert (folder / "runs" / "train-mine" / "model.safetensors").is_file(), line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_make_demo(tmp_path: Path) -> None:
+    """`make demo` itself, on an installed environment and a smaller volume."""
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = makefile.partition("\ndemo:")[2].partition("\n\n")[0]
+    lines = [line.strip() for line in recipe.splitlines()[1:] if "$(BIN)/agq" in line[:12]]
+    assert [line.split()[1] for line in lines] == ["synthetic", "run"]
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tools.parent / ".installed").write_text("")
+    install_agq(tools)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    smaller = makefile.replace("--shape 40,768,768", "--shape 18,130,130")
+    assert smaller != makefile
+    # What the environment depends on is older than its mark.
+    smaller = re.sub(r"^(\$\(VENV\)/\.installed:).*", r"\1", smaller, flags=re.MULTILINE)
+    (tmp_path / "Makefile").write_text(smaller)
+    said = run("make demo", tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "Picture: runs/demo/demo.png" in said
+    assert (tmp_path / "runs" / "demo" / "demo.png").is_file()
+    assert (tmp_path / "runs" / "demo" / "evaluation.json").is_file()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_secrets_of_the_compose_file(tmp_path: Path) -> None:
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    (tmp_path / "docker").mkdir()
+    for _, kind, body in fences(ROOT / "docker" / "README.md"):
+        if "docker/secrets" in body:
+            for line in commands(kind, body):
+                if not line.startswith("docker compose"):
+                    run(line, tmp_path, dict(os.environ))
+    made = {p.name: p.read_text() for p in (tmp_path / "docker" / "secrets").iterdir()}
+    assert set(made) == set(compose["secrets"])
+    user, password = made["mongo-user"], made["mongo-password"]
+    assert made["mongo-uri"] == f"mongodb://{user}:{password}@mongo:27017/?authSource=admin"
+    assert len(password) == 48
+    assert (tmp_path / "docker" / "secrets").stat().st_mode & 0o077 == 0
