@@ -110,7 +110,7 @@ function showWorkers() {
   fill(id("workers"), ...run.workers.slice(0, 200).map((w) => {
     const heard = el("td", w.state === "ended" ? "ended" : span(run.now - w.last) + " ago");
     if (w.lags) heard.append(el("div", w.lags, {class: "lags"}));
-    return el("tr", null, {class: w.state}, el("td", w.name), el("td", w.host), el("td", w.job || ""), el("td", w.device),
+    return el("tr", null, {class: w.state}, el("td", w.name), el("td", w.host), el("td", w.job || ""), el("td", w.gpu ? `${w.device}, ${w.gpu}` : w.device),
       el("td", whole(w.done), {class: "n"}), el("td", w.failed || "", {class: "n"}), el("td", short(w.rate), {class: "n"}),
       el("td", w.current.length ? w.current[0] + (w.held_s === null ? "" : `, ${span(w.held_s)}`) : ""), heard);
   }));
@@ -143,7 +143,7 @@ function showFailures() {
     if (k === 0 || open.has(group.summary)) box.open = true;
     box.addEventListener("toggle", () => open[box.open ? "add" : "delete"](group.summary));
     box.append(el("summary", null, {}, el("span", `${whole(group.count)} × `, {class: "count"}), document.createTextNode(group.summary)));
-    box.append(el("table", null, {}, el("thead", null, {}, el("tr", null, {}, el("th", "block"), el("th", "ROI (world units, z, y, x)"), el("th", "attempt"), el("th", "worker"), el("th", "look"))),
+    box.append(el("div", null, {class: "scroll"}, el("table", null, {}, el("thead", null, {}, el("tr", null, {}, el("th", "block"), el("th", "ROI (world units, z, y, x)"), el("th", "attempt"), el("th", "worker"), el("th", "look"))),
       el("tbody", null, {}, ...group.blocks.map((b) => {
         const log = el("div");
         const worker = el("td");
@@ -151,7 +151,7 @@ function showFailures() {
         worker.append(log);
         const place = el("td", null, {}, ...(b.at && run.here ? [look(b.at)] : []));
         return el("tr", null, {}, el("td", b.block), el("td", b.offset ? `(${b.offset.join(", ")}) + (${b.shape.join(", ")})` : ""), el("td", b.attempt), worker, place);
-      }))));
+      })))));
     if (group.count > group.blocks.length) box.append(el("p", `and ${whole(group.count - group.blocks.length)} more`, {class: "quiet"}));
     if (group.error) box.append(el("pre", group.error));
     return box;
@@ -189,24 +189,29 @@ function showSettings() {
 
 function drawChart() {
   const canvas = id("chart"), h = run.history, ratio = devicePixelRatio || 1;
-  const width = canvas.clientWidth, height = canvas.clientHeight, left = 46, low = 18, top = 14;
+  const width = canvas.clientWidth, height = canvas.clientHeight, left = 46, right = width - 50, low = 18, top = 14;
   canvas.width = width * ratio; canvas.height = height * ratio;
   const c = canvas.getContext("2d");
   c.scale(ratio, ratio);
-  c.font = "11px system-ui, sans-serif"; c.fillStyle = css("quiet"); c.strokeStyle = css("line");
-  const values = h.blocks_per_s, most = Math.max(...values, 1e-9), n = values.length;
+  c.font = "11px system-ui, sans-serif"; c.strokeStyle = css("line");
+  const values = h.blocks_per_s, voxels = h.voxels_per_s.map((v) => v / 1e6), n = values.length;
+  const most = Math.max(...values, 1e-9), mostVoxels = Math.max(...voxels, 1e-9);
   const stage = run.stages.find((s) => s.name === "predict");
-  id("speed").textContent = stage && stage.blocks_per_s !== null ? `blocks/s; mean ${short(stage.blocks_per_s)} blocks/s, ${short(stage.voxels_per_s / 1e6)} Mvoxel/s` : "";
-  const x = (k) => left + k * (width - left - 4) / Math.max(n, 1), y = (v) => height - low - v / most * (height - low - top);
+  id("speed").textContent = stage && stage.blocks_per_s !== null ? `mean ${short(stage.blocks_per_s)} blocks/s, ${short(stage.voxels_per_s / 1e6)} Mvoxel/s` : "";
+  const x = (k) => left + k * (right - left) / Math.max(n, 1), y = (part) => height - low - part * (height - low - top);
   for (const part of [0, 0.5, 1]) {
-    c.beginPath(); c.moveTo(left, y(part * most)); c.lineTo(width, y(part * most)); c.stroke();
-    c.textAlign = "right"; c.fillText(part && most <= 1e-9 ? "" : short(part * most), left - 6, y(part * most) + 4);
+    c.beginPath(); c.moveTo(left, y(part)); c.lineTo(right, y(part)); c.stroke();
+    c.fillStyle = css("done"); c.textAlign = "right"; c.fillText(part && most <= 1e-9 ? "" : short(part * most), left - 6, y(part) + 4);
+    c.fillStyle = css("voxels"); c.textAlign = "left"; c.fillText(part && mostVoxels <= 1e-9 ? "" : short(part * mostVoxels), right + 6, y(part) + 4);
   }
   c.fillStyle = css("done");
-  values.forEach((v, k) => c.fillRect(x(k), y(v), Math.max(x(k + 1) - x(k) - 0.5, 0.5), height - low - y(v)));
+  values.forEach((v, k) => c.fillRect(x(k), y(v / most), Math.max(x(k + 1) - x(k) - 0.5, 0.5), height - low - y(v / most)));
+  c.strokeStyle = css("voxels"); c.lineWidth = 1.5; c.beginPath();
+  voxels.forEach((v, k) => c.lineTo((x(k) + x(k + 1)) / 2, y(v / mostVoxels)));
+  c.stroke();
   c.fillStyle = css("quiet");
   c.textAlign = "left"; c.fillText(new Date(h.start * 1000).toLocaleTimeString(), left, height - 4);
-  c.textAlign = "right"; c.fillText(new Date((h.start + n * h.seconds) * 1000).toLocaleTimeString(), width - 2, height - 4);
+  c.textAlign = "right"; c.fillText(new Date((h.start + n * h.seconds) * 1000).toLocaleTimeString(), right, height - 4);
 }
 
 // The block map
