@@ -159,7 +159,7 @@ function showFailures() {
 }
 
 function figures(title, entries) {
-  const rows = entries.map(([name, value]) => el("tr", null, {}, el("td", name.replaceAll("_", " "), {class: "quiet"}), el("td", typeof value === "number" ? (Number.isInteger(value) ? whole(value) : short(value)) : value, {class: "n"})));
+  const rows = entries.map(([name, value]) => el("tr", null, {}, el("td", name.replace(/_s$/, " (s)").replaceAll("_", " "), {class: "quiet"}), el("td", typeof value === "number" ? (Number.isInteger(value) ? whole(value) : short(value)) : value, {class: "n"})));
   return el("div", null, {class: "report"}, el("h3", title), el("table", null, {}, el("tbody", null, {}, ...rows)));
 }
 
