@@ -1,6 +1,7 @@
 """Stitch of made-up volumes against a plain copy, and its memory (see benchmarks/stitch.py)."""
 
 import multiprocessing
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -144,24 +145,58 @@ def stitch_seconds(report: StitchReport) -> float:
     return sum(report.seconds[name] for name in STEPS)
 
 
+class CpuTime:
+    """CPU seconds of workers, scheduler and client by step of a stitch."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.seconds: dict[str, float] = {}
+        self._step, self._begun = "", self.now()
+
+    def now(self) -> float:
+        """Return the CPU seconds so far."""
+        return sum(self._client.run(time.process_time).values()) + time.process_time()
+
+    def __call__(self, step: str, _done: int = 0, _total: int = 0) -> None:
+        """Note that a step goes on, the progress callback of a stitch."""
+        name = step.split()[0] if step else ""
+        if name != self._step:
+            now = self.now()
+            self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._begun
+            self._step, self._begun = name, now
+
+
 def volume(blocks: Sequence[int], workers: int | None, folder: Path) -> None:
-    """Print the time of each step of a stitch, and of a plain copy of its fragments."""
+    """Print the time of each step of a stitch, and of plain copies before and after it."""
     grid = made_grid(blocks)
     prepare(folder, grid)
     with local_client(workers=workers) as client:
         warm_up(client, folder)
-        before = plain_copy(client, folder, grid)
-        report = run_stitch(StitchSpec(run_dir=folder, grid=grid.to_dict()), client)
+        cpu = CpuTime(client)
+        cpu("copy")
+        copied = [plain_copy(client, folder, grid)]
+        spec = StitchSpec(run_dir=folder, grid=grid.to_dict())
+        report = run_stitch(spec, client, cpu)
+        cpu("copy")
+        shutil.rmtree(folder / "data.zarr" / "copy")
+        copied.append(plain_copy(client, folder, grid))
+        cpu("")
         cores = len(client.ncores())
     voxels = int(np.prod(grid.volume_shape)) / 1e6
     print(
         f"{voxels:.0f} Mvoxel, {grid.n_blocks} blocks, {report.fragments} fragments,"
-        f" {report.contacts} contacts, {report.segments} segments, {cores} workers"
+        f" {report.contacts} contacts, {report.segments} segments, {cores} workers;"
+        f" copies took {copied[0]:.2f} and {copied[1]:.2f} s"
     )
-    print(f"{'step':>12} {'s':>8} {'Mvoxel/s':>9} {'of copy':>8}")
-    rows = {"plain copy": before, **report.seconds, "stitch": stitch_seconds(report)}
-    for name, seconds in rows.items():
-        print(f"{name:>12} {seconds:8.2f} {voxels / seconds:9.1f} {seconds / before:8.2f}")
+    wall = {"plain copy": sum(copied) / 2, **report.seconds, "stitch": stitch_seconds(report)}
+    used = cpu.seconds | {"plain copy": cpu.seconds["copy"] / 2}
+    used["stitch"] = sum(used[name] for name in STEPS)
+    print(f"{'step':>12} {'s':>8} {'Mvoxel/s':>9} {'of copy':>8} {'CPU s':>8} {'of copy':>8}")
+    for name, seconds in wall.items():
+        print(
+            f"{name:>12} {seconds:8.2f} {voxels / seconds:9.1f} {seconds / wall['plain copy']:8.2f}"
+            f" {used[name]:8.2f} {used[name] / used['plain copy']:8.2f}"
+        )
 
 
 def _measure(blocks: Sequence[int], workers: int | None, folder: Path, send: Any) -> None:
