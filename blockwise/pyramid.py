@@ -19,6 +19,7 @@ A chunk of a coarse level has the shape of a chunk of the fine one and one write
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -248,11 +249,19 @@ def downsample_batch(
 
     def work(number: int, unsynced: Unsynced) -> int:
         start, stop = chunk_box(target, places[number])
-        box = tuple(
-            slice(a * f, min(b * f, n))
-            for a, b, f, n in zip(start, stop, step, source.shape, strict=True)
-        )
-        labels = downsample(np.asarray(source[box]), step, how)
+        labels = np.empty([b - a for a, b in zip(start, stop, strict=True)], np.uint64)
+        # One fine chunk at a time: memory holds two chunks, not nine.
+        cuts = [
+            sorted({a, b, *(-(-k // f) for k in range((a * f // c + 1) * c, b * f, c))})
+            for a, b, f, c in zip(start, stop, step, source.chunks, strict=True)
+        ]
+        for part in itertools.product(*(itertools.pairwise(ends) for ends in cuts)):
+            fine = tuple(
+                slice(a * f, min(b * f, n))
+                for (a, b), f, n in zip(part, step, source.shape, strict=True)
+            )
+            inside = tuple(slice(a - o, b - o) for (a, b), o in zip(part, start, strict=True))
+            labels[inside] = downsample(np.asarray(source[fine]), step, how)
         # A chunk of background reads as background without a file.
         if labels.any():
             write_chunk(target, places[number], labels, unsynced)
