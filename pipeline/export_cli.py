@@ -108,9 +108,9 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
     marker = Step.read(run.path, "pyramid")
     if not marker.get("done"):
         raise InputError(f"{path}: not stitched to the end; run `agq stitch {path}` first")
-    if "unit" in options and run.exists():
+    if run.exists():
         options["unit"] = run.record()["identity"]["raw"]["unit"]
-    elif foreign:
+    else:
         options["unit"] = json.loads((run.path / "imported.json").read_bytes())["unit"]
     return open_levels(run.path / "data.zarr", "segmentation", **options), str(marker["key"])
 

@@ -79,6 +79,19 @@ def test_voxel_size_other_than_the_config_says(main, tmp_path):
     assert "40" in line
 
 
+def test_truth_outside_the_roi(main, tmp_path):
+    container = str(tmp_path / "in.zarr")
+    write_volume(tmp_path / "in.zarr", "labels", blobs((20, 50, 70)), offset=(300, 0, 0))
+    roi = {"offset": [0, 0, 0], "shape": [10, 20, 20]}
+    sections = {
+        "input": {"raw": {"path": container, "dataset": "raw"}, "roi": roi},
+        "evaluate": {"truth": {"path": container, "dataset": "labels"}},
+    }
+    refused(main, make_config(tmp_path, **sections), "evaluate.truth: ")
+    sections["input"]["roi"]["shape"] = [11, 20, 20]
+    assert main("plan", make_config(tmp_path, **sections), "--no-time")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("roi", "expected"),
     [

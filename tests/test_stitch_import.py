@@ -8,6 +8,7 @@ import pytest
 import tensorstore as ts
 import zarr
 from stitch_helpers import same_partition
+from test_cli import main  # noqa: F401
 from test_stitch import segmentation
 
 from blockwise.agglomerate import Thresholds, agglomerate
@@ -186,10 +187,6 @@ def test_foreign_volumes_that_do_not_fit_are_refused(tmp_path, client):
 def test_command_line(tmp_path):
     foreign_volumes(tmp_path, np.float32)
     fragments, affinities = (str(tmp_path / "in.zarr" / n) for n in ("fragments", "affinities"))
-    alone = agq("stitch", "--fragments", fragments)
-    assert alone.returncode == 2
-    assert "go together" in alone.stderr
-    assert agq("stitch").returncode == 2
     done = agq(
         "stitch", "--fragments", fragments, "--affinities", affinities,
         "--output", tmp_path / "out", "--threshold", "0.6", "--set", "stitch.dask.workers=1",
@@ -210,9 +207,25 @@ def test_command_line(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "merges are cut again" in again.stderr
     assert "import: 8 blocks, 8 of them done before" in again.stderr
-    overlap = agq("stitch", tmp_path / "out", "--set", "stitch.evidence=both")
-    assert overlap.returncode == 2
-    assert "fragments of another model do not have" in overlap.stderr
     assert agq("export", "precomputed", tmp_path / "out", tmp_path / "pc").returncode == 0
     levels = list((tmp_path / "out" / "data.zarr" / "segmentation").glob("s*"))
     assert len(json.loads((tmp_path / "pc" / "info").read_text())["scales"]) == len(levels) > 1
+
+
+def test_arguments_are_checked(tmp_path, main):  # noqa: F811
+    arrays = ("--fragments", tmp_path / "f", "--affinities", tmp_path / "a")
+    for arguments, message in (
+        ((), "name a run folder, or --fragments"),
+        (("--fragments", tmp_path / "f"), "go together"),
+        ((tmp_path, *arrays, "--output", tmp_path / "o"), "without a run folder"),
+        ((*arrays, "--output", tmp_path / "o"), "f: no such file or folder"),
+        ((*arrays, "--output", tmp_path / "o", "--channels", "0,1"), "--channels 0,1: expected"),
+        (
+            (*arrays, "--output", tmp_path / "o", "--set", "stitch.evidence=both"),
+            "fragments of another model do not have",
+        ),
+    ):
+        code, _, err = main("stitch", *arguments)
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+        assert message in err
+    assert not (tmp_path / "o").exists()

@@ -71,7 +71,7 @@ def test_superblocks_change_nothing(truth, tmp_path, client, block):
     run = make_run(grid(block), seed=2, truth=truth, noise=0.6)
     expected = expected_segments(run)
     assert not same_partition(expected, truth)  # the noise is large enough to matter
-    for superblock in SUPERBLOCKS[::2]:
+    for superblock in SUPERBLOCKS[1:4:2]:
         folder = tmp_path / str(superblock)
         write_run(run, folder)
         run_stitch(run.spec(folder, superblock=superblock), client)
