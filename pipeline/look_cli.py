@@ -37,6 +37,12 @@ def view(
     raw_url: Annotated[
         str | None, typer.Option(help="With --print-state: address of the raw volume.")
     ] = None,
+    segmentation_url: Annotated[
+        str | None,
+        typer.Option(
+            help="With --print-state: address of what agq export precomputed has written."
+        ),
+    ] = None,
 ) -> None:
     """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
     from pipeline.cli import read_target
@@ -51,7 +57,9 @@ def view(
         return
     if base_url is None:
         raise InputError("--print-state needs --base-url, the address that serves the run folder")
-    state = portable_state(config, base_url, raw_url=raw_url, at=position)
+    state = portable_state(
+        config, base_url, raw_url=raw_url, segmentation_url=segmentation_url, at=position
+    )
     typer.echo(json.dumps(state, indent=1))
 
 

@@ -23,6 +23,7 @@ def portable_state(
     base_url: str,
     *,
     raw_url: str | None = None,
+    segmentation_url: str | None = None,
     at: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return a state that any neuroglancer can load.
@@ -37,6 +38,9 @@ def portable_state(
         Where the raw array is served, if its own path is not such an address:
         ``[driver://]address``, for example ``precomputed://gs://bucket/em``; without it, a local
         raw volume is left out.
+    segmentation_url
+        Where the segmentation is served instead, once `agq export precomputed` has written it:
+        ``[precomputed://]address``.
     at
         Voxel (z, y, x) to start at; the middle by default.
 
@@ -69,6 +73,10 @@ def portable_state(
                 url = f"{_driver(layer.data.volume)}://{raw_url}"
         elif layer.name == "truth":
             continue
+        elif layer.name == "segmentation" and segmentation_url is not None:
+            address = segmentation_url.removeprefix("precomputed://")
+            _require_address("--segmentation-url", address)
+            url = f"precomputed://{address}"
         else:
             dataset = "segmentation/s0" if layer.name == "segmentation" else layer.name
             url = f"zarr3://{base}/{run.container.name}/{dataset}/"

@@ -303,6 +303,9 @@ def test_command_prints_the_state_and_ends(config_file: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, "--base-url" in done.stderr) == (2, True)
     command += ["--base-url", "https://lab.example/run", "--raw-url", "s3://bucket/raw"]
+    wrong = [*command, "--segmentation-url", "www/seg"]
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, "--segmentation-url" in done.stderr) == (2, True)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     sources = {layer["name"]: layer["source"] for layer in json.loads(done.stdout)["layers"]}
     assert {name: source[0]["url"] for name, source in sources.items()} == {
@@ -366,17 +369,33 @@ class _Readable(http.server.SimpleHTTPRequestHandler):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+@pytest.mark.parametrize("exported", [False, True])
 def test_a_printed_state_shows_the_segments_by_their_address(
-    tmp_path: Path, config_file: Path
+    tmp_path: Path, config_file: Path, exported: bool
 ) -> None:
+    if exported:
+        # The format wants whole voxels; this volume begins a sixth of one further on.
+        made = open_array(tmp_path / "run" / "data.zarr", "segmentation/s0", "r")
+        placed = {"voxel_size": (30, 6, 6), "offset": (60, 12, -6)}
+        shape = tuple(made.shape)
+        plain = create_array(
+            tmp_path / "plain.zarr", "s", shape=shape, chunks=shape, dtype="uint64", **placed
+        )
+        plain[:] = made[:]
+        export = ["export", "precomputed", f"{tmp_path / 'plain.zarr'}::s", str(tmp_path / "www")]
+        subprocess.run([*AGQ, *export], check=True, timeout=120, capture_output=True)
     handler = functools.partial(_Readable, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
         state = view_state.portable_state(
-            load_config(config_file), f"{base}/run", raw_url=f"{base}/in.zarr/raw/"
+            load_config(config_file),
+            f"{base}/run",
+            raw_url=f"{base}/in.zarr/raw/",
+            segmentation_url=f"precomputed://{base}/www" if exported else None,
         )
         assert "python://" not in json.dumps(state)
+        assert (f"precomputed://{base}/www" in json.dumps(state)) == exported
         viewer = neuroglancer.Viewer()
         viewer.set_state(state)
         pixels = screenshot(viewer, tmp_path)
