@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 
@@ -192,10 +193,9 @@ def test_the_pages_run_as_written(folder: Path, mongo_uri: str) -> None:  # noqa
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_readme_runs_as_written(folder: Path) -> None:
-    np.save(folder / "data" / "sections.npy", blobs((18, 110, 110)))
     (folder / "my_stack").mkdir()
     for number, section in enumerate(blobs((18, 110, 110))):
-        np.save(folder / "my_stack" / f"{number:02}.npy", section)
+        tifffile.imwrite(folder / "my_stack" / f"{number:02}.tif", section)
     variables = environment(folder)
     for heading in README_SECTIONS:
         for line in section_commands("README.md", heading):
