@@ -203,3 +203,12 @@ def test_bundled_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint.resolve("absent")
     path = write_checkpoint(tmp_path / "mine.safetensors")
     assert checkpoint.resolve(str(path)) == path
+
+
+@pytest.mark.parametrize("name", checkpoint.BUNDLED)
+def test_bundled_weights_are_small_and_say_where_they_come_from(name: str) -> None:
+    path = checkpoint.resolve(name)
+    assert path.stat().st_size <= 10 * 2**20
+    loaded = checkpoint.load(name)
+    assert {"data", "iterations", "hardware", "hours"} <= set(loaded.provenance)
+    assert f"`{path.name}`" in (path.parent / "README.md").read_text(encoding="utf-8")
