@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 # One metadata entry only: the order of several is not fixed, and equal checkpoints should be
 # equal files.
 METADATA_KEY = "agq"
-BUNDLED = {"demo": "demo.safetensors", "em": "em.safetensors"}
+BUNDLED = {"demo": "demo.safetensors"}
 
 
 @dataclass(frozen=True)

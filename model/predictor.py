@@ -92,7 +92,7 @@ class AGQPredictor:
     Parameters
     ----------
     checkpoint : path-like
-        Checkpoint file, or ``"demo"`` or ``"em"`` for a bundled one.
+        Checkpoint file, or ``"demo"`` for the bundled one.
     device : str
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"``: the first there is of
         cuda, mps and cpu.

@@ -76,7 +76,7 @@ class ModelSection(Section):
     """The network that labels one block."""
 
     checkpoint: str = "demo"
-    """A safetensors file of ours, a published .pth.tar, or `demo` or `em` for packaged weights."""
+    """A safetensors file of ours, a published .pth.tar, or `demo` for the packaged weights."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` (one GPU per worker) or `mps`."""

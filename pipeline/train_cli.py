@@ -11,7 +11,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a checkpoint or
 
 out = Console(highlight=False)
 
-CheckpointFile = Annotated[str, typer.Argument(help="A file, ours or published, `demo` or `em`.")]
+CheckpointFile = Annotated[str, typer.Argument(help="Checkpoint, ours or published, or `demo`.")]
 
 
 def train(
