@@ -54,10 +54,11 @@ def main() -> None:
     if arguments.memory:
         memory(SIZES, arguments.workers, arguments.folder)
     if arguments.waterz:
-        from stitch_waterz import against_waterz
+        from stitch_waterz import CELLS, against_waterz
 
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as made:
-            against_waterz(arguments.workers, Path(made))
+        for size in CELLS:
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as made:
+                against_waterz(size, arguments.workers, Path(made))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from blockwise.stitch import StitchSpec, local_client, run_stitch
 
 SHAPE = (100, 1024, 1024)
 SCORING = "OneMinus<MeanAffinity<RegionGraphType, ScoreValue>>"
-CELL = (24, 28, 28)
-"""Mean size of an object's cells."""
+CELLS = ((24, 28, 28), (10, 10, 10))
+"""Mean size of an object's cells: those of a network's objects, and those of a watershed."""
 
 
-def made_volume() -> tuple[np.ndarray, np.ndarray]:
+def made_volume(size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Objects of box-shaped cells with walls at odd places, and affinities to match.
 
     Cells of one object are next to each other on one axis. Affinities are 0.75 to 1 inside an
@@ -30,7 +31,7 @@ def made_volume() -> tuple[np.ndarray, np.ndarray]:
     """
     rng = np.random.default_rng(0)
     index = []
-    for n, cell in zip(SHAPE, CELL, strict=True):
+    for n, cell in zip(SHAPE, size, strict=True):
         walls = np.sort(rng.choice(np.arange(4, n - 4), n // cell, replace=False))
         index.append(np.searchsorted(walls, np.arange(n), side="right"))
     counts = [int(i[-1]) + 1 for i in index]
@@ -123,10 +124,10 @@ def _in_process(function: Any, *arguments: Any) -> Any:
     return found
 
 
-def against_waterz(workers: int | None, folder: Path) -> None:
+def against_waterz(size: Sequence[int], workers: int | None, folder: Path) -> None:
     """Print time and memory of both, and whether they agree."""
     grid = BlockGrid(SHAPE, (30, 6, 6))
-    labels, affinities = made_volume()
+    labels, affinities = made_volume(size)
     sidecars = write_blocks(folder, grid, labels, affinities)
     np.save(folder / "affinities.npy", affinities)
     fragments = np.asarray(open_array(folder / "data.zarr", "fragments", "r")[:])

@@ -41,6 +41,8 @@ SUBSTITUTES = {
     "--block 17": "--block 1",
     "--worker 77_3": "--worker worker-0",
     "--nproc-per-node 8": "--nproc-per-node 2",
+    "/path/to/folder": "em",
+    "agq train configs/train-fib25.yaml": "agq train configs/train-fib25.yaml --max-steps 2",
 }
 CI = ".ci/run"
 IMAGE = "tests/test_image.py::"
@@ -175,6 +177,7 @@ def run(line: str, folder: Path, variables: dict[str, str]) -> str:
 @pytest.mark.timeout(900)
 def test_the_pages_run_as_written(folder: Path, mongo_uri: str) -> None:  # noqa: F811
     np.save(folder / "data" / "sections.npy", blobs((18, 110, 110)))
+    another_model(folder)
     variables = environment(folder, AGQ_MONGO_URI=mongo_uri)
     for page in IN_ORDER:
         for _, kind, body in fences(ROOT / page):
@@ -196,13 +199,10 @@ def test_the_readme_runs_as_written(folder: Path) -> None:
     (folder / "my_stack").mkdir()
     for number, section in enumerate(blobs((18, 110, 110))):
         tifffile.imwrite(folder / "my_stack" / f"{number:02}.tif", section)
+    another_model(folder)
     variables = environment(folder)
     for heading in README_SECTIONS:
         for line in section_commands("README.md", heading):
-            if heading == "## Only the stitch":
-                # Of another model: here, those of a run.
-                run_of_fake(folder, "other", 0)
-                shutil.copytree(folder / "runs" / "other" / "data.zarr", folder / "data.zarr")
             if elsewhere("README.md", line) is None:
                 run(line, folder, variables)
     assert (folder / "runs" / "my-volume" / "report.html").is_file()
@@ -226,20 +226,51 @@ def run_of_fake(folder: Path, name: str, seed: int) -> None:
     run(f"agq run {file}", folder, environment(folder))
 
 
+def another_model(folder: Path) -> None:
+    """Arrays of another model in ``data.zarr``: here, those of a run."""
+    run_of_fake(folder, "other", 0)
+    shutil.copytree(folder / "runs" / "other" / "data.zarr", folder / "data.zarr")
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_page_on_evaluation_runs_as_written(folder: Path) -> None:
     for seed, name in enumerate(("ac4", "ac3")):
         run_of_fake(folder, name, seed)
     truth = open_array(folder / "ac4-input" / "in.zarr", "labels", "r")[:]
     write_volume(folder / "truth.zarr", "labels", truth)
     write_volume(folder / "seg.zarr", "labels", truth)
-    for _, kind, body in fences(ROOT / "docs" / "evaluation.md"):
-        if kind == "sh":
-            for line in commands(kind, body):
-                run(line, folder, environment(folder))
+    bodies = [body for _, kind, body in fences(ROOT / "docs" / "evaluation.md") if kind == "sh"]
+    general = [body for body in bodies if "configs/" not in body]
+    for body in general:
+        run(body, folder, environment(folder))
     for name in ("ac4.png", "ac4.json", "runs/ac3/baseline.json"):
         assert (folder / name).is_file(), name
+
+    # The measured figures: with small volumes in the place of the data, which are not ours.
+    shutil.rmtree(folder / "runs")
+    (folder / "em").mkdir()
+    for name in ("ac4_z80-99", "ac3_z0-39"):
+        small_npz(folder / "em" / f"{name}.npz", (16, 96, 96))
+    for name in ("train", "tune", "report"):
+        small_npz(folder / "runs" / "fib" / f"{name}.npz", (50, 50, 50))
+    weights = folder / "runs" / "train-em" / "model.safetensors"
+    weights.parent.mkdir()
+    shutil.copy(ROOT / "model" / "weights" / "demo.safetensors", weights)
+    measured = [body for body in bodies if body not in general]
+    assert len(measured) == 3
+    for body in measured:
+        run(body, folder, environment(folder, EM_DATA=str(folder / "em")))
+    for name in ("ac3", "ac3-em", "fib25"):
+        assert (folder / "runs" / name / "evaluation.json").is_file(), name
+
+
+def small_npz(path: Path, shape: tuple[int, int, int]) -> None:
+    """Write raw, labels and a segmentation as the data files name them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = blobs(shape)
+    labels = (raw > 120).astype(np.uint32)
+    np.savez(path, raw=raw, labels=labels, ffn=labels)
 
 
 @pytest.mark.slow
