@@ -253,6 +253,7 @@ def test_images(tmp_path, client, dtype):
     assert np.array_equal(by_tensorstore(tmp_path / "o", 0)[0], data)
 
 
+@pytest.mark.slow
 def test_command_line(stitched, tmp_path):
     out = tmp_path / "out"
     location = f"{stitched / 'data.zarr'}::segmentation"

@@ -184,6 +184,7 @@ def test_foreign_volumes_that_do_not_fit_are_refused(tmp_path, client):
             import_fragments(source, tmp_path / name, client)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     foreign_volumes(tmp_path, np.float32)
     fragments, affinities = (str(tmp_path / "in.zarr" / n) for n in ("fragments", "affinities"))
