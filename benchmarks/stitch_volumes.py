@@ -199,10 +199,15 @@ def volume(blocks: Sequence[int], workers: int | None, folder: Path) -> None:
         )
 
 
+SUPERBLOCK = (4, 4, 4)
+"""Where memory is measured: the same for all sizes, since a worker holds one superblock."""
+
+
 def _measure(blocks: Sequence[int], workers: int | None, folder: Path, send: Any) -> None:
     grid = made_grid(blocks)
     with local_client(workers=workers) as client:
-        report = run_stitch(StitchSpec(run_dir=folder, grid=grid.to_dict()), client)
+        spec = StitchSpec(run_dir=folder, grid=grid.to_dict(), superblock=SUPERBLOCK)
+        report = run_stitch(spec, client)
         peaks = client.run(peak_mib)
     send.send((max(peaks.values()), peak_mib(), report.seconds, report.fragments))
 
