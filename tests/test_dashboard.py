@@ -372,7 +372,7 @@ def test_a_real_browser_shows_the_run_and_follows_it(run: RunFolder, tmp_path: P
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline, "the page did not change by itself"
         time.sleep(0.2)
