@@ -16,8 +16,9 @@ from blockwise.journal import Journal, JournalTail
 from blockwise.predict_spec import log_name, log_path
 from pipeline.config import Config, masked
 from pipeline.config import load_config as read_config
+from pipeline.run_folder import RunLockedError
 from pipeline.slurm import check, client, jobs
-from pipeline.slurm.scripts import Script, folder, log_folder, submit_arguments
+from pipeline.slurm.scripts import folder, log_folder, submit_arguments
 
 out = Console(highlight=False)
 
@@ -96,30 +97,42 @@ def _submit(
     if jobs.record_path(run_dir).exists():
         jobs.refuse_live(run_dir, jobs.load(run_dir), stages)
     prepared = prepare(config, workers_here=False)
-    with prepared.run.lock():
-        if overwrite:
-            prepared.run.clear()
-        prepared.run.create(masked(config), prepared.identity)
-        here = Path.cwd()
-        _write(config, jobs.scripts(config, ["predict", "stitch"], here))
-        earlier = jobs.load(run_dir).jobs if jobs.record_path(run_dir).exists() else []
-        record = jobs.Jobs(
-            here=str(here),
-            grace_s=check.grace_s(section, cluster),
-            workers=section.workers,
-            jobs=earlier,
-        )
-        write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode())
+    try:
+        with prepared.run.lock():
+            if overwrite:
+                prepared.run.clear()
+            prepared.run.create(masked(config), prepared.identity)
+            _start_record(config, check.grace_s(section, cluster))
+            _write(config, ["predict", "stitch"])
+    except RunLockedError:
+        if not after_predict or overwrite:
+            raise
+        # The prediction that the stitch shall wait for holds the run, its record and its scripts.
+        prepared.run.require_identity(prepared.identity)
+        _write(config, ["stitch"])
+    known = len(jobs.load(run_dir).jobs)
     submitted = jobs.submit_all(config, stages, after_predict=after_predict)
-    _tell(run_dir, submitted, len(earlier))
+    _tell(run_dir, submitted, known)
 
 
-def _write(config: Config, scripts: list[Script]) -> None:
+def _start_record(config: Config, grace_s: int) -> None:
+    run_dir, section = Path(config.run_dir), jobs.section_of(config)
+    make_folder(folder(run_dir))
+    record = jobs.Jobs(
+        here=str(Path.cwd()),
+        grace_s=grace_s,
+        workers=section.workers,
+        jobs=jobs.load(run_dir).jobs if jobs.record_path(run_dir).exists() else [],
+    )
+    write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode())
+
+
+def _write(config: Config, stages: list[jobs.Stage]) -> None:
     run_dir = Path(config.run_dir)
     make_folder(folder(run_dir))
     make_folder(log_folder(run_dir))
     jobs.save_config(config)
-    for script in scripts:
+    for script in jobs.scripts(config, stages, Path.cwd()):
         write_atomic(script.path(run_dir), script.text.encode())
 
 

@@ -95,10 +95,12 @@ def test_jobs_run_in_a_container(quiet, tmp_path, segmented, monkeypatch):
 
 def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, segmented):
     stitch = {"cpus": 1, "mem": "2G", "jobs": 2, "time": "10"}
-    run = ClusterRun(tmp_path, delay_s=0.05, slurm={"stitch": stitch})
+    # Slow enough that the coordinator still holds the run when the stitch is submitted.
+    run = ClusterRun(tmp_path, delay_s=1.0, slurm={"stitch": stitch})
     run.submit()
     wait_for(lambda: run.done() > 0, why=run.post_mortem)
     run.agq("submit", run.config, "--stage", "stitch", "--after", "predict")
+    assert run.done() < N_BLOCKS
     helpers = wait_for(
         lambda: {line.split()[0] for line in run.queue("%i %j") if "dask" in line},
         why=run.post_mortem,
