@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from services import mongo_uri  # noqa: F401
+from services import mongo_uri
 
 from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
@@ -262,7 +262,7 @@ def test_all_runs_of_a_folder(run: RunFolder) -> None:
         Runs([run.path.parent / "nothing"])
 
 
-def test_a_run_that_only_the_ledger_knows(run: RunFolder, mongo_uri: str) -> None:  # noqa: F811
+def test_a_run_that_only_the_ledger_knows(run: RunFolder, mongo_uri: str) -> None:
     settings = LedgerSettings(uri=mongo_uri, database="dashboard")
     ledger = connect(settings)
     assert ledger is not None

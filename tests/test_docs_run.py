@@ -22,8 +22,8 @@ from blockwise.arrays import open_array
 from model.agq import AGQ
 from tests.pages import ROOT, commands, fences, page_commands
 from tests.runs import blobs, make_config, write_volume
-from tests.services import mongo_uri  # noqa: F401
-from tests.test_training_loop import NETWORK, config_of, volume  # noqa: F401
+from tests.services import mongo_uri
+from tests.test_training_loop import NETWORK, config_of, volume
 
 # Pages whose shell blocks are run here, in this order, in one folder.
 IN_ORDER = (
@@ -175,7 +175,7 @@ def run(line: str, folder: Path, variables: dict[str, str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_pages_run_as_written(folder: Path, mongo_uri: str) -> None:  # noqa: F811
+def test_the_pages_run_as_written(folder: Path, mongo_uri: str) -> None:
     np.save(folder / "data" / "sections.npy", blobs((18, 110, 110)))
     another_model(folder)
     variables = environment(folder, AGQ_MONGO_URI=mongo_uri)
@@ -275,7 +275,7 @@ def small_npz(path: Path, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_page_on_training_runs_as_written(folder: Path, volume: Path) -> None:  # noqa: F811
+def test_the_page_on_training_runs_as_written(folder: Path, volume: Path) -> None:
     torch.manual_seed(0)
     state = {f"module.{key}": value for key, value in AGQ(NETWORK).state_dict().items()}
     torch.save({"state_dict": state}, folder / "published.pth.tar")

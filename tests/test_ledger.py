@@ -41,14 +41,14 @@ from tests.services import (
     SERVER,
     MongoServer,
     free_port,
-    mongo_server,  # noqa: F401
-    mongo_uri,  # noqa: F401
+    mongo_server,
+    mongo_uri,
     running,
 )
 
 
 @pytest.fixture
-def ledger(mongo_uri):  # noqa: F811
+def ledger(mongo_uri):
     ledger = connect(settings_for(mongo_uri, required=True, timeout_s=5))
     ledger.prepare()
     yield ledger
@@ -312,7 +312,7 @@ def test_fields_too_large_are_left_out_and_hold_nothing_up(ledger, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP", "SIGTERM"])
-def test_outage_in_the_middle(mongo_server, tmp_path, how, caplog, open_ledger):  # noqa: F811
+def test_outage_in_the_middle(mongo_server, tmp_path, how, caplog, open_ledger):
     ledger = open_ledger(settings_for(mongo_server.uri, required=True))
     folder = tmp_path / "predict"
     feeder = LedgerFeeder(ledger, "r", {"predict": folder}, {"user": "me"})
@@ -359,7 +359,7 @@ def test_database_that_stays_away(tmp_path, caplog, open_ledger):
         assert secret not in caplog.text + report.error
 
 
-def test_late_database_gets_everything(tmp_path, mongo_server, open_ledger):  # noqa: F811
+def test_late_database_gets_everything(tmp_path, mongo_server, open_ledger):
     mongo_server.stop()
     ledger = open_ledger(settings_for(mongo_server.uri))
     feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path}, {"user": "me"})

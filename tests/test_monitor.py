@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 import pytest
 from pydantic import SecretStr
 from rich.console import Console
-from services import free_port, mongo_uri  # noqa: F401
+from services import free_port, mongo_uri
 
 from blockwise.errors import InputError
 from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo, compact
@@ -316,7 +316,7 @@ def test_large_numbers_fit_in_80_columns(run):
 
 
 @pytest.fixture
-def ledger(mongo_uri):  # noqa: F811
+def ledger(mongo_uri):
     settings = LedgerSettings(
         uri=SecretStr(mongo_uri), database=f"t{uuid.uuid4().hex}", interval_s=0.05
     )

@@ -6,7 +6,7 @@ import pytest
 from distributed import LocalCluster
 from distributed.security import Security
 from stitch_helpers import GRID, make_run, write_run
-from test_stitch import results
+from stitch_runs import results
 
 from blockwise.cluster import TlsFiles
 from blockwise.errors import InputError

@@ -5,21 +5,15 @@ from collections import Counter
 import numpy as np
 import pytest
 from stitch_helpers import GRID, make_run, same_partition, write_run
+from stitch_runs import client, expected_segments, results, segmentation
 from test_contacts import OVERLAP, files, from_sidecars, grid, rows
-from test_stitch import expected_segments, results, segmentation
 
 from blockwise.agglomerate import Thresholds, agglomerate, scores
 from blockwise.contacts import SAME, ContactTable
 from blockwise.contacts_blocks import face_contacts
 from blockwise.contacts_volume import read_evidence
 from blockwise.errors import InputError
-from blockwise.stitch import local_client, run_stitch
-
-
-@pytest.fixture(scope="module")
-def client():
-    with local_client(processes=False, workers=2) as made:
-        yield made
+from blockwise.stitch import run_stitch
 
 
 def plain_overlap(run, lower, upper, axis):

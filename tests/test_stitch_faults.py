@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from stitch_helpers import GRID, Run, make_run, write_run
-from test_stitch import results
+from stitch_helpers import GRID, write_run
+from stitch_runs import (
+    client,
+    results,
+    run,
+    run_dir,
+    undisturbed,
+)
 
 from blockwise.arrays import create_array
 from blockwise.journal import Journal
@@ -21,32 +27,6 @@ from blockwise.stitch import StitchError, StitchSpec, local_client, run_stitch
 from tests.runs import agq
 
 SEEDS = range(5)
-
-
-@pytest.fixture(scope="module")
-def client():
-    with local_client(processes=False, workers=2) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def run() -> Run:
-    return make_run(GRID, seed=5)
-
-
-@pytest.fixture
-def run_dir(run, tmp_path) -> Path:
-    write_run(run, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(run, client, tmp_path_factory) -> dict[str, bytes]:
-    """Return the files of a stitch that nothing disturbed."""
-    run_dir = tmp_path_factory.mktemp("undisturbed")
-    write_run(run, run_dir)
-    run_stitch(run.spec(run_dir), client)
-    return results(run_dir)
 
 
 def in_a_process(spec: StitchSpec, workers: int, *when: str) -> int:
@@ -142,7 +122,7 @@ def test_killed_scheduler_is_one_error_and_resumes(
             if name == step and count >= done:
                 cluster.kill()
 
-        with pytest.raises(StitchError, match="lost the dask scheduler"):  # noqa: SIM117
+        with pytest.raises(StitchError, match="lost the dask scheduler"):
             with local_client(address) as client:
                 run_stitch(spec, client, kill)
         assert cluster.wait() == -signal.SIGKILL

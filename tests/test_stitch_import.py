@@ -8,7 +8,7 @@ import pytest
 import tensorstore as ts
 import zarr
 from stitch_helpers import same_partition
-from test_cli import main  # noqa: F401
+from test_cli import main
 from test_stitch import segmentation
 
 from blockwise.agglomerate import Thresholds, agglomerate
@@ -213,7 +213,7 @@ def test_command_line(tmp_path):
     assert len(json.loads((tmp_path / "pc" / "info").read_text())["scales"]) == len(levels) > 1
 
 
-def test_arguments_are_checked(tmp_path, main):  # noqa: F811
+def test_arguments_are_checked(tmp_path, main):
     arrays = ("--fragments", tmp_path / "f", "--affinities", tmp_path / "a")
     for arguments, message in (
         ((), "name a run folder, or --fragments"),

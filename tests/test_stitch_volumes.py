@@ -7,9 +7,9 @@ import pytest
 import zarr
 from ome_zarr_models.v05 import ImageLabel
 from stitch_helpers import make_run, make_truth, same_partition, write_run
+from stitch_runs import STEPS, client, expected_segments, results, segmentation
 from test_agglomerate_oracles import by_waterz, needs_compiler
 from test_pyramid import PLAIN
-from test_stitch import STEPS, expected_segments, results, segmentation
 
 from blockwise.agglomerate import Thresholds, scores
 from blockwise.arrays import open_array
@@ -29,12 +29,6 @@ SUPERBLOCKS = [(1, 1, 1), (2, 2, 2), (1, 2, 3), (4, 1, 2), None]
 def grid(write, shape=SHAPE, **context) -> BlockGrid:
     context = context or {"after": (1, 1, 1)}
     return BlockGrid(volume_shape=shape, voxel_size=(30, 6, 6), write_shape=write, **context)
-
-
-@pytest.fixture(scope="module")
-def client():
-    with local_client(processes=False, workers=2) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 import zarr
-from test_training_loop import NETWORK, config_of, volume  # noqa: F401
+from test_training_loop import NETWORK, config_of, volume
 from typer.testing import CliRunner
 
 from blockwise.errors import InputError
@@ -27,7 +27,7 @@ def call(*arguments: object) -> str:
 
 
 def test_train_says_how_it_went_and_starts_from_a_checkpoint(
-    volume: Path,  # noqa: F811
+    volume: Path,
     tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def test_train_says_how_it_went_and_starts_from_a_checkpoint(
 
 
 def test_train_makes_synthetic_volumes_and_goes_on_without_optional_ones(
-    volume: Path,  # noqa: F811
+    volume: Path,
     tmp_path: Path,
 ) -> None:
     made = {"container": str(tmp_path / "s.zarr"), "synthetic": {"shape": [6, 48, 48], "seed": 3}}
@@ -78,7 +78,7 @@ def test_train_makes_synthetic_volumes_and_goes_on_without_optional_ones(
 
 
 def test_several_processes_are_told_to_make_volumes_first(
-    volume: Path,  # noqa: F811
+    volume: Path,
     tmp_path: Path,
 ) -> None:
     entry = VolumeConfig(

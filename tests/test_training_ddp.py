@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training_loop import config_of, losses_of, volume  # noqa: F401
+from test_training_loop import config_of, losses_of, volume
 from torch import nn
 
 from model import checkpoint
@@ -72,7 +72,7 @@ def test_norms_of_two_processes_equal_one_norm_of_all(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_like_one_with_twice_the_crops(
-    volume: Path,  # noqa: F811
+    volume: Path,
     tmp_path: Path,
 ) -> None:
     """With frozen norms a step depends on its crops alone: data and gradients are shared right."""
@@ -96,7 +96,7 @@ def test_two_processes_train_like_one_with_twice_the_crops(
         torch.testing.assert_close(found.state_dict[key], value, rtol=1e-2, atol=2e-3)
 
 
-def test_two_processes_resume_exactly(volume: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_processes_resume_exactly(volume: Path, tmp_path: Path) -> None:
     for name in ("whole", "halves"):
         config = config_of(volume, tmp_path / name, steps=6, precision="bf16")
         (tmp_path / f"{name}.json").write_text(config.model_dump_json())
@@ -111,7 +111,7 @@ def test_two_processes_resume_exactly(volume: Path, tmp_path: Path) -> None:  # 
 
 
 def test_a_notice_stops_both_after_the_same_step(
-    volume: Path,  # noqa: F811
+    volume: Path,
     tmp_path: Path,
 ) -> None:
     config = config_of(volume, tmp_path / "run", steps=100_000)

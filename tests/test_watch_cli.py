@@ -18,7 +18,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.run_status import RunStatus, StageStatus, WorkerStatus
 from pipeline.watch_cli import prometheus
 from tests.runs import agq, environment, make_config
-from tests.services import mongo_uri  # noqa: F401
+from tests.services import mongo_uri
 
 
 def worker(name: str, state: str) -> WorkerStatus:
@@ -120,7 +120,7 @@ def test_logs_of_a_block_and_of_a_worker(run):
         assert refused.stderr.count("\n") == 1
 
 
-def test_status_of_a_run_on_another_machine(run, tmp_path, mongo_uri, monkeypatch):  # noqa: F811
+def test_status_of_a_run_on_another_machine(run, tmp_path, mongo_uri, monkeypatch):
     record = run.record()
     database = f"t{uuid.uuid4().hex}"
     ledger = connect(LedgerSettings(uri=SecretStr(mongo_uri), database=database))
@@ -174,7 +174,7 @@ def test_a_status_loads_only_what_it_needs(run):
 
 
 @pytest.mark.slow
-def test_sync_and_all_runs(tmp_path, mongo_uri, monkeypatch):  # noqa: F811
+def test_sync_and_all_runs(tmp_path, mongo_uri, monkeypatch):
     database = f"t{uuid.uuid4().hex}"
     config = make_config(tmp_path)
     assert agq("predict", config).returncode == 0
