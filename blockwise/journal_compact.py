@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from blockwise.errors import InputError
 from blockwise.files import fsync_path
 from blockwise.journal_lazy import SnapshotColumns
+from blockwise.journal_pages import page_index, page_sums
 from blockwise.journal_table import ROW
 
 SNAPSHOT: Final = "compact.npz"
@@ -58,8 +59,12 @@ def write_snapshot(folder: Path, rows: NDArray[np.void], meta: dict[str, Any]) -
             # Member by member: np.savez would hold a copy of every column at once.
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 _add(archive, "meta", np.frombuffer(text, np.uint8))
-                for name in ROW.names or ():
-                    _add(archive, name, rows[name][order])
+                index = page_index(rows, order)
+                for k, name in enumerate(ROW.names or ()):
+                    column = rows[name][order]
+                    index["sums"][:, k] = page_sums(column)
+                    _add(archive, name, column)
+                _add(archive, "pages", index)
             file.flush()
             os.fsync(file.fileno())
         target = folder / SNAPSHOT
@@ -92,13 +97,13 @@ def read_snapshot(folder: Path) -> tuple[NDArray[np.void], dict[str, Any]] | Non
 
 
 def open_snapshot(folder: Path) -> tuple[SnapshotColumns, dict[str, Any]] | None:
-    """Columns, not yet read, and meta of the snapshot; None where there is none with sums."""
+    """Columns, not yet read, and meta of the snapshot; None where there is none with an index."""
     try:
         columns = SnapshotColumns(Path(folder) / SNAPSHOT)
         meta: dict[str, Any] = json.loads(columns["meta"].tobytes())
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, InputError):
         return None
-    if meta.get("version") != _VERSION or "summary" not in meta:
+    if meta.get("version") != _VERSION or "summary" not in meta or "pages" not in columns:
         columns.close()
         return None
     return columns, meta

@@ -4,20 +4,29 @@ A status of 10^7 blocks needs sums, which the snapshot has, and what the lines s
 Reading all of it takes seconds and 770 MB.
 """
 
+import os
+import struct
 import weakref
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockwise.errors import InputError
+from blockwise.journal_pages import PAGE_ROWS, by_page, groups
 from blockwise.journal_records import STATE_RANK
-from blockwise.journal_table import ROW, BlockTable, add_totals
+from blockwise.journal_table import COUNTED, ROW, TIMED, BlockTable, add_totals
 
-_DONE = STATE_RANK["done"]
+_DONE: Final = STATE_RANK["done"]
+#: What the sums of rows are made from.
+_SUMMED: Final = ("rank", "started", "finished", *COUNTED, *TIMED)
+#: A member's header in a zip: the sizes of its name and of its extra fields.
+_ZIP_HEADER: Final = struct.Struct("<26xHH")
+_UNREADABLE: Final = (OSError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile)
 
 
 class SnapshotError(InputError):
@@ -25,7 +34,7 @@ class SnapshotError(InputError):
 
 
 class SnapshotColumns:
-    """The columns of a snapshot, each read, and checked, when it is first asked for.
+    """The columns of a snapshot, or pages of them, read and checked when they are first asked for.
 
     Parameters
     ----------
@@ -45,23 +54,70 @@ class SnapshotColumns:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        file = path.open("rb")
-        self.close = weakref.finalize(self, file.close)
+        self._file = path.open("rb")
+        self.close = weakref.finalize(self, self._file.close)
         try:
-            self._archive = np.load(file, allow_pickle=False)
+            self._archive = np.load(self._file, allow_pickle=False)
         except BaseException:
             self.close()
             raise
         self._columns: dict[str, NDArray[Any]] = {}
+        self._pages: dict[tuple[str, int], NDArray[Any]] = {}
+        self._starts: dict[str, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._archive.files
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         column = self._columns.get(name)
         if column is None:
             try:
                 column = self._columns[name] = self._archive[name]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise SnapshotError(f"{self._path} cannot be read: {error}") from None
+            except _UNREADABLE as error:
+                raise self._error(error) from None
         return column
+
+    @property
+    def index(self) -> NDArray[np.void]:
+        """One row per page, dtype `blockwise.journal_pages.PAGE`."""
+        return self["pages"]
+
+    def page(self, name: str, number: int) -> NDArray[Any]:
+        """Return one page of a column."""
+        page = self._pages.get((name, number))
+        if page is None:
+            try:
+                page = self._pages[name, number] = self._read_page(name, number)
+            except _UNREADABLE as error:
+                raise self._error(error) from None
+        return page
+
+    def _read_page(self, name: str, number: int) -> NDArray[Any]:
+        # Not mapped into memory: a file that a network file system takes away would be a signal.
+        entry = self.index[number]
+        size = ROW[name].itemsize
+        data = os.pread(
+            self._file.fileno(),
+            int(entry["rows"]) * size,
+            self._start(name) + number * PAGE_ROWS * size,
+        )
+        if zlib.crc32(data) != entry["sums"][(ROW.names or ()).index(name)]:
+            raise ValueError(f"checksum of {name} differs")
+        return np.frombuffer(data, ROW[name])
+
+    def _start(self, name: str) -> int:
+        """Byte of the file at which the values of a column start."""
+        start = self._starts.get(name)
+        if start is None:
+            info = self._archive.zip.getinfo(f"{name}.npy")
+            head = os.pread(self._file.fileno(), _ZIP_HEADER.size, info.header_offset)
+            before = info.header_offset + _ZIP_HEADER.size + sum(_ZIP_HEADER.unpack(head))
+            values = int(self.index["rows"].sum(dtype=np.int64)) * ROW[name].itemsize
+            start = self._starts[name] = before + info.file_size - values
+        return start
+
+    def _error(self, error: Exception) -> SnapshotError:
+        return SnapshotError(f"{self._path} cannot be read: {error}")
 
 
 class _Row(Mapping[str, Any]):
@@ -69,10 +125,10 @@ class _Row(Mapping[str, Any]):
 
     def __init__(self, columns: SnapshotColumns, row: int) -> None:
         self._columns = columns
-        self._row = row
+        self._page, self._place = divmod(row, PAGE_ROWS)
 
     def __getitem__(self, name: str) -> Any:
-        return self._columns[name][self._row]
+        return self._columns.page(name, self._page)[self._place]
 
     def __iter__(self) -> Any:
         return iter(ROW.names or ())
@@ -97,8 +153,9 @@ class LazyBlockTable:
         self._fresh = BlockTable()
         self._columns = columns
         self._base = summary
-        # Rows of the snapshot that a newer record replaces.
+        # Rows of the snapshot that a newer record replaces, and a table of them.
         self._hidden: list[int] = []
+        self._old = BlockTable()
         self._whole: BlockTable | None = None
 
     def __len__(self) -> int:
@@ -134,9 +191,13 @@ class LazyBlockTable:
         fresh = self._fresh.find(block)
         if fresh >= 0:
             return int(self._base["rows"]) + fresh
-        blocks = self._columns["block"]
-        row = int(np.searchsorted(blocks, block))
-        return row if row < len(blocks) and blocks[row] == block else -1
+        page = int(np.searchsorted(self._columns.index["first"], block, "right")) - 1
+        if page < 0:
+            return -1
+        blocks = self._columns.page("block", page)
+        place = int(np.searchsorted(blocks, block))
+        there = place < len(blocks) and blocks[place] == block
+        return page * PAGE_ROWS + place if there else -1
 
     def row(self, row: int) -> Any:
         """Values of a row by name."""
@@ -161,11 +222,14 @@ class LazyBlockTable:
             return self._whole.ranks(blocks)
         found = self._fresh.ranks(blocks)
         missing = np.flatnonzero(found == 0)
-        if missing.size and self._base["rows"]:
-            known = self._columns["block"]
-            place = np.minimum(np.searchsorted(known, blocks[missing]), len(known) - 1)
-            there = known[place] == blocks[missing]
-            found[missing[there]] = self._columns["rank"][place[there]]
+        pages = np.searchsorted(self._columns.index["first"], blocks[missing], "right") - 1
+        for page, chosen in groups(pages):
+            if page >= 0:
+                asked = missing[chosen]
+                known = self._columns.page("block", page)
+                place = np.minimum(np.searchsorted(known, blocks[asked]), len(known) - 1)
+                there = known[place] == blocks[asked]
+                found[asked[there]] = self._columns.page("rank", page)[place[there]]
         return found
 
     def counts(self) -> dict[str, int]:
@@ -186,12 +250,17 @@ class LazyBlockTable:
         for name, value in self._replaced().totals().items():
             base[name] -= value
         # A first start or a last end may have been that of a block done again since.
-        kept = np.ones(self._base["rows"], bool)
-        kept[self._hidden] = False
-        started = self._columns["started"][kept]
-        base["started"] = float(started[started > 0].min(initial=np.inf))
-        base["started"] = base["started"] if np.isfinite(base["started"]) else 0.0
-        base["finished"] = float(self._columns["finished"][kept].max(initial=0.0))
+        hidden = np.array(self._hidden, np.int64)
+        first, last = (self._columns.index[name].copy() for name in ("started", "finished"))
+        for page, chosen in by_page(hidden):
+            started, finished = (self._columns.page(n, page) for n in ("started", "finished"))
+            kept = np.ones(len(started), bool)
+            kept[hidden[chosen] % PAGE_ROWS] = False
+            first[page] = started[kept & (started > 0)].min(initial=np.inf)
+            last[page] = finished[kept].max(initial=0.0)
+        begun = float(first.min(initial=np.inf))
+        base["started"] = begun if np.isfinite(begun) else 0.0
+        base["finished"] = float(last.max(initial=0.0))
         return add_totals(base, fresh)
 
     def recent(self, since: float) -> tuple[int, int]:
@@ -203,12 +272,19 @@ class LazyBlockTable:
         return base[0] - hidden[0] + fresh[0], base[1] - hidden[1] + fresh[1]
 
     def _base_recent(self, since: float) -> tuple[int, int]:
-        if since > self._base["last_done"]:
-            return 0, 0
-        if since <= self._base["first_done"]:
-            return self._base["counts"]["done"], int(self._base["totals"]["voxels"])
-        late = (self._columns["finished"] >= since) & (self._columns["rank"] == _DONE)
-        return int(late.sum()), int(self._columns["voxels"].sum(where=late, dtype=np.int64))
+        index = self._columns.index
+        whole = index["first_done"] >= since
+        blocks = int(index["done"].sum(where=whole, dtype=np.int64))
+        voxels = int(index["voxels"].sum(where=whole, dtype=np.int64))
+        # What ended before and after lies in one page.
+        for page in np.flatnonzero(~whole & ~(index["last_done"] < since)).tolist():
+            ends, rank, sizes = (
+                self._columns.page(name, page) for name in ("finished", "rank", "voxels")
+            )
+            late = (ends >= since) & (rank == _DONE)
+            blocks += int(late.sum())
+            voxels += int(sizes.sum(where=late, dtype=np.int64))
+        return blocks, voxels
 
     def summary(self) -> dict[str, Any]:
         """Return what a snapshot keeps beside the rows."""
@@ -217,9 +293,12 @@ class LazyBlockTable:
         return self._whole.summary()
 
     def _replaced(self) -> BlockTable:
-        """Return the rows of the snapshot that no longer count."""
-        rows = np.zeros(len(self._hidden), ROW)
-        if self._hidden:
-            for name in ROW.names or ():
-                rows[name] = self._columns[name][self._hidden]
-        return BlockTable(rows)
+        """Return the rows of the snapshot that no longer count, as far as they are summed up."""
+        if len(self._old) < len(self._hidden):
+            hidden = np.array(self._hidden, np.int64)
+            rows = np.zeros(len(hidden), ROW)
+            for page, chosen in by_page(hidden):
+                for name in _SUMMED:
+                    rows[name][chosen] = self._columns.page(name, page)[hidden[chosen] % PAGE_ROWS]
+            self._old = BlockTable(rows)
+        return self._old

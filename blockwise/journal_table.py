@@ -29,8 +29,8 @@ ROW: Final = np.dtype(
     ]
 )
 
-_COUNTED: Final = ("voxels", "labels", "components", "dropped")
-_TIMED: Final = ("read_s", "compute_s", "write_s")
+COUNTED: Final = ("voxels", "labels", "components", "dropped")
+TIMED: Final = ("read_s", "compute_s", "write_s")
 
 # Block numbers come in runs along the last axis of the volume: small pages waste little on a
 # sparse selection and cost one dict entry per 1024 blocks on a full one.
@@ -114,8 +114,8 @@ class BlockTable:
         """Add up the done blocks; first start and last end of any block."""
         rows = self.rows
         done = rows["rank"] == STATE_RANK["done"]
-        counts = {n: int(rows[n].sum(where=done, dtype=np.int64)) for n in _COUNTED}
-        seconds = {n: float(rows[n].sum(where=done, dtype=np.float64)) for n in _TIMED}
+        counts = {n: int(rows[n].sum(where=done, dtype=np.int64)) for n in COUNTED}
+        seconds = {n: float(rows[n].sum(where=done, dtype=np.float64)) for n in TIMED}
         started = rows["started"][rows["started"] > 0]
         return {
             **counts,
@@ -132,15 +132,7 @@ class BlockTable:
 
     def summary(self) -> dict[str, Any]:
         """Return what a snapshot keeps beside the rows, for who needs no more than sums."""
-        rows = self.rows
-        ends = rows["finished"][rows["rank"] == STATE_RANK["done"]]
-        return {
-            "rows": len(rows),
-            "counts": self.counts(),
-            "totals": self.totals(),
-            "first_done": float(ends.min()) if len(ends) else 0.0,
-            "last_done": float(ends.max()) if len(ends) else 0.0,
-        }
+        return {"rows": len(self), "counts": self.counts(), "totals": self.totals()}
 
     def _index_all(self) -> None:
         blocks = self.rows["block"]
@@ -159,7 +151,7 @@ class BlockTable:
 def add_totals(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
     """Add up the totals of two tables without a block in common."""
     starts = [t["started"] for t in (one, other) if t["started"] > 0]
-    return {name: one[name] + other[name] for name in (*_COUNTED, *_TIMED)} | {
+    return {name: one[name] + other[name] for name in (*COUNTED, *TIMED)} | {
         "started": min(starts, default=0.0),
         "finished": max(one["finished"], other["finished"]),
     }
