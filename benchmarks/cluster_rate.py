@@ -37,7 +37,8 @@ from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo
 from blockwise.lanes import _connect
 from blockwise.ledger import LedgerSettings, connect
 from blockwise.ledger_feed import LedgerFeeder
-from blockwise.predict_spec import PredictSpec, Session, session_path
+from blockwise.predict_spec import PredictSpec, Session
+from blockwise.run_paths import session_path
 from blockwise.supervise import Dispatcher
 
 BAR = 0.9

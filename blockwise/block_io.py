@@ -14,8 +14,9 @@ from blockwise.files import checksum, write_atomic
 from blockwise.grid import BlockGrid
 from blockwise.journal_read import Journal
 from blockwise.litter import remove_temporaries
-from blockwise.predict_spec import PredictSpec, container_path
+from blockwise.predict_spec import PredictSpec
 from blockwise.predictor import Prediction
+from blockwise.run_paths import container_path
 from blockwise.sidecar import build_sidecar, sidecar_path
 
 

@@ -31,8 +31,9 @@ from funlib.geometry import Coordinate, Roi
 
 from blockwise.gate import Gate
 from blockwise.grid import BlockGrid
-from blockwise.predict_spec import TASK, PredictSpec, Session
+from blockwise.predict_spec import PredictSpec, Session
 from blockwise.processes import die_with_parent
+from blockwise.run_paths import TASK
 
 _LOOPBACK = "127.0.0.1"
 

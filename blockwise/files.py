@@ -11,12 +11,12 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blockwise.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Bytes: TypeAlias = bytes | bytearray | memoryview
@@ -146,7 +146,7 @@ def write_atomic(path: PathLike, data: Bytes, *, mode: int = 0o666) -> None:
     fsync_path(target.parent)
 
 
-def checksum(data: Bytes | NDArray[np.generic]) -> str:
+def checksum(data: "Bytes | NDArray[Any]") -> str:
     """Return the 64-bit BLAKE2b digest of some bytes as 16 hex digits.
 
     Parameters
@@ -159,7 +159,9 @@ def checksum(data: Bytes | NDArray[np.generic]) -> str:
     str
         16 lower-case hex digits.
     """
-    if isinstance(data, np.ndarray):
+    if not isinstance(data, bytes | bytearray | memoryview):
+        import numpy as np  # not for who only writes files: it takes as long as Python to start
+
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 

@@ -35,15 +35,9 @@ from blockwise.files import require_writable
 from blockwise.gate import enter
 from blockwise.grid import BlockGrid
 from blockwise.journal import BlockRecord, Journal, JournalWriter
-from blockwise.predict_spec import (
-    FATAL_ERRNOS,
-    TASK,
-    PredictSpec,
-    Session,
-    journal_folder,
-    retry_path,
-)
+from blockwise.predict_spec import FATAL_ERRNOS, PredictSpec, Session
 from blockwise.predictor import Prediction, Predictor
+from blockwise.run_paths import TASK, journal_folder, retry_path
 
 _IDLE_S = 0.2
 _MAX_IDLE_S = 2.0

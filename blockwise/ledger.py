@@ -12,6 +12,7 @@ from newer, so that a write sent twice, late or in another order changes nothing
 Collections, fields and indexes: ``docs/ledger.md``.
 """
 
+import atexit
 import contextlib
 import logging
 import time
@@ -27,6 +28,7 @@ from pymongo.errors import (
     OperationFailure,
     PyMongoError,
 )
+from pymongo.synchronous import monitor
 
 from blockwise.ledger_schema import VALIDATORS
 from blockwise.ledger_updates import (
@@ -199,6 +201,17 @@ class Ledger:
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
+
+    def leave(self) -> None:
+        """Close the connections of a process that ends now.
+
+        At the exit pymongo would wait for its threads, which sleep for half a second at a time.
+        They are daemons, and with the client closed they have nothing left to do.
+        """
+        self.close()
+        wait = getattr(monitor, "_shutdown_resources", None)
+        if wait is not None:
+            atexit.unregister(wait)
 
     # Writing, for the feeder
 

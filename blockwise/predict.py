@@ -39,11 +39,9 @@ from blockwise.predict_spec import (
     EXIT_STOP_RUN,
     PredictSpec,
     Session,
-    journal_folder,
-    retry_path,
-    session_path,
 )
 from blockwise.processes import describe_exit, this_worker
+from blockwise.run_paths import journal_folder, retry_path, session_path
 from blockwise.supervise import Dispatcher, LocalWorkers, WorkerEnd
 
 __all__ = ["PredictProgress", "PredictReport", "PredictSpec", "run_predict"]

@@ -1,4 +1,4 @@
-"""What the processes of one prediction share: the specification, the session and the paths.
+"""What the processes of one prediction share: the specification and the session.
 
 Everything a worker needs is in the run folder, so a worker that a scheduler starts on another
 machine, at any time, is told nothing but that folder:
@@ -26,9 +26,7 @@ from pydantic import (
 from blockwise.errors import InputError
 from blockwise.files import write_atomic
 from blockwise.grid import BlockGrid
-
-TASK = "predict"
-"""Name of the stage: daisy task, journal folder, log folder."""
+from blockwise.run_paths import session_path, spec_path
 
 EXIT_START_FAILED = 70
 """Exit status of a worker whose predictor or input cannot be loaded."""
@@ -154,38 +152,3 @@ class Session(BaseModel):
             return cls.model_validate(json.loads(session_path(run_dir).read_bytes()))
         except FileNotFoundError:
             return None
-
-
-def spec_path(run_dir: str | Path) -> Path:
-    """Return the path of the specification."""
-    return Path(run_dir) / "predict.json"
-
-
-def session_path(run_dir: str | Path) -> Path:
-    """Return the path of the session."""
-    return Path(run_dir) / "session.json"
-
-
-def journal_folder(run_dir: str | Path) -> Path:
-    """Return the folder of the prediction's journal."""
-    return Path(run_dir) / "journal" / TASK
-
-
-def container_path(run_dir: str | Path) -> Path:
-    """Return the zarr container of the run's outputs."""
-    return Path(run_dir) / "data.zarr"
-
-
-def log_path(run_dir: str | Path, name: str) -> Path:
-    """Return the path of the log of one process."""
-    return Path(run_dir) / "logs" / TASK / f"{name}.log"
-
-
-def log_name(worker: str) -> str:
-    """Return the name of the log of a worker, as `log_path` wants it."""
-    return worker if worker.startswith("worker-") else f"worker-{worker}"
-
-
-def retry_path(run_dir: str | Path, number: int) -> Path:
-    """Return the file that holds one byte per failed attempt at a block in this run."""
-    return Path(run_dir) / "retries" / TASK / str(number)

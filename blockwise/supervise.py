@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockwise.files import make_folder
-from blockwise.predict_spec import log_path
+from blockwise.run_paths import log_path
 
 _STOP_S = 3.0
 

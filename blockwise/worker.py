@@ -30,10 +30,10 @@ from blockwise.predict_spec import (
     EXIT_STOP_RUN,
     PredictSpec,
     Session,
-    journal_folder,
 )
 from blockwise.predictor import load_predictor
 from blockwise.processes import die_with_parent, this_worker
+from blockwise.run_paths import journal_folder
 
 _POLL_S = 0.2
 _BEAT_S = 30.0

@@ -17,12 +17,6 @@ Target = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module to the command line."""
-    for command in (view, dashboard, snapshot, report):
-        app.command()(command)
-
-
 def view(
     target: Target,
     port: Annotated[int, typer.Option(help="Port on the loopback interface; 0 takes any.")] = 0,
@@ -45,8 +39,8 @@ def view(
     ] = None,
 ) -> None:
     """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
-    from pipeline.cli import read_target
     from pipeline.locations import parse_triple
+    from pipeline.targets import read_target
     from pipeline.view import view_run
     from pipeline.view_state import portable_state
 
@@ -102,7 +96,7 @@ def dashboard(
     viewers: deque[Any] = deque(maxlen=8)
 
     def show(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
-        from pipeline.cli import read_target
+        from pipeline.targets import read_target
         from pipeline.view import run_viewer
 
         viewers.append(run_viewer(read_target(run_dir), port=viewer_port, at=at, host=host))
@@ -121,9 +115,9 @@ def snapshot(
     size: Annotated[int, typer.Option(min=1, help="Voxels along y and x to show at most.")] = 1024,
 ) -> None:
     """Draw raw, fragments, segmentation and truth of a run side by side, xy and xz."""
-    from pipeline.cli import read_target
     from pipeline.locations import parse_triple
     from pipeline.report import write_snapshot
+    from pipeline.targets import read_target
 
     position = None if at is None else parse_triple("--at", at)
     write_snapshot(read_target(target), _writable(out), position, size)
@@ -137,8 +131,8 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML file about a run: settings, speed, block map, scores."""
-    from pipeline.cli import read_target
     from pipeline.report import write_report
+    from pipeline.targets import read_target
 
     config = read_target(target)
     file = _writable(out or Path(config.run_dir) / "report.html")
@@ -157,7 +151,7 @@ def _sources(
 ) -> tuple[list[Path], Path | None, Any]:
     """Return run folders, a folder of run folders, and the ledger."""
     from blockwise.ledger import LedgerSettings, connect
-    from pipeline.cli import read_target
+    from pipeline.targets import read_target
 
     settings = LedgerSettings(uri_file=uri_file)
     if everything:

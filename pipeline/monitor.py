@@ -7,16 +7,9 @@ the journal files, those are read.
 
 import time
 from pathlib import Path
-from typing import Final, Literal
-
-from pymongo.errors import PyMongoError
-from rich.console import Console
-from rich.live import Live
+from typing import TYPE_CHECKING, Final, Literal
 
 from blockwise.errors import InputError
-from blockwise.journal import Journal
-from blockwise.journal_lazy import SnapshotError
-from blockwise.ledger import Ledger
 from pipeline.monitor_failures import failures_of_journal, failures_of_ledger
 from pipeline.monitor_stage import (
     Record,
@@ -29,18 +22,22 @@ from pipeline.monitor_stage import (
     workers_of_documents,
     workers_of_states,
 )
-from pipeline.monitor_view import render
 from pipeline.run_folder import RunFolder
 from pipeline.run_status import RunState, RunStatus, StageStatus
 
-__all__ = ["Monitor", "load_status", "render", "watch"]
+# Imported where it is used is what only one of both ways needs: numpy, or the database's client.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blockwise.journal import Journal
+    from blockwise.ledger import Ledger
 
 #: Stages with a journal of their own; the last two are parts of the stage "stitch".
 _JOURNALS: Final = ("predict", "relabel", "pyramid")
 _BEHIND_S: Final = 10.0
 
 
-def load_status(run_dir: Path, ledger: Ledger | None = None) -> RunStatus:
+def load_status(run_dir: Path, ledger: "Ledger | None" = None) -> RunStatus:
     """Say how far a run is.
 
     Parameters
@@ -60,10 +57,10 @@ def load_status(run_dir: Path, ledger: Ledger | None = None) -> RunStatus:
 
 def watch(
     run_dir: Path,
-    ledger: Ledger | None = None,
+    ledger: "Ledger | None" = None,
     *,
     interval_s: float = 2.0,
-    console: Console | None = None,
+    console: "Console | None" = None,
 ) -> RunStatus:
     """Show how far a run is until it is over (or Ctrl-C).
 
@@ -88,6 +85,11 @@ def watch(
     InputError
         As in `load_status`.
     """
+    from rich.console import Console
+    from rich.live import Live
+
+    from pipeline.monitor_view import render
+
     monitor = Monitor(run_dir, ledger)
     status = monitor.poll()
     over = 0
@@ -115,7 +117,7 @@ class Monitor:
         Read no more of a journal than a status needs; for who does not ask for all of it anyway.
     """
 
-    def __init__(self, run_dir: Path, ledger: Ledger | None = None, *, lazy: bool = True) -> None:
+    def __init__(self, run_dir: Path, ledger: "Ledger | None" = None, *, lazy: bool = True) -> None:
         self._run = RunFolder(Path(run_dir))
         self._ledger = ledger
         self._lazy = lazy
@@ -141,6 +143,8 @@ class Monitor:
         here = self._run.exists()
         note = None
         if self._ledger is not None:
+            from pymongo.errors import PyMongoError
+
             try:
                 found = self._from_ledger(self._run.record() if here else None)
                 if found is not None:
@@ -150,6 +154,8 @@ class Monitor:
                 note = f"{self._ledger.error(error)}: read from the journal"
                 if not here:
                     raise InputError(f"{self._run.path} is not here, and {note}") from None
+        from blockwise.journal_lazy import SnapshotError
+
         record = self._run.record()
         try:
             return self._from_journal(record, note)
@@ -202,8 +208,10 @@ class Monitor:
                 self._ended[name] = (entry, stages[-1])
         return _status(record, self._run.path, state, "journal", note, now, stages)
 
-    def journal(self, stage: str) -> Journal:
+    def journal(self, stage: str) -> "Journal":
         """Return the journal of a stage, read up to now."""
+        from blockwise.journal import Journal
+
         journal = self._journals.get(stage)
         if journal is None or journal.replaced():
             journal = self._journals[stage] = Journal(self._run.journal(stage), lazy=self._lazy)

@@ -3,12 +3,14 @@
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from blockwise.journal import BlockRecord, Journal
-from blockwise.ledger import Ledger
-from blockwise.predict_spec import TASK, log_name, log_path
+from blockwise.run_paths import TASK, log_name, log_path
 from pipeline.run_status import Failure, FailureGroup, error_line
+
+if TYPE_CHECKING:
+    from blockwise.journal import BlockRecord, Journal
+    from blockwise.ledger import Ledger
 
 MAX_FAILURES: Final = 20
 MAX_GROUPS: Final = 10
@@ -18,7 +20,7 @@ Record = dict[str, Any]
 Failures = tuple[tuple[Failure, ...], tuple[FailureGroup, ...]]
 
 
-def failure_of_record(record: BlockRecord) -> Failure:
+def failure_of_record(record: "BlockRecord") -> Failure:
     """Failure of a journal record."""
     offset, shape = record.roi or (None, None)
     return Failure(
@@ -42,7 +44,7 @@ def failure_of_document(document: Record) -> Failure:
     )
 
 
-def failures_of_journal(journal: Journal, stage: str, run_dir: Path) -> Failures:
+def failures_of_journal(journal: "Journal", stage: str, run_dir: Path) -> Failures:
     """Return the first failed blocks of a journal, and all of them by error."""
     records = journal.failed()
     first = tuple(failure_of_record(r) for r in records[:MAX_FAILURES])
@@ -58,7 +60,7 @@ def failures_of_journal(journal: Journal, stage: str, run_dir: Path) -> Failures
     )
 
 
-def failures_of_ledger(ledger: Ledger, run: str, stage: str, run_dir: Path) -> Failures:
+def failures_of_ledger(ledger: "Ledger", run: str, stage: str, run_dir: Path) -> Failures:
     """Return the same from the ledger, which groups them: there may be a million."""
     first = ledger.find_blocks(run, stage, "failed", MAX_FAILURES)
     counts: Counter[str] = Counter()

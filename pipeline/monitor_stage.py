@@ -5,12 +5,12 @@ import socket
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-import psutil
-
-from blockwise.journal import Journal, WorkerState
 from pipeline.run_status import Failure, FailureGroup, RunState, StageStatus, WorkerStatus
+
+if TYPE_CHECKING:
+    from blockwise.journal import Journal, WorkerState
 
 _ORDER: Final = ("predict", "stitch", "relabel", "pyramid", "evaluate")
 _RECENT_S: Final = 60.0
@@ -33,6 +33,8 @@ def coordinator_alive(run_dir: Path) -> bool | None:
             host, pid = lock.read().removeprefix("host ").split(", pid ")
             if host != socket.gethostname():
                 return None
+            import psutil
+
             if not psutil.pid_exists(int(pid)):
                 return False
             try:
@@ -77,7 +79,7 @@ def run_state_of(entries: Iterable[Record], alive: bool | None) -> RunState:
     return "done" if states and all(s == "done" for s in states) else "new"
 
 
-def journal_totals(journal: Journal, entry: Record, now: float) -> Record:
+def journal_totals(journal: "Journal", entry: Record, now: float) -> Record:
     """Add up a journal, in the form in which the ledger keeps totals."""
     totals: Record = {**journal.counts(), **journal.totals()}
     since = entry.get("started") or totals["started"]
@@ -181,7 +183,7 @@ def _stage_state(
 
 
 def workers_of_states(
-    workers: Iterable[WorkerState], run_state: RunState, now: float
+    workers: "Iterable[WorkerState]", run_state: RunState, now: float
 ) -> tuple[WorkerStatus, ...]:
     """Workers of a journal."""
     return _newest(

@@ -30,11 +30,6 @@ class VolumesSettings(Section):
     """Multiscale output."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(stitch)
-
-
 def stitch(
     target: Annotated[
         Path | None, typer.Argument(help="Run folder or YAML configuration.", show_default=False)
@@ -123,9 +118,9 @@ def stitch(
 
 def _stitch_run(target: Path, changes: list[str], allow_missing: bool) -> None:
     from pipeline import stages
-    from pipeline.cli import read_target
     from pipeline.prepare import prepare
     from pipeline.session import open_session
+    from pipeline.targets import read_target
 
     config = read_target(target, changes)
     if allow_missing:

@@ -1,28 +1,78 @@
-"""Commands beside `agq status` and `agq watch`: all runs, Prometheus metrics, the ledger."""
+"""Commands that watch: `agq status` and `watch`, Prometheus metrics, the ledger."""
 
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pymongo.errors import PyMongoError
-from rich.console import Console
-from rich.table import Table
 
-from blockwise.errors import RunStoppedError
-from blockwise.ledger import Ledger, LedgerSettings, connect
-from blockwise.ledger_feed import LedgerFeeder
+from blockwise.errors import InputError, RunStoppedError
 from pipeline.run_folder import RunFolder
-from pipeline.run_status import RunStatus
 
-out = Console(highlight=False)
+if TYPE_CHECKING:
+    from blockwise.ledger import Ledger, LedgerSettings
+    from pipeline.run_status import RunStatus
+
 ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of block progress.")
 
 RunDir = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+Target = Annotated[
+    Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def open_ledger(settings: LedgerSettings | None = None) -> Ledger:
+def status(
+    target: Annotated[
+        Path | None, typer.Argument(help="Run folder or YAML configuration file.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All runs in the database of AGQ_MONGO_URI.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is, once."""
+    if every:
+        show_all(as_json)
+        return
+    if target is None:
+        raise InputError("which run? Name its folder, or give --all")
+    found = _status_of(target)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    from rich.console import Console
+
+    from pipeline.monitor_view import render
+
+    Console(highlight=False).print(render(found))
+
+
+def _status_of(target: Path) -> "RunStatus":
+    from pipeline.monitor import load_status
+    from pipeline.targets import watched
+
+    run_dir, ledger = watched(target)
+    try:
+        return load_status(run_dir, ledger)
+    finally:
+        if ledger is not None:
+            ledger.leave()
+
+
+def watch(
+    target: Target,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 2.0,
+) -> None:
+    """Follow a run until it ends."""
+    from pipeline import monitor
+    from pipeline.targets import watched
+
+    monitor.watch(*watched(target), interval_s=interval)
+
+
+def open_ledger(settings: "LedgerSettings | None" = None) -> "Ledger":
     """Open the database that the settings or the environment name.
 
     Raises
@@ -30,6 +80,8 @@ def open_ledger(settings: LedgerSettings | None = None) -> Ledger:
     InputError
         If none is named, or it does not answer.
     """
+    from blockwise.ledger import LedgerSettings, connect
+
     ledger = connect(
         (settings or LedgerSettings.of_environment()).model_copy(update={"required": True})
     )
@@ -37,7 +89,7 @@ def open_ledger(settings: LedgerSettings | None = None) -> Ledger:
     return ledger
 
 
-def all_runs(ledger: Ledger, limit: int = 100) -> list[dict[str, Any]]:
+def all_runs(ledger: "Ledger", limit: int = 100) -> list[dict[str, Any]]:
     """Summarise the newest runs of a database, from their totals alone.
 
     Returns
@@ -65,6 +117,10 @@ def all_runs(ledger: Ledger, limit: int = 100) -> list[dict[str, Any]]:
 
 def show_all(as_json: bool) -> None:
     """Print the runs of the database that AGQ_MONGO_URI names."""
+    from pymongo.errors import PyMongoError
+    from rich.console import Console
+    from rich.table import Table
+
     ledger = open_ledger()
     try:
         runs = all_runs(ledger)
@@ -89,10 +145,10 @@ def show_all(as_json: bool) -> None:
         blocks = f"{ended}/{stage.get('blocks_total') or '?'}"
         words = (run["name"], run["user"], name, stage.get("state"), blocks)
         table.add_row(*(str(w or "") for w in words), str(stage.get("failed", 0) or ""), ago)
-    out.print(table)
+    Console(highlight=False).print(table)
 
 
-def prometheus(status: RunStatus) -> str:
+def prometheus(status: "RunStatus") -> str:
     """Write the state of a run in Prometheus' text format."""
     lines: list[str] = []
 
@@ -141,10 +197,7 @@ def _escaped(text: str) -> str:
 
 def metrics(run_dir: RunDir) -> None:
     """Print the state of a run as Prometheus text (for a textfile collector, by cron)."""
-    from pipeline import monitor
-    from pipeline.cli import watched
-
-    typer.echo(prometheus(monitor.load_status(*watched(run_dir))), nl=False)
+    typer.echo(prometheus(_status_of(run_dir)), nl=False)
 
 
 @ledger_app.command("sync")
@@ -153,8 +206,9 @@ def sync(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to try at most.")] = 3600.0,
 ) -> None:
     """Bring the database to what the journal of a run says, whatever it says now."""
-    from pipeline.cli import read_target
+    from blockwise.ledger_feed import LedgerFeeder
     from pipeline.session import STAGES
+    from pipeline.targets import read_target
 
     run = RunFolder(run_dir)
     record = run.record()
@@ -174,10 +228,4 @@ def sync(
             f"{report.undelivered} journal lines not delivered, {report.refused} documents "
             f"refused: {report.error or 'see the log'}"
         )
-    out.print(f"{report.delivered} journal lines delivered")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    app.command()(metrics)
-    app.add_typer(ledger_app, name="ledger")
+    typer.echo(f"{report.delivered} journal lines delivered")

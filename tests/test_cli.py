@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_commands_on_a_folder_that_is_no_run(main, tmp_path, command):
     code, _, err = main(command, tmp_path)
     assert code == 2
     assert "is not a run folder" in err
+
+
+def test_help_lists_every_command(main):
+    code, out, _ = main("--help")
+    assert code == 0
+    for name, place in cli.COMMANDS.items():
+        assert re.search(rf"^\W*{name} +\w", out, re.M), name
+        # The function or group is found under the name it is called by.
+        code, out_of, _ = main(name, "--help")
+        assert (code, f"agq {name}" in out_of) == (0, True), place
 
 
 def test_debug_shows_the_traceback_of_this_command_only(main, tmp_path, monkeypatch):

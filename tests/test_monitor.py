@@ -20,8 +20,8 @@ from blockwise.journal_records import encode
 from blockwise.ledger import LedgerSettings, connect
 from blockwise.ledger_feed import LedgerFeeder
 from blockwise.predict import PredictProgress
-from pipeline.monitor import Monitor, load_status, render, watch
-from pipeline.monitor_view import duration
+from pipeline.monitor import Monitor, load_status, watch
+from pipeline.monitor_view import duration, render
 from pipeline.progress import RunProgress
 from pipeline.run_folder import RunFolder
 from pipeline.run_status import QueueStatus, RunStatus

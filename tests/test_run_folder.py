@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from blockwise.errors import InputError
-from pipeline.cli import read_target
 from pipeline.run_folder import RunFolder, identity_hash
+from pipeline.targets import read_target, watched
 
 IDENTITY = {"raw": {"shape": [4, 4, 4]}, "model": {"sha": "a"}}
 
@@ -122,3 +122,16 @@ def test_settings_replace_values_of_a_recorded_run(tmp_path):
     assert (found.stitch.across, found.stitch.min_size) == (0.6, 9)
     with pytest.raises(InputError, match=r"unknown key 'stitch\.acros'"):
         read_target(run.path, ["stitch.acros=0.6"])
+
+
+def test_a_run_is_watched_without_its_whole_configuration(tmp_path, monkeypatch):
+    monkeypatch.delenv("AGQ_MONGO_URI", raising=False)
+    run = RunFolder(tmp_path / "run")
+    config = {"run_dir": str(run.path), "input": {"raw": {"path": "raw.zarr"}}}
+    # As another release wrote it: no reason not to say how far it is.
+    run.create({**config, "later": 1}, {"grid": 1})
+    assert watched(run.path) == (run.path, None)
+    # Settings of the database that cannot be meant are named.
+    run.create({**config, "ledger": {"databse": "x"}}, {"grid": 1})
+    with pytest.raises(InputError, match=r"unknown key 'ledger\.databse'"):
+        watched(run.path)

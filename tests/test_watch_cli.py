@@ -155,22 +155,85 @@ def test_status_of_a_run_on_another_machine(run, tmp_path, mongo_uri, monkeypatc
         client.drop_database(database)
 
 
-def test_a_status_loads_only_what_it_needs(run):
-    """It is asked often, and should answer within a second."""
-    code = (
-        "import sys\nfrom pipeline.cli import app\n"
-        "try:\n    app(['status', sys.argv[1]])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'zarr', 'numba', 'dask', 'distributed', 'scipy', 'matplotlib'}\n"
-        "print('loaded:', sorted(heavy & set(sys.modules)))\n"
-    )
+def loaded_by(code: str, *arguments: object, **variables: str) -> set[str]:
+    """Run some code in a process of its own; return the packages it loaded."""
     done = subprocess.run(
-        [sys.executable, "-c", code, run.path],
-        env=environment(),
+        [sys.executable, "-c", f"import sys\n{code}\nprint('loaded:', *sys.modules)", *arguments],
+        env={**environment(), "AGQ_MONGO_URI": "", **variables},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines()[-1] == "loaded: []", done.stdout
+    words = done.stdout.splitlines()[-1].split()
+    assert words[0] == "loaded:"
+    return {word if word.startswith("pipeline.") else word.partition(".")[0] for word in words}
+
+
+ASK = """
+from pipeline.cli import app
+try:
+    app(["status", sys.argv[1]])
+except SystemExit:
+    pass
+"""
+#: Neither way of a status needs them, and each takes as long as Python does to start, or longer.
+HEAVY = {
+    *("torch", "zarr", "numba", "dask", "distributed", "scipy", "matplotlib", "daisy", "funlib"),
+    *("tornado", "yaml", "pipeline.config", "pipeline.slurm.section", "pipeline.stages"),
+}
+
+
+def test_the_command_line_imports_a_command_when_it_is_asked_for():
+    loaded = loaded_by("import pipeline.cli")
+    assert "typer" in loaded
+    assert not loaded & {*HEAVY, "numpy", "pymongo", "rich", "psutil"}
+
+
+def test_a_status_loads_only_what_it_needs(run, tmp_path, monkeypatch):
+    """It is asked often, and should answer within a second."""
+    (run.path / "slurm").mkdir()
+    jobs = {"here": "/", "grace_s": 30, "workers": 1, "jobs": []}
+    (run.path / "slurm" / "jobs.json").write_text(json.dumps(jobs))
+    loaded = loaded_by(ASK, run.path)
+    assert {"numpy", "pipeline.slurm.jobs"} <= loaded
+    assert not loaded & {*HEAVY, "pymongo"}
+
+
+def test_a_status_of_the_database_loads_no_numpy_and_waits_for_no_thread(
+    run,
+    mongo_uri,  # noqa: F811
+):
+    database = f"t{uuid.uuid4().hex}"
+    ledger = connect(LedgerSettings(uri=SecretStr(mongo_uri), database=database))
+    feeder = LedgerFeeder(ledger, run.record()["id"], {"predict": run.journal("predict")}, {})
+    feeder.start()
+    assert feeder.stop(60).complete
+    ledger.close()
+    record = run.record()
+    record["config"]["ledger"] = {"database": database}
+    run.record_path.write_text(json.dumps(record))
+    code = """
+import atexit
+waited = []
+# Registered before pymongo registers its own, so called after it.
+atexit.register(lambda: print("waited:", len(waited), "loaded:", *sys.modules))
+from pymongo.periodic_executor import PeriodicExecutor
+PeriodicExecutor.join = lambda *_: waited.append(1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + code + ASK, run.path],
+        env={**environment(), "AGQ_MONGO_URI": mongo_uri},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "(ledger" in done.stdout
+    words = done.stdout.splitlines()[-1].split()
+    assert words[:2] == ["waited:", "0"]
+    assert "pymongo" in words
+    assert not {word.partition(".")[0] for word in words} & {*HEAVY, "numpy"}
+    with MongoClient(mongo_uri) as client:
+        client.drop_database(database)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from rich.live import Live
 from blockwise.errors import InputError
 from blockwise.files import make_folder, write_atomic
 from blockwise.journal import Journal, JournalTail
-from blockwise.predict_spec import log_name, log_path
+from blockwise.run_paths import log_name, log_path
 from pipeline.config import Config, masked
 from pipeline.config import load_config as read_config
 from pipeline.run_folder import RunLockedError
@@ -214,9 +214,9 @@ def attach(
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 5.0,
 ) -> None:
     """Follow a submitted run until its jobs have left the queue; Ctrl-C only stops looking."""
-    from pipeline.cli import watched
     from pipeline.monitor import Monitor
     from pipeline.monitor_view import render
+    from pipeline.targets import watched
 
     run_dir = run_dir.absolute()
     monitor = Monitor(*watched(run_dir))
@@ -295,9 +295,3 @@ def _print_tail(file: Path, lines: int) -> None:
         stream.seek(max(0, file.stat().st_size - 400 * lines))
         text = stream.read().decode("utf-8", "replace")
     typer.echo("\n".join(text.splitlines()[-lines:]))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (submit, attach, scale, cancel, resume, logs):
-        app.command()(command)

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from blockwise.errors import InputError
 from blockwise.files import make_folder, write_atomic
-from blockwise.predict_spec import Session, session_path
-from pipeline.config import Config
+from blockwise.run_paths import session_path
 from pipeline.run_folder import RunFolder
 from pipeline.run_status import QueueStatus
 from pipeline.slurm import client
@@ -27,7 +26,11 @@ from pipeline.slurm.scripts import (
     submit_arguments,
     worker_script,
 )
-from pipeline.slurm.section import SlurmSection
+
+# Whoever only asks for the queue, such as a status, needs no configuration.
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.slurm.section import SlurmSection
 
 Role = Literal["coordinator", "workers", "stitch"]
 Stage = Literal["predict", "stitch"]
@@ -142,7 +145,7 @@ def config_path(run_dir: Path) -> Path:
     return folder(run_dir) / "config.json"
 
 
-def save_config(config: Config) -> None:
+def save_config(config: "Config") -> None:
     """Write the resolved configuration for the jobs.
 
     A database URI may hold a password: it goes into a file of its own that only its owner can
@@ -153,7 +156,7 @@ def save_config(config: Config) -> None:
     ledger = config.ledger
     uri = None if ledger is None else ledger.resolve()
     if ledger is None:
-        from blockwise.ledger import LedgerSettings
+        from blockwise.ledger_uri import LedgerSettings
 
         uri = LedgerSettings().resolve()
     if uri is not None and (ledger is None or ledger.uri_file is None or ledger.uri is not None):
@@ -164,7 +167,7 @@ def save_config(config: Config) -> None:
     write_atomic(config_path(run_dir), json.dumps(data, indent=1).encode())
 
 
-def load_config(run_dir: Path) -> Config:
+def load_config(run_dir: Path) -> "Config":
     """Read the configuration that `save_config` wrote.
 
     Raises
@@ -172,6 +175,8 @@ def load_config(run_dir: Path) -> Config:
     InputError
         If it is missing or damaged.
     """
+    from pipeline.config import Config
+
     path = config_path(run_dir)
     try:
         return Config.model_validate_json(path.read_bytes())
@@ -179,12 +184,14 @@ def load_config(run_dir: Path) -> Config:
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
 
-def section_of(config: Config) -> SlurmSection:
+def section_of(config: "Config") -> "SlurmSection":
     """Return the `slurm` section; its defaults where the configuration has none."""
+    from pipeline.slurm.section import SlurmSection
+
     return config.slurm or SlurmSection()
 
 
-def scripts(config: Config, stages: Sequence[Stage], here: Path) -> list[Script]:
+def scripts(config: "Config", stages: Sequence[Stage], here: Path) -> list[Script]:
     """Return the scripts of some stages in the order in which they are submitted."""
     section, run_dir = section_of(config), Path(config.run_dir)
     found = []
@@ -216,7 +223,7 @@ def refuse_live(run_dir: Path, jobs: Jobs, stages: Sequence[Stage]) -> None:
         )
 
 
-def submit_all(config: Config, stages: Sequence[Stage], *, after_predict: bool = False) -> Jobs:
+def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool = False) -> Jobs:
     """Submit the scripts that lie in the run folder, chained by dependencies.
 
     Parameters
@@ -233,6 +240,8 @@ def submit_all(config: Config, stages: Sequence[Stage], *, after_predict: bool =
     InputError
         If jobs of the run are in the queue, or SLURM refuses.
     """
+    from blockwise.predict_spec import Session
+
     run_dir, section = Path(config.run_dir), section_of(config)
     make_folder(log_folder(run_dir))
     with changing(run_dir) as jobs:
@@ -259,7 +268,7 @@ def submit_all(config: Config, stages: Sequence[Stage], *, after_predict: bool =
 
 
 def submit_workers(
-    jobs: Jobs, run_dir: Path, section: SlurmSection, count: int, *, after: str | None = None
+    jobs: Jobs, run_dir: Path, section: "SlurmSection", count: int, *, after: str | None = None
 ) -> None:
     """Submit an array of worker jobs."""
     if count > 0:

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.slurm.section import CpuJobSection, SlurmSection
+if TYPE_CHECKING:
+    from pipeline.slurm.section import CpuJobSection, SlurmSection
 
 EXIT_REQUEUE = 75
 """Exit status with which a program in a job asks to be started again (EX_TEMPFAIL)."""
@@ -53,7 +55,7 @@ def log_folder(run_dir: Path) -> Path:
     return run_dir / "logs" / "slurm"
 
 
-def worker_script(section: SlurmSection, run_dir: Path, here: Path) -> Script:
+def worker_script(section: "SlurmSection", run_dir: Path, here: Path) -> Script:
     """Return the script of the worker jobs.
 
     Parameters
@@ -77,19 +79,19 @@ def worker_script(section: SlurmSection, run_dir: Path, here: Path) -> Script:
     return Script("workers", _text(section, options, "worker", run_dir, here, gpu=section.gpus > 0))
 
 
-def coordinator_script(section: SlurmSection, run_dir: Path, here: Path) -> Script:
+def coordinator_script(section: "SlurmSection", run_dir: Path, here: Path) -> Script:
     """Return the script of the job that hands out blocks; parameters as `worker_script`."""
     options = _cpu_job(section, section.coordinator, "coordinator", run_dir)
     return Script("coordinator", _text(section, options, "coordinator", run_dir, here))
 
 
-def stitch_script(section: SlurmSection, run_dir: Path, here: Path) -> Script:
+def stitch_script(section: "SlurmSection", run_dir: Path, here: Path) -> Script:
     """Return the script of the stitch job; parameters as `worker_script`."""
     options = _cpu_job(section, section.stitch, "stitch", run_dir)
     return Script("stitch", _text(section, options, "stitch", run_dir, here))
 
 
-def _cpu_job(section: SlurmSection, job: CpuJobSection, name: str, run_dir: Path) -> list[str]:
+def _cpu_job(section: "SlurmSection", job: "CpuJobSection", name: str, run_dir: Path) -> list[str]:
     return [
         *_common(section, name, run_dir),
         *_asked(
@@ -104,7 +106,7 @@ def _cpu_job(section: SlurmSection, job: CpuJobSection, name: str, run_dir: Path
     ]
 
 
-def _common(section: SlurmSection, name: str, run_dir: Path) -> list[str]:
+def _common(section: "SlurmSection", name: str, run_dir: Path) -> list[str]:
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in run_dir.name)
     return [
         f"--job-name=agq-{name}-{plain[:40]}",
@@ -123,7 +125,7 @@ def _asked(**options: str | int | None) -> list[str]:
     return [f"--{name}={value}" for name, value in found.items() if value is not None]
 
 
-def program(section: SlurmSection, role: str, run_dir: Path, *, gpu: bool = False) -> list[str]:
+def program(section: "SlurmSection", role: str, run_dir: Path, *, gpu: bool = False) -> list[str]:
     """Return the command line that a job runs."""
     python = section.python or (sys.executable if section.container is None else "python")
     inner = [python, "-m", f"pipeline.slurm.{role}", str(run_dir)]
@@ -134,7 +136,7 @@ def program(section: SlurmSection, role: str, run_dir: Path, *, gpu: bool = Fals
 
 
 def _text(
-    section: SlurmSection,
+    section: "SlurmSection",
     options: Sequence[str],
     role: str,
     run_dir: Path,

@@ -28,9 +28,9 @@ from blockwise.predict_spec import (
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
     Session,
-    log_path,
 )
 from blockwise.processes import describe_exit
+from blockwise.run_paths import log_path
 from pipeline.slurm.jobs import load, load_config, section_of
 from pipeline.slurm.scripts import EXIT_REQUEUE, folder
 
