@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -143,9 +143,7 @@ class RunView:
         InputError
             If the grid is not known, or has no such layer.
         """
-        with self._lock:
-            self._refresh()
-            grid = self._known_grid()
+        with self._fresh_grid() as grid:
             if not 0 <= index < grid.shape[axis]:
                 raise InputError(f"no layer {index} on axis {axis} of {grid.shape} blocks")
             if by == "state":
@@ -160,9 +158,7 @@ class RunView:
         InputError
             If the grid is not known, or has no such block.
         """
-        with self._lock:
-            self._refresh()
-            grid = self._known_grid()
+        with self._fresh_grid() as grid:
             try:
                 number = block_in_cell(grid, self._codes(), at, axis, step)
             except IndexError as error:
@@ -258,6 +254,13 @@ class RunView:
             values = block_values(self._known_grid().n_blocks, self._rows, by)
             known = self._columns["value"] = (version, values)
         return known[1]
+
+    @contextmanager
+    def _fresh_grid(self) -> Iterator[BlockGrid]:
+        """Read what is new, alone, and give the grid that it lies on."""
+        with self._lock:
+            self._refresh()
+            yield self._known_grid()
 
     def _known_grid(self) -> BlockGrid:
         if self._grid is None:
