@@ -127,6 +127,8 @@ def score_blocks(
     numbers = np.flatnonzero(ranks == STATE_RANK["done"]).tolist()
     task = partial(_score, fragments, truth, grid.to_dict(), ignore or BorderRule())
     found = []
+    if on_progress is not None:
+        on_progress(0, len(numbers))
     for done, score in enumerate(unordered(task, numbers, client=client), 1):
         if score is not None:
             found.append(score)

@@ -70,6 +70,8 @@ def count(
     total = BlockCounts.empty()
     gathered: list[BlockCounts] = []
     rows = 0
+    if on_progress is not None:
+        on_progress(0, len(blocks))
     for done, counts in enumerate(unordered(task, numbered, client=client, workers=workers), 1):
         gathered.append(counts)
         rows += counts.rows

@@ -243,6 +243,8 @@ def _copy(
     record: Any = array.attrs[_RECORD]
     depth, total = array.chunks[0], stack.shape[0]
     done = int(record["sections"])
+    if on_progress is not None:
+        on_progress(done, total)
     sections = stack.read(done)
     with ThreadPoolExecutor(_WRITERS) as pool:
         while done < total:

@@ -143,6 +143,9 @@ class _Task:
 
 @contextmanager
 def step_progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show one step of work; yields what is to be called with (items done, items in all)."""
+    """Show one step of work; yields what is to be called with (items done, items in all).
+
+    What the first call names counts as done before, so it comes before the first item.
+    """
     with RunProgress(None) as progress:
         yield lambda done, total: progress.step(name, done, total)

@@ -289,6 +289,7 @@ def write(
         if on_progress is not None:
             on_progress(done, 4 * len(blocks))
 
+    report(0)
     task = partial(_write_block, arrays, params)
     for done, _ in enumerate(unordered(task, blocks, workers=workers), 1):
         report(done)

@@ -253,3 +253,15 @@ def test_positions_that_are_not(main, tmp_path, text):
     code, _, err = main("import", "x.tif", tmp_path / "o.zarr", "--voxel-size", text)
     assert code == 2
     assert "--voxel-size" in err
+
+
+def test_the_first_items_of_a_command_were_not_there_before(main, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((70, 8, 8), np.uint8))
+    command = ("import", tmp_path / "a.npy", tmp_path / "o.zarr", "--voxel-size", "30,6,6")
+    code, _, err = main(*command)
+    assert code == 0, err
+    assert err.splitlines()[0] == "import: 70 blocks"
+    assert "done before" not in err
+    code, _, err = main("synthetic", tmp_path / "s.zarr", "--shape", "8,64,64")
+    assert code == 0, err
+    assert "done before" not in err

@@ -238,7 +238,7 @@ def test_on_dask_workers_the_figures_are_the_same(tmp_path: Path) -> None:
             a, b, client=client, block=(4, 16, 16), on_progress=lambda *done: seen.append(done)
         )
     assert report == evaluate(a, b, block=(4, 16, 16))
-    assert seen == [(n, 27) for n in range(1, 28)]
+    assert seen == [(n, 27) for n in range(28)]
 
 
 def test_an_all_background_prediction_has_no_scores_to_ignore_it(tmp_path: Path) -> None:
