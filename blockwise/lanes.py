@@ -248,7 +248,7 @@ class BlockLoop:
                 slot.release()
             if client is None:
                 # Ever more slowly: at the end of a run, a thousand lanes wait for the last blocks.
-                self._idle(idle_s * random.uniform(0.75, 1.25), over)
+                self._idle(idle_s * random.uniform(0.75, 1.25), over)  # noqa: S311
                 idle_s = min(1.5 * idle_s, _MAX_IDLE_S)
 
     def _idle(self, seconds: float, over: threading.Event) -> None:

@@ -11,10 +11,10 @@ from sphinx.highlighting import lexers
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from pygments.lexers.special import TextLexer
+from pygments.lexers.special import TextLexer  # noqa: E402
 
-from model.training.config import TrainConfig
-from pipeline.config import Config
+from model.training.config import TrainConfig  # noqa: E402
+from pipeline.config import Config  # noqa: E402
 
 project = "agq-pipeline"
 author = "the agq-pipeline authors"

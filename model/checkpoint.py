@@ -229,7 +229,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         header = json.loads(metadata.get(METADATA_KEY, "{}"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ModelInputError(f"checkpoint {path} is corrupt: {_line(error)}") from None

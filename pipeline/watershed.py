@@ -194,7 +194,7 @@ def make_fragments(
         If the run has no affinities or is not finished, or scikit-image is missing.
     """
     try:
-        import skimage
+        import skimage  # noqa: F401
     except ImportError:
         raise InputError(
             "the watershed baseline needs scikit-image: pip install 'agq-pipeline[evaluate]'"

@@ -40,7 +40,7 @@ def undisturbed(run, client, tmp_path_factory) -> dict[str, bytes]:
     return results(run_dir)
 
 
-def expected_segments(run: Run, thresholds: Thresholds = Thresholds()) -> np.ndarray:
+def expected_segments(run: Run, thresholds: Thresholds = Thresholds()) -> np.ndarray:  # noqa: B008
     """Segments of the whole arrays, numbered by their smallest fragment."""
     evidence = contacts_from_volume(run.fragments, run.half_units, run.border)
     result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from services import mongo_uri
+from services import mongo_uri  # noqa: F401
 
 from blockwise.errors import InputError
 from blockwise.grid import BlockGrid

@@ -22,8 +22,8 @@ from blockwise.arrays import open_array
 from model.agq import AGQ
 from tests.pages import ROOT, commands, fences, page_commands
 from tests.runs import blobs, make_config, write_volume
-from tests.services import mongo_uri
-from tests.test_training_loop import NETWORK, config_of, volume
+from tests.services import mongo_uri  # noqa: F401
+from tests.test_training_loop import NETWORK, config_of, volume  # noqa: F401
 
 # Pages whose shell blocks are run here, in this order, in one folder.
 IN_ORDER = (

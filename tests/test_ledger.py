@@ -41,8 +41,8 @@ from tests.services import (
     SERVER,
     MongoServer,
     free_port,
-    mongo_server,
-    mongo_uri,
+    mongo_server,  # noqa: F401
+    mongo_uri,  # noqa: F401
     running,
 )
 

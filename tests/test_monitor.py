@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 import pytest
 from pydantic import SecretStr
 from rich.console import Console
-from services import free_port, mongo_uri
+from services import free_port, mongo_uri  # noqa: F401
 
 from blockwise.errors import InputError
 from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo, compact

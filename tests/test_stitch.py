@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from stitch_helpers import GRID, Run, make_run, same_partition, write_run
 from stitch_runs import (
     STEPS,
-    client,
+    client,  # noqa: F401
     expected_segments,
     results,
-    run,
-    run_dir,
+    run,  # noqa: F401
+    run_dir,  # noqa: F401
     segmentation,
-    undisturbed,
+    undisturbed,  # noqa: F401
 )
 
 from blockwise import stitch

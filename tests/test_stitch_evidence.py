@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from stitch_helpers import GRID, make_run, same_partition, write_run
-from stitch_runs import client, expected_segments, results, segmentation
+from stitch_runs import client, expected_segments, results, segmentation  # noqa: F401
 from test_contacts import OVERLAP, files, from_sidecars, grid, rows
 
 from blockwise.agglomerate import Thresholds, agglomerate, scores

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from stitch_helpers import GRID, write_run
 from stitch_runs import (
-    client,
+    client,  # noqa: F401
     results,
-    run,
-    run_dir,
-    undisturbed,
+    run,  # noqa: F401
+    run_dir,  # noqa: F401
+    undisturbed,  # noqa: F401
 )
 
 from blockwise.arrays import create_array
@@ -122,7 +122,7 @@ def test_killed_scheduler_is_one_error_and_resumes(
             if name == step and count >= done:
                 cluster.kill()
 
-        with pytest.raises(StitchError, match="lost the dask scheduler"):
+        with pytest.raises(StitchError, match="lost the dask scheduler"):  # noqa: SIM117
             with local_client(address) as client:
                 run_stitch(spec, client, kill)
         assert cluster.wait() == -signal.SIGKILL

@@ -8,8 +8,8 @@ import pytest
 import tensorstore as ts
 import zarr
 from stitch_helpers import same_partition
-from test_cli import main
-from test_stitch import segmentation
+from stitch_runs import segmentation
+from test_cli import main  # noqa: F401
 
 from blockwise.agglomerate import Thresholds, agglomerate
 from blockwise.contacts_volume import contacts_from_volume

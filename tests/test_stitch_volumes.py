@@ -7,7 +7,7 @@ import pytest
 import zarr
 from ome_zarr_models.v05 import ImageLabel
 from stitch_helpers import make_run, make_truth, same_partition, write_run
-from stitch_runs import STEPS, client, expected_segments, results, segmentation
+from stitch_runs import STEPS, client, expected_segments, results, segmentation  # noqa: F401
 from test_agglomerate_oracles import by_waterz, needs_compiler
 from test_pyramid import PLAIN
 

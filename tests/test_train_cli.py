@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 import zarr
-from test_training_loop import NETWORK, config_of, volume
+from test_training_loop import NETWORK, config_of, volume  # noqa: F401
 from typer.testing import CliRunner
 
 from blockwise.errors import InputError

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training_loop import config_of, losses_of, volume
+from test_training_loop import config_of, losses_of, volume  # noqa: F401
 from torch import nn
 
 from model import checkpoint

@@ -18,7 +18,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.run_status import RunStatus, StageStatus, WorkerStatus
 from pipeline.watch_cli import prometheus
 from tests.runs import agq, environment, make_config
-from tests.services import mongo_uri
+from tests.services import mongo_uri  # noqa: F401
 
 
 def worker(name: str, state: str) -> WorkerStatus:
@@ -201,7 +201,7 @@ def test_a_status_loads_only_what_it_needs(run, tmp_path, monkeypatch):
 
 def test_a_status_of_the_database_loads_no_numpy_and_waits_for_no_thread(
     run,
-    mongo_uri,  # noqa: F811
+    mongo_uri,
 ):
     database = f"t{uuid.uuid4().hex}"
     ledger = connect(LedgerSettings(uri=SecretStr(mongo_uri), database=database))

@@ -23,7 +23,7 @@ from model.training.schedule import learning_rate, progress
 from model.training.state import Ema
 
 
-def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:
+def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:  # noqa: B008
     """Return the device of a name; "auto" takes CUDA, then MPS, then the CPU.
 
     Of several processes on a machine each takes the GPU of its local rank.
@@ -61,7 +61,7 @@ class Trainer:
         If a volume or the device cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Ranks = Ranks()) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         self.config = config
         self.ranks = ranks
         self.device = pick_device(config.device, ranks)

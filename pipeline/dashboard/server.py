@@ -102,7 +102,7 @@ class Dashboard:
     @property
     def address(self) -> str:
         """The address to open in a browser."""
-        host = socket.getfqdn() if self.host in ("0.0.0.0", "::", "") else self.host
+        host = socket.getfqdn() if self.host in ("0.0.0.0", "::", "") else self.host  # noqa: S104
         shown = f"[{host}]" if ":" in host else host
         query = "" if self.token is None else "?" + urlencode({"token": self.token})
         return f"http://{shown}:{self.port}/{query}"

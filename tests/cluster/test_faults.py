@@ -85,7 +85,7 @@ def test_preempted(quiet, tmp_path, undisturbed):
         "--chdir=/tmp",
         "--wrap=sleep 15",
     )
-    running = lambda: sum("RUNNING" in line for line in run.queue())
+    running = lambda: sum("RUNNING" in line for line in run.queue())  # noqa: E731
     wait_for(lambda: running() < 9)
     wait_for(lambda: run.done() == N_BLOCKS or running() >= 9, why=run.post_mortem)
     note("pre-empted by another partition", "SIGTERM, block abandoned, SLURM requeues", since)

@@ -82,7 +82,7 @@ def test_scale_cancel_and_resume(quiet, tmp_path, undisturbed):
     run.agq("submit", run.config, "--stage", "predict", "--set", "slurm.workers=1")
     run.wait_until_begun(2)
     assert "1 -> 3" in run.agq("scale", run.run_dir, 3)
-    workers = lambda: [line for line in run.queue() if line.split()[1] != "N/A"]
+    workers = lambda: [line for line in run.queue() if line.split()[1] != "N/A"]  # noqa: E731
     wait_for(lambda: sum("RUNNING" in line for line in workers()) == 3)
     assert "3 -> 2" in run.agq("scale", run.run_dir, 2)
     wait_for(lambda: len(workers()) == 2)
@@ -119,7 +119,7 @@ def test_pages_line_by_line(quiet, tmp_path, monkeypatch, page):
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     monkeypatch.setenv("RAW", str(tmp_path / "in.zarr"))
     run_dir, my = tmp_path / "my-volume", tmp_path / "my.yaml"
-    done = lambda: Journal(run_dir / "journal" / "predict").counts()["done"]
+    done = lambda: Journal(run_dir / "journal" / "predict").counts()["done"]  # noqa: E731
 
     for line in lines:
         process = subprocess.Popen(
