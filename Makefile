@@ -44,7 +44,7 @@ test-slow: $(VENV)/.installed .venv-services/.installed
 # A real SLURM with emulated GPU nodes on this machine: Debian or Ubuntu, as root (it installs
 # slurm and munge); elsewhere these tests say why they skip. However they end, no daemon stays.
 test-cluster: $(VENV)/.installed .venv-services/.installed
-	@lab=$$(mktemp -d /tmp/agq-slurm-XXXXXX); \
+	@lab=$$(mktemp -d /tmp/agq-slurm-XXXXXX) || exit 1; \
 	trap 'SLURM_LAB=$$lab bash tests/cluster/slurm-down.sh; rm -rf "$$lab"' EXIT; \
 	trap 'exit 130' INT TERM HUP; \
 	AGQ_SLURM_LAB=$$lab $(BIN)/pytest -m cluster --timeout 1200 --durations 12

@@ -84,14 +84,14 @@ class Affinities:
     def read(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[Any]:
         """Return (3, z, y, x) of a voxel box, as stored."""
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        parts = []
-        for channel in self.channels:
-            if self._is_n5:
-                data = self._array[(*box[::-1], channel)].read().result().transpose()
-            else:
-                data = self._array[(channel, *box)]
-            parts.append(np.asarray(data))
-        return np.stack(parts)
+        # In one piece: a stored chunk often holds all channels, and would be read for each.
+        first = min(self.channels)
+        some = slice(first, max(self.channels) + 1)
+        if self._is_n5:
+            data = self._array[(*box[::-1], some)].read().result().transpose()
+        else:
+            data = self._array[(some, *box)]
+        return np.asarray(data)[[channel - first for channel in self.channels]]
 
 
 def _check_shape(where: str, shape: tuple[int, ...], like: Volume, channels: Sequence[int]) -> None:

@@ -30,7 +30,14 @@ from blockwise.files import Unsynced, make_folder, write_atomic
 from blockwise.grid import Voxels
 from blockwise.journal import Journal
 from blockwise.relabel import run_journalled
-from blockwise.stitch_steps import Progress, StitchError, cores, digest, run_tasks
+from blockwise.stitch_steps import (
+    Progress,
+    StitchError,
+    cores,
+    digest,
+    run_tasks,
+    wait_for_stragglers,
+)
 from blockwise.volume import Volume
 
 CHUNK = (64, 64, 64)
@@ -221,6 +228,7 @@ def export_precomputed(
         If boxes could not be written.
     """
     out = Path(out).absolute()
+    wait_for_stragglers(client, out)
     _claim(levels, scales, out, version, overwrite)
     for scale in scales:
         _open(scale, out)
@@ -235,6 +243,7 @@ def export_precomputed(
         batches = [todo[at : at + size].tolist() for at in range(0, len(todo), size)]
         failed = run_tasks(
             client,
+            out,
             f"export {scale.key}",
             export_batch,
             [(volume, scale, str(out), first, batch) for batch in batches],
@@ -290,7 +299,8 @@ def _open(scale: Scale, out: Path) -> Any:
     try:
         return ts.open(ts.Spec(scale.spec(out)), open=True, create=True).result()
     except ValueError as error:
-        raise InputError(f"{out}: {str(error).splitlines()[0]}; use --overwrite") from None
+        # Another volume's metadata were refused before; this may be a full disk.
+        raise InputError(f"{out}: {str(error).splitlines()[0]}") from None
 
 
 def _claim(
@@ -309,18 +319,33 @@ def _claim(
             known = json.loads(marker.read_bytes())
         except (FileNotFoundError, ValueError):
             known = None
+        # What an interrupted start, or an interrupted deletion, leaves.
+        begun = all(entry.name == _FOLDER for entry in out.iterdir())
         if overwrite:
-            if known is None and not _is_precomputed(out):
+            if known is None and not _is_precomputed(out) and not begun:
                 raise InputError(f"{out} is not empty and no precomputed volume; it is left alone")
-            shutil.rmtree(out)
-        elif known is None:
+            _clear(out)
+        elif known is None and not begun:
             raise InputError(f"{out} is not empty; choose another folder, or use --overwrite")
-        elif known["key"] != key:
+        elif known is not None and known["key"] != key:
             raise InputError(
                 f"{out} is an export of another volume or version; use --overwrite to replace it"
             )
     make_folder(marker.parent / "journal")
     write_atomic(marker, json.dumps({"key": key, "source": levels[0].name}, indent=1).encode())
+
+
+def _clear(out: Path) -> None:
+    """Delete an export: first what says that boxes are done, last what says that it is ours."""
+    shutil.rmtree(out / _FOLDER / "journal", ignore_errors=True)
+    for entry in out.iterdir():
+        if entry.name == _FOLDER:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    shutil.rmtree(out / _FOLDER, ignore_errors=True)
 
 
 def _is_precomputed(out: Path) -> bool:

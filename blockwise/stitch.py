@@ -36,7 +36,15 @@ from blockwise.journal_records import STATE_RANK
 from blockwise.stitch_files import StitchFiles, groups, leaf_shape
 from blockwise.stitch_names import cut_superblocks, map_leaves, name_superblocks
 from blockwise.stitch_spec import StitchReport, StitchSpec, find_blocks
-from blockwise.stitch_steps import Progress, Step, StitchError, cores, digest, run_tasks
+from blockwise.stitch_steps import (
+    Progress,
+    Step,
+    StitchError,
+    cores,
+    digest,
+    run_tasks,
+    wait_for_stragglers,
+)
 from blockwise.stitch_table import write_segments
 from blockwise.stitch_tasks import collect_leaves, contract_superblocks
 from blockwise.stitch_write import Writer
@@ -121,6 +129,7 @@ class _Stitch:
     def run(self) -> StitchReport:
         spec = self.spec
         thresholds = spec.thresholds()
+        wait_for_stragglers(self.client, spec.run_dir, self.on_note)
         numbers, key = self._blocks()
         key = digest(key, spec.evidence != "affinity")
         done = self._collect(numbers, key)
@@ -155,15 +164,16 @@ class _Stitch:
         files, spec = self.files, self.spec
         layout = files.contacts / "layout.json"
         shape = self._leaf_shape(len(numbers), key)
-        step = Step(self.client, self.run_dir, "contacts", digest(key, shape), [files.contacts])
-        result = step.finished()
         tree = SuperblockTree(self.grid.shape, shape)
         self.leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(numbers)]
         if len(self.leaves) > _MOST_LEAVES:
             raise InputError(
                 f"stitch.superblock: {shape} blocks cut {len(numbers)} blocks into"
-                f" {len(self.leaves)} superblocks; choose larger ones, for at most {_MOST_LEAVES}"
+                f" {len(self.leaves)} superblocks, more than {_MOST_LEAVES}; "
+                + ("choose larger ones" if spec.superblock else "name a larger stitch.superblock")
             )
+        step = Step(self.client, self.run_dir, "contacts", digest(key, shape), [files.contacts])
+        result = step.finished()
         parents = tree.levels([leaf for leaf, _ in self.leaves])
         self.levels = [self.leaves]
         self.levels += [list(level.items()) for level in parents]
@@ -247,6 +257,7 @@ class _Stitch:
             leaves = [leaf for leaf, _ in self.leaves]
             result = run_tasks(
                 self.client,
+                self.run_dir,
                 "lut segments",
                 write_segments,
                 [(str(self.run_dir), spec.segment_ids, leaves)],
@@ -271,6 +282,7 @@ class _Stitch:
         parts = groups(weights, _TASKS_PER_CORE * cores(self.client))
         return run_tasks(
             self.client,
+            self.run_dir,
             name,
             function,
             [(str(self.run_dir), *arguments, items[part]) for part in parts],

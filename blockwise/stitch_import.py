@@ -13,8 +13,6 @@ prediction writes it, so a stopped import goes on where it was.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +27,10 @@ from blockwise.channels import Affinities
 from blockwise.errors import InputError
 from blockwise.files import checksum, write_atomic
 from blockwise.grid import LOCAL_BITS, BlockGrid
-from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo
+from blockwise.journal import BlockRecord, Journal, JournalWriter
+from blockwise.processes import this_worker
 from blockwise.sidecar import build_sidecar, sidecar_path
-from blockwise.stitch_steps import Progress, cores, run_tasks
+from blockwise.stitch_steps import Progress, cores, run_tasks, wait_for_stragglers
 from blockwise.volume import Volume, open_volume
 
 BLOCK = (16, 256, 256)
@@ -131,8 +130,10 @@ def import_fragments(
     todo = every[~Journal(run_dir / "journal" / "predict").done(grid.n_blocks)]
     size = max(1, min(_BATCH, -(-len(todo) // (4 * cores(client)))))
     batches = [todo[at : at + size].tolist() for at in range(0, len(todo), size)]
+    wait_for_stragglers(client, run_dir)
     run_tasks(
         client,
+        run_dir,
         "import",
         import_batch,
         [(source, str(run_dir), batch) for batch in batches],
@@ -147,8 +148,7 @@ def import_batch(source: Fragments, run_dir: str, numbers: Sequence[int]) -> int
     """Import some blocks; one task. Return how many."""
     folder, grid = Path(run_dir), source.grid()
     target = open_array(folder / "data.zarr", "fragments")
-    worker = WorkerInfo(f"import-{os.getpid()}", socket.gethostname(), os.getpid())
-    with JournalWriter(folder / "journal" / "predict", worker) as journal:
+    with JournalWriter(folder / "journal" / "predict", this_worker()) as journal:
         for number in numbers:
             started = time.time()
             start, stop = grid.read_box(number)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed import Client, KilledWorker, as_completed
+from distributed import Client, KilledWorker, Worker, as_completed
 from distributed.client import FutureCancelledError
 
 from blockwise.errors import InputError, RunStoppedError
@@ -20,6 +20,8 @@ from blockwise.litter import remove_all_temporaries
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, items done and items in all."""
+
+_STRAGGLER_S = 0.2
 
 
 class StitchError(RunStoppedError):
@@ -54,10 +56,19 @@ class Step:
         Digest of everything the outputs depend on.
     outputs
         Files and folders that the step makes.
+    later
+        Steps that are made of these outputs and partly lie in them: not done any more once this
+        one begins.
     """
 
     def __init__(
-        self, client: Client, run_dir: Path, name: str, key: str, outputs: Sequence[Path]
+        self,
+        client: Client,
+        run_dir: Path,
+        name: str,
+        key: str,
+        outputs: Sequence[Path],
+        later: Sequence[str] = (),
     ) -> None:
         self._client = client
         self._workers = frozenset(client.ncores())
@@ -67,6 +78,7 @@ class Step:
         self.resumed = False
         self._run_dir = Path(run_dir)
         self._path = _marker(run_dir, name)
+        self._later = [_marker(run_dir, step) for step in later]
         self._outputs = outputs
         self.begun = time.monotonic()
 
@@ -83,7 +95,8 @@ class Step:
                 return result
             self.resumed = True
             return None
-        self._path.unlink(missing_ok=True)
+        for marker_file in (*self._later, self._path):
+            marker_file.unlink(missing_ok=True)
         for path in self._outputs:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -134,8 +147,46 @@ def cores(client: Client) -> int:
     return max(1, sum(client.ncores().values()))
 
 
+def wait_for_stragglers(
+    client: Client, owner: Path, on_note: Callable[[str], None] | None = None
+) -> None:
+    """Wait until the workers have ended what an earlier command left running.
+
+    A scheduler that outlives its clients lets a task that runs go on after its client has gone. It
+    would write into folders that the next command has emptied, and be taken for that one's work.
+
+    Parameters
+    ----------
+    client
+        Of the scheduler.
+    owner
+        Folder that the tasks write into, as in :func:`run_tasks`.
+    on_note
+        Called once with a line if there is something to wait for.
+    """
+    mark = _mark(owner)
+    noted = False
+    while running := sum(client.run(_running, mark, on_error="ignore").values()):
+        if on_note is not None and not noted:
+            on_note(f"waiting for {running} tasks that an earlier command left running in {owner}")
+            noted = True
+        time.sleep(_STRAGGLER_S)
+
+
+def _running(mark: str, dask_worker: Worker) -> int:
+    """Count the tasks of a worker that write into a folder."""
+    with dask_worker.active_threads_lock:
+        return sum(mark in str(key) for key in dask_worker.active_threads.values())
+
+
+def _mark(owner: Path) -> str:
+    """Return what the names of all tasks that write into a folder hold."""
+    return f"-{digest(str(owner.absolute()))[:16]}-"
+
+
 def run_tasks(
     client: Client,
+    owner: Path,
     step: str,
     function: Callable[..., Any],
     calls: Sequence[tuple[Any, ...]],
@@ -147,6 +198,8 @@ def run_tasks(
 
     Parameters
     ----------
+    owner
+        Folder that the tasks write into.
     weights
         Items of each call, for the progress.
     done
@@ -168,7 +221,7 @@ def run_tasks(
     if on_progress is not None:
         on_progress(step, done, total)
     # A random part: dask would otherwise take a task of an earlier stitch for the same one.
-    name = f"{step}-{secrets.token_hex(4)}"
+    name = f"{step}{_mark(owner)}{secrets.token_hex(4)}"
     futures = {
         client.submit(function, *call, key=f"{name}-{i}", pure=False): weight
         for i, (call, weight) in enumerate(zip(calls, weights, strict=True))

@@ -79,9 +79,8 @@ class Writer:
         group, journals = self.container / SEGMENTATION, self.run_dir / "journal"
         folder = journals / "relabel"
         # The coarse levels are made of this one, so what says they are done goes with it.
-        step = Step(
-            self.client, self.run_dir, "relabel", key, [group, folder, journals / "pyramid"]
-        )
+        outputs = [group, folder, journals / "pyramid"]
+        step = Step(self.client, self.run_dir, "relabel", key, outputs, later=["pyramid"])
         if step.finished() is None:
             levels = self._levels()
             create_levels(
@@ -197,7 +196,9 @@ class Writer:
         weights: list[int],
         done: int,
     ) -> None:
-        failed = run_tasks(self.client, name, function, calls, weights, self.on_progress, done)
+        failed = run_tasks(
+            self.client, self.run_dir, name, function, calls, weights, self.on_progress, done
+        )
         if sum(failed):
             first = Journal(folder).failed()[0]
             raise StitchError(

@@ -88,13 +88,35 @@ def precomputed(
             overwrite=overwrite,
             on_progress=progress.step,
         )
+    if version and version_of(Path(source)) != version:
+        raise InputError(f"{source} was stitched anew meanwhile; export it again with --overwrite")
     state = "wrote" if written else "complete already:"
     typer.echo(f"{state} {out}; serve the folder over http and open precomputed://ADDRESS")
+    if not written and not version:
+        typer.echo("(voxels that were changed in place are not noticed: --overwrite writes again)")
+
+
+def version_of(run_dir: Path) -> str:
+    """Return what changes when a run is stitched again.
+
+    Raises
+    ------
+    InputError
+        If it is not stitched to the end.
+    """
+    from blockwise.stitch_steps import Step
+
+    for step in ("relabel", "pyramid"):
+        marker = Step.read(run_dir, step)
+        if not marker.get("done"):
+            raise InputError(
+                f"{run_dir}: not stitched to the end; run `agq stitch {run_dir}` first"
+            )
+    return str(marker["key"])
 
 
 def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
     """Open what is exported; return it with what changes when a run is stitched again."""
-    from blockwise.stitch_steps import Step
     from blockwise.volume import open_levels
     from pipeline.run_folder import RunFolder
 
@@ -105,14 +127,12 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
         return open_levels(path, dataset or None, **options), ""
     if options["kind"] == "raw":
         raise InputError(f"{path}: a run folder exports its segmentation; name path::dataset")
-    marker = Step.read(run.path, "pyramid")
-    if not marker.get("done"):
-        raise InputError(f"{path}: not stitched to the end; run `agq stitch {path}` first")
+    version = version_of(run.path)
     if run.exists():
         options["unit"] = run.record()["identity"]["raw"]["unit"]
     else:
-        options["unit"] = json.loads((run.path / "imported.json").read_bytes())["unit"]
-    return open_levels(run.path / "data.zarr", "segmentation", **options), str(marker["key"])
+        options["unit"] = json.loads((run.path / "imported.json").read_bytes()).get("unit", "nm")
+    return open_levels(run.path / "data.zarr", "segmentation", **options), version
 
 
 def _by(values: Any) -> str:

@@ -191,6 +191,31 @@ def test_other_contents_are_refused_and_replaced_when_asked(stitched, tmp_path, 
         export_precomputed(levels, scales, tmp_path / "file", client)
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_overwrite_stopped_anywhere_is_no_complete_export(
+    stitched, tmp_path, client, monkeypatch, call
+):
+    levels = open_levels(stitched / "data.zarr", "segmentation", kind="labels")
+    scales, out = plan_export(levels, chunk=CHUNK), tmp_path / "out"
+    export_precomputed(levels, scales, out, client)
+    folders, rmtree = [], shutil.rmtree
+
+    def stopped(folder, **options):
+        folders.append(folder)
+        if len(folders) == call:
+            raise KeyboardInterrupt
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export_precomputed(levels, scales, out, client, overwrite=True)
+    monkeypatch.undo()
+    # With or without asking again: all of it is there in the end.
+    export_precomputed(levels, scales, out, client, overwrite=call % 2 == 0)
+    assert np.array_equal(by_tensorstore(out, 0)[0], labels(stitched, 0))
+    assert export_precomputed(levels, scales, out, client) == 0
+
+
 def write_array(folder: Path, data: np.ndarray, **placed) -> None:
     array = create_array(
         folder, "a", shape=data.shape, chunks=(4, 8, 8), dtype=data.dtype,

@@ -25,6 +25,7 @@ from blockwise.grid import BlockGrid
 from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo
 from blockwise.sidecar import sidecar_path
 from blockwise.stitch import StitchError, StitchSpec, local_client, run_stitch
+from pipeline.export_cli import version_of
 
 
 def test_equals_the_whole_volume(run, run_dir, client):
@@ -206,6 +207,34 @@ def test_failed_and_missing_blocks_are_refused(run, tmp_path, client):
     report = run_stitch(run.spec(tmp_path), client)
     assert report.reused == []
     assert np.array_equal(segmentation(tmp_path), expected_segments(run))
+
+
+def test_too_many_superblocks_leave_the_evidence_as_it_is(run, run_dir, client, monkeypatch):
+    run_stitch(run.spec(run_dir), client)
+    monkeypatch.setattr(stitch, "_MOST_LEAVES", 26)
+    with pytest.raises(InputError, match="more than 26; choose larger ones"):
+        run_stitch(run.spec(run_dir, superblock=(1, 1, 1)), client)
+    monkeypatch.undo()
+    assert run_stitch(run.spec(run_dir), client).reused == STEPS
+
+
+@pytest.mark.parametrize("levels", [1, None])
+def test_a_stitch_stopped_in_between_is_nowhere_taken_for_done(run, run_dir, client, levels):
+    """Also not the pyramid of an earlier one, whose coarse levels lie in what was begun anew."""
+    run_stitch(run.spec(run_dir, levels=levels), client)
+    before = results(run_dir)
+
+    def stop(step: str, done: int, total: int) -> None:
+        if step == "relabel" and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stitch(run.spec(run_dir, levels=levels, across=0.95), client, stop)
+    with pytest.raises(InputError, match="not stitched to the end"):
+        version_of(run_dir)
+    run_stitch(run.spec(run_dir, levels=levels), client)
+    assert version_of(run_dir)
+    assert results(run_dir) == before
 
 
 def test_bad_input_is_one_clear_error(run, run_dir, client, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Where a stitch runs: worker counts, TLS schedulers, and what it asks of a scheduler."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from stitch_runs import results
 from blockwise.cluster import TlsFiles
 from blockwise.errors import InputError
 from blockwise.stitch import local_client, run_stitch
+from blockwise.stitch_steps import wait_for_stragglers
 from pipeline.config import DaskSection
 from pipeline.stages import dask_client
 
@@ -63,6 +67,39 @@ def test_scheduler_behind_tls(tmp_path, certificates):
         ):
             pass
     assert results(tmp_path / "tls") == results(tmp_path / "local")
+
+
+LEAVES_A_TASK = """
+import sys, time
+from pathlib import Path
+from distributed import Client
+from blockwise.stitch_steps import run_tasks
+
+def slow(folder):
+    Path(folder, "begun").touch()
+    time.sleep(4)
+    Path(folder, "late").touch()
+
+address, folder = sys.argv[1:]
+run_tasks(Client(address), Path(folder), "slow", slow, [(folder,)], [1], None)
+"""
+
+
+def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
+    """A scheduler lets what runs go on; its files must not appear among those of the next."""
+    with local_client(workers=1) as cluster:
+        address = cluster.scheduler.address
+        with subprocess.Popen([sys.executable, "-c", LEAVES_A_TASK, address, tmp_path]) as client:
+            while not (tmp_path / "begun").exists():
+                assert client.poll() is None
+                time.sleep(0.05)
+            client.kill()
+        notes: list[str] = []
+        wait_for_stragglers(cluster, tmp_path / "other", notes.append)
+        assert not notes
+        wait_for_stragglers(cluster, tmp_path, notes.append)
+        assert (tmp_path / "late").exists()
+    assert notes == [f"waiting for 1 tasks that an earlier command left running in {tmp_path}"]
 
 
 def test_certificates_are_checked_first(tmp_path, certificates):
