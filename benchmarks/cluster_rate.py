@@ -67,6 +67,7 @@ def clients(folder: Path, count: int, seconds: float, first: int) -> None:
                     if block is None:
                         client = None
                     else:
+                        idle = 0.2
                         begun = time.time()
                         number = next(numbers)
                         writer.begin(number)

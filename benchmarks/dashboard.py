@@ -90,25 +90,27 @@ def measure(run: RunFolder) -> None:
     code = "from pipeline.cli import main; main()"
     command = [sys.executable, "-c", code, "dashboard", str(run.path), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        key = run.record()["id"]
-        for ask in ("first", "again"):
-            begun = time.perf_counter()
-            for path in ("", "page.js", "page.css", "api/runs", f"api/run/{key}"):
-                urllib.request.urlopen(address + path, timeout=900).read()
-            urllib.request.urlopen(
-                f"{address}api/run/{key}/map?by=state&axis=0&index=1", timeout=900
-            ).read()
-            print(f"  {ask}: page, run and map in {time.perf_counter() - begun:.2f} s")
-            time.sleep(1.5)
-        for by in ("seconds", "labels"):
-            begun = time.perf_counter()
-            urllib.request.urlopen(f"{address}api/run/{key}/map?by={by}&axis=1&index=1").read()
-            print(f"  map by {by}: {time.perf_counter() - begun:.2f} s")
-        info = psutil.Process(process.pid).memory_info()
-        print(f"  server: {info.rss / 2**20:.0f} MiB resident")
-        process.terminate()
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            key = run.record()["id"]
+            for ask in ("first", "again"):
+                begun = time.perf_counter()
+                for path in ("", "page.js", "page.css", "api/runs", f"api/run/{key}"):
+                    urllib.request.urlopen(address + path, timeout=900).read()
+                urllib.request.urlopen(
+                    f"{address}api/run/{key}/map?by=state&axis=0&index=1", timeout=900
+                ).read()
+                print(f"  {ask}: page, run and map in {time.perf_counter() - begun:.2f} s")
+                time.sleep(1.5)
+            for by in ("seconds", "labels"):
+                begun = time.perf_counter()
+                urllib.request.urlopen(f"{address}api/run/{key}/map?by={by}&axis=1&index=1").read()
+                print(f"  map by {by}: {time.perf_counter() - begun:.2f} s")
+            info = psutil.Process(process.pid).memory_info()
+            print(f"  server: {info.rss / 2**20:.0f} MiB resident")
+        finally:
+            process.terminate()
 
 
 def main() -> None:

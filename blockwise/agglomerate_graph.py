@@ -281,10 +281,11 @@ def contract(graph: Graph) -> tuple[MergeTable, Graph]:
     inside, between = split_edges(
         component, alive, (edges.ends, edges.numerator, edges.denominator, edges.keys)
     )
-    if len(inside[0]) > MAX_EDGES:
+    most = max(len(inside[0]), len(between[0]))
+    if most > MAX_EDGES:
         raise InputError(
-            f"contact graph: {len(inside[0])} edges are more than one process can hold"
-            f" ({MAX_EDGES}); set a smaller stitch.superblock"
+            f"contact graph: {most} edges are more than one process can hold ({MAX_EDGES}); set a"
+            " smaller stitch.superblock"
         )
     done = agglomerate_edges(*inside, *reach)
     merges = MergeTable(

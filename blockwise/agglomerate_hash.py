@@ -2,6 +2,9 @@
 
 A slot holds a row; the pair itself is read from the table, so a slot takes four bytes. Whoever
 changes the ends of a row must take it out of the hash before and put it back after.
+
+numba keeps what it compiles by the date of the file that holds the caller: after a change here,
+`agglomerate_kernel` must be saved anew, or the ``__pycache__`` removed.
 """
 
 from __future__ import annotations

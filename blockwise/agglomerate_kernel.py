@@ -274,6 +274,14 @@ class Contraction:
     edges: int
 
 
+def _bound(numerator: NDArray[np.int64], denominator: NDArray[np.int64]) -> float:
+    """Return what no sum over some of the edges exceeds; refuse what could overflow."""
+    bound = float(_weight(numerator, denominator))
+    if bound >= _LARGEST_SUM:
+        raise InputError("contact graph: the sums of all contacts do not fit in 64 bits")
+    return bound
+
+
 def agglomerate_edges(
     ends: NDArray[np.int32],
     numerator: NDArray[np.int64],
@@ -301,9 +309,7 @@ def agglomerate_edges(
     InputError
         If sums over all edges could overflow int64.
     """
-    bound = float(_weight(numerator, denominator))
-    if bound >= _LARGEST_SUM:
-        raise InputError("contact graph: the sums of all contacts do not fit in 64 bits")
+    bound = _bound(numerator, denominator)
     slots = empty_slots(len(ends))
     rows = pool(slots, ends, numerator, denominator, keys)
     ends, num, den, keys = ends[:rows], numerator[:rows], denominator[:rows], keys[:rows]
@@ -353,7 +359,14 @@ def pooled_edges(
     keys: NDArray[np.uint64],
     done: Contraction,
 ) -> int:
-    """Add edges that took no part up between the clusters that wait, in place; return how many."""
+    """Add edges that took no part up between the clusters that wait, in place; return how many.
+
+    Raises
+    ------
+    InputError
+        If sums over all edges could overflow int64.
+    """
+    _bound(numerator, denominator)
     arrays = (ends, numerator, denominator, keys)
     none = np.zeros(0, np.int32)
     rows = _survivors(*arrays, False, none, done.cluster, done.waiting)

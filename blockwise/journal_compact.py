@@ -109,6 +109,16 @@ def open_snapshot(folder: Path) -> tuple[SnapshotColumns, dict[str, Any]] | None
     return columns, meta
 
 
+def snapshot_files(folder: Path) -> set[str]:
+    """Return the names of the journal files that the snapshot stands for."""
+    opened = open_snapshot(folder)
+    if opened is None:
+        snapshot = read_snapshot(folder)
+        return set() if snapshot is None else set(snapshot[1]["files"])
+    opened[0].close()
+    return set(opened[1]["files"])
+
+
 def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)

@@ -9,7 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockwise.errors import InputError
-from blockwise.journal_compact import SNAPSHOT, open_snapshot, read_snapshot, write_snapshot
+from blockwise.journal_compact import (
+    open_snapshot,
+    read_snapshot,
+    snapshot_files,
+    write_snapshot,
+)
 from blockwise.journal_lazy import LazyBlockTable
 from blockwise.journal_records import (
     RANK_STATE,
@@ -152,10 +157,11 @@ class Journal:
     def replaced(self) -> bool:
         """Tell whether files that were read are gone: a stage was started over.
 
-        Files that a snapshot stands for may be missing.
+        Files that the snapshot stands for may be missing. A stage that was started over may have a
+        snapshot too, of other files.
         """
         gone = set(self._tail.positions).difference(self._tail.names())
-        return bool(gone) and not (self.folder / SNAPSHOT).exists()
+        return bool(gone) and not gone <= snapshot_files(self.folder)
 
     @property
     def positions(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from blockwise.agglomerate_graph import Graph, MergeTable, ScoreTable, contract
 from blockwise.agglomerate_tree import Superblock, SuperblockTree, join
 from blockwise.contacts import ContactTable, merge_contacts
+from blockwise.errors import InputError
 from blockwise.grid import LOCAL_BITS
 
 SCORES = [-300, -20, -1, 0, 1, 20, 20, 20, 150]
@@ -304,3 +305,17 @@ def test_tree_of_uneven_grids():
     assert list(levels[-1]) == [Superblock(3, (0, 0, 0))]
     assert sum(len(children) for children in levels[0].values()) == 3
     assert tree.leaves(np.zeros(0, np.int64)) == []
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_beyond_64_bits_are_refused(sign):
+    """Of edges that may merge here, and of those that only go up."""
+    u, v = np.array([1, 1], np.uint64), np.array([2, 2], np.uint64)
+    large = ScoreTable(u, v, np.full(2, sign * 2**62), np.ones(2, np.int64))
+    outside = np.array([8, 9], np.uint64)
+    face = ScoreTable(np.array([1, 2], np.uint64), outside, *np.ones((2, 2), np.int64))
+    none = ScoreTable(*np.zeros((2, 0), np.uint64), *np.zeros((2, 0), np.int64))
+    ids = np.array([1, 2], np.uint64)
+    graph = Graph.of_fragments(ids, large, [face, none, none], [none, none, none])
+    with pytest.raises(InputError, match="do not fit in 64 bits"):
+        contract(graph)

@@ -375,6 +375,26 @@ def test_snapshot_equals_lines_and_is_only_a_cache(tmp_path):
     assert meaning(Journal(tmp_path)) == lines
 
 
+def test_a_stage_that_was_started_over_is_noticed(tmp_path):
+    """Also when the new one has a snapshot of its own, as it has after some thousand blocks."""
+
+    def begin(blocks: range) -> Journal:
+        with JournalWriter(tmp_path, WORKER) as writer:
+            writer.finish_many(BlockRecord(n, "done") for n in blocks)
+        return Journal(tmp_path)
+
+    reader = begin(range(9))
+    reader.save()
+    for file in tmp_path.glob("*.jsonl"):
+        file.unlink()
+    assert not reader.replaced(), "the snapshot stands for the lines"
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert reader.replaced()
+    begin(range(2)).save()
+    assert reader.replaced()
+
+
 def test_snapshot_outlives_the_lines(tmp_path):
     with JournalWriter(tmp_path, WORKER) as writer:
         writer.finish(RECORD)
