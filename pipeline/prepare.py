@@ -94,7 +94,8 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
     config
         The configuration.
     check_output
-        Also check that the run folder is writable, the disk has room and the database answers.
+        Also check that the run folder is writable, the disk has room, and a database that the run
+        needs can be written to.
     workers_here
         Whether the network will run on this machine, so that its device must be here.
 
@@ -152,6 +153,9 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
         if config.ledger is not None and config.ledger.required:
             ledger = connect(config.ledger)
             if ledger is not None:
+                # Reading is not enough: a user who may not write would be noticed at the end of
+                # the run, or after --overwrite has deleted the one before.
+                ledger.require_writable()
                 ledger.close()
     return prepared
 

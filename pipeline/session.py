@@ -91,9 +91,6 @@ def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
     if ledger is None:
         yield None
         return
-    if ledger.settings.required:
-        # Reading is not enough: a user who may not write would be noticed at the end of the run.
-        ledger.require_writable()
     run = prepared.run
     record = run.record()
     feeder = LedgerFeeder(

@@ -17,6 +17,7 @@ from pymongo import MongoClient
 from blockwise.journal import Journal, JournalWriter
 from blockwise.ledger import LedgerError, connect
 from blockwise.ledger_feed import LedgerFeeder
+from pipeline.run_folder import RunFolder
 from tests.ledger_helpers import (
     PASSWORD,
     QUOTED,
@@ -119,9 +120,14 @@ def test_a_user_who_may_only_read(with_users, tmp_path, caplog, open_ledger):
 def test_a_run_that_needs_the_ledger_does_not_begin_where_it_cannot_write(with_users, tmp_path):
     uri = f"{with_users.uri_of('guest', PASSWORD)}?authSource=admin"
     config = make_config(tmp_path, ledger={"uri": uri, "database": "d", "required": True})
-    refused = agq("predict", config)
+    old = RunFolder(tmp_path / "run")
+    old.create({}, {"other": 1})
+    (old.path / "result").write_text("precious")
+    refused = agq("predict", config, "--overwrite")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1, refused.stderr
+    assert (old.path / "result").read_text() == "precious", "nothing is deleted for nothing"
+    assert old.record()["identity"] == {"other": 1}
     assert "may not do this in database 'd'" in refused.stderr
     assert "readWrite" in refused.stderr
     assert not list((tmp_path / "run").rglob("*.jsonl")), "no block was begun"
