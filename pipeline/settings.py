@@ -43,7 +43,7 @@ def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = 
         raise InputError(f"config {path}: {error.strerror or error}") from error
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         keys = ", ".join(list(model.model_fields)[:3])
@@ -81,11 +81,18 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = data
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent)
+        if child is None:  # absent, or recorded as not set
+            child = node[parent] = {}
         if not isinstance(child, dict):
             raise InputError(f"--set {override}: {parent} is a value, not a section")
         node = child
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        # The value may be a secret, and the error repeats some of it.
+        reason = getattr(error, "problem", None) or type(error).__name__
+        raise InputError(f"--set {key}: the value is not valid YAML ({reason})") from None
 
 
 def _expand(value: Any, where: tuple[str, ...]) -> Any:

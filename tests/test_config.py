@@ -116,11 +116,21 @@ def test_overrides(tmp_path):
         load_config(file, ["workers"])
     with pytest.raises(InputError, match="run_dir is a value"):
         load_config(file, ["run_dir.x=1"])
+    for value in ("[x", "2024-13-45"):
+        with pytest.raises(
+            InputError, match=r"^--set input\.raw\.path: the value is not valid YAML"
+        ):
+            load_config(file, [f"input.raw.path={value}"])
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a: [1", "not valid YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("a: 2024-13-45", "not valid YAML"),
+        ("- 1", "expected a mapping"),
+        ("", "expected a mapping"),
+    ],
 )
 def test_unreadable_files(tmp_path, text, expected):
     file = tmp_path / "c.yaml"
