@@ -5,12 +5,13 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any
 
 from blockwise.errors import InputError
 from blockwise.files import write_atomic
+from blockwise.ledger_uri import mask_secrets, shown_uri
 
 FORMAT = 1
 # What may be in the folder before the run's record is: its lock, image files made into zarr, and
 # what a submission has prepared.
 _BEFORE_RUN = (".lock", "imported", "slurm")
+_URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
 _PACKAGES = ("agq-pipeline", "torch", "numpy", "zarr", "daisy", "dask", "numba", "pymongo")
 
 
@@ -118,7 +121,7 @@ class RunFolder:
         record = self.record()
         record["commands"].append(
             {
-                "argv": sys.argv,
+                "argv": shown_arguments(sys.argv),
                 "time": time.time(),
                 "host": socket.gethostname(),
                 "user": _user(),
@@ -200,6 +203,13 @@ class RunFolder:
             handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
             handle.flush()
             yield
+
+
+def shown_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return a command line as records may hold it: a database's URI without its password."""
+    # To the end of the argument: an unescaped password may hold anything, a space too.
+    plain = [_URI.sub(lambda match: shown_uri(match[0]), text) for text in arguments]
+    return [str(text) for text in mask_secrets(plain)]
 
 
 def identity_hash(identity: dict[str, Any]) -> str:

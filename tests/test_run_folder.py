@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from blockwise.errors import InputError
+from pipeline.config import masked
 from pipeline.run_folder import RunFolder, identity_hash
 from pipeline.targets import read_target, watched
 
@@ -122,6 +123,31 @@ def test_settings_replace_values_of_a_recorded_run(tmp_path):
     assert (found.stitch.across, found.stitch.min_size) == (0.6, 9)
     with pytest.raises(InputError, match=r"unknown key 'stitch\.acros'"):
         read_target(run.path, ["stitch.acros=0.6"])
+    # Sections that were not set are recorded as null.
+    run.create(masked(read_target(run.path)), {"grid": 1})
+    assert run.record()["config"]["evaluate"] is None
+    found = read_target(run.path, ["evaluate.truth.path=t.zarr", "ledger.database=d"])
+    assert found.evaluate.truth.path == "t.zarr"
+    assert found.ledger.database == "d"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("ledger.uri=mongodb://me:s3cr@t@db:1/?tls=true", "ledger.uri=mongodb://me:***@db:1"),
+        ("--set=ledger.uri=mongodb+srv://me:s3cr t@db", "--set=ledger.uri=mongodb+srv://me:***@db"),
+        ("ledger={uri: 'mongodb://db/?tlsCertificateKeyFilePassword=s3cr'}",
+         "ledger={uri: 'mongodb://db"),
+        ("input.raw.path=https://me:s3cr@host/x.zarr", "input.raw.path=https://me:***@host/x.zarr"),
+        ("stitch.across=0.6", "stitch.across=0.6"),
+    ],
+)  # fmt: skip
+def test_passwords_of_the_command_line_are_not_recorded(tmp_path, monkeypatch, given, shown):
+    run = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["agq", "run", given])
+    run.create({}, IDENTITY)
+    assert run.record()["commands"][-1]["argv"] == ["agq", "run", shown]
+    assert "s3cr" not in run.record_path.read_text()
 
 
 def test_a_run_is_watched_without_its_whole_configuration(tmp_path, monkeypatch):
