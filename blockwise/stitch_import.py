@@ -144,6 +144,16 @@ def import_fragments(
     return grid
 
 
+def imported_grid(run_dir: Path) -> BlockGrid | None:
+    """Return the blocks of a folder into which everything has been imported; else None."""
+    marker = run_dir / "imported.json"
+    if not marker.exists():
+        return None
+    grid = BlockGrid.from_dict(json.loads(marker.read_bytes())["grid"])
+    done = Journal(run_dir / "journal" / "predict").done(grid.n_blocks)
+    return grid if done.all() else None
+
+
 def import_batch(source: Fragments, run_dir: str, numbers: Sequence[int]) -> int:
     """Import some blocks; one task. Return how many."""
     folder, grid = Path(run_dir), source.grid()

@@ -3,12 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from blockwise.ledger import LedgerSettings
 from pipeline.settings import load_yaml, parse_values
 from pipeline.slurm.section import SlurmSection
 
+
+def _absolute(path: Path) -> Path:
+    return path.absolute()
+
+
+# A record of a setting is read later, in another folder.
+File = Annotated[Path, AfterValidator(_absolute)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -165,13 +172,13 @@ class DaskSection(Section):
     """Address of a running scheduler (tcp:// or tls://); default: a local cluster. Its workers need
     this package and the run folder under the same path."""
 
-    ca_file: Path | None = None
+    ca_file: File | None = None
     """For a tls:// address: PEM file of the authority that signed the scheduler's certificate."""
 
-    cert_file: Path | None = None
+    cert_file: File | None = None
     """For a tls:// address: PEM file of this client's certificate."""
 
-    key_file: Path | None = None
+    key_file: File | None = None
     """For a tls:// address: PEM file of this client's private key."""
 
     workers: PositiveInt | None = None

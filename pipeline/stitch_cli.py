@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from blockwise.errors import InputError
@@ -20,6 +21,9 @@ _RECORD = "settings.json"
 """Of an output folder: arrays and settings of the last stitch."""
 
 
+_NONE_MISSING = "is for runs; of fragments of another model no block is missing"
+
+
 class VolumesSettings(Section):
     """What `--set` may change where there is no run."""
 
@@ -32,10 +36,17 @@ class VolumesSettings(Section):
 
 def stitch(
     target: Annotated[
-        Path | None, typer.Argument(help="Run folder or YAML configuration.", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="Run folder, YAML configuration, or OUTPUT of an earlier stitch of --fragments.",
+            show_default=False,
+        ),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Leave failed or missing blocks background.")
+        bool,
+        typer.Option(
+            "--allow-missing", help="Of a run: leave failed or missing blocks background."
+        ),
     ] = False,
     margin: Annotated[
         float | None,
@@ -65,8 +76,13 @@ def stitch(
         Path | None, typer.Option(help="Folder for the result.", show_default=False)
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="With --fragments: affinity that a contact must exceed.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="With --fragments or OUTPUT: affinity that a contact must exceed; default 0.5, or"
+            " as before.",
+            show_default=False,
+        ),
+    ] = None,
     voxel_size: Annotated[
         str | None,
         typer.Option(
@@ -74,11 +90,18 @@ def stitch(
         ),
     ] = None,
     unit: Annotated[
-        str, typer.Option(help="With --fragments: world unit; nm, angstrom or pm.")
-    ] = "nm",
+        str | None,
+        typer.Option(
+            help="With --fragments: world unit; nm (default), angstrom or pm.", show_default=False
+        ),
+    ] = None,
     channels: Annotated[
-        str, typer.Option(help="With --fragments: channels of the affinities on z, y and x.")
-    ] = "0,1,2",
+        str | None,
+        typer.Option(
+            help="With --fragments: channels of the affinities on z, y and x; default 0,1,2.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Replace a value: section.field=value (repeatable)."),
@@ -93,27 +116,46 @@ def stitch(
     changes = [*(settings or [])]
     if margin is not None:
         changes.append(f"stitch.margin={margin}")
+    if threshold is not None:
+        # Before what --set says, so that --set may tell the two apart.
+        changes[:0] = [f"stitch.across={threshold}", f"stitch.within={threshold}"]
+    reading = {"--voxel-size": voxel_size, "--unit": unit, "--channels": channels}
     if fragments is None and affinities is None and output is None:
         if target is None:
             raise InputError("stitch: name a run folder, or --fragments, --affinities, --output")
+        _refuse(reading, "goes with --fragments, --affinities and --output")
         if (target / _RECORD).is_file():
-            _stitch_volumes(target, _recorded(target), changes)
+            _refuse({"--allow-missing": allow_missing or None}, _NONE_MISSING)
+            _stitch_volumes(target, _recorded(target), changes, again=True)
         else:
+            _refuse(
+                {"--threshold": threshold},
+                "is for fragments of another model; a run has"
+                " --set stitch.across=... and stitch.within=...",
+            )
             _stitch_run(target, changes, allow_missing)
         return
     if target is not None or fragments is None or affinities is None or output is None:
         raise InputError(
             "stitch: --fragments, --affinities and --output go together, without a run folder"
         )
+    _refuse({"--allow-missing": allow_missing or None}, _NONE_MISSING)
     source = {
         "fragments": _absolute(fragments),
         "affinities": _absolute(affinities),
         "voxel_size": None if voxel_size is None else parse_triple("--voxel-size", voxel_size, 1),
-        "unit": unit,
-        "channels": parse_triple("--channels", channels, 0),
+        "unit": unit or "nm",
+        "channels": parse_triple("--channels", channels or "0,1,2", 0),
     }
-    thresholds = {"across": threshold, "within": threshold}
+    thresholds = {"across": 0.5, "within": 0.5}
     _stitch_volumes(output, {"source": source, "settings": {"stitch": thresholds}}, changes)
+
+
+def _refuse(options: dict[str, Any], reason: str) -> None:
+    """Refuse options that were given (are not None): nothing that a user says is ignored."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"stitch: {name} {reason}")
 
 
 def _stitch_run(target: Path, changes: list[str], allow_missing: bool) -> None:
@@ -145,10 +187,25 @@ def _recorded(output: Path) -> dict[str, Any]:
     return recorded
 
 
-def _stitch_volumes(output: Path, recorded: dict[str, Any], changes: list[str]) -> None:
-    """Stitch arrays of another model into a folder; `recorded` is what its `_RECORD` holds."""
+def _stitch_volumes(
+    output: Path, recorded: dict[str, Any], changes: list[str], *, again: bool = False
+) -> None:
+    """Stitch arrays of another model into a folder.
+
+    Parameters
+    ----------
+    output
+        The folder.
+    recorded
+        What its `_RECORD` holds, or will.
+    changes
+        ``a.b=value`` settings that replace recorded ones.
+    again
+        The arrays are those of the last time: what is imported already is not looked at again, and
+        may be gone.
+    """
     from blockwise.stitch import run_stitch
-    from blockwise.stitch_import import Fragments, import_fragments
+    from blockwise.stitch_import import Fragments, import_fragments, imported_grid
     from pipeline.progress import RunProgress
     from pipeline.stages import dask_client, stitch_spec
 
@@ -159,10 +216,13 @@ def _stitch_volumes(output: Path, recorded: dict[str, Any], changes: list[str]) 
             f"stitch.evidence: {section.evidence} needs two labels of each voxel at the borders of"
             " blocks, which fragments of another model do not have; use affinity"
         )
-    source = Fragments.open(**recorded["source"])
+    grid = imported_grid(output) if again else None
+    source = None if grid is not None else Fragments.open(**recorded["source"])
     with dask_client(section.dask) as client, RunProgress(output) as progress:
         progress.note(f"dask dashboard: {client.dashboard_link}")
-        grid = import_fragments(source, output, client, progress.step)
+        if source is not None:
+            grid = import_fragments(source, output, client, progress.step)
+        assert grid is not None
         settings = values.model_dump(mode="json")
         record = {"source": recorded["source"], "settings": settings}
         write_atomic(output / _RECORD, json.dumps(record, indent=1).encode())
@@ -178,7 +238,7 @@ def _stitch_volumes(output: Path, recorded: dict[str, Any], changes: list[str]) 
 
 def stitch_table(report: dict[str, Any], segmentation: Path) -> Table:
     """Return what a stitch made, for a rich console: a merger shows among the largest first."""
-    table = Table(title=f"Stitch of {segmentation.parents[1].name}", show_header=False)
+    table = Table(title=f"Stitch of {escape(segmentation.parents[1].name)}", show_header=False)
     table.title_justify = "left"
     table.add_row("fragments", f"{report['fragments']:,} in {report['blocks']:,} blocks")
     table.add_row("segments", f"{report['segments']:,} after {report['merges']:,} merges")
@@ -190,7 +250,7 @@ def stitch_table(report: dict[str, Any], segmentation: Path) -> Table:
     table.add_row("largest", largest_segments(report))
     if report["reused"]:
         table.add_row("kept from before", ", ".join(report["reused"]))
-    table.add_row("segmentation", str(segmentation))
+    table.add_row("segmentation", escape(str(segmentation)))
     return table
 
 

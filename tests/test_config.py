@@ -102,6 +102,16 @@ def test_secrets_are_not_in_records_or_errors():
     assert "hunter2" not in str(error.value)
 
 
+def test_certificates_are_found_from_another_folder(tmp_path, monkeypatch):
+    files = {f"{name}_file": f"{name}.pem" for name in ("ca", "cert", "key")}
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(with_value("stitch.dask", {"address": "tls://host:1", **files}))
+    recorded = masked(config)
+    assert recorded["stitch"]["dask"]["ca_file"] == str(tmp_path / "ca.pem")
+    monkeypatch.chdir("/")
+    assert parse_config(recorded) == config
+
+
 def test_a_recorded_configuration_reads_back():
     config = parse_config(with_value("input.roi", {"offset": [0, 0, 0], "shape": [8, 8, 8]}))
     assert parse_config(masked(config)) == config

@@ -1,12 +1,16 @@
 """Fragments and affinities of another model: formats, layouts, and what does not fit."""
 
+import contextlib
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tensorstore as ts
 import zarr
+from rich.console import Console
 from stitch_helpers import same_partition
 from stitch_runs import segmentation
 from test_cli import main  # noqa: F401
@@ -16,6 +20,7 @@ from blockwise.contacts_volume import contacts_from_volume
 from blockwise.errors import InputError
 from blockwise.stitch import local_client, run_stitch
 from blockwise.stitch_import import Fragments, import_fragments, local_labels
+from pipeline.stitch_cli import stitch_table
 from tests.runs import agq
 
 
@@ -207,10 +212,69 @@ def test_command_line(tmp_path):
     again = agq("stitch", tmp_path / "out", "--margin", "0.2")
     assert again.returncode == 0, again.stderr
     assert "merges are cut again" in again.stderr
-    assert "import: 8 blocks, 8 of them done before" in again.stderr
+    assert "import: " not in again.stderr
     assert agq("export", "precomputed", tmp_path / "out", tmp_path / "pc").returncode == 0
     levels = list((tmp_path / "out" / "data.zarr" / "segmentation").glob("s*"))
     assert len(json.loads((tmp_path / "pc" / "info").read_text())["scales"]) == len(levels) > 1
+
+
+def test_an_output_folder_takes_other_settings(tmp_path, client, main, monkeypatch):
+    """Nothing that is said is ignored, and the arrays are not needed again."""
+    monkeypatch.setattr("pipeline.stages.dask_client", lambda _: contextlib.nullcontext(client))
+    fragments, affinities = small_volumes()
+    for name, data in (("fragments", fragments), ("affinities", affinities)):
+        put(tmp_path / "in", name, data, 3)
+    output = tmp_path / "o[v2]"
+    code, said, err = main(
+        "stitch", "--fragments", f"{tmp_path / 'in'}::fragments", "--affinities",
+        f"{tmp_path / 'in'}::affinities", "--voxel-size", "30,6,6", "--output", output,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Stitch of o[v2]" in said
+
+    def thresholds():
+        section = json.loads((output / "settings.json").read_text())["settings"]["stitch"]
+        return section["across"], section["within"]
+
+    assert thresholds() == (0.5, 0.5)
+    half = segmentation(output)
+    for name in ("in", "gone"):
+        if name == "gone":
+            (tmp_path / "in").rename(tmp_path / name)
+        for arguments, expected in (
+            (("--threshold", "0.6"), (0.6, 0.6)),
+            (("--threshold", "0.7", "--set", "stitch.within=1"), (0.7, 1)),
+        ):
+            code, _, err = main("stitch", output, *arguments)
+            assert code == 0, err
+            assert "import: " not in err
+            assert thresholds() == expected
+            assert not same_partition(segmentation(output), half)
+    for option, value in (("--voxel-size", "9,9,9"), ("--unit", "pm"), ("--channels", "2,1,0")):
+        code, _, err = main("stitch", output, option, value)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert f"{option} goes with --fragments" in err
+    code, _, err = main("stitch", output, "--allow-missing")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--allow-missing is for runs" in err
+    # What is not imported yet needs them.
+    for file in (output / "journal" / "predict").iterdir():
+        file.unlink()
+    code, _, err = main("stitch", output)
+    assert code == 2
+    assert "no such file or folder" in err
+
+
+def test_names_in_the_table_are_no_markup():
+    report = {
+        "blocks": 1, "fragments": 1, "segments": 1, "merges": 0, "small_segments": 0,
+        "missing": 0, "largest": [], "reused": [],
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    console.print(stitch_table(report, Path("/r [/x]/[v2]/data.zarr/segmentation")))
+    said = console.file.getvalue()
+    assert "Stitch of [v2]" in said
+    assert "/r [/x]/[v2]/data.zarr/segmentation" in said
 
 
 def test_arguments_are_checked(tmp_path, main):
@@ -225,6 +289,10 @@ def test_arguments_are_checked(tmp_path, main):
             (*arrays, "--output", tmp_path / "o", "--set", "stitch.evidence=both"),
             "fragments of another model do not have",
         ),
+        ((*arrays, "--output", tmp_path / "o", "--allow-missing"), "--allow-missing is for runs"),
+        ((tmp_path, "--threshold", "0.5"), "--threshold is for fragments of another model"),
+        ((tmp_path, "--unit", "nm"), "--unit goes with --fragments"),
+        ((tmp_path, "--voxel-size", "4,4,4"), "--voxel-size goes with --fragments"),
     ):
         code, _, err = main("stitch", *arguments)
         assert (code, len(err.strip().splitlines())) == (2, 1), err
