@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from blockwise.arrays import open_volume
@@ -57,7 +58,7 @@ class Plan:
 
     def table(self) -> Table:
         """Return the plan as a table for the terminal."""
-        table = Table(title=f"Plan for {self.run_dir}", show_header=False)
+        table = Table(title=f"Plan for {escape(str(self.run_dir))}", show_header=False)
         table.add_row(
             "volume", f"{_sizes(self.volume_shape)} voxels of {_sizes(self.voxel_size)} nm"
         )

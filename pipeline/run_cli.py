@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli import EXIT_FAILED
@@ -118,7 +119,7 @@ def import_(
         import_volume(
             source, container, dataset, size, key=key, offset=place, unit=unit, on_progress=report
         )
-    out.print(f"wrote {container}/{dataset}")
+    out.print(f"wrote {container}/{dataset}", markup=False)
 
 
 def synthetic(
@@ -134,14 +135,14 @@ def synthetic(
     with step_progress("synthetic") as report:
         size = parse_triple("--shape", shape, least=1)
         generator.write(container, size, seed=seed, on_progress=report)
-    out.print(f"wrote {container}/raw and {container}/labels")
+    out.print(f"wrote {container}/raw and {container}/labels", markup=False)
 
 
 @config_app.command("check")
 def config_check(config: ConfigFile, settings: Settings = None) -> None:
     """Check names and values of a configuration (`agq plan` also opens the files)."""
     load_config(config, settings)
-    out.print(f"{config}: ok")
+    out.print(f"{config}: ok", markup=False)
 
 
 @config_app.command("schema")
@@ -172,7 +173,7 @@ def _summary(prepared: "Prepared", scores: "EvaluationReport | None") -> None:
     run = prepared.run
     stitch = run.record()["stages"]["stitch"]["report"]
     predict = run.record()["stages"]["predict"]["report"]
-    table = Table(title=f"Run {run.path.name}", show_header=False, title_justify="left")
+    table = Table(title=f"Run {escape(run.path.name)}", show_header=False, title_justify="left")
     table.add_row("fragments", f"{stitch['fragments']:,} in {stitch['blocks']:,} blocks")
     table.add_row("segments", f"{stitch['segments']:,} after {stitch['merges']:,} merges")
     if predict["dropped"]:
@@ -180,9 +181,9 @@ def _summary(prepared: "Prepared", scores: "EvaluationReport | None") -> None:
     if stitch["missing"]:
         table.add_row("missing blocks", f"{stitch['missing']:,} (background)")
     table.add_row("largest", largest_segments(stitch))
-    table.add_row("segmentation", str(run.container / "segmentation"))
-    table.add_row("picture", str(run.path / f"{run.path.name}.png"))
-    table.add_row("viewer", f"agq view {run.path}")
+    table.add_row("segmentation", escape(str(run.container / "segmentation")))
+    table.add_row("picture", escape(str(run.path / f"{run.path.name}.png")))
+    table.add_row("viewer", escape(f"agq view {run.path}"))
     out.print(table)
     if scores is not None:
         out.print(scores.table())

@@ -145,7 +145,9 @@ def skeletons(
 
     found = skeletonize(open_location(groundtruth, "labels"))
     found.save(output)
-    out.print(f"wrote {output}: {len(set(found.owner.tolist()))} skeletons", soft_wrap=True)
+    out.print(
+        f"wrote {output}: {len(set(found.owner.tolist()))} skeletons", soft_wrap=True, markup=False
+    )
 
 
 @baseline_app.callback()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from blockwise.agglomerate import Agglomeration, Thresholds, agglomerate
@@ -77,7 +78,7 @@ class Point:
 
 def points_table(points: Iterable[Point], title: str) -> RichTable:
     """Return a table for a rich console, one row per point."""
-    table = RichTable(title=title)
+    table = RichTable(title=escape(title))
     table.add_column("method")
     table.add_column("thresholds")
     for name in ("segments", "VOI split", "VOI merge", "VOI sum", "Rand error", "(0 as is)"):

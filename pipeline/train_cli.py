@@ -54,9 +54,12 @@ def train(
         f"{report.step} steps in {report.minutes:.1f} min, {report.waiting:.1%} of the time "
         f"waiting for data{error}: {report.export}",
         soft_wrap=True,
+        markup=False,
     )
     if not report.finished:
-        out.print(f"not finished; go on with: agq train {config} --resume", soft_wrap=True)
+        out.print(
+            f"not finished; go on with: agq train {config} --resume", soft_wrap=True, markup=False
+        )
 
 
 @checkpoint_app.command("show")
@@ -106,4 +109,4 @@ def convert(
     loaded = load(checkpoint)
     origin = {"converted_from": resolve(checkpoint).name, "converted_sha256": loaded.sha256}
     save(output, loaded.state_dict, loaded.config, {**loaded.provenance, **origin}, half=half)
-    out.print(f"wrote {output}", soft_wrap=True)
+    out.print(f"wrote {output}", soft_wrap=True, markup=False)

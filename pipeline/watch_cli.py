@@ -119,6 +119,7 @@ def show_all(as_json: bool) -> None:
     """Print the runs of the database that AGQ_MONGO_URI names."""
     from pymongo.errors import PyMongoError
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     ledger = open_ledger()
@@ -144,7 +145,9 @@ def show_all(as_json: bool) -> None:
         ended = stage.get("done", 0) + stage.get("skipped", 0)
         blocks = f"{ended}/{stage.get('blocks_total') or '?'}"
         words = (run["name"], run["user"], name, stage.get("state"), blocks)
-        table.add_row(*(str(w or "") for w in words), str(stage.get("failed", 0) or ""), ago)
+        table.add_row(
+            *(escape(str(w or "")) for w in words), str(stage.get("failed", 0) or ""), ago
+        )
     Console(highlight=False).print(table)
 
 
