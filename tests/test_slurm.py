@@ -1,5 +1,7 @@
 """Batch scripts, checks and secrets of a submission, without a cluster (tests/cluster has one)."""
 
+import contextlib
+import itertools
 import os
 import shlex
 import signal
@@ -16,13 +18,15 @@ from pydantic import SecretStr
 from blockwise.errors import InputError
 from blockwise.ledger import LedgerSettings
 from pipeline.config import Config
-from pipeline.slurm import jobs
+from pipeline.run_folder import RunFolder
+from pipeline.slurm import check as check_module
+from pipeline.slurm import client, commands, jobs
 from pipeline.slurm.check import Cluster, Partition, check, grace_s
 from pipeline.slurm.client import QueueEntry
 from pipeline.slurm.scripts import coordinator_script, worker_script
 from pipeline.slurm.section import SlurmSection
 from pipeline.slurm.stitch import jobqueue_options
-from tests.runs import environment
+from tests.runs import environment, make_config
 
 ODD = "a ü 'q\" $(touch pwned) `x`; #y & z"
 
@@ -146,6 +150,75 @@ def test_a_job_whose_coordinator_never_comes_waits_and_ends_with_0(tmp_path):
     assert not (tmp_path / "run" / "logs" / "predict").exists(), "no worker was started"
 
 
+@pytest.fixture
+def queue(monkeypatch):
+    """A stand-in for SLURM's queue: the ids of the jobs in it."""
+    waiting: list[int] = []
+    monkeypatch.setattr(check_module, "read_cluster", lambda: CLUSTER)
+    monkeypatch.setattr(check_module, "check", lambda *_: [])
+    monkeypatch.setattr(
+        client,
+        "queue",
+        lambda ids: [QueueEntry(n, "", "RUNNING", "", "", "", "") for n in ids if n in waiting],
+    )
+
+    def submit(_arguments):
+        waiting.append(next(numbers))
+        return waiting[-1]
+
+    numbers = itertools.count(1)
+    monkeypatch.setattr(client, "submit", submit)
+    return waiting
+
+
+def test_a_stitch_behind_a_prediction_leaves_its_settings_alone(tmp_path, queue, monkeypatch):
+    uri = "mongodb://me:s3cr3t@127.0.0.1:9/"
+    monkeypatch.setenv("AGQ_MONGO_URI", uri)
+    file = make_config(tmp_path, slurm={"gpus": 0, "lead_s": 77})
+    commands.submit(file, stage="predict")
+    run_dir = tmp_path / "run"
+    before = jobs.load_config(run_dir)
+    scripts = {
+        name: (run_dir / "slurm" / f"{name}.sh").read_bytes() for name in ("coordinator", "workers")
+    }
+    # Later, from another shell, while the coordinator waits or runs.
+    monkeypatch.delenv("AGQ_MONGO_URI")
+    changes = ["slurm.gpus=1", "slurm.lead_s=50", "slurm.stitch.cpus=3", "stitch.across=0.6",
+               "workers.timeout_s=5"]  # fmt: skip
+    for held in (False, True):
+        with RunFolder(run_dir).lock() if held else contextlib.nullcontext():
+            commands.submit(file, stage="stitch", after="predict", settings=changes)
+        now = jobs.load_config(run_dir)
+        assert now.ledger == before.ledger
+        assert now.ledger.resolve() == SecretStr(uri)
+        assert now.workers == before.workers
+        assert now.slurm.model_copy(update={"stitch": before.slurm.stitch}) == before.slurm
+        assert (now.slurm.stitch.cpus, now.stitch.across) == (3, 0.6)
+        assert "--cpus-per-task=3" in (run_dir / "slurm" / "stitch.sh").read_text()
+        for name, text in scripts.items():
+            assert (run_dir / "slurm" / f"{name}.sh").read_bytes() == text
+        queue.pop()  # the stitch has left the queue
+    roi = "input.roi={offset: [0, 0, 0], shape: [9, 9, 9]}"
+    with pytest.raises(InputError, match=r"input\.roi"):
+        commands.submit(file, stage="stitch", after="predict", settings=[roi])
+    with pytest.raises(InputError, match="--overwrite would delete"):
+        commands.submit(file, stage="stitch", after="predict", overwrite=True)
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_a_stitch_behind_a_prediction_that_is_not_in_the_queue(tmp_path, queue, submitted):
+    """As while `agq predict` works on the run: refused before anything is written."""
+    file = make_config(tmp_path, slurm={"gpus": 0})
+    if submitted:
+        commands.submit(file, stage="predict")
+        queue.clear()
+    folder = tmp_path / "run" / "slurm"
+    before = {path: path.read_bytes() for path in folder.glob("*")}
+    with RunFolder(tmp_path / "run").lock(), pytest.raises(InputError, match="no prediction of"):
+        commands.submit(file, stage="stitch", after="predict", settings=["stitch.across=0.6"])
+    assert {path: path.read_bytes() for path in folder.glob("*")} == before
+
+
 CLUSTER = Cluster(
     {
         "gpu": Partition("gpu", True, True, 60.0, 5, ((8, 4000, {"a100": 2}, frozenset({"ib"})),)),
@@ -193,7 +266,8 @@ def test_what_fits_is_accepted():
 
 
 @pytest.mark.parametrize("time", [None, "2:00:00"])
-def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time):
+def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/scratch/of-this-job-alone")
     stitch = {"jobs": 2, "cpus": 3, "mem": "900000K", "partition": "cpu", "time": time}
     section = SlurmSection(qos="low", account="lab", python="/my python", stitch=stitch)
     options = jobqueue_options(section, tmp_path / "run")
@@ -205,6 +279,8 @@ def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time):
     words = shlex.split(lines[-1])
     assert words[:3] == ["/my python", "-m", "distributed.cli.dask_worker"]
     assert words[words.index("--nworkers") + 1] == "3"
+    # Each job spills to its own temporary folder: that of the stitch's job is not for others.
+    assert "of-this-job-alone" not in SLURMJob("tls://node:1", name="x", **options).job_script()
     # The last one counts: no worker is killed while the job still has memory.
     assert words[len(words) - words[::-1].index("--memory-limit")] == "0"
 

@@ -16,7 +16,6 @@ from blockwise.journal import Journal, JournalTail
 from blockwise.run_paths import log_name, log_path
 from pipeline.config import Config, masked
 from pipeline.config import load_config as read_config
-from pipeline.run_folder import RunLockedError
 from pipeline.slurm import check, client, jobs
 from pipeline.slurm.scripts import folder, log_folder, submit_arguments
 
@@ -62,6 +61,8 @@ def submit(
         )
     if after is not None and stage != "stitch":
         raise InputError("--after predict goes with --stage stitch")
+    if after is not None and overwrite:
+        raise InputError("--overwrite would delete the prediction that --after predict waits for")
     stages: list[jobs.Stage] = [stage] if stage else ["predict", "stitch"]
     if dry_run:
         _show_scripts(loaded, stages)
@@ -96,20 +97,21 @@ def _submit(
         out.print(f"note: {warning}", markup=False, soft_wrap=True)
     if jobs.record_path(run_dir).exists():
         jobs.refuse_live(run_dir, jobs.load(run_dir), stages)
+    behind = after_predict and jobs.prediction_in_queue(run_dir) is not None
     prepared = prepare(config, workers_here=False)
-    try:
+    if behind:
+        # The run, its record, its lock and its scripts belong to the prediction.
+        prepared.run.require_identity(prepared.identity)
+        jobs.save_stitch_config(config)
+        _write_scripts(config, ["stitch"])
+    else:
         with prepared.run.lock():
             if overwrite:
                 prepared.run.clear()
             prepared.run.create(masked(config), prepared.identity)
             _start_record(config, check.grace_s(section, cluster))
-            _write(config, ["predict", "stitch"])
-    except RunLockedError:
-        if not after_predict or overwrite:
-            raise
-        # The prediction that the stitch shall wait for holds the run, its record and its scripts.
-        prepared.run.require_identity(prepared.identity)
-        _write(config, ["stitch"])
+            jobs.save_config(config)
+            _write_scripts(config, ["predict", "stitch"])
     known = len(jobs.load(run_dir).jobs)
     submitted = jobs.submit_all(config, stages, after_predict=after_predict)
     _tell(run_dir, submitted, known)
@@ -127,11 +129,9 @@ def _start_record(config: Config, grace_s: int) -> None:
     write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode())
 
 
-def _write(config: Config, stages: list[jobs.Stage]) -> None:
+def _write_scripts(config: Config, stages: list[jobs.Stage]) -> None:
     run_dir = Path(config.run_dir)
-    make_folder(folder(run_dir))
     make_folder(log_folder(run_dir))
-    jobs.save_config(config)
     for script in jobs.scripts(config, stages, Path.cwd()):
         write_atomic(script.path(run_dir), script.text.encode())
 

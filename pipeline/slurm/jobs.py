@@ -167,6 +167,30 @@ def save_config(config: "Config") -> None:
     write_atomic(config_path(run_dir), json.dumps(data, indent=1).encode())
 
 
+def save_stitch_config(config: "Config") -> None:
+    """Write the configuration for a stitch that waits for a prediction in the queue.
+
+    The prediction's jobs read the same file, and those that start later or are requeued have not
+    done so yet: only what the stitch alone needs is taken from the new configuration.
+
+    Raises
+    ------
+    InputError
+        If the stitch is to be of another part of the volume.
+    """
+    run_dir = Path(config.run_dir)
+    kept = load_config(run_dir)
+    if config.input.roi != kept.input.roi:
+        raise InputError(
+            "input.roi: the prediction in the queue has another one; submit the stitch with that, "
+            "or when the prediction has ended"
+        )
+    slurm = section_of(kept).model_copy(update={"stitch": section_of(config).stitch})
+    own = {name: getattr(config, name) for name in ("stitch", "pyramid", "evaluate")}
+    data = kept.model_copy(update={**own, "slurm": slurm}).model_dump(mode="json")
+    write_atomic(config_path(run_dir), json.dumps(data, indent=1).encode())
+
+
 def load_config(run_dir: Path) -> "Config":
     """Read the configuration that `save_config` wrote.
 
@@ -223,6 +247,23 @@ def refuse_live(run_dir: Path, jobs: Jobs, stages: Sequence[Stage]) -> None:
         )
 
 
+def prediction_in_queue(run_dir: Path) -> int | None:
+    """Return the job of the coordinator that is in the queue; None if the prediction is done.
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    """
+    job = load(run_dir).latest("coordinator") if record_path(run_dir).exists() else None
+    if job is not None and client.queue([job]):
+        return job
+    run = RunFolder(run_dir)
+    if run.exists() and run.record()["stages"].get("predict", {}).get("state") == "done":
+        return None
+    raise InputError("--after predict: no prediction of this run is in the queue")
+
+
 def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool = False) -> Jobs:
     """Submit the scripts that lie in the run folder, chained by dependencies.
 
@@ -256,12 +297,7 @@ def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool
             before = _submit(jobs, run_dir, "coordinator")
             submit_workers(jobs, run_dir, section, jobs.workers, after=f"after:{before}")
         elif after_predict:
-            before = jobs.latest("coordinator")
-            if before is None or not client.queue([before]):
-                stages_done = RunFolder(run_dir).record()["stages"]
-                if stages_done.get("predict", {}).get("state") != "done":
-                    raise InputError("--after predict: no prediction of this run is in the queue")
-                before = None  # it has ended meanwhile
+            before = prediction_in_queue(run_dir)
         if "stitch" in stages:
             _submit(jobs, run_dir, "stitch", after=f"afterok:{before}" if before else None)
     return jobs
