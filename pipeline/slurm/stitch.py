@@ -57,7 +57,6 @@ def jobqueue_options(section: SlurmSection, run_dir: Path) -> dict[str, Any]:
         "job_extra_directives": extra,
         "job_script_prologue": list(section.prologue),
         "log_directory": str(log_folder(run_dir)),
-        "local_directory": os.environ.get("TMPDIR", "/tmp"),  # noqa: S108
     }
 
 
