@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 Triple = tuple[int, int, int]
 
 
-def open_location(location: str, kind: "Kind") -> "Volume":
-    """Open ``path``, ``path::dataset`` or a run folder (its segmentation).
+def open_location(location: str, kind: "Kind", unit: str = "nm") -> "Volume":
+    """Open ``path``, ``path::dataset`` or a run folder (its segmentation), in a world unit.
 
     Raises
     ------
@@ -24,8 +24,10 @@ def open_location(location: str, kind: "Kind") -> "Volume":
 
     path, _, dataset = location.partition("::")
     if not dataset and RunFolder(Path(path)).exists():
-        return open_volume(RunFolder(Path(path)).container, "segmentation", level=0, kind=kind)
-    return open_volume(path, dataset or None, kind=kind)
+        return open_volume(
+            RunFolder(Path(path)).container, "segmentation", level=0, kind=kind, unit=unit
+        )
+    return open_volume(path, dataset or None, kind=kind, unit=unit)
 
 
 def parse_triple(name: str, text: str, least: int | None = None) -> Triple:

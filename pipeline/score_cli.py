@@ -44,7 +44,8 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     record = run.record()
     config = parse_config({**record["config"], "ledger": None}, source=str(run.record_path))
     if location is not None:
-        truth = open_location(location, "labels")
+        # In the unit of the ROI and of what is scored.
+        truth = open_location(location, "labels", config.input.raw.unit)
     elif config.evaluate is not None:
         truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
     else:
@@ -96,10 +97,12 @@ def evaluate(
     if blocks and not run.exists():
         raise InputError(f"--blocks: {segmentation} is no run folder")
     trees = None if skeletons is None else read_skeletons(skeletons)
-    labels = open_location(segmentation, "labels")
-    truth = (
-        truth_of(run, groundtruth) if run.exists() else open_location(str(groundtruth), "labels")
-    )
+    if run.exists():
+        truth = truth_of(run, groundtruth)
+        labels = open_location(segmentation, "labels", truth.unit)
+    else:
+        truth = open_location(str(groundtruth), "labels")
+        labels = open_location(segmentation, "labels")
     ignore = BorderRule(ignore_border, border_3d)
     with step_progress("evaluate") as step:
         report = scoring.evaluate(labels, truth, ignore=ignore, worst=worst, on_progress=step)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
+from blockwise.grid import BlockGrid
 from pipeline import cli
+from pipeline.run_folder import RunFolder
 from tests.runs import ROOT, blobs, make_config, write_volume
 
 
@@ -246,6 +248,34 @@ def test_evaluate_locations(main, tmp_path):
     code, _, err = main("evaluate", f"{tmp_path}/v.zarr::none", f"{tmp_path}/v.zarr::truth")
     assert code == 2
     assert "truth" in err
+
+
+def test_a_run_is_scored_in_its_own_unit(main, tmp_path):
+    """A voxel of 4.2 nm is no whole number of nm."""
+    placed = {"voxel_size": (300, 42, 42), "offset": (300, 0, 84), "unit": "angstrom"}
+    truth = np.arange(1, 9, dtype=np.uint32).reshape(2, 2, 2).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+    labels = truth.copy()
+    labels[:2] = 9  # outside the ROI
+    write_volume(tmp_path / "t.zarr", "truth", truth, **placed)
+    grid = BlockGrid((8, 8, 8), (300, 42, 42), (4, 4, 4), offset=(300, 0, 84))
+    run = RunFolder(tmp_path / "run")
+    truth_section = {"path": str(tmp_path / "t.zarr"), "dataset": "truth", "unit": "angstrom"}
+    config = {
+        "run_dir": str(run.path),
+        "input": {
+            "raw": {"path": "raw.zarr", "unit": "angstrom"},
+            "roi": {"offset": [900, 0, 84], "shape": [1800, 336, 336], "units": "world"},
+        },
+        "evaluate": {"truth": truth_section},
+    }
+    run.create(config, {"grid": grid.to_dict()})
+    write_volume(run.container, "segmentation", labels, **placed)
+    for given in ((), (f"{tmp_path}/t.zarr::truth",)):
+        code, text, err = main("evaluate", run.path, *given, "--json")
+        assert code == 0, err
+        report = json.loads(text)
+        assert (report["unit"], report["voxels"]) == ("angstrom", 6 * 8 * 8)
+        assert report["scores"]["as_is"]["voi_sum"] == 0
 
 
 @pytest.mark.parametrize("text", ["1,2", "a,b,c", "0,6,6"])
