@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from blockwise.errors import InputError
-from blockwise.ledger_uri import LedgerError, LedgerSettings
+from blockwise.ledger_uri import URI_VARIABLE, LedgerError, LedgerSettings
 from pipeline.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -80,10 +80,12 @@ def _folder_and_ledger(target: Path) -> tuple[Path, LedgerSettings]:
 
 def _recorded_ledger(run_dir: Path, ledger: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the ledger's settings with a URI that can be used: a recorded one is masked."""
-    if ledger is None or ledger.get("uri_file") is None:
-        # What was submitted keeps it in a file; anything else, and colleagues, may have the
-        # environment variable.
-        kept = run_dir / "slurm" / "ledger-uri"
-        file = str(kept) if os.access(kept, os.R_OK) else None
-        ledger = ledger if file is None else {**(ledger or {}), "uri_file": file}
-    return None if ledger is None else {**ledger, "uri": None}
+    recorded = (ledger or {}).get("uri_file")
+    # What was submitted keeps it in a file, which moves with the run.
+    files = [*([] if recorded is None else [recorded]), run_dir / "slurm" / "ledger-uri"]
+    file = next((str(f) for f in files if os.access(Path(f).expanduser(), os.R_OK)), None)
+    if file is None and not os.environ.get(URI_VARIABLE):
+        file = recorded  # to say that it cannot be read; else, as for colleagues, the variable
+    if ledger is None and file is None:
+        return None
+    return {**(ledger or {}), "uri": None, "uri_file": file}

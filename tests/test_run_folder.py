@@ -161,3 +161,24 @@ def test_a_run_is_watched_without_its_whole_configuration(tmp_path, monkeypatch)
     run.create({**config, "ledger": {"databse": "x"}}, {"grid": 1})
     with pytest.raises(InputError, match=r"unknown key 'ledger\.databse'"):
         watched(run.path)
+
+
+def test_the_database_of_a_recorded_run_is_found(tmp_path, monkeypatch):
+    """A file that cannot be read (a colleague's, or of a folder that has moved) hides no other."""
+    run = RunFolder(tmp_path / "run")
+    gone = tmp_path / "before" / "slurm" / "ledger-uri"
+    config = {"run_dir": str(run.path), "input": {"raw": {"path": "raw.zarr"}}}
+    recorded = {"uri": None, "uri_file": str(gone), "database": "d"}
+    run.create({**config, "ledger": recorded}, {"grid": 1})
+    monkeypatch.delenv("AGQ_MONGO_URI", raising=False)
+    # With nothing else, what is missing is named.
+    with pytest.raises(InputError, match=r"before/slurm/ledger-uri: No such file"):
+        read_target(run.path).ledger.resolve()
+    monkeypatch.setenv("AGQ_MONGO_URI", "mongodb://environment/")
+    found = read_target(run.path).ledger
+    assert (found.resolve().get_secret_value(), found.database) == ("mongodb://environment/", "d")
+    for file in (run.path / "slurm" / "ledger-uri", gone):
+        file.parent.mkdir(parents=True)
+        file.write_text(f"mongodb://{file.parent.parent.name}/")
+        found = read_target(run.path).ledger.resolve().get_secret_value()
+        assert found == f"mongodb://{file.parent.parent.name}/"
