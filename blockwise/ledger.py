@@ -275,21 +275,13 @@ class Ledger:
         query = {"run": run, "stage": stage} | ({"state": state} if state else {})
         yield from self.blocks.find(query).sort("block", ASCENDING).limit(limit)
 
-    def failure_reasons(
-        self, run: str, stage: str, limit: int = 10_000
-    ) -> list[tuple[str, int, int]]:
-        """Group the failed blocks by their reason.
-
-        Returns
-        -------
-        list of (str, int, int)
-            Reason, blocks, and the first of them by number; the most frequent first.
-        """
+    def failure_reasons(self, run: str, stage: str) -> Iterator[tuple[str, int, int]]:
+        """Yield each reason of failed blocks, their number, and the first of them, in no order."""
         failed: Document = {"$match": {"run": run, "stage": stage, "state": "failed"}}
         group: Document = {"_id": "$reason", "count": {"$sum": 1}, "first": {"$min": "$block"}}
-        steps = [failed, {"$group": group}, {"$sort": {"count": -1, "_id": 1}}, {"$limit": limit}]
-        found = self.blocks.aggregate(steps)
-        return [(str(d["_id"] or ""), int(d["count"]), int(d["first"])) for d in found]
+        # Every block may have a reason of its own: more than the server holds in memory.
+        for d in self.blocks.aggregate([failed, {"$group": group}], allowDiskUse=True):
+            yield str(d["_id"] or ""), int(d["count"]), int(d["first"])
 
     def blocks_of(self, run: str, stage: str, numbers: Sequence[int]) -> dict[int, Document]:
         """Return the documents of some blocks by number."""

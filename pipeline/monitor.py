@@ -238,7 +238,8 @@ class Monitor:
         now = time.time()
         # What the coordinator says of its stages is in run.json sooner than in the ledger.
         record = known | {"stages": here["stages"]} if here else known
-        path = Path(known.get("run_dir", self._run.path))
+        # Here it may be mounted or moved elsewhere than where its coordinator works.
+        path = self._run.path if here else Path(known.get("run_dir", self._run.path))
         totals = {name: s.get("totals", {}) for name, s in known.get("stages", {}).items()}
         alive = coordinator_alive(self._run.path) if here is not None else None
         entries = stage_entries(record, [name for name in totals if totals[name]])

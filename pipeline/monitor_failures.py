@@ -51,7 +51,7 @@ def failures_of_journal(journal: "Journal", stage: str, run_dir: Path) -> Failur
     counts: Counter[str] = Counter()
     examples: dict[str, BlockRecord] = {}
     for record in records:
-        key = _kind(record.reason or error_line(record.error))
+        key = error_kind(record.reason or error_line(record.error))
         counts[key] += 1
         examples.setdefault(key, record)
     kinds = counts.most_common(MAX_GROUPS)
@@ -66,10 +66,11 @@ def failures_of_ledger(ledger: "Ledger", run: str, stage: str, run_dir: Path) ->
     counts: Counter[str] = Counter()
     blocks: dict[str, int] = {}
     for reason, count, block in ledger.failure_reasons(run, stage):
-        key = _kind(reason)
+        key = error_kind(reason)
         counts[key] += count
         blocks[key] = min(block, blocks.get(key, block))
-    kinds = counts.most_common(MAX_GROUPS)
+    # By block where two are as many: the ledger has no order, a journal this one.
+    kinds = sorted(counts.items(), key=lambda item: (-item[1], blocks[item[0]]))[:MAX_GROUPS]
     examples = ledger.blocks_of(run, stage, [blocks[key] for key, _ in kinds])
     groups = [
         _group(failure_of_document(examples[blocks[key]]), count, stage, run_dir)
@@ -79,7 +80,7 @@ def failures_of_ledger(ledger: "Ledger", run: str, stage: str, run_dir: Path) ->
     return tuple(failure_of_document(d) for d in first), tuple(groups)
 
 
-def _kind(summary: str) -> str:
+def error_kind(summary: str) -> str:
     """Return what the errors of many blocks have in common: not their numbers."""
     return _NUMBER.sub("#", summary)
 

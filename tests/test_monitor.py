@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
@@ -21,6 +22,7 @@ from blockwise.ledger import LedgerSettings, connect
 from blockwise.ledger_feed import LedgerFeeder
 from blockwise.predict import PredictProgress
 from pipeline.monitor import Monitor, load_status, watch
+from pipeline.monitor_failures import failures_of_ledger
 from pipeline.monitor_view import duration, render
 from pipeline.progress import RunProgress
 from pipeline.run_folder import RunFolder
@@ -366,6 +368,30 @@ def test_status_from_another_machine(run, ledger, tmp_path):
     assert (status.source, status.state, status.stages[0].done) == ("ledger", "running", 8)
     with pytest.raises(InputError, match="unknown to the ledger"):
         load_status(tmp_path / "nothing", ledger)
+
+
+def test_a_run_that_was_moved_is_shown_where_it_is(run, ledger, tmp_path):
+    run.update_stage("predict", state="stopped", blocks_total=20)
+    predict_half(run, time.time() - 80)
+    feed(run, ledger)
+    moved = run.path.rename(tmp_path / "mounted here")
+    status = load_status(moved, ledger)
+    assert (status.source, status.run_dir) == ("ledger", str(moved))
+    logs = {group.log for group in status.stages[0].errors}
+    assert logs == {str(moved / "logs" / "predict" / "worker-0.log")}
+
+
+def test_every_failed_block_is_counted_whatever_its_error_says(ledger):
+    """Here each has a text of its own, as where its number is in it."""
+    texts = [f"{'OSError' if k < 10_500 else 'ValueError'}: block {k}" for k in range(11_000)]
+    ledger.blocks.insert_many(
+        {"_id": f"r/predict/{k}", "run": "r", "stage": "predict", "block": k, "state": "failed",
+         "order": "", "attempt": 1, "token": "t", "reason": text}
+        for k, text in enumerate(texts)
+    )  # fmt: skip
+    first, groups = failures_of_ledger(ledger, "r", "predict", Path("/r"))
+    assert [failure.block for failure in first] == list(range(20))
+    assert [(g.count, g.example.block) for g in groups] == [(10_500, 0), (500, 10_500)]
 
 
 def test_journal_is_read_where_the_ledger_is_behind(run, ledger, monkeypatch):

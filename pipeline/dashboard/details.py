@@ -1,6 +1,5 @@
 """What the page shows beyond a run's status: speed over time, worker rates, grouped failures."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import yaml
 
 from blockwise.grid import BlockGrid
+from pipeline.monitor_failures import error_kind
 from pipeline.run_status import Failure, StageStatus, WorkerStatus
 
 _BINS: Final = 120
@@ -131,7 +131,7 @@ def group_failures(
     counts: Counter[str] = Counter()
     groups: dict[str, dict[str, Any]] = {}
     for failure in failures:
-        key = re.sub(r"\d+", "#", failure.summary)
+        key = error_kind(failure.summary)
         counts[key] += 1
         group = groups.setdefault(
             key, {"summary": failure.summary, "error": failure.error, "blocks": []}
