@@ -153,7 +153,7 @@ def _sources(
     from blockwise.ledger import LedgerSettings, connect
     from pipeline.targets import read_target
 
-    settings = LedgerSettings(uri_file=uri_file)
+    settings = LedgerSettings.of_environment().model_copy(update={"uri_file": uri_file})
     if everything:
         return [], target or DEFAULT_RUNS, connect(settings)
     if target is None:

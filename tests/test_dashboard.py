@@ -27,10 +27,13 @@ from blockwise.journal_table import ROW
 from blockwise.ledger import LedgerSettings, connect
 from blockwise.ledger_feed import LedgerFeeder
 from pipeline.dashboard import blockmap
-from pipeline.dashboard.details import history
+from pipeline.dashboard.details import group_failures, history
+from pipeline.dashboard.run_view import RunView
 from pipeline.dashboard.runs import Runs
 from pipeline.dashboard.server import Dashboard, serve
+from pipeline.look_cli import _sources
 from pipeline.run_folder import RunFolder
+from pipeline.run_status import Failure
 from tests.browser import browser_page
 from tests.runs import ROOT, agq, command, environment
 from tests.services import free_port
@@ -403,3 +406,39 @@ def _expected(page: Any, marks: dict[int, str], first: int) -> list[list[int]]:
         for name in set(names)
     }
     return [[int(v, 16) for v in re.findall("..", css[name].lstrip("#"))] for name in names]
+
+
+def test_all_runs_are_those_of_the_database_of_the_environment(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("blockwise.ledger.connect", asked.append)
+    monkeypatch.setenv("AGQ_MONGO_DATABASE", "ours")
+    for file in (None, tmp_path / "uri"):
+        _sources(tmp_path, True, file)
+        assert (asked[-1].database, asked[-1].uri_file) == ("ours", file)
+
+
+def test_page_and_status_group_failures_alike():
+    failures = [
+        Failure(block=k, attempt=1, reason=f"OSError: took {t} s")
+        for k, t in enumerate(["1", "2.5", "3"])
+    ]
+    total, groups = group_failures(failures, None)
+    assert total == 3
+    assert [group["count"] for group in groups] == [3]
+
+
+@pytest.mark.parametrize(
+    "roi",
+    [
+        {"offset": [1, 10, 10], "shape": [4, 5, 15]},
+        {"offset": [90, 60, 60], "shape": [120, 30, 90], "units": "world"},
+    ],
+)
+def test_blocks_outside_the_roi_are_told_apart(tmp_path, roi):
+    folder = RunFolder(tmp_path / "run")
+    config = {"run_dir": str(folder.path), "input": {"raw": {"path": "x"}, "roi": roi}}
+    folder.create(config, {"grid": GRID.to_dict()})
+    view = RunView(folder.path)
+    view.overview(None)
+    waiting = np.flatnonzero(view._codes() == blockmap.WAITING)
+    assert waiting.tolist() == [6, 7, 26, 27]

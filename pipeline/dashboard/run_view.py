@@ -15,6 +15,7 @@ from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.journal_table import ROW
 from blockwise.ledger import Ledger
+from pipeline.config import RoiSection
 from pipeline.dashboard.blockmap import (
     By,
     MapImage,
@@ -35,6 +36,7 @@ from pipeline.dashboard.details import (
 )
 from pipeline.monitor import Monitor
 from pipeline.monitor_failures import failure_of_document, failure_of_record
+from pipeline.prepare import roi_box
 from pipeline.run_folder import RunFolder
 from pipeline.run_status import Failure, RunStatus
 
@@ -289,10 +291,5 @@ class RunView:
 def _selected(grid: BlockGrid, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:
     """Blocks that the configured ROI touches; None for all."""
     roi = (config.get("input") or {}).get("roi")
-    if not roi:
-        return None
-    start, shape = np.array(roi["offset"]), np.array(roi["shape"])
-    if roi.get("units") == "world":
-        size = np.array(tuple(grid.voxel_size))
-        start, shape = (start - np.array(tuple(grid.offset))) // size, shape // size
-    return grid.select(start.tolist(), (start + shape).tolist())
+    box = roi_box(RoiSection.model_validate(roi), grid) if roi else None
+    return None if box is None else grid.select(*box)
