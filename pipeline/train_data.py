@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from blockwise.errors import InputError
 from model.training.config import TrainConfig, VolumeConfig
@@ -68,13 +69,23 @@ def make(volume: VolumeConfig) -> None:
             f"{volume.container}: a synthetic volume has raw and labels, and no mask; "
             "leave these names out"
         )
-    unfinished = volume.container.with_name(volume.container.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with step_progress(f"making {volume.container.name}") as report:
+    container = volume.container
+    container.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own: another command may be making the same volume.
+    with (
+        TemporaryDirectory(prefix=f"{container.name}.unfinished-", dir=container.parent) as folder,
+        step_progress(f"making {container.name}") as report,
+    ):
+        unfinished = Path(folder) / container.name
         synthetic.write(
             unfinished,
             volume.synthetic.shape,
             seed=volume.synthetic.seed,
             on_progress=report,
         )
-    unfinished.rename(volume.container)
+        try:
+            unfinished.rename(container)
+        except OSError:
+            if not container.exists():
+                raise
+            # The other command was first, with the same volume.

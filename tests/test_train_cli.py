@@ -1,13 +1,16 @@
 """`agq train` and `agq checkpoint` as users call them."""
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 import zarr
+from stitch_helpers import folder_bytes
 from test_training_loop import NETWORK, config_of, volume  # noqa: F401
 from typer.testing import CliRunner
 
@@ -16,8 +19,9 @@ from model import checkpoint
 from model.agq import AGQ
 from model.errors import ModelInputError
 from model.training.config import SyntheticConfig, VolumeConfig
+from pipeline import synthetic
 from pipeline.cli import app
-from pipeline.train_data import ready
+from pipeline.train_data import make, ready
 
 
 def call(*arguments: object) -> str:
@@ -58,14 +62,13 @@ def test_train_makes_synthetic_volumes_and_goes_on_without_optional_ones(
     values = config_of(volume, tmp_path / "run").model_dump(mode="json")
     file = tmp_path / "train.yaml"
     file.write_text(yaml.safe_dump(values | {"volumes": [made, absent], "validation": [absent]}))
-    (tmp_path / "s.zarr.unfinished").mkdir()  # of a command that was stopped
     result = CliRunner().invoke(app, ["train", str(file), "--max-steps", "1"])
     assert result.exit_code == 0, result.output
     assert result.stderr.count(f"{tmp_path / 'absent.zarr'} is not there and optional") == 2
     labels = zarr.open_array(tmp_path / "s.zarr" / "labels", mode="r")
     assert labels.shape == (6, 48, 48)
     assert np.asarray(labels[:]).any()
-    assert not (tmp_path / "s.zarr.unfinished").exists()
+    assert not list(tmp_path.glob("s.zarr.*"))
     about = checkpoint.load(tmp_path / "run" / "model.safetensors").provenance
     assert about["data"] == [made["container"]]
     file.write_text(yaml.safe_dump(values | {"volumes": [absent]}))
@@ -75,6 +78,38 @@ def test_train_makes_synthetic_volumes_and_goes_on_without_optional_ones(
     file.write_text(yaml.safe_dump(values | needed))
     with pytest.raises(ModelInputError, match=r"absent\.zarr/raw"):
         call("train", file)
+
+
+def test_two_commands_may_make_the_same_volume_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = VolumeConfig(
+        container=tmp_path / "data" / "s.zarr",
+        synthetic=SyntheticConfig(shape=(6, 48, 48), seed=3),
+    )
+    write = synthetic.write
+
+    def slowly(container: Path, *arguments: Any, **options: Any) -> None:
+        monkeypatch.setattr(synthetic, "write", write)
+        write(container, *arguments, **options)
+        before = folder_bytes(container)
+        make(entry)  # the other command, from beginning to end
+        assert folder_bytes(container) == before, "the one's files are no business of the other"
+
+    monkeypatch.setattr(synthetic, "write", slowly)
+    make(entry)
+    assert [path.name for path in entry.container.parent.iterdir()] == ["s.zarr"]
+    alone = entry.model_copy(update={"container": tmp_path / "alone.zarr"})
+    make(alone)
+    assert folder_bytes(entry.container) == folder_bytes(alone.container)
+
+    def full(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(synthetic, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        make(entry.model_copy(update={"container": tmp_path / "new" / "s.zarr"}))
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_several_processes_are_told_to_make_volumes_first(
