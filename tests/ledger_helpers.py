@@ -54,13 +54,15 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def journal_slowly(folder, n: int, pause: float) -> tuple[threading.Thread, list[float]]:
+def journal_slowly(
+    folder, n: int, pause: float, first: int = 0
+) -> tuple[threading.Thread, list[float]]:
     """A worker that journals n blocks; the longest times of one block come out in the list."""
     times: list[float] = []
 
     def work() -> None:
         with JournalWriter(folder, WORKER) as writer:
-            for block in range(n):
+            for block in range(first, first + n):
                 start = time.perf_counter()
                 writer.begin(block)
                 writer.finish(record(block, "failed" if block % 9 == 0 else "done"))

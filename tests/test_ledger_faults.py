@@ -75,13 +75,16 @@ def test_errors_of_a_moment_are_outlived(failing, tmp_path, what, caplog, open_l
     ledger = open_ledger(settings_for(uri, required=True, timeout_s=5))
     feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path}, {"user": "me"})
     feeder.start()
-    thread, times = journal_slowly(tmp_path, 120, 0.01)
-    wait_for(lambda: in_ledger(ledger, "r"))
+    before, _ = journal_slowly(tmp_path, 10, 0)
+    before.join()
+    wait_for(lambda: len(in_ledger(ledger, "r")) == 10)
     commands = ["update", "insert", "bulkWrite"]
     with MongoClient(failing.uri) as client, caplog.at_level(logging.WARNING):
         fail = {"failCommands": commands, **ERRORS[what]}
         # More often than the driver tries again by itself.
         client.admin.command("configureFailPoint", "failCommand", mode={"times": 5}, data=fail)
+        # Only now, so that there is something to deliver while it fails, however busy it is here.
+        thread, times = journal_slowly(tmp_path, 110, 0.01, first=10)
         wait_for(lambda: "trying again later" in caplog.text)
     thread.join()
     report = feeder.stop(60)
