@@ -45,7 +45,9 @@ class LedgerSettings(BaseModel):
     )
     database: str = Field("agq", description="Database; many runs and users may share one.")
     required: bool = Field(
-        False, description="Refuse to start when the database cannot be reached at the start."
+        False,
+        description="Refuse to start when the database cannot be reached or written to at the "
+        "start.",
     )
     timeout_s: float = Field(
         5.0, gt=0, description="Seconds to wait for the database before trying again later."

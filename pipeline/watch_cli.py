@@ -28,7 +28,7 @@ def status(
         Path | None, typer.Argument(help="Run folder or YAML configuration file.")
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="All runs in the database of AGQ_MONGO_URI.")
+        bool, typer.Option("--all", help="The newest 100 runs in the database of AGQ_MONGO_URI.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
