@@ -1,20 +1,17 @@
 """Files of plain arrays (npy, npz): no pickle, bytes that depend on the arrays alone."""
 
 import io
-import os
-import secrets
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockwise.errors import InputError
-from blockwise.files import TEMPORARY_SUFFIX, fsync_path, make_folder, write_atomic
+from blockwise.files import atomic_file, write_atomic
 
 Table = TypeVar("Table")
 
@@ -24,25 +21,6 @@ def save_array(path: Path, array: NDArray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     write_atomic(path, buffer.getbuffer())
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under its name, synced and whole, when the block ends well."""
-    folder = path.parent if path.parent.is_dir() else make_folder(path.parent)
-    temporary = folder / f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk does not say where
-        raise
-    fsync_path(folder)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray]) -> None:

@@ -10,8 +10,10 @@ import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from blockwise.errors import InputError
 
@@ -127,6 +129,16 @@ def write_atomic(path: PathLike, data: Bytes, *, mode: int = 0o666) -> None:
     OSError
         If the folder is not writable or the disk is full; the temporary file is removed.
     """
+    with atomic_file(path, mode=mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: PathLike, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Open a file that appears under its name, synced and whole, when the block ends well.
+
+    Parameters and errors are those of :func:`write_atomic`.
+    """
     target = Path(path)
     if not target.parent.is_dir():
         make_folder(target.parent)
@@ -134,7 +146,7 @@ def write_atomic(path: PathLike, data: Bytes, *, mode: int = 0o666) -> None:
     try:
         temporary.touch(mode, exist_ok=False)
         with temporary.open("r+b") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blockwise.agglomerate_tree import Superblock
-from blockwise.array_files import array_table, atomic_file, load_arrays
+from blockwise.array_files import array_table, load_arrays
+from blockwise.files import atomic_file
 from blockwise.relabel import SegmentIds
 from blockwise.stitch_files import StitchFiles
 from blockwise.stitch_names import ClusterTable

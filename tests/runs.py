@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from scipy import ndimage
 
-from blockwise.arrays import create_array
+from blockwise.arrays import create_array, open_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 FAKE = {"factory": "tests.fakes:threshold"}
@@ -36,6 +36,14 @@ def write_volume(container: Path, name: str, data: np.ndarray, **placed: Any) ->
         **{"voxel_size": VOXEL_SIZE, **placed},
     )
     array[:] = data
+
+
+def stored(
+    folder: Path, labels: np.ndarray, offset: Any = (0, 0, 0), size: Any = VOXEL_SIZE
+) -> Any:
+    """Write labels and open them as a volume."""
+    write_volume(folder, "labels", labels, voxel_size=size, offset=offset)
+    return open_volume(folder, "labels", kind="labels")
 
 
 def make_config(folder: Path, data: np.ndarray | None = None, **sections: Any) -> Path:

@@ -14,31 +14,14 @@ from rich.console import Console
 from scipy import ndimage
 from skimage.metrics import adapted_rand_error, variation_of_information
 
-from blockwise.arrays import Volume, create_array, open_volume
 from blockwise.cluster import local_client
 from blockwise.errors import InputError
 from pipeline.contingency import Table
 from pipeline.evaluate import BorderRule, evaluate
 from pipeline.parallel import unordered
 from pipeline.scores import Scores
-
-SIZE = (30, 6, 6)
-
-
-def stored(
-    folder: Path, labels: npt.NDArray[Any], offset: Any = (0, 0, 0), size: Any = SIZE
-) -> Volume:
-    array = create_array(
-        folder,
-        "labels",
-        shape=labels.shape,
-        chunks=(4, 16, 16),
-        dtype=labels.dtype,
-        voxel_size=size,
-        offset=offset,
-    )
-    array[:] = labels
-    return open_volume(folder, "labels", kind="labels")
+from tests.runs import VOXEL_SIZE as SIZE
+from tests.runs import stored
 
 
 def blobs(seed: int, n: int, shape: Any = (9, 40, 44), zeros: float = 0.0) -> npt.NDArray[Any]:

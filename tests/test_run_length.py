@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import cc3d
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from skimage.metrics import adapted_rand_error, variation_of_information
 from stitch_helpers import GRID, box, make_run, write_run
 
-from blockwise.arrays import Volume, create_array, open_volume
+from blockwise.arrays import open_volume
 from blockwise.errors import InputError
 from pipeline.block_scores import score_blocks
 from pipeline.evaluate import evaluate
@@ -24,22 +23,7 @@ from pipeline.skeletons import (
     skeletonize,
 )
 from pipeline.sweep import Point
-
-SIZE = (30, 6, 6)
-
-
-def stored(folder: Path, labels: np.ndarray, offset: Any = (0, 0, 0)) -> Volume:
-    array = create_array(
-        folder,
-        "labels",
-        shape=labels.shape,
-        chunks=(4, 16, 16),
-        dtype=labels.dtype,
-        voxel_size=SIZE,
-        offset=offset,
-    )
-    array[:] = labels
-    return open_volume(folder, "labels", kind="labels")
+from tests.runs import stored
 
 
 def line(owner: int, nodes: int, step: float, y: float) -> Skeletons:
