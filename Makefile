@@ -36,7 +36,7 @@ demo: $(VENV)/.installed
 	@echo "Picture: $(DEMO)/demo.png    Viewer: $(BIN)/agq view $(DEMO)"
 
 test: $(VENV)/.installed .venv-services/.installed
-	$(BIN)/pytest $(PARALLEL)
+	$(BIN)/pytest $(PARALLEL) --durations 12
 
 test-slow: $(VENV)/.installed .venv-services/.installed
 	$(BIN)/pytest $(PARALLEL) -m "slow and not cluster" --timeout 1200 --durations 12
