@@ -2,7 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +14,31 @@ from blockwise.errors import InputError
 from blockwise.files import atomic_file, write_atomic
 
 Table = TypeVar("Table")
+Result = TypeVar("Result")
+
+
+def parsed(read: Callable[[], Result]) -> Result:
+    """Call what reads headers of npy files, again where Python takes offence at nothing.
+
+    numpy parses a header as a Python literal, and in CPython before 3.11.8 and 3.12.2 threads that
+    parse at the same time share one counter: now and then one ends with a SystemError
+    (python/cpython#106905).
+    """
+    while True:
+        try:
+            return read()
+        except SystemError as error:
+            if "recursion depth mismatch" not in str(error):
+                raise
+
+
+def map_array(path: Path) -> NDArray:
+    """Map the file of :func:`save_array` into memory, read-only."""
+    return parsed(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def save_array(path: Path, array: NDArray) -> None:
-    """Write an npy file atomically; ``numpy.load(path, mmap_mode="r")`` maps it."""
+    """Write an npy file atomically; :func:`map_array` reads it."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     write_atomic(path, buffer.getbuffer())
@@ -41,10 +62,14 @@ def load_arrays(path: Path, *prefixes: str) -> dict[str, NDArray]:
     InputError
         If the file is not a readable npz.
     """
-    try:
+
+    def read() -> dict[str, NDArray]:
         with np.load(path, allow_pickle=False) as archive:
             wanted = [name for name in archive.files if not prefixes or name.startswith(prefixes)]
             return {name: archive[name] for name in wanted}
+
+    try:
+        return parsed(read)
     except FileNotFoundError:
         raise
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:

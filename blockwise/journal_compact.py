@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from blockwise.array_files import parsed
 from blockwise.errors import InputError
 from blockwise.files import fsync_path
 from blockwise.journal_lazy import SnapshotColumns
@@ -80,19 +81,20 @@ def write_snapshot(folder: Path, rows: NDArray[np.void], meta: dict[str, Any]) -
 def read_snapshot(folder: Path) -> tuple[NDArray[np.void], dict[str, Any]] | None:
     """Rows and meta of the snapshot, or None where there is no usable one."""
     try:
-        # Opened here: np.load leaks the file it opens when it finds no zip archive in it.
-        with (
-            (Path(folder) / SNAPSHOT).open("rb") as file,
-            np.load(file, allow_pickle=False) as archive,
-        ):
-            meta: dict[str, Any] = json.loads(archive["meta"].tobytes())
-            if meta["version"] != _VERSION:
-                return None
-            rows = np.zeros(len(archive["block"]), ROW)
-            for name in ROW.names or ():
-                rows[name] = archive[name]
+        return parsed(lambda: _read(Path(folder) / SNAPSHOT))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def _read(path: Path) -> tuple[NDArray[np.void], dict[str, Any]] | None:
+    # Opened here: np.load leaks the file it opens when it finds no zip archive in it.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        meta: dict[str, Any] = json.loads(archive["meta"].tobytes())
+        if meta["version"] != _VERSION:
+            return None
+        rows = np.zeros(len(archive["block"]), ROW)
+        for name in ROW.names or ():
+            rows[name] = archive[name]
     return rows, meta
 
 

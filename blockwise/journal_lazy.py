@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from blockwise.array_files import parsed
 from blockwise.errors import InputError
 from blockwise.journal_pages import PAGE_ROWS, by_page, groups
 from blockwise.journal_records import STATE_RANK
@@ -72,7 +73,7 @@ class SnapshotColumns:
         column = self._columns.get(name)
         if column is None:
             try:
-                column = self._columns[name] = self._archive[name]
+                column = self._columns[name] = parsed(lambda: self._archive[name])
             except _UNREADABLE as error:
                 raise self._error(error) from None
         return column

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 
 from blockwise.agglomerate_graph import MergeTable, positions
 from blockwise.agglomerate_tree import Superblock
-from blockwise.array_files import array_table, load_arrays, save_arrays, table_arrays
+from blockwise.array_files import (
+    array_table,
+    load_arrays,
+    map_array,
+    save_arrays,
+    table_arrays,
+)
 from blockwise.components import connected_components
 from blockwise.relabel import BlockLut, SegmentIds
 from blockwise.stitch_files import StitchFiles
@@ -181,7 +187,7 @@ def map_leaves(
     consecutive id.
     """
     files = StitchFiles(Path(run_dir))
-    smallest = np.load(files.smallest, mmap_mode="r", allow_pickle=False)
+    smallest = map_array(files.smallest)
     for leaf, blocks in leaves:
         if files.map(leaf).exists():
             continue

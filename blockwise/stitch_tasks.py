@@ -23,7 +23,13 @@ from blockwise.agglomerate_graph import (
     contract,
 )
 from blockwise.agglomerate_tree import Superblock, join
-from blockwise.array_files import array_table, load_arrays, save_arrays, table_arrays
+from blockwise.array_files import (
+    array_table,
+    load_arrays,
+    map_array,
+    save_arrays,
+    table_arrays,
+)
 from blockwise.contacts import ContactTable, Evidence, NodeTable
 from blockwise.contacts_blocks import collect
 from blockwise.grid import BlockGrid
@@ -39,7 +45,7 @@ def collect_leaves(
 ) -> tuple[int, int]:
     """Write the evidence of some leaves, given with their blocks; count fragments and contacts."""
     files, blocks = StitchFiles(Path(run_dir)), BlockGrid.from_dict(grid)
-    present = np.load(files.present, mmap_mode="r", allow_pickle=False)
+    present = map_array(files.present)
 
     def read(number: int) -> SidecarFile:
         return open_sidecar(Path(run_dir), number)
