@@ -1,12 +1,17 @@
 """Fixtures shared by all tests."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# One process a core: with a thread a core each they would wait for one another, four times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts background jobs with Ctrl-C ignored, and what they start inherits that; tests that
 # send it must find it as in a terminal.
