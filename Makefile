@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # A CPU-only torch is a tenth of the download: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 DEMO := runs/demo
-# One process a core; each takes a run of files, and tests of one that has more left than it.
-PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
+# One process a core.
+PARALLEL := -n auto --maxprocesses 4
 
 .PHONY: demo test test-slow test-cluster lint docs format bench install clean
 .DELETE_ON_ERROR:
@@ -36,10 +36,11 @@ demo: $(VENV)/.installed
 	@echo "Picture: $(DEMO)/demo.png    Viewer: $(BIN)/agq view $(DEMO)"
 
 test: $(VENV)/.installed .venv-services/.installed
-	$(BIN)/pytest $(PARALLEL) --durations 12
+	$(BIN)/pytest $(PARALLEL) --dist worksteal --durations 12
 
+# Tests of one file stay together: what they share may be a container image.
 test-slow: $(VENV)/.installed .venv-services/.installed
-	$(BIN)/pytest $(PARALLEL) -m "slow and not cluster" --timeout 1200 --durations 12
+	$(BIN)/pytest $(PARALLEL) --dist loadfile -m "slow and not cluster" --timeout 1200 --durations 12
 
 # A real SLURM with emulated GPU nodes on this machine: Debian or Ubuntu, as root (it installs
 # slurm and munge); elsewhere these tests say why they skip. However they end, no daemon stays.
