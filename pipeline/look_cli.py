@@ -9,12 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from blockwise.errors import InputError
+from pipeline.options import Target
 
 DEFAULT_RUNS = Path("runs")
-
-Target = Annotated[
-    Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
-]
 
 
 def view(

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipeline.cli import EXIT_FAILED
 from pipeline.config import Config, load_config
+from pipeline.options import AsJson
 from pipeline.stitch_cli import largest_segments
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ Settings = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def run(config: ConfigFile, overwrite: Overwrite = False, settings: Settings = None) -> None:

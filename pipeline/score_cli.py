@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from blockwise.errors import InputError
+from pipeline.options import AsJson
 from pipeline.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ Truth = Annotated[
     str | None,
     typer.Option(help="Truth: path or path::dataset; default: that of the configuration."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Border = Annotated[
     int, typer.Option("--ignore-border", help="Leave out voxels this near to borders of the truth.")
 ]

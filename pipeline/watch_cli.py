@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockwise.errors import InputError, RunStoppedError
+from pipeline.options import AsJson, RunDir, Target
 from pipeline.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -15,12 +16,6 @@ if TYPE_CHECKING:
     from pipeline.run_status import RunStatus
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of block progress.")
-
-RunDir = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
-Target = Annotated[
-    Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def status(

@@ -91,6 +91,18 @@ def agq(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess
     )
 
 
+def kill_after(lines: int, code: str, folder: Path) -> str:
+    """Run Python code on a folder, SIGKILL it after some lines of output; return what is left."""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(lines):
+            process.stdout.readline()
+        process.kill()
+        return process.stdout.read()
+
+
 def results(run_dir: Path) -> dict[str, bytes]:
     """Return the bytes of everything a run computes: arrays, sidecars, segments.
 

@@ -1,6 +1,4 @@
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +21,7 @@ from blockwise.journal import (
 )
 from blockwise.journal_compact import SNAPSHOT
 from blockwise.journal_records import MAX_TEXT, decode, encode
+from tests.runs import kill_after
 
 WORKER = WorkerInfo(name="w0", host="node 1/ä", pid=12, device="cuda:1", job="77", started=1.5)
 RECORD = BlockRecord(
@@ -305,13 +304,7 @@ for block in range(10**6):
     sys.stdout.write(f"{block}\\n")
     sys.stdout.flush()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        for _ in range(300):
-            process.stdout.readline()
-        os.kill(process.pid, signal.SIGKILL)
-        rest = process.stdout.read().split("\n")
+    rest = kill_after(300, code, tmp_path).split("\n")
     last = max([299, *(int(n) for n in rest[:-1])])
     journal = Journal(tmp_path)
     done = journal.done(10**6)

@@ -1,11 +1,7 @@
 """A journal that reads of its snapshot what is asked for says what one says that reads it all."""
 
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ from blockwise.journal_compact import SNAPSHOT
 from blockwise.journal_lazy import LazyBlockTable, SnapshotError
 from pipeline.monitor import Monitor, load_status
 from pipeline.run_folder import RunFolder
+from tests.runs import kill_after
 
 WORKER = WorkerInfo("w", "node", 1)
 
@@ -165,12 +162,7 @@ for first in range(0, 10**6, 100):
     compact(folder)
     print(first, flush=True)
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        for _ in range(60):
-            process.stdout.readline()
-        os.kill(process.pid, signal.SIGKILL)
+    kill_after(60, code, tmp_path)
     lazy, whole = Journal(tmp_path, lazy=True), Journal(tmp_path, use_snapshot=False)
     assert isinstance(lazy._table, LazyBlockTable)
     assert lazy.counts() == whole.counts()

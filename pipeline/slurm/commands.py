@@ -16,12 +16,12 @@ from blockwise.journal import Journal, JournalTail
 from blockwise.run_paths import log_name, log_path
 from pipeline.config import Config, masked
 from pipeline.config import load_config as read_config
+from pipeline.options import RunDir
 from pipeline.slurm import check, client, jobs
 from pipeline.slurm.scripts import folder, log_folder, submit_arguments
 
 out = Console(highlight=False)
 
-RunDir = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
 StageOption = Annotated[
     Literal["predict", "stitch"] | None,
     typer.Option("--stage", help="Only this stage; default: all, one after the other."),
