@@ -23,9 +23,9 @@ from pipeline.slurm import check as check_module
 from pipeline.slurm import client, commands, jobs
 from pipeline.slurm.check import Cluster, Partition, check, grace_s
 from pipeline.slurm.client import QueueEntry
+from pipeline.slurm.dask_jobs import jobqueue_options
 from pipeline.slurm.scripts import coordinator_script, worker_script
 from pipeline.slurm.section import SlurmSection
-from pipeline.slurm.stitch import jobqueue_options
 from tests.runs import environment, make_config
 
 ODD = "a ü 'q\" $(touch pwned) `x`; #y & z"

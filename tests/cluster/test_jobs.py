@@ -4,12 +4,14 @@ import json
 import os
 import shlex
 import stat
+import subprocess
 import sys
+import time
 
 import pytest
 
 from blockwise.journal import Journal
-from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, wait_for
+from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, note, wait_for
 from tests.runs import results
 
 
@@ -120,3 +122,37 @@ def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, segmente
     assert str(run.jobs("stitch")[0]) not in jobs
     status = json.loads(run.agq("status", run.run_dir, "--json"))
     assert {stage["name"]: stage["state"] for stage in status["stages"]}["stitch"] == "done"
+
+
+def test_a_lost_job_of_dask_workers_is_replaced(quiet, tmp_path, segmented):
+    """dask-jobqueue submits a job once; without its only worker the stitch would wait for ever."""
+    run = ClusterRun(tmp_path, slurm={"stitch": {"cpus": 1, "mem": "2G", "jobs": 1}})
+    run.submit()
+    run.wait_until_done()
+    run.agq("submit", run.config, "--stage", "stitch")
+
+    def worker_job() -> str:
+        return "".join(line.split()[0] for line in run.queue("%i %j") if "dask-worker" in line)
+
+    lost = wait_for(worker_job, why=run.post_mortem)
+    since = time.monotonic()
+    subprocess.run(["scancel", lost], check=True)
+    wait_for(lambda: worker_job() not in ("", lost), why=run.post_mortem)
+    note("dask worker job: scancel", "the stitch's job submits another", since)
+    wait_for(lambda: not run.queue(), why=run.post_mortem)
+    assert results(run.run_dir) == segmented, run.post_mortem()
+
+
+def test_a_stitch_whose_worker_jobs_all_end_at_once_says_so(quiet, tmp_path):
+    slurm = {"stitch": {"cpus": 1, "mem": "2G", "jobs": 1}}
+    prologue = ['case "$SLURM_JOB_NAME" in dask*) echo no module cuda; exit 3;; esac']
+    run = ClusterRun(tmp_path, slurm={**slurm, "prologue": prologue})
+    run.submit()
+    run.wait_until_done()
+    run.agq("submit", run.config, "--stage", "stitch")
+    wait_for(lambda: not run.queue(), why=run.post_mortem)
+    status = json.loads(run.agq("status", run.run_dir, "--json"))
+    assert {stage["name"]: stage["state"] for stage in status["stages"]}["stitch"] == "failed"
+    log = (run.run_dir / "logs" / "slurm" / f"stitch-{run.jobs('stitch')[0]}.log").read_text()
+    assert "ended before their workers joined the stitch" in log
+    assert "Traceback" not in log

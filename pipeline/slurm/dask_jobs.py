@@ -1,0 +1,190 @@
+"""dask workers of the stitch as SLURM jobs of their own (dask-jobqueue); lost ones are replaced."""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from distributed import Client
+
+from blockwise.errors import RunStoppedError
+from pipeline.slurm import client as slurm
+from pipeline.slurm.coordinator import listen_address
+from pipeline.slurm.scripts import folder, log_folder
+from pipeline.slurm.section import SlurmSection
+
+if TYPE_CHECKING:
+    from dask_jobqueue import SLURMCluster
+
+_CHECK_S = 15.0
+_TELL_S = 300.0
+
+_logger = logging.getLogger(__name__)
+
+
+def jobqueue_options(section: SlurmSection, run_dir: Path) -> dict[str, Any]:
+    """Return what dask-jobqueue needs to know to submit worker jobs of the stitch."""
+    job, qos = section.stitch, section.stitch.qos or section.qos
+    extra = ["--open-mode=append", *([f"--qos={qos}"] if qos else [])]
+    if job.constraint:
+        extra.append(f"--constraint={job.constraint}")
+    return {
+        "queue": job.partition or section.partition,
+        "account": section.account,
+        "cores": job.cpus,
+        "processes": job.cpus,
+        "job_cpu": job.cpus,
+        "memory": f"{job.mem if job.mem[-1].isalpha() else job.mem + 'M'}iB",
+        "job_mem": job.mem,
+        # As in `blockwise.cluster`: a task near the root may need more than an equal share.
+        "worker_extra_args": ["--memory-limit", "0"],
+        "walltime": job.time,
+        # Its default of half an hour is for nobody: without a time, the partition's.
+        "job_directives_skip": [] if job.time else ["#SBATCH -t "],
+        "python": shlex.quote(section.python or sys.executable),
+        "job_extra_directives": extra,
+        "job_script_prologue": list(section.prologue),
+        "log_directory": str(log_folder(run_dir)),
+    }
+
+
+class WorkerJobs:
+    """Keeps a number of worker jobs in the queue.
+
+    dask-jobqueue submits a job once: after a time limit, an ``scancel`` or a crash the stitch would
+    wait for workers that never come. (What SLURM requeues stays in the queue and is left alone.)
+
+    Parameters
+    ----------
+    cluster
+        Whose jobs they are.
+    count
+        How many.
+    logs
+        Folder of the jobs' logs, for what is said of them.
+    """
+
+    def __init__(self, cluster: "SLURMCluster", count: int, logs: Path) -> None:
+        self.cluster = cluster
+        self.count = count
+        self.logs = logs
+        self.in_vain = 0
+        self._joined: set[str] = set()
+        self._told = time.monotonic()
+
+    def check(self) -> None:
+        """Submit a job for each that has left the queue; say so if nobody works.
+
+        Raises
+        ------
+        RunStoppedError
+            If job after job ended before one of its workers was here.
+        SlurmError
+            If squeue cannot be asked.
+        """
+        jobs = self.cluster.sync(self._jobs)
+        here = {worker["name"] for worker in self.cluster.scheduler_info["workers"].values()}
+        for name in jobs:
+            # Several processes of one job are called by its name and a number.
+            if any(w == name or w.startswith(f"{name}-") for w in here):
+                self._joined.add(name)
+                self.in_vain = 0
+        entries = slurm.queue(jobs.values())
+        queued = {entry.job for entry in entries}
+        lost = {name: job for name, job in jobs.items() if job not in queued}
+        for name, job in lost.items():
+            self.in_vain += name not in self._joined
+            _logger.warning("dask worker job %d has left the queue; submitting another", job)
+        if self.in_vain >= max(3, self.count):
+            raise RunStoppedError(
+                f"{self.in_vain} dask worker jobs ended before their workers joined the stitch; "
+                f"see {self.logs}/dask-worker-*.err, then resume"
+            )
+        if lost:
+            self.cluster.sync(self._forget, list(lost))
+            self.cluster.scale(jobs=self.count)
+        if here:
+            self._told = time.monotonic()
+        elif time.monotonic() - self._told > _TELL_S:
+            self._told = time.monotonic()
+            states = ", ".join(f"{e.job} {e.state} ({e.reason})" for e in entries)
+            _logger.warning("the stitch waits for its dask workers; jobs: %s", states or "none")
+
+    async def _jobs(self) -> dict[str, int]:
+        workers = self.cluster.workers.items()
+        return {str(name): int(job.job_id) for name, job in workers if job.job_id}
+
+    async def _forget(self, names: list[str]) -> None:
+        # Out of both: the next job gets a name of its own, since the scheduler refuses a worker by
+        # the name of one that it has not yet given up.
+        for known in (self.cluster.worker_spec, self.cluster.workers):
+            for name in [key for key in known if str(key) in names]:
+                del known[name]
+
+
+@contextmanager
+def _watched(jobs: WorkerJobs) -> Iterator[None]:
+    """Check the jobs now and then; stop the main thread if they all end in vain."""
+    over = threading.Event()
+    errors: list[RunStoppedError] = []
+
+    def watch() -> None:
+        while not over.wait(_CHECK_S):
+            try:
+                jobs.check()
+            except slurm.SlurmError as error:
+                _logger.warning("dask worker jobs: %s", error)
+            except RunStoppedError as error:
+                errors.append(error)
+                os.kill(os.getpid(), signal.SIGUSR2)
+                return
+
+    def stop(_signum: int, _frame: FrameType | None) -> None:
+        if errors:
+            raise errors[0]
+
+    before = signal.signal(signal.SIGUSR2, stop)
+    thread = threading.Thread(target=watch, name="dask-worker-jobs", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGUSR2, before)
+
+
+@contextmanager
+def jobqueue_client(section: SlurmSection, run_dir: Path) -> Iterator[Client]:
+    """Yield a dask client whose workers are SLURM jobs, on TLS with certificates of this run.
+
+    dask's protocol runs what it is sent, so a scheduler on a network without TLS would let anybody
+    run programs as this user. Only for the main thread.
+
+    Raises
+    ------
+    RunStoppedError
+        In the block, if the worker jobs end before their workers join, one after the other.
+    """
+    from dask_jobqueue import SLURMCluster
+
+    secrets = folder(run_dir) / "dask"
+    secrets.mkdir(mode=0o700, exist_ok=True)
+    with SLURMCluster(
+        **jobqueue_options(section, run_dir),
+        security=True,
+        shared_temp_directory=str(secrets),
+        scheduler_options={"host": listen_address(section), "dashboard_address": "127.0.0.1:0"},
+    ) as cluster:
+        cluster.scale(jobs=section.stitch.jobs)
+        jobs = WorkerJobs(cluster, section.stitch.jobs, log_folder(run_dir))
+        with _watched(jobs), Client(cluster) as client:
+            yield client
