@@ -7,13 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from distributed import Client
+from distributed import Client, Status
 
 from blockwise.errors import RunStoppedError
 from pipeline.slurm import client as slurm
@@ -97,19 +97,20 @@ class WorkerJobs:
             if any(w == name or w.startswith(f"{name}-") for w in here):
                 self._joined.add(name)
                 self.in_vain = 0
-        entries = slurm.queue(jobs.values())
+        entries = slurm.queue(job for job in jobs.values() if job is not None)
         queued = {entry.job for entry in entries}
         lost = {name: job for name, job in jobs.items() if job not in queued}
         for name, job in lost.items():
             self.in_vain += name not in self._joined
-            _logger.warning("dask worker job %d has left the queue; submitting another", job)
+            what = "was refused" if job is None else f"{job} has left the queue"
+            _logger.warning("dask worker job %s; submitting another", what)
         if self.in_vain >= max(3, self.count):
             raise RunStoppedError(
-                f"{self.in_vain} dask worker jobs ended before their workers joined the stitch; "
-                f"see {self.logs}/dask-worker-*.err, then resume"
+                f"{self.in_vain} dask worker jobs were refused, or ended before their workers "
+                f"joined; see {self.logs} (stitch-*.log, dask-worker-*.err), then resume"
             )
         if lost:
-            self.cluster.sync(self._forget, list(lost))
+            self.cluster.sync(self._forget, lost)
             self.cluster.scale(jobs=self.count)
         if here:
             self._told = time.monotonic()
@@ -118,16 +119,22 @@ class WorkerJobs:
             states = ", ".join(f"{e.job} {e.state} ({e.reason})" for e in entries)
             _logger.warning("the stitch waits for its dask workers; jobs: %s", states or "none")
 
-    async def _jobs(self) -> dict[str, int]:
-        workers = self.cluster.workers.items()
-        return {str(name): int(job.job_id) for name, job in workers if job.job_id}
+    def close(self) -> None:
+        """Forget jobs that were refused: closing the cluster fails over them."""
+        refused = [name for name, job in self.cluster.sync(self._jobs).items() if job is None]
+        self.cluster.sync(self._forget, refused)
 
-    async def _forget(self, names: list[str]) -> None:
+    async def _jobs(self) -> dict[str, int | None]:
+        # A job is listed once sbatch has ended; without a number it was refused.
+        workers = self.cluster.workers.items()
+        return {str(name): int(job.job_id) if job.job_id else None for name, job in workers}
+
+    async def _forget(self, names: Collection[str]) -> None:
         # Out of both: the next job gets a name of its own, since the scheduler refuses a worker by
         # the name of one that it has not yet given up.
-        for known in (self.cluster.worker_spec, self.cluster.workers):
-            for name in [key for key in known if str(key) in names]:
-                del known[name]
+        for name in [key for key in self.cluster.workers if str(key) in names]:
+            self.cluster.worker_spec.pop(name, None)
+            self.cluster.workers.pop(name).status = Status.closed
 
 
 @contextmanager
@@ -186,5 +193,8 @@ def jobqueue_client(section: SlurmSection, run_dir: Path) -> Iterator[Client]:
     ) as cluster:
         cluster.scale(jobs=section.stitch.jobs)
         jobs = WorkerJobs(cluster, section.stitch.jobs, log_folder(run_dir))
-        with _watched(jobs), Client(cluster) as client:
-            yield client
+        try:
+            with _watched(jobs), Client(cluster) as client:
+                yield client
+        finally:
+            jobs.close()

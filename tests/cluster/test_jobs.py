@@ -143,17 +143,30 @@ def test_a_lost_job_of_dask_workers_is_replaced(quiet, tmp_path, segmented):
     assert results(run.run_dir) == segmented, run.post_mortem()
 
 
-def test_a_stitch_whose_worker_jobs_all_end_at_once_says_so(quiet, tmp_path):
-    slurm = {"stitch": {"cpus": 1, "mem": "2G", "jobs": 1}}
-    prologue = ['case "$SLURM_JOB_NAME" in dask*) echo no module cuda; exit 3;; esac']
-    run = ClusterRun(tmp_path, slurm={**slurm, "prologue": prologue})
+@pytest.mark.parametrize(
+    ("prologue", "reason", "logs"),
+    [
+        (
+            'case "$SLURM_JOB_NAME" in dask*) echo no module cuda; exit 3;; esac',
+            "no module cuda",
+            "dask-worker-*",
+        ),
+        # sbatch refuses what the stitch's job submits.
+        ("export SBATCH_RESERVATION=none", "reservation is invalid", "stitch-*"),
+    ],
+    ids=["end at once", "refused"],
+)
+def test_a_stitch_whose_worker_jobs_never_work_says_so(quiet, tmp_path, prologue, reason, logs):
+    slurm = {"stitch": {"cpus": 1, "mem": "2G", "jobs": 1}, "prologue": [prologue]}
+    run = ClusterRun(tmp_path, slurm=slurm)
     run.submit()
     run.wait_until_done()
     run.agq("submit", run.config, "--stage", "stitch")
     wait_for(lambda: not run.queue(), why=run.post_mortem)
     stage = json.loads((run.run_dir / "run.json").read_text())["stages"]["stitch"]
     assert stage["state"] == "stopped"
-    assert "ended before their workers joined the stitch" in stage["error"]
-    log = (run.run_dir / "logs" / "slurm" / f"stitch-{run.jobs('stitch')[0]}.log").read_text()
-    assert "ended before their workers joined the stitch" in log
-    assert "Traceback" not in log
+    assert "ended before their workers joined" in stage["error"]
+    folder = run.run_dir / "logs" / "slurm"
+    log = (folder / f"stitch-{run.jobs('stitch')[0]}.log").read_text()
+    assert "ended before their workers joined" in log.splitlines()[-1]
+    assert any(reason in file.read_text() for file in folder.glob(logs))
