@@ -1,5 +1,6 @@
 """Batch scripts, checks and secrets of a submission, without a cluster (tests/cluster has one)."""
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -10,20 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from dask_jobqueue.slurm import SLURMJob
 from pydantic import SecretStr
 
-from blockwise.errors import InputError
+from blockwise.errors import InputError, RunStoppedError
 from blockwise.ledger import LedgerSettings
 from pipeline.config import Config
 from pipeline.run_folder import RunFolder
 from pipeline.slurm import check as check_module
-from pipeline.slurm import client, commands, jobs
+from pipeline.slurm import client, commands, dask_jobs, jobs
 from pipeline.slurm.check import Cluster, Partition, check, grace_s
 from pipeline.slurm.client import QueueEntry
-from pipeline.slurm.dask_jobs import jobqueue_options
 from pipeline.slurm.scripts import coordinator_script, worker_script
 from pipeline.slurm.section import SlurmSection
 from tests.runs import environment, make_config
@@ -270,7 +271,7 @@ def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time, m
     monkeypatch.setenv("TMPDIR", "/scratch/of-this-job-alone")
     stitch = {"jobs": 2, "cpus": 3, "mem": "900000K", "partition": "cpu", "time": time}
     section = SlurmSection(qos="low", account="lab", python="/my python", stitch=stitch)
-    options = jobqueue_options(section, tmp_path / "run")
+    options = dask_jobs.jobqueue_options(section, tmp_path / "run")
     lines = SLURMJob("tls://node:1", name="x", **options).job_script().splitlines()
     asked = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
     assert {"-p cpu", "-A lab", "--qos=low", "--mem=900000K", "--cpus-per-task=3"} <= asked
@@ -283,6 +284,66 @@ def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time, m
     assert "of-this-job-alone" not in SLURMJob("tls://node:1", name="x", **options).job_script()
     # The last one counts: no worker is killed while the job still has memory.
     assert words[len(words) - words[::-1].index("--memory-limit")] == "0"
+
+
+class _DaskCluster:
+    """As much of dask-jobqueue's cluster as is asked here; jobs are numbered from 100."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, SimpleNamespace] = {}
+        self.worker_spec: dict[str, dict] = {}
+        self.scheduler_info: dict = {"workers": {}}
+        self.submitted = 0
+
+    def scale(self, jobs: int) -> None:
+        while len(self.workers) < jobs:
+            name = f"SLURMCluster-{self.submitted}"
+            self.worker_spec[name] = {}
+            self.workers[name] = SimpleNamespace(job_id=str(100 + self.submitted))
+            self.submitted += 1
+
+    def sync(self, function, *arguments):
+        return asyncio.run(function(*arguments))
+
+
+def test_a_lost_dask_job_is_replaced_with_pauses_and_others_work_on(tmp_path, monkeypatch):
+    now, queued = 0.0, {100, 101}
+    monkeypatch.setattr(dask_jobs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(
+        dask_jobs.slurm,
+        "queue",
+        lambda jobs: [QueueEntry(j, "", "RUNNING", "", "", "", "") for j in jobs if j in queued],
+    )
+    cluster = _DaskCluster()
+    cluster.scale(2)
+    watched = dask_jobs.WorkerJobs(cluster, 2, tmp_path)
+    # Two processes of the first job; the second job and all that follow it end before they join.
+    cluster.scheduler_info["workers"] = {i: {"name": f"SLURMCluster-0-{i}"} for i in range(2)}
+    watched.check()
+    assert cluster.submitted == 2
+    queued.remove(101)
+
+    def check_for(minutes: int) -> None:
+        nonlocal now
+        for _ in range(4 * minutes):
+            watched.check()
+            now += 15
+
+    check_for(60)
+    # A bad node: ever longer pauses, and no end of the run.
+    assert 12 < cluster.submitted < 30
+    assert set(cluster.workers) == {"SLURMCluster-0", f"SLURMCluster-{cluster.submitted - 1}"}
+    assert set(cluster.worker_spec) == set(cluster.workers)
+    # When a worker of a new job joins, the count starts again.
+    queued.add(100 + cluster.submitted - 1)
+    cluster.scheduler_info["workers"][2] = {"name": f"SLURMCluster-{cluster.submitted - 1}-0"}
+    watched.check()
+    assert watched.in_vain == 0
+    # Nobody is left: three times as many jobs as wanted may fail, then it ends.
+    cluster.scheduler_info["workers"] = {}
+    queued.clear()
+    with pytest.raises(RunStoppedError, match="6 dask worker jobs were refused, or ended"):
+        check_for(60)
 
 
 @pytest.mark.parametrize(

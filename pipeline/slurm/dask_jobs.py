@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dask_jobqueue import SLURMCluster
 
 _CHECK_S = 15.0
+_PAUSE_S = 10.0
 _TELL_S = 300.0
 
 _logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class WorkerJobs:
         self.in_vain = 0
         self._joined: set[str] = set()
         self._told = time.monotonic()
+        self._not_before = 0.0
 
     def check(self) -> None:
         """Submit a job for each that has left the queue; say so if nobody works.
@@ -86,38 +88,43 @@ class WorkerJobs:
         Raises
         ------
         RunStoppedError
-            If job after job ended before one of its workers was here.
+            If nobody works, and job after job ended before one of its workers was here.
         SlurmError
             If squeue cannot be asked.
         """
         jobs = self.cluster.sync(self._jobs)
         here = {worker["name"] for worker in self.cluster.scheduler_info["workers"].values()}
-        for name in jobs:
-            # Several processes of one job are called by its name and a number.
-            if any(w == name or w.startswith(f"{name}-") for w in here):
-                self._joined.add(name)
-                self.in_vain = 0
+        # Several processes of one job are called by its name and a number.
+        joined = {n for n in jobs if any(w == n or w.startswith(f"{n}-") for w in here)}
+        if joined - self._joined:
+            self._joined |= joined
+            self.in_vain = 0
         entries = slurm.queue(job for job in jobs.values() if job is not None)
         queued = {entry.job for entry in entries}
         lost = {name: job for name, job in jobs.items() if job not in queued}
-        for name, job in lost.items():
-            self.in_vain += name not in self._joined
-            what = "was refused" if job is None else f"{job} has left the queue"
-            _logger.warning("dask worker job %s; submitting another", what)
-        if self.in_vain >= max(3, self.count):
-            raise RunStoppedError(
-                f"{self.in_vain} dask worker jobs were refused, or ended before their workers "
-                f"joined; see {self.logs} (stitch-*.log, dask-worker-*.err), then resume"
-            )
-        if lost:
-            self.cluster.sync(self._forget, lost)
-            self.cluster.scale(jobs=self.count)
+        if lost and time.monotonic() >= self._not_before:
+            self._replace(lost, alone=not here)
         if here:
             self._told = time.monotonic()
         elif time.monotonic() - self._told > _TELL_S:
             self._told = time.monotonic()
             states = ", ".join(f"{e.job} {e.state} ({e.reason})" for e in entries)
             _logger.warning("the stitch waits for its dask workers; jobs: %s", states or "none")
+
+    def _replace(self, lost: dict[str, int | None], *, alone: bool) -> None:
+        for name, job in lost.items():
+            self.in_vain += name not in self._joined
+            what = "was refused" if job is None else f"{job} has left the queue"
+            _logger.warning("dask worker job %s; submitting another", what)
+        if alone and self.in_vain >= 3 * self.count:
+            raise RunStoppedError(
+                f"{self.in_vain} dask worker jobs were refused, or ended before their workers "
+                f"joined; see {self.logs} (stitch-*.log, dask-worker-*.err), then resume"
+            )
+        # Where others work, jobs that fail on one bad node are not submitted in a tight loop.
+        self._not_before = time.monotonic() + min(_PAUSE_S * self.in_vain, _TELL_S)
+        self.cluster.sync(self._forget, lost)
+        self.cluster.scale(jobs=self.count)
 
     def close(self) -> None:
         """Forget jobs that were refused: closing the cluster fails over them."""
