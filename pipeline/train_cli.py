@@ -1,4 +1,4 @@
-"""Commands about networks: `agq train`, `agq checkpoint show|convert`."""
+"""Commands about networks: `agq train`, `agq checkpoint show|convert|average`."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at a checkpoint or convert it.")
+checkpoint_app = typer.Typer(
+    no_args_is_help=True, help="Look at checkpoints, convert or average them."
+)
 
 out = Console(highlight=False)
 
@@ -109,4 +111,22 @@ def convert(
     loaded = load(checkpoint)
     origin = {"converted_from": resolve(checkpoint).name, "converted_sha256": loaded.sha256}
     save(output, loaded.state_dict, loaded.config, {**loaded.provenance, **origin}, half=half)
+    out.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+
+@checkpoint_app.command("average")
+def average(
+    checkpoints: Annotated[list[str], typer.Argument(help="Two or more checkpoints.")],
+    output: Annotated[Path, typer.Option(help="safetensors file to write.", show_default=False)],
+    half: Annotated[
+        bool, typer.Option("--half", help="Store matrices and kernels in half precision.")
+    ] = False,
+) -> None:
+    """Write the mean of the weights of networks trained on from the same weights."""
+    from blockwise.errors import InputError
+    from model.averaging import average as write_average
+
+    if output.exists():
+        raise InputError(f"{output} exists; choose another file")
+    write_average(checkpoints, output, half=half)
     out.print(f"wrote {output}", soft_wrap=True, markup=False)

@@ -142,3 +142,42 @@ def test_checkpoints_are_shown_and_converted(tmp_path: Path) -> None:
     assert two.provenance["data"] == one.provenance["data"]
     with pytest.raises(InputError, match="exists"):
         call("checkpoint", "convert", "demo", out)
+
+
+def test_checkpoints_trained_on_from_the_same_weights_are_averaged(tmp_path: Path) -> None:
+    demo = checkpoint.load("demo")
+    files, weights = [], []
+    for n, name in enumerate("abc"):
+        generator = torch.Generator().manual_seed(n)
+        weights.append(
+            {
+                key: v + torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
+                for key, v in demo.state_dict.items()
+            }
+        )
+        files.append(tmp_path / f"{name}.safetensors")
+        checkpoint.save(files[-1], weights[-1], demo.config, {"background_margin": -4, "seed": n})
+    out = tmp_path / "mean.safetensors"
+    assert str(out) in call("checkpoint", "average", *files, "--output", out)
+    mean = checkpoint.load(out)
+    assert mean.config == demo.config
+    for key, value in demo.state_dict.items():
+        if value.is_floating_point():
+            expected = sum(w[key].double() for w in weights) / 3
+            torch.testing.assert_close(
+                mean.state_dict[key].double(), expected, atol=1e-6, rtol=1e-6
+            )
+    assert mean.provenance["background_margin"] == -4
+    assert [one["seed"] for one in mean.provenance["average_of"]] == [0, 1, 2]
+    assert mean.provenance["average_of"][1]["sha256"] == checkpoint.load(files[1]).sha256
+    with pytest.raises(InputError, match="exists"):
+        call("checkpoint", "average", *files, "--output", out)
+    with pytest.raises(ModelInputError, match="two checkpoints or more"):
+        call("checkpoint", "average", files[0], "--output", tmp_path / "x")
+    cut = demo.config.model_copy(update={"min_affinity": 0.5})
+    checkpoint.save(files[2], weights[2], cut, {"background_margin": 0})
+    with pytest.raises(
+        ModelInputError, match=r"min_affinity 0\.5 / 0\.93, background_margin 0 / -4"
+    ):
+        call("checkpoint", "average", *files, "--output", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
