@@ -273,7 +273,8 @@ def test_what_was_measured_runs_as_written(folder: Path, name: str) -> None:
         small_npz(folder / "runs" / "fib" / f"{part}.npz", (50, 50, 50))
     weights = folder / "runs" / "train-em" / "model.safetensors"
     weights.parent.mkdir()
-    shutil.copy(ROOT / "model" / "weights" / "demo.safetensors", weights)
+    for copy in (weights, folder / "before.safetensors"):
+        shutil.copy(ROOT / "model" / "weights" / "demo.safetensors", copy)
     block = evaluation_blocks(measured=True)[MEASURED.index(name)]
     run(block, folder, environment(folder, EM_DATA=str(folder / "em")))
     assert (folder / "runs" / name / "evaluation.json").is_file()
