@@ -13,6 +13,7 @@ checkpoint_app = typer.Typer(
 
 out = Console(highlight=False)
 
+Half = Annotated[bool, typer.Option("--half", help="Store matrices and kernels in half precision.")]
 CheckpointFile = Annotated[str, typer.Argument(help="Checkpoint, ours or published, or `demo`.")]
 
 
@@ -98,16 +99,12 @@ def show(
 def convert(
     checkpoint: CheckpointFile,
     output: Annotated[Path, typer.Argument(help="safetensors file to write.")],
-    half: Annotated[
-        bool, typer.Option("--half", help="Store matrices and kernels in half precision.")
-    ] = False,
+    half: Half = False,
 ) -> None:
     """Write a published checkpoint, or one of ours, as safetensors with its configuration."""
-    from blockwise.errors import InputError
     from model.checkpoint import load, resolve, save
 
-    if output.exists():
-        raise InputError(f"{output} exists; choose another file")
+    _refuse_existing(output)
     loaded = load(checkpoint)
     origin = {"converted_from": resolve(checkpoint).name, "converted_sha256": loaded.sha256}
     save(output, loaded.state_dict, loaded.config, {**loaded.provenance, **origin}, half=half)
@@ -118,15 +115,18 @@ def convert(
 def average(
     checkpoints: Annotated[list[str], typer.Argument(help="Two or more checkpoints.")],
     output: Annotated[Path, typer.Option(help="safetensors file to write.", show_default=False)],
-    half: Annotated[
-        bool, typer.Option("--half", help="Store matrices and kernels in half precision.")
-    ] = False,
+    half: Half = False,
 ) -> None:
     """Write the mean of the weights of networks trained on from the same weights."""
-    from blockwise.errors import InputError
     from model.averaging import average as write_average
+
+    _refuse_existing(output)
+    write_average(checkpoints, output, half=half)
+    out.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+
+def _refuse_existing(output: Path) -> None:
+    from blockwise.errors import InputError
 
     if output.exists():
         raise InputError(f"{output} exists; choose another file")
-    write_average(checkpoints, output, half=half)
-    out.print(f"wrote {output}", soft_wrap=True, markup=False)

@@ -92,8 +92,7 @@ class WorkerJobs:
         SlurmError
             If squeue cannot be asked.
         """
-        jobs = self.cluster.sync(self._jobs)
-        here = {worker["name"] for worker in self.cluster.scheduler_info["workers"].values()}
+        jobs, here = self.cluster.sync(self._seen)
         # Several processes of one job are called by its name and a number.
         joined = {n for n in jobs if any(w == n or w.startswith(f"{n}-") for w in here)}
         if joined - self._joined:
@@ -128,13 +127,16 @@ class WorkerJobs:
 
     def close(self) -> None:
         """Forget jobs that were refused: closing the cluster fails over them."""
-        refused = [name for name, job in self.cluster.sync(self._jobs).items() if job is None]
-        self.cluster.sync(self._forget, refused)
+        jobs, _ = self.cluster.sync(self._seen)
+        self.cluster.sync(self._forget, [name for name, job in jobs.items() if job is None])
 
-    async def _jobs(self) -> dict[str, int | None]:
+    async def _seen(self) -> tuple[dict[str, int | None], set[str]]:
+        """Return the jobs by name and the names of workers; dask changes both in its own thread."""
         # A job is listed once sbatch has ended; without a number it was refused.
-        workers = self.cluster.workers.items()
-        return {str(name): int(job.job_id) if job.job_id else None for name, job in workers}
+        listed = self.cluster.workers.items()
+        jobs = {str(name): int(job.job_id) if job.job_id else None for name, job in listed}
+        workers = self.cluster.scheduler_info["workers"].values()
+        return jobs, {str(worker["name"]) for worker in workers}
 
     async def _forget(self, names: Collection[str]) -> None:
         # Out of both: the next job gets a name of its own, since the scheduler refuses a worker by
