@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from blockwise.agreement import Agreement
 from blockwise.arrays import Volume, chunk_file, open_array, open_volume, write_chunk
 from blockwise.errors import InputError
 from blockwise.files import checksum, write_atomic
@@ -99,7 +100,7 @@ class BlockFiles:
         labels, affinities = self._checked(number, prediction)
         crop = self.grid.write_in_read(number)
         index = self.grid.index(number)
-        sidecar = build_sidecar(labels, affinities, self.grid, number).to_bytes()
+        sidecar = self._sidecar(number, labels, affinities, prediction)
         ids = self.grid.fragment_ids(number, labels[crop])
         sums = {"fragments": checksum(ids), "sidecar": checksum(sidecar)}
         write_chunk(self.fragments, index, ids)
@@ -109,6 +110,25 @@ class BlockFiles:
             write_chunk(self.affinities, (0, *index), own)
         write_atomic(sidecar_path(self.run_dir, number), sidecar)
         return sums
+
+    def _sidecar(
+        self,
+        number: int,
+        labels: npt.NDArray[Any],
+        affinities: npt.NDArray[np.uint8],
+        prediction: Prediction,
+    ) -> bytes:
+        memberships = getattr(prediction, "memberships", None)
+        try:
+            agreement = None
+            if memberships is not None:
+                weight = float(getattr(prediction, "mask_weight", 0))
+                agreement = Agreement(np.asarray(memberships), weight)
+            return build_sidecar(
+                labels, affinities, self.grid, number, agreement=agreement
+            ).to_bytes()
+        except InputError as error:
+            raise BlockError(f"the predictor's answer cannot be used: {error}") from None
 
     def _checked(
         self, number: int, prediction: Prediction

@@ -27,6 +27,10 @@ class Prediction(Protocol):
         before it on axis c.
     components, dropped, n_labels
         Objects found, objects dropped by a limit of the predictor, labels in `labels`.
+
+    A prediction may also have ``memberships``, integers (1 + n_labels, anything): a row of
+    coordinates per label, the more parallel the likelier two labels are one object, zero where
+    nothing is known; and ``mask_weight``, from 0 to 1: how much that counts (`blockwise.sidecar`).
     """
 
     @property

@@ -29,6 +29,7 @@ import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
 
+from blockwise.agreement import Agreement
 from blockwise.errors import InputError
 from blockwise.pairs import PairTable
 
@@ -88,8 +89,8 @@ class Sidecar:
         one past the last.
     u, v, aff_sum, count
         Contacts inside the write box: 6-connected pairs of different labels, ``u < v``
-        (uint32), sorted by (u, v); sum of the block's own uint8 affinities and number of
-        touching voxel pairs (int64).
+        (uint32), sorted by (u, v); sum of the block's own uint8 affinities (or of them and an
+        `Agreement`) and number of touching voxel pairs (int64).
     planes
         Face planes on z, y, x.
     names
@@ -298,6 +299,7 @@ def build_sidecar(
     grid: BlockGrid,
     number: int,
     names: NDArray[np.uint64] | None = None,
+    agreement: Agreement | None = None,
 ) -> Sidecar:
     """Collect the evidence of one block.
 
@@ -314,6 +316,8 @@ def build_sidecar(
     names
         Label of local labels 0, 1, 2, ... in the original volume, where fragments were not made
         block by block.
+    agreement
+        What else speaks for joining two labels inside the block; it is mixed into ``aff_sum``.
 
     Raises
     ------
@@ -343,6 +347,7 @@ def build_sidecar(
         lower, upper = _shifted(axis)
         pairs.add(own[lower], own[upper], affinities[axis][inner][upper])
     columns = pairs.columns()
+    total = columns.total if agreement is None else agreement.mixed(columns)
 
     def plane(array: NDArray, axis: int, index: int) -> NDArray | None:
         if not 0 <= index < shape[axis]:
@@ -367,7 +372,7 @@ def build_sidecar(
         boxes=boxes[nodes],
         u=columns.u.astype(np.uint32),
         v=columns.v.astype(np.uint32),
-        aff_sum=columns.total,
+        aff_sum=total,
         count=columns.count,
         planes=(face(0), face(1), face(2)),
         names=None if names is None else names[nodes],

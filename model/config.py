@@ -11,6 +11,7 @@ from model.errors import ModelInputError
 
 SeedOrder = Literal["label", "largest"]
 Flips = Literal["none", "inplane", "all"]
+Pieces = Literal["masks", "supervoxels"]
 
 
 class ModelConfig(BaseModel):
@@ -61,6 +62,14 @@ class ModelConfig(BaseModel):
     min_affinity: float = Field(default=0.0, ge=0, le=1)
     """Masks are cut where the mean affinity of a voxel is below this (`model.split`); 0, as
     published, never cuts."""
+
+    pieces: Pieces = "masks"
+    """What a block is cut into: its masks, as published, or supervoxels by affinities alone, of
+    which the masks say what belongs together (`model.supervoxels`)."""
+
+    mask_weight: float = Field(default=0.3, ge=0, le=1)
+    """For supervoxels: weight of what the masks say, against the affinities, where two of them
+    touch inside a block."""
 
     seed_order: SeedOrder = "label"
     """Which components are kept above ``max_seeds``: first in raster order, or the largest."""

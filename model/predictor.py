@@ -13,10 +13,12 @@ import torch
 
 from model import checkpoint as checkpoints
 from model.agq import AGQ
-from model.config import Flips, ModelConfig, SeedOrder
+from model.config import Flips, ModelConfig, Pieces, SeedOrder
 from model.errors import ModelInputError
 from model.flips import flipped_affinities
 from model.inference import (
+    DenseMaps,
+    MaskHead,
     affinity_logits,
     assign_voxels,
     connected_labels,
@@ -26,7 +28,9 @@ from model.inference import (
     seeds_of,
 )
 from model.lean import LeanNetwork
+from model.queries import Seeds
 from model.split import split_at_membranes
+from model.supervoxels import check_supervoxels, memberships, supervoxels
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +54,11 @@ class BlockPrediction:
         Of these, how many exceed the limit on queries and were not used.
     n_labels : int
         Number of labels.
+    memberships : np.ndarray, optional
+        int64 (1 + n_labels, queries): for supervoxels, how much of each mask is in every one
+        (`model.supervoxels.memberships`).
+    mask_weight : float
+        Weight of the agreement of memberships, against the affinities, inside the block.
     """
 
     labels: np.ndarray
@@ -57,6 +66,8 @@ class BlockPrediction:
     components: int
     dropped: int
     n_labels: int
+    memberships: np.ndarray | None = None
+    mask_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,21 @@ class BlockMasks:
     mass: np.ndarray
     components: int
     dropped: int
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What the network says of one normalised block, on the device, before voxels are labelled."""
+
+    image: torch.Tensor
+    maps: DenseMaps
+    seeds: Seeds
+    head: MaskHead
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        z, y, x = self.image.shape
+        return z, y, x
 
 
 class AGQPredictor:
@@ -111,6 +137,10 @@ class AGQPredictor:
         Overrides the checkpoint's configuration.
     flips : {"none", "inplane", "all"}, optional
         Overrides the checkpoint's configuration.
+    pieces : {"masks", "supervoxels"}, optional
+        Overrides the checkpoint's configuration.
+    mask_weight : float, optional
+        Overrides the checkpoint's configuration.
 
     Raises
     ------
@@ -130,6 +160,8 @@ class AGQPredictor:
         threads: int | None = None,
         min_affinity: float | None = None,
         flips: Flips | None = None,
+        pieces: Pieces | None = None,
+        mask_weight: float | None = None,
     ) -> None:
         if precision not in get_args(Precision):
             raise ModelInputError(
@@ -149,9 +181,13 @@ class AGQPredictor:
             "max_seeds": max_seeds,
             "min_affinity": min_affinity,
             "flips": flips,
+            "pieces": pieces,
+            "mask_weight": mask_weight,
         }
         settings = loaded.config.model_dump() | {k: v for k, v in changes.items() if v is not None}
         self.config = ModelConfig.from_values(settings, "predictor settings")
+        if self.config.pieces == "supervoxels":
+            check_supervoxels()
         self.sha256 = loaded.sha256
         self.provenance = loaded.provenance
         with torch.device("meta"):
@@ -188,49 +224,67 @@ class AGQPredictor:
             out-of-range values; the message names the block's place in the sequence. If the
             network overflows at the chosen precision.
         """
-        results = []
-        for image in self._images(blocks):
-            masks, affinities = self._run(image)
-            channels = masks.channels
-            if self.config.min_affinity > 0:
-                channels = split_at_membranes(
-                    channels, affinities, self.config.min_affinity, self.config.voxel_size
-                )
-            labels, n = connected_labels(channels)
-            results.append(BlockPrediction(labels, affinities, masks.components, masks.dropped, n))
-        return results
+        return [self._predict(image) for image in self._images(blocks)]
 
     def masks(self, block: np.ndarray) -> BlockMasks:
         """Run the network on one block and return its masks, as `predict` sees them."""
         (image,) = self._images([block])
-        return self._run(image)[0]
+        with self._computing():
+            found = self._run(image)
+            channels, mass = self._assign(found)
+            logits = found.maps.affinity_logits.cpu().numpy()
+        return BlockMasks(logits, channels, mass, found.seeds.components, found.seeds.dropped)
+
+    def _predict(self, image: np.ndarray) -> BlockPrediction:
+        with self._computing():
+            found = self._run(image)
+            affinities = self._affinities(found)
+            seeds = found.seeds
+            if self.config.pieces == "masks":
+                channels, _ = self._assign(found)
+                if self.config.min_affinity > 0:
+                    channels = split_at_membranes(
+                        channels, affinities, self.config.min_affinity, self.config.voxel_size
+                    )
+                labels, n = connected_labels(channels)
+                return BlockPrediction(labels, affinities, seeds.components, seeds.dropped, n)
+            labels, n = supervoxels(affinities)
+            members = memberships(found.head, found.maps.mask_features, labels, n)
+        return BlockPrediction(
+            labels,
+            affinities,
+            seeds.components,
+            seeds.dropped,
+            n,
+            memberships=members,
+            mask_weight=self.config.mask_weight,
+        )
 
     def _images(self, blocks: Sequence[np.ndarray]) -> list[np.ndarray]:
         # All blocks are checked before the first is computed.
         return [normalised(block, f"block {i} of the batch") for i, block in enumerate(blocks)]
 
-    def _run(self, image: np.ndarray) -> tuple[BlockMasks, np.ndarray]:
-        size = (image.shape[0], image.shape[1], image.shape[2])
-        with torch.inference_mode(), self._numerics():
-            x = torch.from_numpy(image).to(self.device)
-            if self.lean is not None:
-                maps = self.lean.dense_maps(x)
-            else:
-                with self._autocast():
-                    maps = dense_maps(self.network, x)
-            self._check_finite(maps.finite())
-            seeds = seeds_of(self.network, maps)
-            head = decode(self.network, maps, seeds)
-            channels, mass = assign_voxels(head, maps.mask_features, size, self.config.min_mass)
-            if self.config.flips == "none":
-                affinities = quantised_affinities(maps.affinity_logits, size)
-            else:
-                mean = flipped_affinities(
-                    maps.affinity_logits, self._affinity_logits, x, self.config.flips
-                )
-                affinities = mean.mul_(255).round_().to(torch.uint8).cpu().numpy()
-            logits = maps.affinity_logits.cpu().numpy()
-        return BlockMasks(logits, channels, mass, seeds.components, seeds.dropped), affinities
+    def _run(self, image: np.ndarray) -> _Decoded:
+        x = torch.from_numpy(image).to(self.device)
+        if self.lean is not None:
+            maps = self.lean.dense_maps(x)
+        else:
+            with self._autocast():
+                maps = dense_maps(self.network, x)
+        self._check_finite(maps.finite())
+        seeds = seeds_of(self.network, maps)
+        return _Decoded(x, maps, seeds, decode(self.network, maps, seeds))
+
+    def _assign(self, found: _Decoded) -> tuple[np.ndarray, np.ndarray]:
+        features = found.maps.mask_features
+        return assign_voxels(found.head, features, found.size, self.config.min_mass)
+
+    def _affinities(self, found: _Decoded) -> np.ndarray:
+        own = found.maps.affinity_logits
+        if self.config.flips == "none":
+            return quantised_affinities(own, found.size)
+        mean = flipped_affinities(own, self._affinity_logits, found.image, self.config.flips)
+        return mean.mul_(255).round_().to(torch.uint8).cpu().numpy()
 
     def _affinity_logits(self, image: torch.Tensor) -> torch.Tensor:
         if self.lean is not None:
@@ -252,6 +306,11 @@ class AGQPredictor:
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=AUTOCAST[self.precision])
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.inference_mode(), self._numerics():
+            yield
 
     @contextlib.contextmanager
     def _numerics(self) -> Iterator[None]:

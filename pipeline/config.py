@@ -108,6 +108,15 @@ class ModelSection(Section):
     flips: Literal["none", "inplane", "all"] | None = None
     """Average affinities over 1, 4 or 8 mirror images of a block; default: as trained."""
 
+    pieces: Literal["masks", "supervoxels"] | None = None
+    """What a block is cut into: its `masks`, as published, or `supervoxels` by affinities alone, of
+    which the masks say what belongs together. Helps a network whose masks are vague; needs
+    `stitch.within` below 1. Default: as the checkpoint says."""
+
+    mask_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    """For supervoxels: weight of the masks against the affinities; default: as the checkpoint says
+    (0.3)."""
+
     factory: str = "model.predictor:AGQPredictor"
     """`module:callable` that makes the predictor; another model can be put here."""
 

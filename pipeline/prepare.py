@@ -243,6 +243,8 @@ def _model(
         "max_seeds": section.max_seeds,
         "min_affinity": section.min_affinity,
         "flips": section.flips,
+        "pieces": section.pieces,
+        "mask_weight": section.mask_weight,
         "threads": config.workers.threads,
     }
     identity = {
@@ -260,7 +262,28 @@ def _model(
     flips = section.flips or loaded.config.flips
     if flips != "none":  # absent otherwise, so that runs of earlier releases go on
         identity["flips"] = flips
+    if (section.pieces or loaded.config.pieces) == "supervoxels":
+        _check_supervoxels(config)
+        weight = section.mask_weight
+        identity["pieces"] = "supervoxels"
+        identity["mask_weight"] = loaded.config.mask_weight if weight is None else weight
     return options, identity, loaded.config.input_shape
+
+
+def _check_supervoxels(config: Config) -> None:
+    from model.supervoxels import check_supervoxels
+
+    check_supervoxels()
+    if config.model.min_affinity is not None:
+        raise InputError(
+            "model.min_affinity cuts masks, but with model.pieces: supervoxels no voxel is "
+            "labelled by its mask: remove one of the two"
+        )
+    if config.stitch.within >= 1:
+        raise InputError(
+            f"stitch.within: {config.stitch.within:g} joins nothing inside a block, and with "
+            "model.pieces: supervoxels everything must be joined: give less than 1, 0.6 for one"
+        )
 
 
 def _grid(config: Config, raw: Volume, trained: Triple | None) -> BlockGrid:

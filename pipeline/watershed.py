@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from blockwise.arrays import create_array, open_array, write_chunk
 from blockwise.errors import InputError
@@ -32,6 +31,7 @@ from blockwise.lanes import block_place
 from blockwise.processes import this_worker
 from blockwise.sidecar import build_sidecar, sidecar_path
 from model.inference import connected_labels
+from model.supervoxels import section_fragments
 from pipeline.parallel import unordered
 from pipeline.run_folder import RunFolder
 
@@ -65,38 +65,6 @@ class WatershedSettings:
             raise InputError("seed distance must be at least 1 voxel, context at least 0")
 
 
-def section_fragments(
-    inplane: npt.NDArray[np.uint16], settings: WatershedSettings
-) -> npt.NDArray[np.int32]:
-    """Segment one section.
-
-    Parameters
-    ----------
-    inplane
-        (y, x) sum of the two in-plane affinities as uint8 values, 0 to 510.
-    settings
-        How.
-
-    Returns
-    -------
-    ndarray
-        (y, x) int32, 1, 2, ... and 0 outside.
-    """
-    from skimage.segmentation import watershed
-
-    inside = inplane > settings.boundary * 510
-    distance = ndimage.distance_transform_edt(inside)
-    peaks = ndimage.maximum_filter(distance, settings.seed_distance) == distance
-    seeds, n = ndimage.label(peaks & inside)
-    if n == 0:
-        return np.zeros(inplane.shape, np.int32)
-    if settings.grow:
-        # Outside, the way to the nearest inside goes downhill.
-        distance = distance - ndimage.distance_transform_edt(~inside)
-    mask = None if settings.grow else inside
-    return np.asarray(watershed(-distance, seeds, mask=mask), np.int32)
-
-
 def fragments_of(
     affinities: npt.NDArray[np.uint8], settings: WatershedSettings
 ) -> npt.NDArray[np.int64]:
@@ -104,7 +72,12 @@ def fragments_of(
     out = np.zeros(affinities.shape[1:], np.int64)
     last = 0
     for z in range(len(out)):
-        labels = section_fragments(affinities[1, z].astype(np.uint16) + affinities[2, z], settings)
+        labels = section_fragments(
+            affinities[1, z].astype(np.uint16) + affinities[2, z],
+            boundary=settings.boundary,
+            seed_distance=settings.seed_distance,
+            grow=settings.grow,
+        )
         out[z] = np.where(labels > 0, labels.astype(np.int64) + last, 0)
         last += int(labels.max())
     return out

@@ -18,6 +18,7 @@ from blockwise.errors import InputError
 from blockwise.grid import BlockGrid
 from blockwise.journal_read import Journal
 from blockwise.stitch import run_stitch
+from model.supervoxels import section_fragments
 from pipeline.baseline import MEAN, QUANTILE, compare, fragment_counts
 from pipeline.evaluate import evaluate
 from pipeline.quantile import quantile_segments, write_joined
@@ -28,7 +29,6 @@ from pipeline.watershed import (
     WatershedSettings,
     fragments_of,
     make_fragments,
-    section_fragments,
 )
 
 SMALL = WatershedSettings(seed_distance=3, context=4)
@@ -73,16 +73,16 @@ def prepared(client: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 def test_a_section_falls_apart_at_low_affinities() -> None:
     inplane = np.full((20, 31), 500, np.uint16)
     inplane[:, 10] = inplane[:, 20] = 100
-    found = section_fragments(inplane, WatershedSettings(seed_distance=9))
+    found = section_fragments(inplane, seed_distance=9)
     assert (found[:, [10, 20]] == 0).all()
     parts = [np.unique(found[:, a:b]).tolist() for a, b in ((0, 10), (11, 20), (21, 31))]
     assert all(0 not in part for part in parts)
     assert not set(parts[0]) & set(parts[1])
     assert not set(parts[1]) & set(parts[2])
-    grown = section_fragments(inplane, WatershedSettings(seed_distance=9, grow=True))
+    grown = section_fragments(inplane, seed_distance=9, grow=True)
     assert (grown > 0).all()
     assert (grown[found > 0] == found[found > 0]).all()
-    assert not section_fragments(inplane, WatershedSettings(boundary=0.99)).any()
+    assert not section_fragments(inplane, boundary=0.99).any()
 
 
 def test_seeds_are_maxima_of_the_distance() -> None:
@@ -90,7 +90,7 @@ def test_seeds_are_maxima_of_the_distance() -> None:
     y, x = np.indices((21, 41))
     inside = ((y - 10) ** 2 + (x - 10) ** 2 <= 64) | ((y - 10) ** 2 + (x - 30) ** 2 <= 64)
     inside |= (abs(y - 10) <= 1) & (x > 10) & (x < 30)
-    found = section_fragments(np.where(inside, 510, 0).astype(np.uint16), WatershedSettings())
+    found = section_fragments(np.where(inside, 510, 0).astype(np.uint16))
     left, right = found[10, 10], found[10, 30]
     assert left != right
     assert ((found > 0) == inside).all()
