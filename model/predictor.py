@@ -30,7 +30,7 @@ from model.inference import (
 from model.lean import LeanNetwork
 from model.queries import Seeds
 from model.split import split_at_membranes
-from model.supervoxels import check_supervoxels, memberships, supervoxels
+from model.supervoxels import memberships, supervoxels
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,8 +186,6 @@ class AGQPredictor:
         }
         settings = loaded.config.model_dump() | {k: v for k, v in changes.items() if v is not None}
         self.config = ModelConfig.from_values(settings, "predictor settings")
-        if self.config.pieces == "supervoxels":
-            check_supervoxels()
         self.sha256 = loaded.sha256
         self.provenance = loaded.provenance
         with torch.device("meta"):

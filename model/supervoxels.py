@@ -9,14 +9,11 @@ and masks speak for or against joining two supervoxels: the memberships of each 
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
-from model.errors import ModelInputError
 from model.inference import MaskHead, connected_labels, voxel_chunks
 
 UNITS = 2**16
@@ -59,14 +56,6 @@ def section_fragments(
         # Outside, the way to the nearest inside goes downhill.
         distance = distance - ndimage.distance_transform_edt(~inside)
     return np.asarray(watershed(-distance, seeds, mask=None if grow else inside), np.int32)
-
-
-def check_supervoxels() -> None:
-    """Raise ModelInputError if scikit-image, which has the watershed, is not installed."""
-    if importlib.util.find_spec("skimage") is None:
-        raise ModelInputError(
-            "pieces: supervoxels needs scikit-image: pip install 'agq-pipeline[evaluate]'"
-        )
 
 
 def supervoxels(affinities: np.ndarray) -> tuple[np.ndarray, int]:

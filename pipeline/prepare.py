@@ -271,9 +271,6 @@ def _model(
 
 
 def _check_supervoxels(config: Config) -> None:
-    from model.supervoxels import check_supervoxels
-
-    check_supervoxels()
     if config.model.min_affinity is not None:
         raise InputError(
             "model.min_affinity cuts masks, but with model.pieces: supervoxels no voxel is "

@@ -77,14 +77,10 @@ def skeletonize(truth: Volume) -> Skeletons:
     Raises
     ------
     InputError
-        If scikit-image is missing or there is nothing to walk along.
+        If there is nothing to walk along.
     """
-    try:
-        from skimage.morphology import skeletonize as thin
-    except ImportError:
-        raise InputError(
-            "skeletons need scikit-image: pip install 'agq-pipeline[evaluate]'"
-        ) from None
+    from skimage.morphology import skeletonize as thin
+
     labels = truth.read((0, 0, 0), truth.shape)
     ids, compact = np.unique(labels, return_inverse=True)
     compact = compact.reshape(labels.shape).astype(np.int32) + (ids[0] != 0)

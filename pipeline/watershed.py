@@ -164,14 +164,8 @@ def make_fragments(
     Raises
     ------
     InputError
-        If the run has no affinities or is not finished, or scikit-image is missing.
+        If the run has no affinities or is not finished.
     """
-    try:
-        import skimage  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "the watershed baseline needs scikit-image: pip install 'agq-pipeline[evaluate]'"
-        ) from None
     record = run.record()
     if not record["identity"].get("affinities"):
         raise InputError(

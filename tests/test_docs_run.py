@@ -254,7 +254,15 @@ def evaluation_blocks(*, measured: bool) -> list[str]:
 
 
 # What each block leaves, in the order of the page.
-MEASURED = ("ac3", "ac3-flips", "ac3-em", "choice-context", "fib25")
+MEASURED = (
+    "ac3",
+    "ac3-masks",
+    "ac3-older",
+    "ac3-flips",
+    "ac3-em",
+    "choice-context",
+    "fib25",
+)
 
 
 def test_every_measured_figure_has_its_commands_run() -> None:
@@ -273,7 +281,7 @@ def test_what_was_measured_runs_as_written(folder: Path, name: str) -> None:
         small_npz(folder / "runs" / "fib" / f"{part}.npz", (50, 50, 50))
     weights = folder / "runs" / "train-em" / "model.safetensors"
     weights.parent.mkdir()
-    for copy in (weights, folder / "before.safetensors"):
+    for copy in (weights, folder / "before.safetensors", folder / "older.safetensors"):
         shutil.copy(ROOT / "model" / "weights" / "demo.safetensors", copy)
     block = evaluation_blocks(measured=True)[MEASURED.index(name)]
     run(block, folder, environment(folder, EM_DATA=str(folder / "em")))

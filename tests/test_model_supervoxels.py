@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import SMALL, block, write_checkpoint
 
-from model import supervoxels as module
 from model.errors import ModelInputError
 from model.inference import MaskHead
 from model.predictor import AGQPredictor
@@ -130,11 +129,3 @@ def test_checkpoint_may_ask_for_supervoxels(tmp_path: Path) -> None:
     assert AGQPredictor(path, device="cpu", pieces="masks").config.pieces == "masks"
     with pytest.raises(ModelInputError, match=r"pieces: .*'masks' or 'supervoxels'"):
         AGQPredictor(path, device="cpu", pieces="blocks")  # type: ignore[arg-type]
-
-
-def test_without_scikit_image_says_what_to_install(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelInputError, match=r"pip install 'agq-pipeline\[evaluate\]'"):
-        AGQPredictor(weights, device="cpu", pieces="supervoxels")
