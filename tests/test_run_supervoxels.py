@@ -1,6 +1,5 @@
 """Runs whose blocks are cut into supervoxels: `model.pieces`."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ def test_every_voxel_is_in_a_segment_and_pieces_are_joined(finished):
     assert len(np.unique(segments)) < len(np.unique(fragments)) / 4
 
 
-def test_workers_and_their_threads_of_control_do_not_change_a_byte(finished, tissue, tmp_path):
+def test_workers_and_batches_do_not_change_a_byte(finished, tissue, tmp_path):
     config = write_config(tmp_path, tissue)
     more = ("--set", "workers.count=2", "--set", "model.batch_size=2")
     again = agq("run", config, *SUPERVOXELS, *more)
@@ -90,4 +89,3 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(tissue, tmp_path, chan
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "run" / "data.zarr").exists()
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
