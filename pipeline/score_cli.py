@@ -172,6 +172,7 @@ def watershed(
     boundary: Annotated[float, typer.Option(help="In-plane affinity of a border.")] = 0.5,
     seed_distance: Annotated[int, typer.Option(help="Window of a seed, voxels.")] = 10,
     grow: Annotated[bool, typer.Option("--grow", help="Fragments grow over borders too.")] = False,
+    context: Annotated[int, typer.Option(help="Voxels looked at around a block, in y, x.")] = 32,
     by: By = "voi_sum",
     ignore_border: Border = 0,
     border_3d: Border3d = False,
@@ -185,7 +186,7 @@ def watershed(
     from pipeline.score_plot import plot_curves
     from pipeline.watershed import WatershedSettings
 
-    settings = WatershedSettings(boundary, seed_distance, grow)
+    settings = WatershedSettings(boundary, seed_distance, grow, context)
     if tuned_on is not None and settings != WatershedSettings():
         raise InputError("--tuned-on brings its own watershed settings; leave the others out")
     run = RunFolder(run_dir)

@@ -11,7 +11,14 @@ import pytest
 from stitch_helpers import GRID, box, make_run, same_partition, write_run
 
 from blockwise.agglomerate import Thresholds, agglomerate
-from blockwise.arrays import Volume, create_affinities, create_array, open_volume, write_chunk
+from blockwise.arrays import (
+    Volume,
+    create_affinities,
+    create_array,
+    open_array,
+    open_volume,
+    write_chunk,
+)
 from blockwise.cluster import local_client
 from blockwise.contacts_volume import contacts_from_volume
 from blockwise.errors import InputError
@@ -127,6 +134,27 @@ def test_fragments_follow_from_the_affinities_alone(
         shutil.rmtree(folder / part)
     make_fragments(run, SMALL, client=client)
     assert files == {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_a_block_looks_as_far_around_it_as_it_is_told(
+    prepared: tuple[RunFolder, Volume], context: int
+) -> None:
+    run, _ = prepared
+    settings = WatershedSettings(seed_distance=3, grow=True, context=context)
+    folder = make_fragments(run, settings).folder
+    found = open_array(folder / "data.zarr", "fragments", "r")[:]
+    affinities = open_array(run.container, "affinities", "r")[:]
+    for number in range(GRID.n_blocks):
+        (z0, y0, x0), (z1, y1, x1) = GRID.read_box(number)
+        top, left = max(0, y0 - context), max(0, x0 - context)
+        seen = affinities[:, z0:z1, top : y1 + context, left : x1 + context]
+        around = fragments_of(seen, settings)[:, y0 - top :, x0 - left :]
+        expected = around[:, : y1 - y0, : x1 - x0][GRID.write_in_read(number)]
+        ours = found[box(*GRID.write_box(number))]
+        # The same division; cropping may have cut a piece in two.
+        pairs = {(a, b) for a, b in zip(ours.ravel(), expected.ravel(), strict=True)}
+        assert len({a for a, _ in pairs}) == len(pairs)
 
 
 def test_a_cut_dendrogram_equals_agglomeration_at_that_threshold(
