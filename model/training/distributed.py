@@ -7,6 +7,7 @@ of 1 and none of this costs anything.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from model.errors import ModelInputError
+
+SETTLE_SECONDS = 1.0
+"""Between the last collective of a process and the end of its group."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        # Gloo's threads let go of the tensors of the last collective holding a lock, and may need
+        # Python's for it; who frees the group meanwhile holds Python's and waits for theirs, for
+        # ever (seen in gdb on a busy machine). So they get the time, with Python's lock free.
+        time.sleep(SETTLE_SECONDS)
         dist.destroy_process_group()
 
 
