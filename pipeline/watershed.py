@@ -31,7 +31,7 @@ from blockwise.lanes import block_place
 from blockwise.processes import this_worker
 from blockwise.sidecar import build_sidecar, sidecar_path
 from model.inference import connected_labels
-from model.supervoxels import section_fragments
+from model.supervoxels import block_fragments
 from pipeline.parallel import unordered
 from pipeline.run_folder import RunFolder
 
@@ -69,18 +69,12 @@ def fragments_of(
     affinities: npt.NDArray[np.uint8], settings: WatershedSettings
 ) -> npt.NDArray[np.int64]:
     """Segment every section of (3, z, y, x) uint8 affinities; labels are unique in the volume."""
-    out = np.zeros(affinities.shape[1:], np.int64)
-    last = 0
-    for z in range(len(out)):
-        labels = section_fragments(
-            affinities[1, z].astype(np.uint16) + affinities[2, z],
-            boundary=settings.boundary,
-            seed_distance=settings.seed_distance,
-            grow=settings.grow,
-        )
-        out[z] = np.where(labels > 0, labels.astype(np.int64) + last, 0)
-        last += int(labels.max())
-    return out
+    return block_fragments(
+        affinities,
+        boundary=settings.boundary,
+        seed_distance=settings.seed_distance,
+        grow=settings.grow,
+    )
 
 
 @dataclass(frozen=True)
