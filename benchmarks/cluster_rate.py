@@ -31,15 +31,15 @@ import numpy as np
 import psutil
 from pydantic import SecretStr
 
-from blockwise.gate import GateError
-from blockwise.grid import BlockGrid
-from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo
-from blockwise.lanes import _connect
-from blockwise.ledger import LedgerSettings, connect
-from blockwise.ledger_feed import LedgerFeeder
-from blockwise.predict_spec import PredictSpec, Session
-from blockwise.run_paths import session_path
-from blockwise.supervise import Dispatcher
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
+from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.predict.auth_proxy import GateError
+from agq.blockwise.predict.block_threads import _connect
+from agq.blockwise.predict.local_processes import Dispatcher
+from agq.blockwise.predict.paths import session_path
+from agq.blockwise.predict.spec import PredictSpec, Session
 
 BAR = 0.9
 PROCESSES = 4
@@ -164,7 +164,7 @@ def main() -> None:
         uri = options.uri
         if uri is None:
             sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-            from tests.services import SERVER, MongoServer, running
+            from tests.helpers.services import SERVER, MongoServer, running
 
             if SERVER.exists():
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="agq-db-"))

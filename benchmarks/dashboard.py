@@ -20,11 +20,11 @@ from typing import BinaryIO
 
 import psutil
 
-from blockwise.grid import BlockGrid
-from blockwise.journal_compact import SNAPSHOT
-from blockwise.journal_read import Journal, compact
-from blockwise.journal_records import BlockRecord, encode
-from pipeline.run_folder import RunFolder
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.compact import SNAPSHOT
+from agq.blockwise.journal.reader import Journal, compact
+from agq.blockwise.journal.records import BlockRecord, encode
+from agq.pipeline.run.folder import RunFolder
 
 
 def make_run(folder: Path, side: tuple[int, int, int]) -> RunFolder:
@@ -55,7 +55,7 @@ def make_run(folder: Path, side: tuple[int, int, int]) -> RunFolder:
                 for file in files:
                     file.flush()
                 reader.catch_up()
-                # As the coordinator does (blockwise/predict.py).
+                # As the coordinator does (blockwise/predict/coordinator.py).
                 if reader.version - saved >= max(20_000, len(reader.rows) // 32):
                     saved = reader.version
                     if snapshot.exists():
@@ -87,7 +87,7 @@ def write_block(file: BinaryIO, token: str, number: int, end: float) -> None:
 
 
 def measure(run: RunFolder) -> None:
-    code = "from pipeline.cli import main; main()"
+    code = "from agq.pipeline.cli.main import main; main()"
     command = [sys.executable, "-c", code, "dashboard", str(run.path), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

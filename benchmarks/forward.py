@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import checkpoint
-from model.agq import AGQ
-from model.config import ModelConfig
+from agq.model import checkpoint
+from agq.model.config import ModelConfig
+from agq.model.network.agq import AGQ
 
 VERSIONS = ("ours", "plain")
 
@@ -52,7 +52,7 @@ def random_block(shape: tuple[int, ...]) -> np.ndarray:
 
 def run_ours(weights: Path) -> Callable[[np.ndarray], tuple[dict, dict]]:
     """Return a function that segments one block by stages."""
-    from model.inference import (
+    from agq.model.decode.inference import (
         DenseMaps,
         assign_voxels,
         connected_labels,
@@ -60,7 +60,7 @@ def run_ours(weights: Path) -> Callable[[np.ndarray], tuple[dict, dict]]:
         quantised_affinities,
         seeds_of,
     )
-    from model.predictor import AGQPredictor, normalised
+    from agq.model.predictor import AGQPredictor, normalised
 
     predictor = AGQPredictor(weights, device="cpu")
     network, lean = predictor.network, predictor.lean

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo, compact
+from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo, compact
 
 
 def finish_one(folder: Path, n: int) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import SecretStr
 
-from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo
-from blockwise.ledger import LedgerSettings, connect
-from blockwise.ledger_feed import LedgerFeeder
+from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.ledger.feeder import LedgerFeeder
 
 BAR = 1.02
 
@@ -78,8 +78,8 @@ def server(uri: str | None) -> Iterator[str]:
     if uri:
         yield uri
         return
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from services import MongoServer, running
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.helpers.services import MongoServer, running
 
     with (
         tempfile.TemporaryDirectory(prefix="agq-mongo-") as name,

@@ -1,7 +1,7 @@
 """The AGQ network written layer by layer, as a baseline for `benchmarks/forward.py`.
 
 Nothing here is clever: 3-D convolutions with replicate padding, one loop over components,
-logits resized to the block, one softmax over all of it. Weights have the names of `model.agq`.
+logits resized to the block, one softmax over all of it. Weights have the names of `network.agq`.
 """
 
 import time
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.decoder import KernelUpdate, MaskPredictor, QueryInteraction
+from agq.model.config import ModelConfig
+from agq.model.network.decoder import KernelUpdate, MaskPredictor, QueryInteraction
 
 
 def unit(

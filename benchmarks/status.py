@@ -22,12 +22,18 @@ from pathlib import Path
 import numpy as np
 from pydantic import SecretStr
 
-from blockwise.journal import BlockRecord, Journal, JournalWriter, WorkerInfo
-from blockwise.journal_compact import write_snapshot
-from blockwise.journal_records import STATE_RANK
-from blockwise.journal_table import ROW, BlockTable
-from blockwise.ledger import Ledger, LedgerSettings, block_update, connect, worker_update
-from pipeline.run_folder import RunFolder
+from agq.blockwise.journal.compact import write_snapshot
+from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.table import ROW, BlockTable
+from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
+from agq.blockwise.ledger.database import (
+    Ledger,
+    LedgerSettings,
+    block_update,
+    connect,
+    worker_update,
+)
+from agq.pipeline.run.folder import RunFolder
 
 BAR_S = 1.0
 WORKERS = 1000
@@ -129,7 +135,7 @@ def timed(
     run: RunFolder, rounds: int, wanted: str, **environment: str
 ) -> list[tuple[float, float]]:
     """Wall and CPU seconds of the whole command, each time in a process of its own."""
-    code = "from pipeline.cli import main; main()"
+    code = "from agq.pipeline.cli.main import main; main()"
     seconds = []
     for _ in range(rounds):
         begun, cpu = time.perf_counter(), children_cpu()
@@ -176,7 +182,7 @@ def main() -> None:
         uri = options.uri
         if uri is None:
             sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-            from tests.services import SERVER, MongoServer, running
+            from tests.helpers.services import SERVER, MongoServer, running
 
             if SERVER.exists():
                 uri = stack.enter_context(running(MongoServer(folder / "mongo"))).uri

@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 from stitch_memory import peak_mib
 
-from blockwise.agglomerate import Thresholds, scores
-from blockwise.agglomerate_tree import SuperblockTree
-from blockwise.array_files import load_arrays
-from blockwise.components import connected_components
-from blockwise.contacts import ContactTable, Evidence, NodeTable
-from blockwise.grid import LOCAL_BITS, BlockGrid
-from blockwise.stitch_files import StitchFiles
-from blockwise.stitch_tasks import PARTS, contract_superblocks, load_contacts, save_evidence
+from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
+from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable
+from agq.blockwise.stitch.evidence.tasks import (
+    PARTS,
+    contract_superblocks,
+    load_contacts,
+    save_evidence,
+)
+from agq.blockwise.stitch.files import StitchFiles
+from agq.blockwise.stitch.merge.components import connected_components
+from agq.blockwise.stitch.merge.rule import Thresholds, scores
+from agq.blockwise.stitch.superblocks import SuperblockTree
+from agq.blockwise.storage.npz import load_arrays
 
 FRAGMENTS = 100
 """In a block."""

@@ -15,12 +15,12 @@ from distributed import Client
 from scipy.ndimage import zoom
 from stitch_memory import peak_mib
 
-from blockwise.arrays import create_array, open_array, write_chunk
-from blockwise.files import write_atomic
-from blockwise.grid import BlockGrid
-from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo
-from blockwise.sidecar import Sidecar, SidecarFile, build_sidecar, sidecar_path
-from blockwise.stitch import StitchReport, StitchSpec, local_client, run_stitch
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.sidecar import Sidecar, SidecarFile, build_sidecar, sidecar_path
+from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.stitch.run import StitchReport, StitchSpec, local_client, run_stitch
+from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.volumes.create import create_array, open_array, write_chunk
 
 BLOCK = (16, 256, 256)
 PATTERNS = 7

@@ -10,12 +10,12 @@ import numpy as np
 from stitch_memory import peak_mib
 from stitch_volumes import STEPS, CpuTime, make_array, warm_up
 
-from blockwise.arrays import open_array, write_chunk
-from blockwise.files import write_atomic
-from blockwise.grid import BlockGrid
-from blockwise.journal import BlockRecord, JournalWriter, WorkerInfo
-from blockwise.sidecar import build_sidecar, sidecar_path
-from blockwise.stitch import StitchSpec, local_client, run_stitch
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.stitch.run import StitchSpec, local_client, run_stitch
+from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.volumes.create import open_array, write_chunk
 
 SHAPE = (100, 1024, 1024)
 SCORING = "OneMinus<MeanAffinity<RegionGraphType, ScoreValue>>"

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from blockwise.journal import WorkerInfo
+from agq.blockwise.journal.writer import WorkerInfo
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 1.0

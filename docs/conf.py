@@ -13,8 +13,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from pygments.lexers.special import TextLexer  # noqa: E402
 
-from model.training.config import TrainConfig  # noqa: E402
-from pipeline.config import Config  # noqa: E402
+from agq.model.training.config import TrainConfig  # noqa: E402
+from agq.pipeline.config.schema import Config  # noqa: E402
 
 project = "agq-pipeline"
 author = "the agq-pipeline authors"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import load, resolve, save
-from model.errors import ModelInputError
+from agq.errors import InputError
+from agq.model.checkpoint import load, resolve, save
 
 
 def average(
@@ -37,12 +37,12 @@ def average(
 
     Raises
     ------
-    ModelInputError
+    InputError
         If there are fewer than two, one cannot be read, or architecture, inference constants or
         the margin of the background differ.
     """
     if len(checkpoints) < 2:
-        raise ModelInputError("an average needs two checkpoints or more")
+        raise InputError("an average needs two checkpoints or more")
     loaded = [load(path) for path in checkpoints]
     first = loaded[0]
     for path, other in zip(checkpoints[1:], loaded[1:], strict=True):
@@ -50,7 +50,7 @@ def average(
         margin = "background_margin"
         here[margin], there[margin] = (c.provenance.get(margin, 0.0) for c in (first, other))
         if differing := [name for name in here if here[name] != there[name]]:
-            raise ModelInputError(
+            raise InputError(
                 f"checkpoint {path} has other values than {checkpoints[0]}, so they have no "
                 f"average: {', '.join(f'{n} {there[n]} / {here[n]}' for n in differing)}"
             )

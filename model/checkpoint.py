@@ -19,9 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from model.agq import AGQ
-from model.config import ModelConfig
-from model.errors import ModelInputError
+from agq.errors import InputError
+from agq.model.config import ModelConfig
+from agq.model.network.agq import AGQ
 
 FORMAT_VERSION = 1
 # One metadata entry only: the order of several is not fixed, and equal checkpoints should be
@@ -57,7 +57,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
-    ModelInputError
+    InputError
         If there is no such file.
     """
     bundled = BUNDLED.get(os.fspath(name))
@@ -65,9 +65,9 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise ModelInputError(f"checkpoint {name} is a folder: give the file itself")
+        raise InputError(f"checkpoint {name} is a folder: give the file itself")
     known = ", ".join(repr(n) for n in BUNDLED)
-    raise ModelInputError(
+    raise InputError(
         f"checkpoint {name} does not exist: give a .safetensors or .pth.tar file, or {known}"
     )
 
@@ -100,7 +100,7 @@ def save(
 
     Raises
     ------
-    ModelInputError
+    InputError
         If keys or shapes are not those of ``AGQ(config)``, or a value is not finite.
     """
     path = Path(path)
@@ -152,7 +152,7 @@ def load(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Loa
 
     Raises
     ------
-    ModelInputError
+    InputError
         If the file is absent, unreadable or corrupt, holds something else, or does not fit the
         configuration; then every missing, unexpected and mis-shaped key is named.
     """
@@ -163,7 +163,7 @@ def load(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Loa
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ModelInputError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     header: dict[str, Any] = {}
     if start[8:9] == b"{":
         state, header = _read_safetensors(path)
@@ -188,7 +188,7 @@ def infer_config(state: Mapping[str, Tensor], source: str = "state dict") -> Mod
 
     Raises
     ------
-    ModelInputError
+    InputError
         If the tensors that carry the architecture are not there.
     """
 
@@ -213,13 +213,13 @@ def infer_config(state: Mapping[str, Tensor], source: str = "state dict") -> Mod
             learned_queries=state["inst_decoder.rpn.learned_masks_embed.weight"].shape[0],
         )
     except (KeyError, IndexError):
-        raise ModelInputError(
+        raise InputError(
             f"{source} is not an AGQ checkpoint: it lacks the tensors that define the "
             f"architecture (its first keys: {', '.join(sorted(state)[:3]) or 'none'})"
         ) from None
     except ValueError as error:
         reason = "; ".join(str(e["msg"]) for e in getattr(error, "errors", list)()) or error
-        raise ModelInputError(
+        raise InputError(
             f"{source}: no usable configuration can be inferred from its shapes ({reason}): "
             "give the model configuration"
         ) from None
@@ -232,9 +232,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         header = json.loads(metadata.get(METADATA_KEY, "{}"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ModelInputError(f"checkpoint {path} is corrupt: {_line(error)}") from None
+        raise InputError(f"checkpoint {path} is corrupt: {_line(error)}") from None
     if not isinstance(header, dict) or header.get("format_version", 1) != FORMAT_VERSION:
-        raise ModelInputError(
+        raise InputError(
             f"checkpoint {path} has a format this version does not know "
             f"(it reads format_version {FORMAT_VERSION}): update agq-pipeline"
         )
@@ -247,24 +247,24 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
-            raise ModelInputError(
+            raise InputError(
                 f"checkpoint {path} holds Python objects ({refused.group(1)}), which are not "
                 "loaded for safety: save its state_dict alone with torch.save"
             ) from None
-        raise ModelInputError(f"checkpoint {path} is corrupt or no checkpoint") from None
+        raise InputError(f"checkpoint {path} is corrupt or no checkpoint") from None
     except (
         RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
         AttributeError, AssertionError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         # What torch raises on a damaged file depends on the byte that is wrong.
-        raise ModelInputError(f"checkpoint {path} is corrupt: {_line(error)}") from None
+        raise InputError(f"checkpoint {path} is corrupt: {_line(error)}") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content:
-        raise ModelInputError(f"checkpoint {path} holds no state dict")
+        raise InputError(f"checkpoint {path} holds no state dict")
     others = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
     if others:
-        raise ModelInputError(
+        raise InputError(
             f"checkpoint {path} holds no state dict: entries that are not tensors: "
             f"{', '.join(others[:5])}"
         )
@@ -287,14 +287,14 @@ def _check(state: Mapping[str, Tensor], config: ModelConfig, source: str) -> Non
     ]:
         problems.append(f"wrong shape: {', '.join(wrong)}")
     if problems:
-        raise ModelInputError(
+        raise InputError(
             f"checkpoint {source} does not fit the architecture: {'; '.join(problems)}"
         )
 
 
 def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
     if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise ModelInputError(f"checkpoint {source} has NaN or infinite values in {', '.join(bad)}")
+        raise InputError(f"checkpoint {source} has NaN or infinite values in {', '.join(bad)}")
 
 
 def _line(error: BaseException) -> str:

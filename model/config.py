@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from model.errors import ModelInputError
+from agq.errors import InputError
 
 SeedOrder = Literal["label", "largest"]
 Flips = Literal["none", "inplane", "all"]
@@ -60,12 +60,12 @@ class ModelConfig(BaseModel):
     """A channel whose softmax mass over the block is below this many voxels is dropped."""
 
     min_affinity: float = Field(default=0.0, ge=0, le=1)
-    """Masks are cut where the mean affinity of a voxel is below this (`model.split`); 0, as
+    """Masks are cut where the mean affinity of a voxel is below this (`decode.split`); 0, as
     published, never cuts."""
 
     pieces: Pieces = "masks"
     """What a block is cut into: its masks, as published, or supervoxels by affinities alone, of
-    which the masks say what belongs together (`model.supervoxels`)."""
+    which the masks say what belongs together (`agq.model.decode.supervoxels`)."""
 
     mask_weight: float = Field(default=0.3, ge=0, le=1)
     """For supervoxels: weight of what the masks say, against the affinities, where two of them
@@ -140,7 +140,7 @@ class ModelConfig(BaseModel):
         try:
             return cls.from_values(json.loads(text), source)
         except ValueError as error:
-            raise ModelInputError(f"{source} is not JSON: {error}") from None
+            raise InputError(f"{source} is not JSON: {error}") from None
 
     @classmethod
     def from_values(cls, values: object, source: str = "model configuration") -> ModelConfig:
@@ -160,7 +160,7 @@ class ModelConfig(BaseModel):
 
         Raises
         ------
-        ModelInputError
+        InputError
             If a field is unknown or a value cannot be used.
         """
         try:
@@ -170,4 +170,4 @@ class ModelConfig(BaseModel):
                 f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}"
                 for e in error.errors(include_url=False)
             )
-            raise ModelInputError(f"{source} is not a valid ModelConfig: {problems}") from None
+            raise InputError(f"{source} is not a valid ModelConfig: {problems}") from None

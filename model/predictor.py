@@ -11,12 +11,12 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from model import checkpoint as checkpoints
-from model.agq import AGQ
-from model.config import Flips, ModelConfig, Pieces, SeedOrder
-from model.errors import ModelInputError
-from model.flips import flipped_affinities
-from model.inference import (
+from agq.errors import InputError
+from agq.model import checkpoint as checkpoints
+from agq.model.config import Flips, ModelConfig, Pieces, SeedOrder
+from agq.model.cpu.lean import LeanNetwork
+from agq.model.decode.flips import flipped_affinities
+from agq.model.decode.inference import (
     DenseMaps,
     MaskHead,
     affinity_logits,
@@ -27,10 +27,10 @@ from model.inference import (
     quantised_affinities,
     seeds_of,
 )
-from model.lean import LeanNetwork
-from model.queries import Seeds
-from model.split import split_at_membranes
-from model.supervoxels import memberships, supervoxels
+from agq.model.decode.split import split_at_membranes
+from agq.model.decode.supervoxels import memberships, supervoxels
+from agq.model.network.agq import AGQ
+from agq.model.network.queries import Seeds
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +56,7 @@ class BlockPrediction:
         Number of labels.
     memberships : np.ndarray, optional
         int64 (1 + n_labels, queries): for supervoxels, how much of each mask is in every one
-        (`model.supervoxels.memberships`).
+        (`agq.model.decode.supervoxels.memberships`).
     mask_weight : float
         Weight of the agreement of memberships, against the affinities, inside the block.
     """
@@ -144,7 +144,7 @@ class AGQPredictor:
 
     Raises
     ------
-    ModelInputError
+    InputError
         If the checkpoint cannot be used, the device is not there or does not support the
         precision, or a setting is invalid.
     """
@@ -164,12 +164,12 @@ class AGQPredictor:
         mask_weight: float | None = None,
     ) -> None:
         if precision not in get_args(Precision):
-            raise ModelInputError(
+            raise InputError(
                 f"precision {precision!r}: give one of {', '.join(get_args(Precision))}"
             )
         for name, value in (("batch_size", batch_size), ("threads", threads)):
             if value is not None and value < 1:
-                raise ModelInputError(f"{name} {value}: give at least 1")
+                raise InputError(f"{name} {value}: give at least 1")
         self.device = resolve_device(device)
         self.precision = precision
         self.batch_size = batch_size
@@ -217,7 +217,7 @@ class AGQPredictor:
 
         Raises
         ------
-        ModelInputError
+        InputError
             If a block is not 3-D, is empty, has another dtype, or has NaN, infinite or
             out-of-range values; the message names the block's place in the sequence. If the
             network overflows at the chosen precision.
@@ -295,7 +295,7 @@ class AGQPredictor:
 
     def _check_finite(self, finite: bool) -> None:
         if not finite:
-            raise ModelInputError(
+            raise InputError(
                 f"the network's features overflow at precision {self.precision} on this "
                 "block: use bf16 or fp32"
             )
@@ -328,7 +328,7 @@ class AGQPredictor:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of a name, or raise ModelInputError if this machine lacks it."""
+    """Return the device of a name, or raise InputError if this machine lacks it."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -338,13 +338,13 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in {"cpu", "cuda", "mps"}:
-        raise ModelInputError(f"device {name!r}: give auto, cpu, cuda, cuda:N or mps")
+        raise InputError(f"device {name!r}: give auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
-            raise ModelInputError(f"device {name!r} is not there: torch sees {found} CUDA devices")
+            raise InputError(f"device {name!r} is not there: torch sees {found} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ModelInputError("device 'mps' is not there on this machine")
+        raise InputError("device 'mps' is not there on this machine")
     return device
 
 
@@ -353,24 +353,24 @@ def normalised(block: np.ndarray, name: str) -> np.ndarray:
 
     Raises
     ------
-    ModelInputError
+    InputError
         If the block cannot be used; ``name`` says in the message which it is.
     """
     if block.ndim != 3 or 0 in block.shape:
-        raise ModelInputError(f"{name} has shape {block.shape}: give (z, y, x), not empty")
+        raise InputError(f"{name} has shape {block.shape}: give (z, y, x), not empty")
     if block.dtype == np.uint8 or block.dtype == np.uint16:
         scaled = block.astype(np.float32) / np.float32(np.iinfo(block.dtype).max)
     elif block.dtype == np.float32:
         scaled = block.copy()
         if not np.isfinite(scaled).all():
-            raise ModelInputError(f"{name} has NaN or infinite voxels")
+            raise InputError(f"{name} has NaN or infinite voxels")
         if scaled.min() < 0 or scaled.max() > 1:
-            raise ModelInputError(
+            raise InputError(
                 f"{name} is float32 with values from {scaled.min():g} to {scaled.max():g}: "
                 "scale it to [0, 1]"
             )
     else:
-        raise ModelInputError(f"{name} has dtype {block.dtype}: give uint8, uint16 or float32")
+        raise InputError(f"{name} has dtype {block.dtype}: give uint8, uint16 or float32")
     scaled -= np.float32(0.5)
     scaled /= np.float32(0.5)
     return np.ascontiguousarray(scaled)

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import ROOT
+
 # One process a core: with a thread a core each they would wait for one another, four times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What tests start finds the predictors of tests/helpers, as users' own ones are found.
+os.environ["PYTHONPATH"] = str(ROOT)
 
 # A shell starts background jobs with Ctrl-C ignored, and what they start inherits that; tests that
 # send it must find it as in a terminal.
@@ -21,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder with real EM data and golden outputs that only developers have."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
+    folder = ROOT.parent / "shared"
     if not (folder / "golden").is_dir():
         pytest.skip("developer data (../shared) is not on this machine")
     return folder
@@ -35,8 +40,8 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def open_ledger() -> Iterator[Callable[..., Any]]:
-    """Like `blockwise.ledger.connect`, and closed in the end even if the test fails."""
-    from blockwise.ledger import connect
+    """Like `ledger.database.connect`, and closed in the end even if the test fails."""
+    from agq.blockwise.ledger.database import connect
 
     with contextlib.ExitStack() as stack:
         yield lambda settings: stack.enter_context(contextlib.closing(connect(settings)))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from blockwise.grid import BlockGrid
-from pipeline import cli
-from pipeline.run_folder import RunFolder
-from tests.runs import ROOT, blobs, make_config, write_volume
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.pipeline.cli import main as cli
+from agq.pipeline.run.folder import RunFolder
+from tests.helpers.runs import ROOT, blobs, make_config, write_volume
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_checkpoint_missing_corrupt_or_of_another_network(main, tmp_path):
     def config(checkpoint: Path) -> Path:
         return make_config(
             tmp_path,
-            model={"factory": "model.predictor:AGQPredictor", "checkpoint": str(checkpoint)},
+            model={"factory": "agq.model.predictor:AGQPredictor", "checkpoint": str(checkpoint)},
         )
 
     refused(main, config(tmp_path / "none.safetensors"), "none.safetensors")
@@ -201,7 +201,7 @@ def test_help_lists_every_command(main):
 
 
 def test_debug_shows_the_traceback_of_this_command_only(main, tmp_path, monkeypatch):
-    from blockwise.errors import InputError
+    from agq.errors import InputError
 
     environment = dict(os.environ)
     monkeypatch.setattr(sys, "argv", ["agq", "--debug", "status", str(tmp_path)])

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 from typer.main import get_command
 
-from pipeline.cli import app
-from pipeline.config import Config
-from tests.pages import PAGES, ROOT, fences
+from agq.pipeline.cli.main import app
+from agq.pipeline.config.schema import Config
+from tests.helpers.pages import PAGES, ROOT, fences
 
 
 def mentioned() -> Iterator[tuple[str, list[str]]]:

@@ -18,12 +18,12 @@ import tifffile
 import torch
 import yaml
 
-from blockwise.arrays import open_array
-from model.agq import AGQ
-from tests.pages import ROOT, commands, fences, page_commands
-from tests.runs import blobs, make_config, write_volume
-from tests.services import mongo_uri  # noqa: F401
-from tests.test_training_loop import NETWORK, config_of, volume  # noqa: F401
+from agq.blockwise.volumes.create import open_array
+from agq.model.network.agq import AGQ
+from tests.helpers.pages import ROOT, commands, fences, page_commands
+from tests.helpers.runs import blobs, make_config, write_volume
+from tests.helpers.services import mongo_uri  # noqa: F401
+from tests.model.training.test_loop import NETWORK, config_of, volume  # noqa: F401
 
 # Pages whose shell blocks are run here, in this order, in one folder.
 IN_ORDER = (
@@ -46,12 +46,12 @@ SUBSTITUTES = {
     "agq train configs/train-fib25.yaml": "agq train configs/train-fib25.yaml --max-steps 2",
 }
 CI = ".ci/run"
-IMAGE = "tests/test_image.py::"
-COMPOSE = "tests/test_containers.py::test_a_real_parser_accepts_the_compose_file"
+IMAGE = "tests/packaging/test_image.py::"
+COMPOSE = "tests/packaging/test_containers.py::test_a_real_parser_accepts_the_compose_file"
 README = "tests/test_docs_run.py::test_the_readme_runs_as_written"
 CLUSTER = "tests/cluster/test_submit.py::test_pages_line_by_line"
-PAGE = "tests/test_dashboard.py::test_the_command_serves_until_interrupted"
-VIEW = "tests/test_view.py::test_command_serves_until_interrupted"
+PAGE = "tests/pipeline/dashboard/test_dashboard.py::test_the_command_serves_until_interrupted"
+VIEW = "tests/pipeline/view/test_view.py::test_command_serves_until_interrupted"
 NO_DAEMON = "needs a docker daemon: "
 NO_APPTAINER = "needs apptainer: "
 # What is not run here. A reason before the test says what of the line is stood in for.
@@ -146,7 +146,7 @@ def install_agq(tools: Path) -> None:
     """Write the console script."""
     shim = tools / "agq"
     # Guarded, as a console script is: worker processes import it.
-    guarded = "from pipeline.cli import main\n\nif __name__ == '__main__':\n    main()\n"
+    guarded = "from agq.pipeline.cli.main import main\n\nif __name__ == '__main__':\n    main()\n"
     shim.write_text(f"#!{sys.executable}\n{guarded}")
     shim.chmod(0o755)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import ModelInputError
+from agq.errors import InputError
 
 
 class Board:
@@ -18,7 +18,7 @@ class Board:
 
     Raises
     ------
-    ModelInputError
+    InputError
         If a folder is given and tensorboard is not installed.
     """
 
@@ -29,7 +29,7 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ModelInputError(
+            raise InputError(
                 "tensorboard: true needs TensorBoard: pip install 'agq-pipeline[train]'"
             ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"))

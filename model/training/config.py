@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from model.config import ModelConfig
+from agq.model.config import ModelConfig
 
 
 class _Section(BaseModel):

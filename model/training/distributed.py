@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from model.errors import ModelInputError
+from agq.errors import InputError
 
 SETTLE_SECONDS = 1.0
 """Between the last collective of a process and the end of its group."""
@@ -48,7 +48,7 @@ class Ranks:
                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
             )
         except ValueError:
-            raise ModelInputError("RANK, WORLD_SIZE and LOCAL_RANK must be numbers") from None
+            raise InputError("RANK, WORLD_SIZE and LOCAL_RANK must be numbers") from None
         return cls(rank, size, local)
 
     @property

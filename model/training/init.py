@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from model.blocks import ReplicateConv3d
+from agq.model.network.blocks import ReplicateConv3d
 
 
 def initialise(network: nn.Module) -> None:

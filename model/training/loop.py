@@ -19,13 +19,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from model.errors import ModelInputError
-from model.training.board import Board
-from model.training.config import TrainConfig
-from model.training.distributed import Ranks, process_group
-from model.training.state import load_state, save_state
-from model.training.trainer import Trainer, pick_device
-from model.training.validate import Validator
+from agq.errors import InputError
+from agq.model.training.board import Board
+from agq.model.training.config import TrainConfig
+from agq.model.training.distributed import Ranks, process_group
+from agq.model.training.state import load_state, save_state
+from agq.model.training.trainer import Trainer, pick_device
+from agq.model.training.validate import Validator
 
 STATE_NAME = "state.pt"
 EXPORT_NAME = "model.safetensors"
@@ -118,7 +118,7 @@ def train(config: TrainConfig, resume: bool = False, max_steps: int | None = Non
 
     Raises
     ------
-    ModelInputError
+    InputError
         If the data, the device or the state cannot be used, or `output` already holds a run and
         `resume` is not set.
     """
@@ -127,9 +127,7 @@ def train(config: TrainConfig, resume: bool = False, max_steps: int | None = Non
     output = config.output
     state_path = output / STATE_NAME
     if not resume and state_path.exists():
-        raise ModelInputError(
-            f"{state_path} exists: resume that run, or choose another output folder"
-        )
+        raise InputError(f"{state_path} exists: resume that run, or choose another output folder")
     ranks = Ranks.of_environment()
     with process_group(ranks, pick_device(config.device, ranks)):
         trainer = Trainer(config, ranks)

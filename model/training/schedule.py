@@ -2,7 +2,7 @@
 
 import math
 
-from model.training.config import OptimizerConfig
+from agq.model.training.config import OptimizerConfig
 
 
 def progress(step: int, steps: int, minutes: float, budget: float | None) -> float:

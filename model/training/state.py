@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.errors import ModelInputError
+from agq.errors import InputError
 
 
 class Ema:
@@ -54,15 +54,15 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises
     ------
-    ModelInputError
+    InputError
         If there is no state or it cannot be read.
     """
     if not path.exists():
-        raise ModelInputError(f"nothing to resume: {path} does not exist; train without resume")
+        raise InputError(f"nothing to resume: {path} does not exist; train without resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ModelInputError(f"cannot read the training state {path}: {error}") from error
+        raise InputError(f"cannot read the training state {path}: {error}") from error
     if not isinstance(state, dict) or "step" not in state:
-        raise ModelInputError(f"{path} is not a training state of this program")
+        raise InputError(f"{path} is not a training state of this program")
     return state

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import checkpoint
-from model.agq import AGQ, AGQOutput
-from model.errors import ModelInputError
-from model.training.config import TrainConfig
-from model.training.data import Batch, CropSource
-from model.training.distributed import Ranks, synchronise_norms
-from model.training.half import HalfRunner
-from model.training.init import initialise
-from model.training.losses import item_losses
-from model.training.schedule import learning_rate, progress
-from model.training.state import Ema
+from agq.errors import InputError
+from agq.model import checkpoint
+from agq.model.network.agq import AGQ, AGQOutput
+from agq.model.training.config import TrainConfig
+from agq.model.training.data.crops import Batch, CropSource
+from agq.model.training.distributed import Ranks, synchronise_norms
+from agq.model.training.half import HalfRunner
+from agq.model.training.init import initialise
+from agq.model.training.losses.losses import item_losses
+from agq.model.training.schedule import learning_rate, progress
+from agq.model.training.state import Ema
 
 
 def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:  # noqa: B008
@@ -30,7 +30,7 @@ def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:  # noqa: B00
     """
     if ranks.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         if ranks.local >= torch.cuda.device_count():
-            raise ModelInputError(
+            raise InputError(
                 f"process {ranks.local} of this machine finds {torch.cuda.device_count()} GPUs: "
                 "start as many processes as there are GPUs (torchrun --nproc-per-node)"
             )
@@ -39,7 +39,7 @@ def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:  # noqa: B00
         try:
             return torch.device(name)
         except RuntimeError as error:
-            raise ModelInputError(f"device {name!r} is unknown: {error}") from error
+            raise InputError(f"device {name!r} is unknown: {error}") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -57,7 +57,7 @@ class Trainer:
 
     Raises
     ------
-    ModelInputError
+    InputError
         If a volume or the device cannot be used.
     """
 
@@ -116,12 +116,12 @@ class Trainer:
 
         Raises
         ------
-        ModelInputError
+        InputError
             If the state belongs to another network.
         """
         theirs = json.loads(state["config"])["network"]
         if theirs != json.loads(self.config.network.model_dump_json()):
-            raise ModelInputError(
+            raise InputError(
                 "the saved state belongs to another network configuration; "
                 "choose another output folder or restore the configuration"
             )

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from scipy import ndimage, sparse
 
-from model.predictor import AGQPredictor
-from model.training.config import TrainConfig
-from model.training.data import TrainingVolume
-from model.training.targets import affinities_of, erode_borders, relabel_pieces
+from agq.model.predictor import AGQPredictor
+from agq.model.training.config import TrainConfig
+from agq.model.training.data.crops import TrainingVolume
+from agq.model.training.data.targets import affinities_of, erode_borders, relabel_pieces
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from blockwise.grid import BlockGrid
+from agq.blockwise.blocks.grid import BlockGrid
 
 By = Literal["state", "seconds", "labels", "dropped"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from blockwise.grid import BlockGrid
-from pipeline.monitor_failures import error_kind
-from pipeline.run_status import Failure, StageStatus, WorkerStatus
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.pipeline.status.failures import error_kind
+from agq.pipeline.status.run_status import Failure, StageStatus, WorkerStatus
 
 _BINS: Final = 120
 _MAX_GROUPS: Final = 50

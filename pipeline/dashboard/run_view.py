@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from pymongo.errors import PyMongoError
 
-from blockwise.errors import InputError
-from blockwise.grid import BlockGrid
-from blockwise.journal_table import ROW
-from blockwise.ledger import Ledger
-from pipeline.config import RoiSection
-from pipeline.dashboard.blockmap import (
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.table import ROW
+from agq.blockwise.ledger.database import Ledger
+from agq.errors import InputError
+from agq.pipeline.config.schema import RoiSection
+from agq.pipeline.dashboard.blockmap import (
     By,
     MapImage,
     block_in_cell,
@@ -25,7 +25,7 @@ from pipeline.dashboard.blockmap import (
     state_image,
     value_image,
 )
-from pipeline.dashboard.details import (
+from agq.pipeline.dashboard.details import (
     group_failures,
     history,
     log_tail,
@@ -34,11 +34,11 @@ from pipeline.dashboard.details import (
     settings,
     worker_rows,
 )
-from pipeline.monitor import Monitor
-from pipeline.monitor_failures import failure_of_document, failure_of_record
-from pipeline.prepare import roi_box
-from pipeline.run_folder import RunFolder
-from pipeline.run_status import Failure, RunStatus
+from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.run.prepare import roi_box
+from agq.pipeline.status.failures import failure_of_document, failure_of_record
+from agq.pipeline.status.monitor import Monitor
+from agq.pipeline.status.run_status import Failure, RunStatus
 
 STAGE: Final = "predict"
 """The stage whose blocks the map, the workers and the failures are of."""

@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from pymongo.errors import PyMongoError
 
-from blockwise.errors import InputError
-from blockwise.ledger import Ledger
-from pipeline.dashboard.run_view import STAGE, RunView
-from pipeline.monitor_stage import coordinator_alive, run_state_of
-from pipeline.run_folder import RunFolder
+from agq.blockwise.ledger.database import Ledger
+from agq.errors import InputError
+from agq.pipeline.dashboard.run_view import STAGE, RunView
+from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.status.stages import coordinator_alive, run_state_of
 
 _OPEN_RUNS: Final = 4
 _MAX_LISTED: Final = 500

@@ -20,8 +20,8 @@ import tornado.httpserver
 import tornado.netutil
 import tornado.web
 
-from blockwise.errors import InputError
-from pipeline.dashboard.runs import Runs
+from agq.errors import InputError
+from agq.pipeline.dashboard.runs import Runs
 
 _FILES: Final = Path(__file__).parent
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")

@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from blockwise.errors import InputError
-from pipeline.slurm.client import call, fields_of
-from pipeline.slurm.section import SlurmSection
+from agq.errors import InputError
+from agq.pipeline.slurm.client import call, fields_of
+from agq.pipeline.slurm.settings import SlurmSection
 
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockwise.errors import InputError
+from agq.errors import InputError
 
 _TIMEOUT_S = 60.0
 _SEPARATOR = "\x1f"

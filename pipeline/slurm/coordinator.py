@@ -16,19 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blockwise.errors import InputError, RunStoppedError
-from blockwise.files import require_writable
-from blockwise.predict import PredictProgress
-from blockwise.predict_spec import FATAL_ERRNOS, Session
-from model.errors import ModelInputError
-from pipeline import stages
-from pipeline.prepare import prepare
-from pipeline.run_folder import RunLockedError
-from pipeline.session import open_session
-from pipeline.slurm import client
-from pipeline.slurm.jobs import changing, live, load, load_config, section_of, submit_workers
-from pipeline.slurm.scripts import EXIT_REQUEUE, folder
-from pipeline.slurm.section import SlurmSection
+from agq.blockwise.predict.coordinator import PredictProgress
+from agq.blockwise.predict.spec import FATAL_ERRNOS, Session
+from agq.blockwise.storage.files import require_writable
+from agq.errors import InputError, RunStoppedError
+from agq.pipeline.run import stages
+from agq.pipeline.run.folder import RunLockedError
+from agq.pipeline.run.prepare import prepare
+from agq.pipeline.run.session import open_session
+from agq.pipeline.slurm import client
+from agq.pipeline.slurm.jobs import changing, live, load, load_config, section_of, submit_workers
+from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
+from agq.pipeline.slurm.settings import SlurmSection
 
 _WATCH_S = 15.0
 _LOCKED_S = 5.0
@@ -172,7 +171,7 @@ def main(arguments: list[str]) -> int:
             return 0
         _logger.info("told to end; what is done is in the journal")
         return end.code if isinstance(end.code, int) else 1
-    except (InputError, ModelInputError, RunStoppedError) as error:
+    except (InputError, RunStoppedError) as error:
         Session(id="", state="closed").save(run_dir)
         _logger.error("%s", " ".join(str(error).split()))
         return 1

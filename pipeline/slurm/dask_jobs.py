@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Status
 
-from blockwise.errors import RunStoppedError
-from pipeline.slurm import client as slurm
-from pipeline.slurm.coordinator import listen_address
-from pipeline.slurm.scripts import folder, log_folder
-from pipeline.slurm.section import SlurmSection
+from agq.errors import RunStoppedError
+from agq.pipeline.slurm import client as slurm
+from agq.pipeline.slurm.coordinator import listen_address
+from agq.pipeline.slurm.scripts import folder, log_folder
+from agq.pipeline.slurm.settings import SlurmSection
 
 if TYPE_CHECKING:
     from dask_jobqueue import SLURMCluster
@@ -45,12 +45,12 @@ def jobqueue_options(section: SlurmSection, run_dir: Path) -> dict[str, Any]:
         "job_cpu": job.cpus,
         "memory": f"{job.mem if job.mem[-1].isalpha() else job.mem + 'M'}iB",
         "job_mem": job.mem,
-        # As in `blockwise.cluster`: a task near the root may need more than an equal share.
+        # As in `stitch.cluster`: a task near the root may need more than an equal share.
         "worker_extra_args": ["--memory-limit", "0"],
         "walltime": job.time,
         # Its default of half an hour is for nobody: without a time, the partition's.
         "job_directives_skip": [] if job.time else ["#SBATCH -t "],
-        "python": shlex.quote(section.python or sys.executable),
+        "python": f"{shlex.quote(section.python or sys.executable)} -P",
         "job_extra_directives": extra,
         "job_script_prologue": list(section.prologue),
         "log_directory": str(log_folder(run_dir)),

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from blockwise.errors import InputError
-from blockwise.files import make_folder, write_atomic
-from blockwise.run_paths import session_path
-from pipeline.run_folder import RunFolder
-from pipeline.run_status import QueueStatus
-from pipeline.slurm import client
-from pipeline.slurm.scripts import (
+from agq.blockwise.predict.paths import session_path
+from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.errors import InputError
+from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.slurm import client
+from agq.pipeline.slurm.scripts import (
     Script,
     coordinator_script,
     folder,
@@ -26,11 +25,12 @@ from pipeline.slurm.scripts import (
     submit_arguments,
     worker_script,
 )
+from agq.pipeline.status.run_status import QueueStatus
 
 # Whoever only asks for the queue, such as a status, needs no configuration.
 if TYPE_CHECKING:
-    from pipeline.config import Config
-    from pipeline.slurm.section import SlurmSection
+    from agq.pipeline.config.schema import Config
+    from agq.pipeline.slurm.settings import SlurmSection
 
 Role = Literal["coordinator", "workers", "stitch"]
 Stage = Literal["predict", "stitch"]
@@ -156,7 +156,7 @@ def save_config(config: "Config") -> None:
     ledger = config.ledger
     uri = None if ledger is None else ledger.resolve()
     if ledger is None:
-        from blockwise.ledger_uri import LedgerSettings
+        from agq.blockwise.ledger.settings import LedgerSettings
 
         uri = LedgerSettings().resolve()
     if uri is not None and (ledger is None or ledger.uri_file is None or ledger.uri is not None):
@@ -199,7 +199,7 @@ def load_config(run_dir: Path) -> "Config":
     InputError
         If it is missing or damaged.
     """
-    from pipeline.config import Config
+    from agq.pipeline.config.schema import Config
 
     path = config_path(run_dir)
     try:
@@ -210,7 +210,7 @@ def load_config(run_dir: Path) -> "Config":
 
 def section_of(config: "Config") -> "SlurmSection":
     """Return the `slurm` section; its defaults where the configuration has none."""
-    from pipeline.slurm.section import SlurmSection
+    from agq.pipeline.slurm.settings import SlurmSection
 
     return config.slurm or SlurmSection()
 
@@ -281,7 +281,7 @@ def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool
     InputError
         If jobs of the run are in the queue, or SLURM refuses.
     """
-    from blockwise.predict_spec import Session
+    from agq.blockwise.predict.spec import Session
 
     run_dir, section = Path(config.run_dir), section_of(config)
     make_folder(log_folder(run_dir))

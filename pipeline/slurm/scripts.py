@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.slurm.section import CpuJobSection, SlurmSection
+    from agq.pipeline.slurm.settings import CpuJobSection, SlurmSection
 
 EXIT_REQUEUE = 75
 """Exit status with which a program in a job asks to be started again (EX_TEMPFAIL)."""
@@ -128,7 +128,7 @@ def _asked(**options: str | int | None) -> list[str]:
 def program(section: "SlurmSection", role: str, run_dir: Path, *, gpu: bool = False) -> list[str]:
     """Return the command line that a job runs."""
     python = section.python or (sys.executable if section.container is None else "python")
-    inner = [python, "-m", f"pipeline.slurm.{role}", str(run_dir)]
+    inner = [python, "-P", "-m", f"agq.pipeline.slurm.{role}", str(run_dir)]
     if section.container is None:
         return inner
     kind, _, image = section.container.partition("://")

@@ -12,16 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blockwise.errors import InputError, RunStoppedError
-from model.errors import ModelInputError
-from pipeline import stages
-from pipeline.config import Config
-from pipeline.prepare import prepare
-from pipeline.run_folder import RunLockedError
-from pipeline.session import open_session
-from pipeline.slurm.dask_jobs import jobqueue_client
-from pipeline.slurm.jobs import load_config, section_of
-from pipeline.slurm.scripts import EXIT_REQUEUE
+from agq.errors import InputError, RunStoppedError
+from agq.pipeline.config.schema import Config
+from agq.pipeline.run import stages
+from agq.pipeline.run.folder import RunLockedError
+from agq.pipeline.run.prepare import prepare
+from agq.pipeline.run.session import open_session
+from agq.pipeline.slurm.dask_jobs import jobqueue_client
+from agq.pipeline.slurm.jobs import load_config, section_of
+from agq.pipeline.slurm.scripts import EXIT_REQUEUE
 
 _LOCKED_S = 5.0
 
@@ -67,7 +66,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGUSR1, _requeue_before_limit)
     try:
         _stitch(Path(arguments[0]))
-    except (InputError, ModelInputError, RunStoppedError) as error:
+    except (InputError, RunStoppedError) as error:
         _logger.error("%s", " ".join(str(error).split()))
         return 1
     return 0

@@ -21,18 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blockwise.errors import InputError
-from blockwise.files import make_folder, require_writable, write_atomic
-from blockwise.predict_spec import (
-    EXIT_DRAINED,
-    EXIT_START_FAILED,
-    EXIT_STOP_RUN,
-    Session,
-)
-from blockwise.processes import describe_exit
-from blockwise.run_paths import log_path
-from pipeline.slurm.jobs import load, load_config, section_of
-from pipeline.slurm.scripts import EXIT_REQUEUE, folder
+from agq.blockwise.predict.paths import log_path
+from agq.blockwise.predict.spec import EXIT_DRAINED, EXIT_START_FAILED, EXIT_STOP_RUN, Session
+from agq.blockwise.processes import describe_exit
+from agq.blockwise.storage.files import make_folder, require_writable, write_atomic
+from agq.errors import InputError
+from agq.pipeline.slurm.jobs import load, load_config, section_of
+from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
 
 _POLL_S = 0.2
 _PROBE_S = 2.0
@@ -100,8 +95,9 @@ class _Host:
             place.process = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",
                     "-m",
-                    "blockwise.worker",
+                    "agq.blockwise.predict.worker",
                     str(self.run_dir),
                     *words,
                     "--closed-is-over",

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.runs import FAULTS, RATE, chunks
-from tests.runs import agq, make_config, results
+from tests.helpers.runs import agq, make_config, results
 
 HERE = Path(__file__).parent
 NODES = 4

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import psutil
 
-from blockwise.journal import Journal
-from tests.runs import ROOT, agq, make_config, results
+from agq.blockwise.journal.writer import Journal
+from tests.helpers.runs import ROOT, agq, make_config, results
 
 N_BLOCKS = 60
 FAULTS = ROOT / "build" / "cluster-faults.tsv"
@@ -59,7 +59,7 @@ class ClusterRun:
             **changes.pop("slurm", {}),
         }
         data = changes.pop("data", None)
-        model = {"factory": "tests.fakes:threshold", "options": options}
+        model = {"factory": "tests.helpers.fakes:threshold", "options": options}
         self.config = make_config(folder, data, model=model, slurm=slurm, **changes)
 
     def agq(self, *arguments: object, code: int = 0) -> str:

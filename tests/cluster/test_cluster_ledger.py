@@ -10,7 +10,7 @@ import pytest
 from pymongo import MongoClient
 
 from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, note, wait_for
-from tests.services import MISSING, SERVER, MongoServer, running
+from tests.helpers.services import MISSING, SERVER, MongoServer, running
 
 PASSWORD = "s3cr3t p@ss/w0rd:%"
 # Every form of it holds this.

@@ -12,10 +12,10 @@ import numpy as np
 import psutil
 import pytest
 
-from blockwise.predict_spec import Session
+from agq.blockwise.predict.spec import Session
 from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, note, wait_for
-from tests.fakes import HANG
-from tests.runs import agq, blobs, make_config
+from tests.helpers.fakes import HANG
+from tests.helpers.runs import agq, blobs, make_config
 
 
 def check(run: ClusterRun, undisturbed: dict[str, bytes], seconds: float = 600.0) -> None:
@@ -34,7 +34,7 @@ def test_worker_killed(quiet, tmp_path, undisturbed):
     run.submit()
     run.wait_until_begun(workers=3)
     since = time.monotonic()
-    victim = run.processes("blockwise.worker")[0]
+    victim = run.processes("agq.blockwise.predict.worker")[0]
     victim.kill()
 
     def replaced() -> bool:
@@ -106,7 +106,7 @@ def test_time_limit(quiet, tmp_path, undisturbed):
 
 
 def coordinators(run: ClusterRun) -> list[psutil.Process]:
-    found = run.processes("pipeline.slurm.coordinator")
+    found = run.processes("agq.pipeline.slurm.coordinator")
     return [process for process in found if "bash" not in process.name()]
 
 
@@ -126,11 +126,13 @@ def test_coordinator_requeued(quiet, tmp_path, undisturbed):
     run.submit()
     run.wait_until_begun(workers=3)
     since = time.monotonic()
-    workers = {p.pid for p in run.processes("blockwise.worker")}
+    workers = {p.pid for p in run.processes("agq.blockwise.predict.worker")}
     last = session_id(run)
     quiet.command("scontrol", "requeue", str(run.jobs("coordinator")[0]))
     wait_for_the_next_coordinator(run, last)
-    assert {p.pid for p in run.processes("blockwise.worker")} == workers, "workers should wait"
+    assert {p.pid for p in run.processes("agq.blockwise.predict.worker")} == workers, (
+        "workers should wait"
+    )
     note("coordinator job requeued", "workers keep their network loaded and wait for it", since)
     check(run, undisturbed)
 

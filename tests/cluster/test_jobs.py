@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from blockwise.journal import Journal
+from agq.blockwise.journal.writer import Journal
 from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, note, wait_for
-from tests.runs import results
+from tests.helpers.runs import results
 
 
 @pytest.mark.parametrize(("workers", "gpus"), [(2, 2), (4, 1)])
@@ -21,8 +21,8 @@ def test_one_process_per_gpu_each_with_its_own(quiet, tmp_path, undisturbed, wor
     run = ClusterRun(tmp_path, delay_s=2.0, slurm=slurm)
     run.submit()
     n = workers * gpus
-    wait_for(lambda: len(run.processes("blockwise.worker")) == n, why=run.post_mortem)
-    seen = [process.environ() for process in run.processes("blockwise.worker")]
+    wait_for(lambda: len(run.processes("agq.blockwise.predict.worker")) == n, why=run.post_mortem)
+    seen = [process.environ() for process in run.processes("agq.blockwise.predict.worker")]
     # What SLURM says that it has bound to the job is what its processes see, each a part of it.
     bound = {e["SLURM_JOB_ID"]: set(e["SLURM_JOB_GPUS"].split(",")) for e in seen}
     used = [(e["SLURM_JOB_ID"], e["CUDA_VISIBLE_DEVICES"]) for e in seen]
@@ -87,8 +87,8 @@ def test_jobs_run_in_a_container(quiet, tmp_path, segmented, monkeypatch):
     assert results(run.run_dir) == segmented, run.post_mortem()
     called = [shlex.split(line) for line in said.read_text().splitlines()]
     expected = {
-        role: ["exec", *gpu, "--bind=/some where:/data", str(image), "python", "-m",
-               f"pipeline.slurm.{role}", str(run.run_dir)]
+        role: ["exec", *gpu, "--bind=/some where:/data", str(image), "python", "-P", "-m",
+               f"agq.pipeline.slurm.{role}", str(run.run_dir)]
         for role, gpu in (("coordinator", []), ("worker", ["--nv"]), ("stitch", []))
     }  # fmt: skip
     assert sorted(called) == sorted([*[expected["worker"]] * 3, expected["coordinator"],

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from tests.cluster.runs import note_rate
-from tests.runs import ROOT, environment
-from tests.services import MISSING, SERVER
+from tests.helpers.runs import ROOT, environment
+from tests.helpers.services import MISSING, SERVER
 
 # The bar is 0.9 (benchmarks/cluster_rate.py ends with 1 below it), on a machine with nothing else
 # to do; a machine that runs all tests is none.

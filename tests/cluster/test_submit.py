@@ -11,17 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blockwise.journal import Journal
+from agq.blockwise.journal.writer import Journal
 from tests.cluster.runs import ClusterRun, chunks, wait_for
-from tests.runs import (
-    ROOT,
-    agq,
-    blobs,
-    command,
-    environment,
-    results,
-    write_volume,
-)
+from tests.helpers.runs import ROOT, agq, blobs, command, environment, results, write_volume
 from tests.test_docs_run import CLUSTER_PAGES, section_commands
 
 
@@ -138,7 +130,10 @@ def test_pages_line_by_line(quiet, tmp_path, monkeypatch, page):
         assert process.returncode == 0, f"{line}: {errors}"
         if line.startswith("cp "):
             config = yaml.safe_load(my.read_text())
-            config["model"] = {"factory": "tests.fakes:threshold", "options": {"delay_s": 5.0}}
+            config["model"] = {
+                "factory": "tests.helpers.fakes:threshold",
+                "options": {"delay_s": 5.0},
+            }
             config["blocks"] = {"read_shape": [9, 17, 17], "before": [1, 1, 1], "after": [1, 1, 1]}
             config["slurm"]["stitch"]["cpus"] = 1
             my.write_text(yaml.safe_dump(config, allow_unicode=True))

@@ -1,0 +1,1 @@
+"""The truth about what is done: append-only lines in the run folder."""

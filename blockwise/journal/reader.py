@@ -1,0 +1,393 @@
+"""The meaning of a folder of journal files: what is done, what failed, who works."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq.blockwise.journal.compact import (
+    open_snapshot,
+    read_snapshot,
+    snapshot_files,
+    write_snapshot,
+)
+from agq.blockwise.journal.lazy import LazyBlockTable
+from agq.blockwise.journal.records import (
+    RANK_STATE,
+    STATE_RANK,
+    BadLineError,
+    BlockRecord,
+    Event,
+    WorkerInfo,
+    decode,
+)
+from agq.blockwise.journal.table import BlockTable
+from agq.blockwise.journal.tail import JournalTail, WorkerState, follow_worker
+from agq.errors import InputError
+
+_KEPT = (
+    *("attempt", "labels", "components", "dropped", "voxels"),
+    *("started", "finished", "read_s", "compute_s", "write_s"),
+)
+_U16 = 2**16 - 1
+_U32 = 2**32 - 1
+_DONE = STATE_RANK["done"]
+_SKIPPED = STATE_RANK["skipped"]
+_FAILED = STATE_RANK["failed"]
+
+
+class Journal:
+    """All journal files of one stage, read up to now.
+
+    Parameters
+    ----------
+    folder : Path
+        ``<run>/journal/<stage>``; a missing one is an empty journal.
+    use_snapshot : bool
+        Start from the snapshot that `compact` wrote, if there is one.
+    lazy : bool
+        Read no more of it than is asked for: totals of 10^7 blocks in a moment. Any method may then
+        raise `journal.lazy.SnapshotError`, where the snapshot is damaged, or was replaced
+        on a network file system; a journal read anew, or not lazily, goes on.
+
+    Attributes
+    ----------
+    workers : dict of str to WorkerState
+        By token.
+
+    Raises
+    ------
+    OSError
+        If a journal file may not be read.
+    """
+
+    def __init__(self, folder: Path, *, use_snapshot: bool = True, lazy: bool = False) -> None:
+        self.folder = Path(folder)
+        self.workers: dict[str, WorkerState] = {}
+        self._tail = JournalTail(self.folder)
+        self._table: BlockTable | LazyBlockTable = BlockTable()
+        self._sources: list[tuple[str, str]] = []
+        self._source_index: dict[tuple[str, str], int] = {}
+        self._reasons: list[str] = [""]
+        self._reason_index: dict[str, int] = {"": 0}
+        self._failed: dict[int, BlockRecord] = {}
+        self._rivals: dict[int, set[tuple[str, int]]] = {}
+        self._bad_events = 0
+        opened = open_snapshot(self.folder) if use_snapshot and lazy else None
+        snapshot = read_snapshot(self.folder) if use_snapshot and opened is None else None
+        if opened is not None:
+            self._restore(LazyBlockTable(opened[0], opened[1]["summary"]), opened[1])
+        elif snapshot is not None:
+            self._restore(BlockTable(snapshot[0]), snapshot[1])
+        self.catch_up()
+
+    def refresh(self) -> list[Event]:
+        """Read what is new and return it.
+
+        Returns
+        -------
+        list of Event
+            New events, in the order written within a file.
+
+        Raises
+        ------
+        OSError
+            If a journal file may not be read.
+        """
+        new: list[Event] = []
+        while events := self._tail.poll():
+            self._apply(events)
+            new += events
+        return new
+
+    def catch_up(self) -> None:
+        """Read what is new without returning it, in bounded memory."""
+        while events := self._tail.poll():
+            self._apply(events)
+
+    # What is done
+
+    def done(self, n_blocks: int) -> NDArray[np.bool_]:
+        """Mask over all block numbers of the volume: done or skipped.
+
+        Raises
+        ------
+        InputError
+            If the journal has a block beyond the last: it belongs to another grid.
+        """
+        mask = np.zeros(n_blocks, bool)
+        rows = self._table.rows
+        blocks = rows["block"][rows["rank"] >= _SKIPPED]
+        if len(blocks) and int(blocks.max()) >= n_blocks:
+            raise InputError(
+                f"journal {self.folder} has block {int(blocks.max())}, but the volume has "
+                f"{n_blocks} blocks: it belongs to another grid; use another run folder or "
+                "start over with --overwrite"
+            )
+        mask[blocks] = True
+        return mask
+
+    def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """State of each of some blocks: 0 none, 1 failed, 2 skipped, 3 done."""
+        return self._table.ranks(np.asarray(blocks, np.int64))
+
+    def state(self, block: int) -> str:
+        """``done``, ``skipped``, ``failed``, or an empty text."""
+        row = self._table.find(block)
+        return "" if row < 0 else RANK_STATE[int(self._table.row(row)["rank"])]
+
+    def counts(self) -> dict[str, int]:
+        """Count the blocks ``failed``, ``skipped`` and ``done``."""
+        return self._table.counts()
+
+    def totals(self) -> dict[str, float]:
+        """Add up the done blocks: voxels, labels, components, dropped and seconds of each part.
+
+        ``started`` and ``finished`` are the first start and last end of any block, 0 for none.
+        """
+        return self._table.totals()
+
+    def recent(self, since: float) -> tuple[int, int]:
+        """Count the blocks, and their voxels, that were done at or after a time."""
+        return self._table.recent(since)
+
+    def replaced(self) -> bool:
+        """Tell whether files that were read are gone: a stage was started over.
+
+        Files that the snapshot stands for may be missing. A stage that was started over may have a
+        snapshot too, of other files.
+        """
+        gone = set(self._tail.positions).difference(self._tail.names())
+        return bool(gone) and not gone <= snapshot_files(self.folder)
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Bytes read of each file."""
+        return self._tail.positions
+
+    @property
+    def ended(self) -> set[str]:
+        """Files whose writer has said that it ended."""
+        return self._tail.ended
+
+    @property
+    def rows(self) -> NDArray[np.void]:
+        """One row per block that has ended, dtype `agq.blockwise.journal.table.ROW`, any order."""
+        return self._table.rows
+
+    @property
+    def version(self) -> int:
+        """A number that grows whenever a block's record changes."""
+        return self._table.version
+
+    def record(self, block: int) -> BlockRecord | None:
+        """Return the whole record of a block, read again from its file.
+
+        It is None if the block has not ended. Where the file is gone (a snapshot outlives it),
+        checksums and ROI are missing.
+        """
+        if block in self._failed:
+            return self._failed[block]
+        row = self._table.find(block)
+        if row < 0:
+            return None
+        values = self._table.row(row)
+        file, token = self._sources[int(values["source"])]
+        try:
+            with (self.folder / file).open("rb") as handle:
+                handle.seek(int(values["offset"]))
+                record = decode(handle.readline()).record
+            if record.block == block and record.token == token:
+                return record
+        except (OSError, BadLineError):
+            pass
+        worker = self.workers.get(token)
+        data = {name: values[name].item() for name in _KEPT} | {
+            "block": block,
+            "state": RANK_STATE[int(values["rank"])],
+            "token": token,
+            "worker": worker.info.name if worker else "",
+            "reason": self._reasons[int(values["reason"])] or None,
+        }
+        return BlockRecord.from_dict(data)
+
+    def records(self, blocks: Iterable[int] | None = None) -> Iterator[BlockRecord]:
+        """Whole records of some blocks (default: all), one at a time; see `record`."""
+        if blocks is None:
+            blocks = np.sort(self._table.rows["block"]).tolist()
+        for block in blocks:
+            record = self.record(block)
+            if record is not None:
+                yield record
+
+    def failed(self) -> list[BlockRecord]:
+        """Return the records of the blocks that are failed now, by block number."""
+        return [self._failed[block] for block in sorted(self._failed)]
+
+    # What looks wrong
+
+    @property
+    def duplicates(self) -> list[int]:
+        """Blocks done by two processes (a scheduler ran a job twice, or a worker came late)."""
+        return sorted(b for b, r in self._rivals.items() if len({token for token, _ in r}) > 1)
+
+    @property
+    def conflicts(self) -> list[int]:
+        """Blocks done twice with different checksums: the output is not deterministic."""
+        return sorted(b for b, r in self._rivals.items() if len({digest for _, digest in r}) > 1)
+
+    @property
+    def torn(self) -> int:
+        """Files whose last line has no end."""
+        return self._tail.torn
+
+    @property
+    def garbage(self) -> int:
+        """Complete lines that could not be understood."""
+        return self._tail.garbage + self._bad_events
+
+    # Who works
+
+    def running(self) -> dict[int, tuple[str, int, float]]:
+        """Blocks begun and not ended: token, attempt and begin time of the latest attempt."""
+        latest: dict[int, tuple[str, int, float]] = {}
+        for token, worker in self.workers.items():
+            for block, (attempt, begun) in worker.current.items():
+                if block not in latest or latest[block][2] < begun:
+                    latest[block] = (token, attempt, begun)
+        blocks = np.fromiter(latest, np.int64, len(latest))
+        for block in blocks[self.ranks(blocks) >= _SKIPPED].tolist():
+            del latest[block]
+        return latest
+
+    # Reading
+
+    def _apply(self, events: list[Event]) -> None:
+        for event in events:
+            try:
+                if event.kind == "block":
+                    self._end_block(event)
+                follow_worker(self.workers, event)
+            except BadLineError:
+                self._bad_events += 1
+
+    def _end_block(self, event: Event) -> None:
+        record = event.record
+        block, rank = record.block, STATE_RANK[record.state]
+        row = self._table.find(block)
+        if row >= 0:
+            old = self._table.row(row)
+            old_token = self._sources[int(old["source"])][1]
+            if rank == _DONE and int(old["rank"]) == _DONE:
+                present = (old_token, int(old["digest"]))
+                other = (record.token, record.digest)
+                if other != present:
+                    self._rivals.setdefault(block, set()).update((present, other))
+            order = (int(old["rank"]), float(old["finished"]), int(old["attempt"]), old_token)
+            if record.order <= order:
+                return
+        if rank == _FAILED:
+            self._failed[block] = record
+        else:
+            self._failed.pop(block, None)
+        self._table.put(
+            row,
+            (
+                block,
+                rank,
+                min(max(record.attempt, 0), _U16),
+                self._source(event.file, record.token),
+                event.offset,
+                record.started,
+                record.finished,
+                record.read_s,
+                record.compute_s,
+                record.write_s,
+                min(max(record.labels, 0), _U32),
+                min(max(record.components, 0), _U32),
+                min(max(record.dropped, 0), _U32),
+                min(max(record.voxels, 0), _U32),
+                record.digest,
+                self._reason(record.reason if rank != _FAILED else None),
+            ),
+        )
+
+    def _source(self, file: str, token: str) -> int:
+        key = (file, token)
+        index = self._source_index.get(key)
+        if index is None:
+            index = self._source_index[key] = len(self._sources)
+            self._sources.append(key)
+        return index
+
+    def _reason(self, reason: str | None) -> int:
+        """Give a reason its number; reasons are few words, and get lost beyond 65 535 of them."""
+        text = reason or ""
+        index = self._reason_index.get(text)
+        if index is None:
+            if len(self._reasons) > _U16:
+                return 0
+            index = self._reason_index[text] = len(self._reasons)
+            self._reasons.append(text)
+        return index
+
+    # Snapshot
+
+    def save(self) -> Path:
+        """Write the snapshot of what has been read; see `compact`."""
+        meta = {
+            "files": self._tail.positions,
+            "ended": sorted(self._tail.ended),
+            "garbage": self.garbage,
+            "sources": self._sources,
+            "reasons": self._reasons,
+            "summary": self._table.summary(),
+            "failed": [record.to_dict() for record in self.failed()],
+            "rivals": [[block, sorted(keys)] for block, keys in self._rivals.items()],
+            "workers": [
+                asdict(w) | {"current": [[b, *c] for b, c in w.current.items()]}
+                for w in self.workers.values()
+            ],
+        }
+        return write_snapshot(self.folder, self._table.rows, meta)
+
+    def _restore(self, table: BlockTable | LazyBlockTable, meta: dict[str, Any]) -> None:
+        self._table = table
+        self._tail = JournalTail(self.folder, meta["files"], set(meta["ended"]))
+        self._tail.garbage = meta["garbage"]
+        for file, token in meta["sources"]:
+            self._source(file, token)
+        for reason in meta["reasons"]:
+            self._reason(reason)
+        self._failed = {d["block"]: BlockRecord.from_dict(d) for d in meta["failed"]}
+        self._rivals = {block: {(t, d) for t, d in keys} for block, keys in meta["rivals"]}
+        for data in meta["workers"]:
+            current = {block: (attempt, begun) for block, attempt, begun in data.pop("current")}
+            info = WorkerInfo.from_dict(data.pop("info"))
+            self.workers[data["token"]] = WorkerState(info=info, current=current, **data)
+
+
+def compact(folder: Path) -> Path | None:
+    """Write the meaning of all lines of a journal folder as columns, replacing the last snapshot.
+
+    Parameters
+    ----------
+    folder : Path
+        Journal folder of one stage. Writers may go on meanwhile; the lines stay where they are.
+
+    Returns
+    -------
+    Path or None
+        The snapshot; None if there is no such folder.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be read or the snapshot cannot be written.
+    """
+    if not Path(folder).is_dir():
+        return None
+    return Journal(folder).save()

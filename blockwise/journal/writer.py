@@ -1,0 +1,184 @@
+"""What is done: append-only JSON lines in the run folder, one file per process.
+
+The journal alone decides which blocks a resumed run leaves out. Its contract:
+
+1. A ``block`` line is written after the block's data are durable, in one write, and is durable
+   itself when :meth:`JournalWriter.finish` returns.
+2. One file has one writer, so no lock is needed and a network file system will do.
+3. What a set of lines means does not depend on the order in which they are read: of two records of
+   a block the one with the larger :attr:`BlockRecord.order` is kept (done beats skipped beats
+   failed; then the later one). Reading a line twice changes nothing.
+4. A last line without its newline, or a damaged line, is counted and otherwise ignored.
+
+:func:`compact` writes the meaning of all lines read so far as columns beside them. It is a cache:
+deleting it costs time only.
+"""
+
+import contextlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from agq.blockwise.journal.reader import Journal, compact
+from agq.blockwise.journal.records import (
+    FORMAT_VERSION,
+    BadLineError,
+    BlockRecord,
+    Event,
+    State,
+    WorkerInfo,
+    encode,
+    safe_name,
+)
+from agq.blockwise.journal.tail import JournalTail, WorkerState
+from agq.blockwise.storage.files import fsync_path, make_folder
+
+__all__ = [
+    "BadLineError",
+    "BlockRecord",
+    "Event",
+    "Journal",
+    "JournalTail",
+    "JournalWriter",
+    "State",
+    "WorkerInfo",
+    "WorkerState",
+    "compact",
+]
+
+_BATCH_BYTES = 1 << 20
+
+
+class JournalWriter:
+    """Appends the events of one process to a file of its own; safe to use from several threads.
+
+    Parameters
+    ----------
+    folder : Path
+        ``<run>/journal/<stage>``; made if missing.
+    worker : WorkerInfo
+        Who writes.
+
+    Attributes
+    ----------
+    token : str
+        16 random hex digits. It tells two processes apart even if a scheduler runs one job twice
+        under one id.
+    path : Path
+        The file.
+
+    Raises
+    ------
+    OSError
+        If the folder or file cannot be made.
+    """
+
+    def __init__(self, folder: Path, worker: WorkerInfo) -> None:
+        self.worker = worker
+        self.token = secrets.token_hex(8)
+        self._lock = threading.Lock()
+        self._torn = False
+        folder = make_folder(folder)
+        self.path = folder / f"{safe_name(worker.host)}-{worker.pid}-{self.token}.jsonl"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._fd = os.open(self.path, flags, 0o644)
+        self._append("worker", {"version": FORMAT_VERSION, "worker": asdict(worker)})
+        self._sync()
+        fsync_path(folder)
+
+    def begin(self, block: int, attempt: int = 1) -> None:
+        """Say that a block is being worked on; for watching only, so neither synced nor needed."""
+        # A full disk must show up where it matters, in the block's own write, not here.
+        with contextlib.suppress(OSError):
+            self._append("begin", {"block": int(block), "attempt": int(attempt)})
+
+    def alive(self) -> None:
+        """Say that the process lives; for watching only, as `begin`."""
+        with contextlib.suppress(OSError):
+            self._append("alive", {})
+
+    def finish(self, record: BlockRecord) -> None:
+        """Write the end of a block; durable on return.
+
+        Parameters
+        ----------
+        record : BlockRecord
+            Its ``token`` and ``worker`` are filled in.
+
+        Raises
+        ------
+        OSError
+            If the line could not be made durable: the block is then not done. Calling again with
+            the same record is right.
+        """
+        self.finish_many([record])
+
+    def finish_many(self, records: Iterable[BlockRecord]) -> None:
+        """Write many ends of blocks with one sync at the end (10^6 skipped blocks take seconds).
+
+        Raises
+        ------
+        OSError
+            As in :meth:`finish`; any prefix of the records may be durable.
+        """
+        lines: list[bytes] = []
+        size = 0
+        wrote = False
+        for record in records:
+            own = replace(record, token=self.token, worker=self.worker.name)
+            line = encode("block", time.time(), self.token, own.to_dict())
+            lines.append(line)
+            size += len(line)
+            wrote = True
+            if size >= _BATCH_BYTES:
+                self._write(b"".join(lines))
+                lines, size = [], 0
+        if lines:
+            self._write(b"".join(lines))
+        if wrote:
+            self._sync()
+
+    def close(self, reason: str = "end") -> None:
+        """Write the ``exit`` line and close the file; a second call does nothing."""
+        if self._fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            self._append("exit", {"reason": reason})
+            self._sync()
+        with self._lock:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close("end" if kind is None else kind.__name__)
+
+    def _append(self, event: str, data: dict[str, Any]) -> None:
+        self._write(encode(event, time.time(), self.token, data))
+
+    def _write(self, data: bytes) -> None:
+        with self._lock:
+            if self._fd < 0:
+                raise OSError(f"journal {self.path} is closed")
+            # After a write cut short (full disk), the next line must not grow on the torn one.
+            rest = memoryview(b"\n" + data if self._torn else data)
+            self._torn = True
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+            self._torn = False
+
+    def _sync(self) -> None:
+        os.fdatasync(self._fd)

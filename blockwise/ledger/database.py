@@ -1,0 +1,349 @@
+"""Block progress in MongoDB: a view of the journal that may lag, never a truth of its own.
+
+Only the coordinator writes here, from journal lines (`ledger.feeder`); workers know nothing
+of the database. Every write says what is so (never "one more"), and carries a key that tells older
+from newer, so that a write sent twice, late or in another order changes nothing:
+
+- a block document is replaced only by one with a larger ``order`` (rank of the state, time,
+  attempt, token);
+- a worker document only by one made from at least as many journal bytes;
+- the totals of a stage likewise.
+
+Collections, fields and indexes: ``docs/ledger.md``.
+"""
+
+import atexit
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from pymongo import ASCENDING, MongoClient, UpdateOne
+from pymongo.errors import (
+    BulkWriteError,
+    CollectionInvalid,
+    ConfigurationError,
+    OperationFailure,
+    PyMongoError,
+)
+from pymongo.synchronous import monitor
+
+from agq.blockwise.ledger.schema import VALIDATORS
+from agq.blockwise.ledger.settings import (
+    URI_VARIABLE,
+    LedgerError,
+    LedgerSettings,
+    Secrets,
+    mask_secrets,
+    shown_uri,
+)
+from agq.blockwise.ledger.updates import RANK, Document, begin_update, block_update, worker_update
+
+__all__ = [
+    "RANK",
+    "URI_VARIABLE",
+    "Ledger",
+    "LedgerError",
+    "LedgerSettings",
+    "begin_update",
+    "block_update",
+    "connect",
+    "mask_secrets",
+    "worker_update",
+]
+
+logger = logging.getLogger(__name__)
+
+# Write errors that no retry can heal: the server refuses this document, not the moment.
+_REFUSED: Final = frozenset({2, 14, 52, 121, 10334, 17280})
+_AUTH_FAILED: Final = frozenset({18, 8000})
+_FORBIDDEN: Final = 13
+
+
+class Ledger:
+    """A database that mirrors runs. Made by `connect`.
+
+    Parameters
+    ----------
+    uri : str
+        MongoDB URI with its password.
+    settings : LedgerSettings
+        Database name and timeouts.
+
+    Attributes
+    ----------
+    shown : str
+        The URI as messages may show it.
+    runs, blocks, workers : Collection
+        The three collections.
+
+    Raises
+    ------
+    LedgerError
+        If the URI is malformed.
+    """
+
+    def __init__(self, uri: str, settings: LedgerSettings) -> None:
+        self._secrets = Secrets(uri)
+        self.shown = shown_uri(uri)
+        self.settings = settings
+        try:
+            # pymongo drops an option it does not understand with a warning; a misspelt tls would
+            # send the password in clear.
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                self._client = self._open(uri)
+
+        except (PyMongoError, ValueError, OSError, UserWarning) as error:
+            raise self.error(error) from None
+        database = self._client.get_database(settings.database)
+        self.runs = database["runs"]
+        self.blocks = database["blocks"]
+        self.workers = database["workers"]
+        self._prepared = False
+
+    def _open(self, uri: str) -> MongoClient[Document]:
+        milliseconds = int(self.settings.timeout_s * 1000)
+        query = uri.partition("?")[2].lower()
+        # Acknowledged means durable, unless the URI says otherwise: the feeder never sends again
+        # what the database has acknowledged.
+        durable: dict[str, Any] = {} if "w=" in query else {"w": "majority", "journal": True}
+        return MongoClient(
+            uri,
+            serverSelectionTimeoutMS=milliseconds,
+            connectTimeoutMS=milliseconds,
+            socketTimeoutMS=4 * milliseconds,
+            wTimeoutMS=4 * milliseconds,
+            appname="agq",
+            **durable,
+        )
+
+    def error(self, error: BaseException | str) -> LedgerError:
+        """Turn an error into one line without the password."""
+        text = self._secrets.hide(error)
+        if isinstance(error, OperationFailure) and error.code in _AUTH_FAILED:
+            text = "user or password refused"
+        elif isinstance(error, OperationFailure) and error.code == _FORBIDDEN:
+            text = f"the user may not do this in database {self.settings.database!r}: {text}"
+            text = text.partition(", full error:")[0] + "; a run needs the role readWrite"
+        elif isinstance(error, ConfigurationError | UserWarning):
+            text = f"malformed URI or option: {text}"
+        # pymongo appends the whole answer or the description of all servers to the reason.
+        text = (
+            text.partition(", full error:")[0]
+            .partition(", Timeout:")[0]
+            .partition(" (configured timeouts:")[0]
+        )
+        return LedgerError(f"database {self.shown}: {text[:300]}")
+
+    def hide(self, text: object) -> str:
+        """Return one line of the text without the password."""
+        return self._secrets.hide(text)
+
+    def ping(self) -> None:
+        """Check that the database answers and takes the password.
+
+        Raises
+        ------
+        LedgerError
+            If it does not.
+        """
+        try:
+            self._client.admin.command("ping")
+            self.runs.find_one({"_id": ""})
+        except (PyMongoError, OSError) as error:
+            raise self.error(error) from None
+
+    def prepare(self) -> None:
+        """Make the collections with their validators, and the indexes, once per process.
+
+        Raises
+        ------
+        PyMongoError
+            If the database is away or refuses.
+        """
+        if self._prepared:
+            return
+        there = self.runs.database.list_collection_names()
+        for name in VALIDATORS.keys() - set(there):
+            # Another coordinator may be faster.
+            with contextlib.suppress(CollectionInvalid):
+                self.runs.database.create_collection(name, validator=VALIDATORS[name])
+        key = [("run", ASCENDING), ("stage", ASCENDING)]
+        self.blocks.create_index([*key, ("block", ASCENDING)], unique=True, name="block")
+        self.blocks.create_index([*key, ("state", ASCENDING)], name="state")
+        self.workers.create_index([*key, ("exit", ASCENDING)], name="run")
+        self.runs.create_index([("created", ASCENDING)], name="created")
+        self._prepared = True
+
+    def require_writable(self) -> None:
+        """Make what a run needs here, or close the connections and say why that cannot be done.
+
+        Raises
+        ------
+        LedgerError
+            If the user may not write, or the database is away, full or read-only.
+        """
+        try:
+            self.prepare()
+        except (PyMongoError, OSError) as error:
+            self.close()
+            raise self.error(error) from None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def leave(self) -> None:
+        """Close the connections of a process that ends now.
+
+        At the exit pymongo would wait for its threads, which sleep for half a second at a time.
+        They are daemons, and with the client closed they have nothing left to do.
+        """
+        self.close()
+        wait = getattr(monitor, "_shutdown_resources", None)
+        if wait is not None:
+            atexit.unregister(wait)
+
+    # Writing, for the feeder
+
+    def set_run(self, run: str, fields: Document) -> None:
+        """Set fields (dotted paths allowed, not ``created``) of a run's document; make it."""
+        update = {"$set": fields, "$setOnInsert": {"created": time.time()}}
+        self.runs.update_one({"_id": run}, update, upsert=True)
+
+    def set_totals(self, run: str, stage: str, size: int, totals: Document) -> None:
+        """Set the totals of a stage unless those there were made from more journal bytes."""
+        path = f"stages.{stage}.totals"
+        older = [{f"{path}.bytes": {"$lte": size}}, {path: {"$exists": False}}]
+        update = {"$set": {path: totals | {"bytes": size}}}
+        self.runs.update_one({"_id": run, "$or": older}, update)
+
+    def write(self, collection: str, updates: Sequence[UpdateOne]) -> int:
+        """Send updates unordered, in one bulk write.
+
+        Returns
+        -------
+        int
+            Documents that the server refuses for what they are; sending them again is no use.
+
+        Raises
+        ------
+        PyMongoError
+            If anything else went wrong: send all of them again.
+        """
+        if not updates:
+            return 0
+        try:
+            self.runs.database[collection].bulk_write(list(updates), ordered=False)
+        except BulkWriteError as error:
+            failed = error.details.get("writeErrors", [])
+            refused = [e for e in failed if e.get("code") in _REFUSED]
+            if len(refused) < len(failed) or error.details.get("writeConcernErrors"):
+                raise
+            logger.error(
+                "ledger: %d documents refused, first: %s",
+                len(refused),
+                self.hide(refused[0].get("errmsg"))[:200],
+            )
+            return len(refused)
+        return 0
+
+    # Reading
+
+    def delivered(self, run: str, stage: str) -> dict[str, int]:
+        """Return the bytes of each journal file that are already here."""
+        found = self.workers.find({"run": run, "stage": stage}, {"file": 1, "delivered": 1})
+        return {doc["file"]: int(doc["delivered"]) for doc in found}
+
+    def find_run(self, run: str) -> Document | None:
+        """Return the document of a run."""
+        return self.runs.find_one({"_id": run})
+
+    def find_blocks(
+        self, run: str, stage: str, state: str | None = None, limit: int = 0
+    ) -> Iterator[Document]:
+        """Yield block documents by block number (limit 0: all)."""
+        query = {"run": run, "stage": stage} | ({"state": state} if state else {})
+        yield from self.blocks.find(query).sort("block", ASCENDING).limit(limit)
+
+    def failure_reasons(self, run: str, stage: str) -> Iterator[tuple[str, int, int]]:
+        """Yield each reason of failed blocks, their number, and the first of them, in no order."""
+        failed: Document = {"$match": {"run": run, "stage": stage, "state": "failed"}}
+        group: Document = {"_id": "$reason", "count": {"$sum": 1}, "first": {"$min": "$block"}}
+        # Every block may have a reason of its own: more than the server holds in memory.
+        for d in self.blocks.aggregate([failed, {"$group": group}], allowDiskUse=True):
+            yield str(d["_id"] or ""), int(d["count"]), int(d["first"])
+
+    def blocks_of(self, run: str, stage: str, numbers: Sequence[int]) -> dict[int, Document]:
+        """Return the documents of some blocks by number."""
+        query = {"run": run, "stage": stage, "block": {"$in": list(numbers)}}
+        return {int(doc["block"]): doc for doc in self.blocks.find(query)}
+
+    def find_workers(self, run: str, stage: str, *, running: bool = False) -> list[Document]:
+        """Return the worker documents of a stage, or of those that have not ended."""
+        query: Document = {"run": run, "stage": stage}
+        if running:
+            query["exit"] = None
+        return list(self.workers.find(query).sort("name", ASCENDING))
+
+    def remove_stage(self, run: str, stage: str) -> None:
+        """Delete the blocks, workers and totals of a stage that was started over."""
+        for collection in (self.blocks, self.workers):
+            collection.delete_many({"run": run, "stage": stage})
+        self.runs.update_one({"_id": run}, {"$unset": {f"stages.{stage}.totals": ""}})
+
+    def remove_old(self, user: str, days: float) -> int:
+        """Delete the runs of a user that nothing was written to for some days; return how many."""
+        query = {"user": user, "updated": {"$lt": time.time() - 86400 * days}}
+        old = [doc["_id"] for doc in self.runs.find(query, {"_id": 1})]
+        for run in old:
+            self.remove_run(run)
+        return len(old)
+
+    def remove_run(self, run: str) -> None:
+        """Delete everything of a run."""
+        for collection in (self.blocks, self.workers):
+            collection.delete_many({"run": run})
+        self.runs.delete_one({"_id": run})
+
+
+def connect(settings: LedgerSettings) -> Ledger | None:
+    """Open the ledger that the settings name.
+
+    Parameters
+    ----------
+    settings : LedgerSettings
+        Where it is, and whether the run needs it.
+
+    Returns
+    -------
+    Ledger or None
+        None where no URI is given. Where `required` is false the database may be away: a warning
+        says so, and the feeder delivers when it is back.
+
+    Raises
+    ------
+    LedgerError
+        If the settings are wrong, or the database is required and there is none, or it cannot be
+        reached or refuses the password.
+    """
+    uri = settings.resolve()
+    if uri is None:
+        if settings.required:
+            raise LedgerError(
+                "ledger.required is set, but there is no ledger.uri, no ledger.uri_file and no "
+                f"environment variable {URI_VARIABLE}"
+            )
+        return None
+    ledger = Ledger(uri.get_secret_value(), settings)
+    try:
+        ledger.ping()
+    except LedgerError as error:
+        if settings.required:
+            ledger.close()
+            raise
+        logger.warning("%s; the run goes on, the journal keeps what is to be delivered", error)
+    return ledger

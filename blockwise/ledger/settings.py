@@ -1,0 +1,178 @@
+"""Where the database is, and how its password stays out of every message."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Final, Self
+from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from agq.errors import InputError
+
+#: Environment variable with the URI, used when the settings have none.
+URI_VARIABLE: Final = "AGQ_MONGO_URI"
+#: Environment variable with the database's name, for commands that have no settings.
+DATABASE_VARIABLE: Final = "AGQ_MONGO_DATABASE"
+HIDDEN: Final = "***"
+
+_SCHEME: Final = re.compile(r"^\s*(mongodb(?:\+srv)?://)(.*)$", re.DOTALL)
+_SECRET_KEY: Final = re.compile(
+    r"pass(word|wd|phrase)?$|secret|token$|credential|api_?key|access_?key|^uri$", re.IGNORECASE
+)
+# Begins with a literal: a pattern for the scheme's name takes quadratic time on a long word.
+_USERINFO: Final = re.compile(r"(://[^\s/:@]*):\S*@")
+
+
+class LedgerError(InputError):
+    """The database cannot be used; the message is one line and has no password in it."""
+
+
+class LedgerSettings(BaseModel):
+    """Where block progress is mirrored: a MongoDB database.
+
+    The URI is taken from `uri`, else from the file `uri_file`, else from the environment variable
+    ``AGQ_MONGO_URI``; without any of them there is no ledger.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uri: SecretStr | None = Field(
+        None, description="MongoDB URI; better kept in uri_file or the environment."
+    )
+    uri_file: Path | None = Field(
+        None, description="File whose only line is the URI; readable by its owner only."
+    )
+    database: str = Field("agq", description="Database; many runs and users may share one.")
+    required: bool = Field(
+        False,
+        description="Refuse to start when the database cannot be reached or written to at the "
+        "start.",
+    )
+    timeout_s: float = Field(
+        5.0, gt=0, description="Seconds to wait for the database before trying again later."
+    )
+    keep_days: float | None = Field(
+        None,
+        gt=0,
+        description="Delete your own runs from the database, not from disk, when nothing was "
+        "written to them for so many days; checked when a run starts.",
+    )
+    interval_s: float = Field(
+        1.0, gt=0, description="Seconds between two deliveries of new journal lines."
+    )
+
+    @classmethod
+    def of_environment(cls) -> Self:
+        """Return what the environment alone says, for commands without a configuration."""
+        name = os.environ.get(DATABASE_VARIABLE)
+        return cls(database=name) if name else cls()
+
+    def resolve(self) -> SecretStr | None:
+        """Return the URI from wherever it is, or None where none is given.
+
+        Raises
+        ------
+        LedgerError
+            If `uri_file` cannot be read or is empty, or the text is no MongoDB URI.
+        """
+        if self.uri is not None:
+            text, where = self.uri.get_secret_value(), "ledger.uri"
+        elif self.uri_file is not None:
+            where = f"ledger.uri_file {self.uri_file}"
+            try:
+                text = self.uri_file.expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "not a text file"
+                raise LedgerError(f"{where}: {reason}") from None
+        elif os.environ.get(URI_VARIABLE):
+            text, where = os.environ[URI_VARIABLE], f"environment variable {URI_VARIABLE}"
+        else:
+            return None
+        text = text.strip()
+        if not _SCHEME.match(text) or len(text.split()) != 1:
+            raise LedgerError(f"{where}: not a MongoDB URI (mongodb://user:password@host:port/)")
+        return SecretStr(text)
+
+
+def shown_uri(uri: str) -> str:
+    """Return the URI as people may see it: no password, no options.
+
+    Parameters
+    ----------
+    uri : str
+        Any text; one that is no URI is hidden altogether.
+    """
+    match = _SCHEME.match(uri.strip())
+    if match is None:
+        return HIDDEN
+    # The last @ ends the user info even where someone forgot to escape one in the password.
+    user, at, rest = match[2].rpartition("@")
+    hosts = re.split(r"[/?]", rest, maxsplit=1)[0]
+    name, colon, _ = user.partition(":")
+    return f"{match[1]}{name}{colon and ':' + HIDDEN}{at}{hosts}"
+
+
+class Secrets:
+    """The secret parts of a URI, to take them out of other people's messages."""
+
+    def __init__(self, uri: str) -> None:
+        self._shown = shown_uri(uri)
+        secrets = {uri.strip()}
+        match = _SCHEME.match(uri.strip())
+        if match is not None:
+            user, _, rest = match[2].rpartition("@")
+            password = user.partition(":")[2]
+            query = rest.partition("?")[2]
+            values = [v for k, v in parse_qsl(query) if "password" in k.lower() or "prop" in k]
+            for value in (password, *values):
+                plain = unquote_plus(value)
+                secrets |= {
+                    value,
+                    plain,
+                    quote(plain, safe=""),
+                    quote_plus(plain),
+                    repr(plain)[1:-1],
+                }
+        # Longest first: a part of a secret must not break up the whole of it.
+        self._parts = sorted(secrets - {""}, key=len, reverse=True)
+
+    def hide(self, text: object) -> str:
+        """Return one line of the text with every secret replaced."""
+        line = " ".join(str(text).split())
+        for part in self._parts:
+            line = line.replace(part, self._shown if "://" in part else HIDDEN)
+        return line
+
+
+def mask_secrets(value: Any) -> Any:
+    """Copy a JSON-like value with passwords hidden and in a form that any MongoDB stores.
+
+    Values of keys that name a secret, and the password in any ``scheme://user:password@host``,
+    become ``***``. Keys lose dots and a leading dollar; numbers beyond 64 bits, paths and other
+    objects become text.
+    """
+    if isinstance(value, dict):
+        return {
+            _key(k): HIDDEN if _SECRET_KEY.search(str(k)) and v else mask_secrets(v)
+            for k, v in value.items()
+        }
+    if isinstance(value, list | tuple | set):
+        return [mask_secrets(v) for v in value]
+    if isinstance(value, bool | float) or value is None:
+        return value
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**63 else str(value)
+    if isinstance(value, SecretStr):
+        return HIDDEN
+    return _USERINFO.sub(rf"\1:{HIDDEN}@", storable(str(value)))
+
+
+def storable(text: str) -> str:
+    """Replace what UTF-8 cannot hold (lone surrogates of undecodable file names)."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\N{SYMBOL FOR NULL}")
+
+
+def _key(key: object) -> str:
+    text = storable(str(key)).replace(".", "_")
+    return "_" + text[1:] if text.startswith("$") else text

@@ -1,0 +1,234 @@
+"""Delivers the journal of one stage to the ledger, batch by batch; `ledger_feed` drives it."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from pymongo import UpdateOne
+
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BadLineError, Event
+from agq.blockwise.journal.tail import JournalTail, WorkerState
+from agq.blockwise.ledger.database import Ledger, mask_secrets
+from agq.blockwise.ledger.updates import (
+    RANK,
+    Attempt,
+    Document,
+    begin_update,
+    block_update,
+    worker_update,
+)
+
+_BATCH_BYTES: Final = 256 << 10
+_BULK: Final = 500
+_RECENT_S: Final = 60.0
+#: A worker with a deep prefetch queue may have begun many blocks.
+_MAX_CURRENT: Final = 16
+
+_Order = tuple[int, float, int, str]
+_Make = Callable[..., UpdateOne]
+
+
+class StageFeed:
+    """Delivers the journal of one stage.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        Where to.
+    run, stage : str
+        The run's id and the stage's name.
+    folder : Path
+        Journal folder; it need not exist yet.
+    full : bool
+        Deliver everything again, whatever the database says it has.
+
+    Attributes
+    ----------
+    delivered : int
+        Journal lines delivered.
+    refused : int
+        Documents that the database refused for good.
+    sent : dict of str to int
+        Bytes delivered of each journal file.
+
+    Raises
+    ------
+    PyMongoError
+        If the database cannot be asked; likewise from all methods, which may be called again.
+    """
+
+    def __init__(self, ledger: Ledger, run: str, stage: str, folder: Path, *, full: bool) -> None:
+        self.folder = folder
+        self.delivered = 0
+        self.refused = 0
+        self._ledger = ledger
+        self._run = run
+        self.name = stage
+        self._open({} if full else ledger.delivered(run, stage))
+
+    def _open(self, delivered: dict[str, int]) -> None:
+        """Start reading; ``delivered`` says how far the database has each file."""
+        self._journal = Journal(self.folder)
+        read = self._journal.positions
+        if delivered.keys() - read.keys():
+            # The stage was started over: what the database has is of another attempt.
+            self._ledger.remove_stage(self._run, self.name)
+            delivered = {}
+        ended = {f for f in self._journal.ended if delivered.get(f) == read.get(f)}
+        self._tail = JournalTail(self.folder, delivered, ended)
+        self._batch: list[Event] = []
+        self._totals_key: tuple[int, int] | None = None
+        self._totals_time = 0.0
+        self.sent = delivered
+
+    def deliver(self) -> bool:
+        """Send one batch of events; after an error, the same batch is sent again the next time.
+
+        Returns
+        -------
+        bool
+            Whether there was anything to send, so that there may be more.
+        """
+        if self._journal.replaced():
+            self._ledger.remove_stage(self._run, self.name)
+            self._open({})
+        if not self._batch:
+            self._batch = self._tail.poll(_BATCH_BYTES)
+            # After the tail, so that the journal knows at least as much.
+            self._journal.catch_up()
+        if self._batch:
+            self._send_blocks()
+            self._send_workers()
+            self.delivered += len(self._batch)
+            self._batch = []
+            self.sent = dict(self._tail.positions)
+            return True
+        return False
+
+    def _send_blocks(self) -> None:
+        newest: dict[int, tuple[_Order, _Make]] = {}
+        failed: defaultdict[int, list[Attempt]] = defaultdict(list)
+        for event in self._batch:
+            try:
+                block, order, make = self._update_of(event)
+                if event.kind == "block" and event.data["state"] == "failed":
+                    worker = self._journal.workers.get(event.token)
+                    failed[block].append((event.record, worker.info if worker else None))
+            except (BadLineError, KeyError, TypeError, ValueError):
+                continue
+            if block >= 0 and (block not in newest or newest[block][0] < order):
+                newest[block] = order, make
+        updates = [make(earlier=failed.get(block, ())) for block, (_, make) in newest.items()]
+        for start in range(0, len(updates), _BULK):
+            self.refused += self._ledger.write("blocks", updates[start : start + _BULK])
+
+    def _update_of(self, event: Event) -> tuple[int, _Order, _Make]:
+        worker = self._journal.workers.get(event.token)
+        info = worker.info if worker else None
+        where = self._run, self.name
+        if event.kind == "block":
+            record = event.record
+            order = RANK[record.state], record.finished, record.attempt, record.token
+            return record.block, order, partial(block_update, *where, record, info)
+        if event.kind == "begin":
+            block, attempt = int(event.data["block"]), int(event.data.get("attempt", 1))
+            order = RANK["running"], event.time, attempt, event.token
+            who = event.token, info
+            return block, order, partial(begin_update, *where, block, attempt, event.time, *who)
+        return -1, (0, 0.0, 0, ""), partial(UpdateOne, {}, {})
+
+    def _send_workers(self) -> None:
+        files = {event.file: event.token for event in self._batch}
+        updates = [
+            worker_update(
+                self._run,
+                self.name,
+                file,
+                _worker_fields(self._journal.workers.get(token)),
+                read=self._journal.positions.get(file, 0),
+                delivered=self._tail.positions[file],
+            )
+            for file, token in files.items()
+        ]
+        self.refused += self._ledger.write("workers", updates)
+
+    def send_totals(self, since: float | None, *, at_once: bool = False) -> None:
+        """Send the totals of the stage if they have changed.
+
+        Parameters
+        ----------
+        since : float or None
+            When the stage was started last, seconds since the epoch.
+        at_once : bool
+            Even if they were sent a moment ago.
+        """
+        size = sum(self._journal.positions.values())
+        key = self._journal.version, size
+        started = time.monotonic()
+        if key == self._totals_key or (started < self._totals_time and not at_once):
+            return
+        journal = self._journal
+        now = time.time()
+        sums = journal.totals()
+        session = journal.recent(since or sums["started"])
+        blocks, voxels = journal.recent(now - _RECENT_S)
+        totals = {
+            **journal.counts(),
+            **sums,
+            "running": len(journal.running()),
+            "duplicates": len(journal.duplicates),
+            "conflicts": len(journal.conflicts),
+            "session": {"blocks": session[0], "voxels": session[1]},
+            "recent": {"seconds": _RECENT_S, "blocks": blocks, "voxels": voxels},
+            "updated": now,
+        }
+        self._ledger.set_totals(self._run, self.name, size, totals)
+        self._totals_key = key
+        # At 10^7 blocks adding up takes a good part of a second: do not spend all time on it.
+        spent = time.monotonic() - started
+        self._totals_time = started + max(1.0, 20 * spent)
+
+
+def _worker_fields(worker: WorkerState | None) -> Document:
+    if worker is None:
+        return {}
+    info = worker.info
+    current = sorted((begun, block, attempt) for block, (attempt, begun) in worker.current.items())
+    return mask_secrets(
+        {
+            "name": info.name,
+            "host": info.host,
+            "pid": info.pid,
+            "device": info.device,
+            "job": info.job,
+            "gpu": info.gpu,
+            "gpu_bytes": info.gpu_bytes,
+            "voxels_per_s": worker.voxels / max(worker.last - info.started, 1e-3),
+            "started": info.started,
+            "last": worker.last,
+            "done": worker.done,
+            "skipped": worker.skipped,
+            "failed": worker.failed,
+            "voxels": worker.voxels,
+            "exit": worker.exit,
+            "current": [
+                {"block": block, "attempt": attempt, "begun": begun}
+                for begun, block, attempt in current[-_MAX_CURRENT:]
+            ],
+        }
+    ) | {"token": worker.token}
+
+
+def count_lines(folder: Path, sent: Mapping[str, int]) -> int:
+    """Count the whole lines of a journal folder after the delivered positions, bytes by file."""
+    lines = 0
+    for path in folder.glob("*.jsonl") if folder.is_dir() else ():
+        with path.open("rb") as file:
+            file.seek(sent.get(path.name, 0))
+            while piece := file.read(1 << 20):
+                lines += piece.count(b"\n")
+    return lines

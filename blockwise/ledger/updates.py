@@ -1,0 +1,150 @@
+"""The updates that bring ledger documents to what the journal says, whatever is there already."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from pymongo import UpdateOne
+
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.ledger.settings import storable
+
+#: Precedence of block states: a document never goes back.
+RANK: Final[dict[str, int]] = {"queued": 0, "running": 1, "failed": 2, "skipped": 3, "done": 4}
+
+_I64: Final = 2**63 - 1
+_MAX_ERROR: Final = 4096
+
+Document = dict[str, Any]
+Attempt = tuple[BlockRecord, WorkerInfo | None]
+
+
+def block_update(
+    run: str,
+    stage: str,
+    record: BlockRecord,
+    worker: WorkerInfo | None = None,
+    *,
+    earlier: Sequence[Attempt] = (),
+) -> UpdateOne:
+    """Update that brings a block's document to a record, unless it is newer already.
+
+    Parameters
+    ----------
+    run, stage : str
+        Run and stage.
+    record : BlockRecord
+        End of an attempt; a failed one is also kept among the block's ``attempts``.
+    worker : WorkerInfo, optional
+        Who made it.
+    earlier : sequence of (BlockRecord, WorkerInfo or None)
+        Further failed attempts, to keep.
+    """
+    if record.state == "failed":
+        earlier = [*earlier, (record, worker)]
+    fields: Document = {
+        "state": record.state,
+        "reason": record.reason and storable(record.reason),
+        "error": record.error and storable(record.error),
+        "roi": record.roi and {"offset": list(record.roi[0]), "shape": list(record.roi[1])},
+        "sums": {k.replace(".", "_"): v for k, v in record.sums.items()},
+    }
+    for name in ("started", "finished", "read_s", "compute_s", "write_s"):
+        fields[name] = float(getattr(record, name))
+    for name in ("labels", "components", "dropped", "voxels"):
+        fields[name] = min(int(getattr(record, name)), _I64)
+    of = (record.block, record.attempt, record.finished, record.token)
+    return _block(run, stage, *of, worker, fields, earlier)
+
+
+def begin_update(
+    run: str,
+    stage: str,
+    block: int,
+    attempt: int,
+    begun: float,
+    token: str,
+    worker: WorkerInfo | None = None,
+    *,
+    earlier: Sequence[Attempt] = (),
+) -> UpdateOne:
+    """Update that marks a block as running, unless it has ended; `earlier` as in `block_update`."""
+    fields: Document = {"state": "running", "started": begun}
+    return _block(run, stage, block, attempt, begun, token, worker, fields, earlier)
+
+
+def _block(
+    run: str,
+    stage: str,
+    block: int,
+    attempt: int,
+    when: float,
+    token: str,
+    worker: WorkerInfo | None,
+    fields: Document,
+    earlier: Sequence[Attempt],
+) -> UpdateOne:
+    key = f"{run}/{stage}/{block}"
+    order = [RANK[fields["state"]], float(when), min(attempt, _I64), token]
+    document = fields | {
+        "_id": key,
+        "run": run,
+        "stage": stage,
+        "block": block,
+        "attempt": order[2],
+        "token": token,
+        "worker": worker and storable(worker.name),
+        "host": worker and storable(worker.host),
+        "device": worker and worker.device,
+        "job": worker and worker.job,
+        "order": order,
+    }
+    # In a pipeline a value such as "$5 off" would be a field path: hence $literal. A missing
+    # order is smaller than any array, so the first write of a block always counts.
+    newer = {"$gt": [{"$literal": order}, "$order"]}
+    kept = {"$cond": [newer, {"$literal": document}, "$$ROOT"]}
+    # By a key of its own for each attempt, so that their order and repetition do not matter.
+    known = {"$ifNull": ["$attempts", {"$literal": {}}]}
+    added = {f"{r.token}-{min(r.attempt, _I64)}": _attempt(r, w) for r, w in earlier}
+    history = {"attempts": {"$mergeObjects": [known, {"$literal": added}]}}
+    whole = {"$mergeObjects": [kept, history]}
+    return UpdateOne({"_id": key}, [{"$replaceWith": whole}], upsert=True)
+
+
+def _attempt(record: BlockRecord, worker: WorkerInfo | None) -> Document:
+    """Return what is kept of a failed attempt."""
+    return {
+        "attempt": min(record.attempt, _I64),
+        "worker": worker and storable(worker.name),
+        "host": worker and storable(worker.host),
+        "job": worker and worker.job,
+        "device": worker and worker.device,
+        "gpu": worker and worker.gpu,
+        **{n: float(getattr(record, n)) for n in ("started", "finished")},
+        "reason": record.reason and storable(record.reason),
+        "error": record.error and storable(record.error)[-_MAX_ERROR:],
+    }
+
+
+def worker_update(
+    run: str, stage: str, file: str, fields: Document, *, read: int, delivered: int
+) -> UpdateOne:
+    """Update of a worker's document.
+
+    Parameters
+    ----------
+    run, stage, file : str
+        Run, stage and journal file of the worker.
+    fields : dict
+        What the first `read` bytes of the file say.
+    read, delivered : int
+        Bytes of the file read, and of them delivered to the blocks collection.
+    """
+    key = f"{run}/{stage}/{file}"
+    document = fields | {"_id": key, "run": run, "stage": stage, "file": file, "read": read}
+    newer = {"$gte": [read, {"$ifNull": ["$read", -1]}]}
+    merged = [
+        "$$ROOT",
+        {"$cond": [newer, {"$literal": document}, {}]},
+        {"delivered": {"$max": ["$delivered", delivered]}},
+    ]
+    return UpdateOne({"_id": key}, [{"$replaceWith": {"$mergeObjects": merged}}], upsert=True)

@@ -1,0 +1,1 @@
+"""The prediction: a coordinator hands out blocks, workers compute them."""

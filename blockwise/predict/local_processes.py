@@ -1,0 +1,199 @@
+"""The processes that a coordinator starts on its own machine: one dispatcher, several workers."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from agq.blockwise.predict.paths import log_path
+from agq.blockwise.storage.files import make_folder
+
+_STOP_S = 3.0
+
+
+@dataclass(frozen=True)
+class WorkerEnd:
+    """A worker process that has ended.
+
+    Attributes
+    ----------
+    index
+        Number of the worker.
+    code
+        Exit status; negative for a signal.
+    token
+        Its journal token; None if it never got as far as that.
+    message
+        What it said before it ended on purpose.
+    log
+        Its log file.
+    """
+
+    index: int
+    code: int
+    token: str | None
+    message: str | None
+    log: Path
+
+
+class _Running:
+    """One local worker process and the pipe it tells its state through."""
+
+    def __init__(self, run_dir: str, index: int) -> None:
+        self.index = index
+        self.log = log_path(run_dir, f"worker-{index}")
+        self.token: str | None = None
+        self.message: str | None = None
+        self._text = b""
+        self._pipe, child_end = os.pipe()
+        os.set_blocking(self._pipe, False)
+        try:
+            arguments = [run_dir, "--index", str(index), "--status-fd", str(child_end)]
+            self.process = _python(
+                "agq.blockwise.predict.worker",
+                [*arguments, "--parent", str(os.getpid()), "--wait", "1e9"],
+                log=self.log,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(child_end,),
+            )
+        except BaseException:
+            os.close(self._pipe)
+            raise
+        finally:
+            os.close(child_end)
+
+    def listen(self) -> None:
+        """Read what the worker has said."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._pipe, 65536):
+                self._text += data
+        *lines, self._text = self._text.split(b"\n")
+        for line in lines:
+            said = json.loads(line)
+            self.token = said.get("token", self.token)
+            self.message = said.get("message", self.message)
+
+    def close(self) -> None:
+        """Forget the process; it has ended."""
+        self.process.wait()
+        os.close(self._pipe)
+
+
+class LocalWorkers:
+    """The worker processes of a coordinator; none outlives it.
+
+    Parameters
+    ----------
+    run_dir
+        Run folder.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._running: list[_Running] = []
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, index: int) -> None:
+        """Start worker `index`."""
+        self._running.append(_Running(self._run_dir, index))
+
+    def ended(self) -> list[WorkerEnd]:
+        """Return the workers that have ended since the last call, and forget them."""
+        ends = []
+        for worker in list(self._running):
+            code = worker.process.poll()
+            worker.listen()
+            if code is not None:
+                ends.append(WorkerEnd(worker.index, code, worker.token, worker.message, worker.log))
+                worker.close()
+                self._running.remove(worker)
+        return ends
+
+    def stop(self, grace_s: float) -> None:
+        """End all workers: let them go for `grace_s`, then terminate, seconds later kill."""
+        processes = [worker.process for worker in self._running]
+        _wait(processes, grace_s)
+        for process in processes:
+            process.terminate()
+        _wait(processes, _STOP_S)
+        for process in processes:
+            process.kill()
+        for worker in self._running:
+            worker.close()
+        self._running.clear()
+
+
+class Dispatcher:
+    """The dispatcher process of a coordinator.
+
+    Parameters
+    ----------
+    run_dir
+        Run folder.
+    numbers
+        Block numbers to hand out.
+    alone
+        Whether workers are to take one block at a time.
+    """
+
+    def __init__(self, run_dir: str, numbers: npt.NDArray[np.int64], *, alone: bool) -> None:
+        self.log = log_path(run_dir, "dispatcher")
+        self._process = _python(
+            "agq.blockwise.predict.dispatcher",
+            [run_dir, str(os.getpid()), "alone" if alone else "together"],
+            log=self.log,
+            stdin=subprocess.PIPE,
+        )
+        buffer = io.BytesIO()
+        np.save(buffer, numbers, allow_pickle=False)
+        assert self._process.stdin is not None
+        # A dispatcher that ends before it has read all is noticed by its exit status.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(buffer.getbuffer())
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def poll(self) -> int | None:
+        """Return the exit status, None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End it now; it holds nothing that is not in the journal."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+
+def _python(module: str, arguments: list[str], *, log: Path, **options: Any) -> Any:
+    """Start ``python -P -m module`` with its output in a log file.
+
+    ``-P`` keeps the current folder off the import path: a user's ``model.py`` or ``yaml.py`` there
+    is none of ours.
+    """
+    make_folder(log.parent)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Wait until all processes have ended, `seconds` at most."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))

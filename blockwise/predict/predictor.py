@@ -1,0 +1,158 @@
+"""What predicts a block: the protocol, and how a worker gets a predictor by name.
+
+`blockwise` knows no network. A run names a factory, ``"module:callable"``; every worker imports
+it and calls it once with the run's options.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from agq.errors import InputError
+
+
+@runtime_checkable
+class Prediction(Protocol):
+    """What a predictor says of one block.
+
+    Attributes
+    ----------
+    labels
+        uint16 or uint32, (z, y, x): instance labels, 0 background.
+    affinities
+        uint8, (3, z, y, x): channel c is the affinity (255 = 1.0) between a voxel and the one
+        before it on axis c.
+    components, dropped, n_labels
+        Objects found, objects dropped by a limit of the predictor, labels in `labels`.
+
+    A prediction may also have ``memberships``, integers (1 + n_labels, anything): a row of
+    coordinates per label, the more parallel the likelier two labels are one object, zero where
+    nothing is known; and ``mask_weight``, from 0 to 1: how much that counts (`blocks.sidecar`).
+    """
+
+    @property
+    def labels(self) -> npt.NDArray[Any]:
+        """Instance labels."""
+        ...
+
+    @property
+    def affinities(self) -> npt.NDArray[np.uint8]:
+        """Affinities to the previous voxel on each axis."""
+        ...
+
+    @property
+    def components(self) -> int:
+        """Objects found."""
+        ...
+
+    @property
+    def dropped(self) -> int:
+        """Objects dropped by a limit of the predictor."""
+        ...
+
+    @property
+    def n_labels(self) -> int:
+        """Labels in `labels`."""
+        ...
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Labels raw blocks; what it says of a block must depend on that block alone."""
+
+    @property
+    def batch_size(self) -> int:
+        """Blocks that one call of `predict` takes at most."""
+        ...
+
+    def predict(self, blocks: Sequence[npt.NDArray[Any]], /) -> Sequence[Prediction]:
+        """Return one prediction per raw block (z, y, x), in order."""
+        ...
+
+
+def resolve_factory(factory: str) -> Callable[..., Predictor]:
+    """Import the callable that a factory name means.
+
+    Parameters
+    ----------
+    factory
+        ``"module:callable"``.
+
+    Raises
+    ------
+    InputError
+        If the name has another form, the module cannot be imported, or it has no such callable.
+    """
+    module_name, _, name = factory.partition(":")
+    if not module_name or not name.isidentifier():
+        raise InputError(f"predictor factory {factory!r}: expected 'module:callable'")
+    try:
+        module = importlib.import_module(module_name)
+    # A module of the user's may raise anything while it is imported.
+    except Exception as error:
+        raise InputError(
+            f"predictor factory {factory!r}: cannot import {module_name}: "
+            f"{type(error).__name__}: {error} (workers look in installed packages and in "
+            "PYTHONPATH, not in the current folder)"
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise InputError(f"predictor factory {factory!r}: {module_name} has no callable {name!r}")
+    return found
+
+
+def load_predictor(
+    factory: str, options: Mapping[str, Any], device_index: int | None = None
+) -> Predictor:
+    """Make the predictor of a worker.
+
+    Parameters
+    ----------
+    factory
+        ``"module:callable"``.
+    options
+        Keyword arguments for it.
+    device_index
+        Index of the worker on its machine; places ``device: cuda`` (see `place_device`).
+        None leaves the options as they are.
+
+    Raises
+    ------
+    InputError
+        If the factory cannot be found, or what it makes is no predictor. Errors of the factory
+        itself are passed on.
+    """
+    make = resolve_factory(factory)
+    placed = dict(options) if device_index is None else place_device(options, device_index)
+    predictor = make(**placed)
+    if not isinstance(predictor, Predictor):
+        raise InputError(
+            f"predictor factory {factory!r} made a {type(predictor).__name__}, which lacks "
+            "predict() or batch_size"
+        )
+    if int(predictor.batch_size) < 1:
+        raise InputError(
+            f"predictor factory {factory!r}: batch_size {predictor.batch_size} is not positive"
+        )
+    return predictor
+
+
+def place_device(options: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Give each worker of a machine its own GPU.
+
+    ``device: cuda`` (and ``auto`` where there are GPUs) becomes ``cuda:{index % GPUs}``. Where a
+    scheduler shows each process one GPU only (CUDA_VISIBLE_DEVICES), that is ``cuda:0``. Any
+    other device, and options without a device, are left alone.
+    """
+    placed = dict(options)
+    if placed.get("device") in ("cuda", "auto"):
+        # Not at the top: predictors that need no torch must not pay for its import.
+        import torch
+
+        count = torch.cuda.device_count()
+        if count:
+            placed["device"] = f"cuda:{index % count}"
+    return placed

@@ -1,0 +1,154 @@
+"""What the processes of one prediction share: the specification and the session.
+
+Everything a worker needs is in the run folder, so a worker that a scheduler starts on another
+machine, at any time, is told nothing but that folder:
+
+- ``predict.json``: `PredictSpec`, written once;
+- ``session.json``: `Session`, where the dispatcher listens now; replaced by every new dispatcher.
+"""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.predict.paths import session_path, spec_path
+from agq.blockwise.storage.files import write_atomic
+from agq.errors import InputError
+
+EXIT_START_FAILED = 70
+"""Exit status of a worker whose predictor or input cannot be loaded."""
+
+EXIT_STOP_RUN = 71
+"""Exit status of a worker that met a condition no other worker or attempt could pass."""
+
+EXIT_DRAINED = 72
+"""Exit status of a worker that can no longer compute what was computed before."""
+
+DRAINED = "drained"
+"""Reason in the journal's exit line of such a worker."""
+
+FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""A full, over-quota or read-only disk fails every block alike, so it stops the run."""
+
+
+class PredictSpec(BaseModel):
+    """One prediction: what to read, how to cut it, what predicts, who works."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_dir: str
+    """Run folder. Workers use the folder they are given, which may be mounted elsewhere."""
+
+    raw: dict[str, Any]
+    """Keyword arguments of `volumes.create.open_volume` (path, dataset, voxel_size, ...)."""
+
+    grid: dict[str, Any]
+    """`BlockGrid.to_dict` of the whole volume."""
+
+    factory: str
+    """``module:callable`` that makes the predictor."""
+
+    options: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+
+    affinities: bool = False
+    """Also keep the affinities of every voxel (uint8, 3 channels)."""
+
+    workers: NonNegativeInt = 1
+    """Worker processes that the coordinator starts on its own machine; 0: others will join."""
+
+    prefetch: PositiveInt = 1
+    """Blocks read ahead per worker while others are computed; at least one batch is."""
+
+    retries: NonNegativeInt = 2
+    """How often a failed block is tried again."""
+
+    timeout_s: PositiveFloat = 3600.0
+    """Seconds from handing a block to a worker until it is written, its wait behind the blocks
+    read ahead included; a worker that takes longer is killed and the block tried again."""
+
+    max_restarts: NonNegativeInt = 100
+    """Workers that may die in a row, with no block finished in between, before the run stops."""
+
+    listen: str | None = None
+    """Address of this machine, on the cluster's network, at which workers of other machines may
+    join with the session's token (`predict.auth_proxy`); None: workers of this machine only."""
+
+    drain_after: NonNegativeInt = 0
+    """Failures in a row after which a worker tries a block that was computed before, and leaves
+    if it cannot: a broken device fails every block, bad data only their own. 0: never."""
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_is_valid(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return BlockGrid.from_dict(value).to_dict()
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    def block_grid(self) -> BlockGrid:
+        """Return the grid of the whole volume."""
+        return BlockGrid.from_dict(self.grid)
+
+    def save(self) -> None:
+        """Write ``predict.json`` into the run folder."""
+        write_atomic(spec_path(self.run_dir), self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> "PredictSpec":
+        """Read the specification of a run folder.
+
+        Raises
+        ------
+        InputError
+            If the folder has none, or it is damaged or of another release.
+        """
+        path = spec_path(run_dir)
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing: {run_dir} is no run folder") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "file"
+            raise InputError(f"{path}: {field}: {first['msg']}") from None
+
+
+class Session(BaseModel):
+    """Where a dispatcher listens; `state` "closed" tells workers that the run has ended."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    state: Literal["open", "closed"] = "open"
+    host: str = ""
+    port: int = 0
+    token: str = Field("", repr=False)
+    """Secret for the gate in front of the dispatcher; empty: there is none."""
+    alone: bool = False
+    """Workers take one block at a time: whoever kills a worker then harms no other block."""
+
+    def save(self, run_dir: str | Path) -> None:
+        """Write ``session.json``, for its owner only, replacing that of an earlier dispatcher."""
+        write_atomic(session_path(run_dir), self.model_dump_json().encode(), mode=0o600)
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> "Session | None":
+        """Return the present session, None where there is none."""
+        try:
+            return cls.model_validate(json.loads(session_path(run_dir).read_bytes()))
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,1 @@
+"""The stitch: from fragments and evidence to one segmentation."""

@@ -1,0 +1,1 @@
+"""Who touches whom, in integers that add up in any order."""

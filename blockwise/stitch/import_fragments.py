@@ -1,0 +1,217 @@
+"""Fragments and affinities of another model, made ready for the stitch.
+
+Layout: fragments are unsigned integers (z, y, x), 0 background, one id per fragment in the whole
+volume; affinities are (3, z, y, x), uint8 (255 is 1.0) or floats from 0 to 1, where channel ``c``
+at a voxel is the affinity to the voxel before it on axis ``c`` (0 = z, 1 = y, 2 = x).
+
+Fragments are cut at the borders of blocks into pieces with ids of their own; sidecars remember
+which pieces are one fragment, and the stitch puts those together before anything else. (Pieces
+that touch nowhere across a face stay apart: a fragment is connected.) Each block is written as a
+prediction writes it, so a stopped import goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from distributed import Client
+from numpy.typing import NDArray
+
+from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
+from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
+from agq.blockwise.processes import this_worker
+from agq.blockwise.stitch.steps import Progress, cores, run_tasks, wait_for_stragglers
+from agq.blockwise.storage.files import checksum, write_atomic
+from agq.blockwise.volumes.affinities import Affinities
+from agq.blockwise.volumes.create import create_array, open_array, write_chunk
+from agq.blockwise.volumes.open import Volume, open_volume
+from agq.errors import InputError
+
+BLOCK = (16, 256, 256)
+"""Voxels of a block, (z, y, x)."""
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Open inputs; picklable, for workers of dask."""
+
+    volume: Volume
+    affinities: Affinities
+
+    @classmethod
+    def open(
+        cls,
+        fragments: str,
+        affinities: str,
+        *,
+        voxel_size: Sequence[int] | None = None,
+        unit: str = "nm",
+        channels: Sequence[int] = (0, 1, 2),
+    ) -> Fragments:
+        """Open and check both arrays.
+
+        Parameters
+        ----------
+        fragments, affinities
+            Arrays: a path, or ``path::dataset``.
+        voxel_size
+            (z, y, x), if the fragments do not say.
+        unit
+            World unit.
+        channels
+            Channels of the affinities on z, y and x.
+
+        Raises
+        ------
+        InputError
+            If one is missing, or they do not fit together.
+        """
+        path, _, dataset = fragments.partition("::")
+        volume = open_volume(path, dataset or None, kind="labels", voxel_size=voxel_size, unit=unit)
+        return cls(volume, Affinities.open(affinities, volume, channels))
+
+    def grid(self) -> BlockGrid:
+        """Return the blocks that the fragments are cut into."""
+        volume = self.volume
+        return BlockGrid(
+            volume_shape=volume.shape,
+            voxel_size=volume.voxel_size,
+            write_shape=BLOCK,
+            after=(0, 0, 0),
+            offset=volume.offset,
+        )
+
+
+def import_fragments(
+    source: Fragments, run_dir: Path, client: Client, on_progress: Progress | None = None
+) -> BlockGrid:
+    """Write fragments, sidecars and journal into a folder that :func:`run_stitch` takes.
+
+    Raises
+    ------
+    InputError
+        If the folder holds something else, or a value of the arrays cannot be used.
+    """
+    grid = source.grid()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    marker = run_dir / "imported.json"
+    made_of = {
+        "fragments": source.volume.name,
+        "affinities": source.affinities.name,
+        "channels": list(source.affinities.channels),
+        "grid": grid.to_dict(),
+        "unit": source.volume.unit,
+    }
+    if marker.exists():
+        if json.loads(marker.read_bytes()) != made_of:
+            raise InputError(f"{run_dir} was made from other volumes; choose another --output")
+    elif any(run_dir.iterdir()):
+        raise InputError(f"{run_dir} is not empty; choose another --output")
+    write_atomic(marker, json.dumps(made_of, indent=1).encode())
+    create_array(
+        run_dir / "data.zarr",
+        "fragments",
+        shape=grid.volume_shape,
+        chunks=grid.write_shape,
+        dtype=np.uint64,
+        voxel_size=grid.voxel_size,
+        offset=grid.offset,
+        unit=source.volume.unit,
+    )
+    every = np.arange(grid.n_blocks)
+    todo = every[~Journal(run_dir / "journal" / "predict").done(grid.n_blocks)]
+    size = max(1, min(_BATCH, -(-len(todo) // (4 * cores(client)))))
+    batches = [todo[at : at + size].tolist() for at in range(0, len(todo), size)]
+    wait_for_stragglers(client, run_dir)
+    run_tasks(
+        client,
+        run_dir,
+        "import",
+        import_batch,
+        [(source, str(run_dir), batch) for batch in batches],
+        [len(batch) for batch in batches],
+        on_progress,
+        grid.n_blocks - len(todo),
+    )
+    return grid
+
+
+def imported_grid(run_dir: Path) -> BlockGrid | None:
+    """Return the blocks of a folder into which everything has been imported; else None."""
+    marker = run_dir / "imported.json"
+    if not marker.exists():
+        return None
+    grid = BlockGrid.from_dict(json.loads(marker.read_bytes())["grid"])
+    done = Journal(run_dir / "journal" / "predict").done(grid.n_blocks)
+    return grid if done.all() else None
+
+
+def import_batch(source: Fragments, run_dir: str, numbers: Sequence[int]) -> int:
+    """Import some blocks; one task. Return how many."""
+    folder, grid = Path(run_dir), source.grid()
+    target = open_array(folder / "data.zarr", "fragments")
+    with JournalWriter(folder / "journal" / "predict", this_worker()) as journal:
+        for number in numbers:
+            started = time.time()
+            start, stop = grid.read_box(number)
+            labels, names = local_labels(source.volume.read(start, stop))
+            if len(names) > 2**LOCAL_BITS:
+                raise InputError(f"fragments: block {number} has {len(names)} of them, too many")
+            window = _uint8(source.affinities.read(start, stop), number)
+            sidecar = build_sidecar(labels, window, grid, number, names).to_bytes()
+            ids = grid.fragment_ids(number, labels[grid.write_in_read(number)])
+            write_chunk(target, grid.index(number), ids)
+            write_atomic(sidecar_path(folder, number), sidecar)
+            journal.finish(
+                BlockRecord(
+                    block=number,
+                    state="done",
+                    started=started,
+                    finished=time.time(),
+                    voxels=ids.size,
+                    sums={"fragments": checksum(ids), "sidecar": checksum(sidecar)},
+                )
+            )
+    return len(numbers)
+
+
+def local_labels(fragments: NDArray) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
+    """Return consecutive labels of a block (0 background), and the fragment that each is.
+
+    Raises
+    ------
+    InputError
+        If an id is negative.
+    """
+    if fragments.dtype.kind == "i" and fragments.min() < 0:
+        raise InputError(f"fragments: id {fragments.min()} is below 0; 0 is background")
+    flat = fragments.reshape(-1)
+    begins = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
+    names, label = np.unique(flat[begins], return_inverse=True)
+    if names[0] != 0:  # label 0 must be background, also where there is none
+        names, label = np.concatenate((names[:1] * 0, names)), label + 1
+    lengths = np.diff(np.append(begins, flat.size))
+    labels = np.repeat(label.astype(np.uint32), lengths).reshape(fragments.shape)
+    return labels, names.astype(np.uint64)
+
+
+def _uint8(affinities: NDArray, number: int) -> NDArray[np.uint8]:
+    if affinities.dtype == np.uint8:
+        return affinities
+    low, high = float(affinities.min()), float(affinities.max())
+    if np.isnan(low):
+        raise InputError(f"affinities: block {number} holds NaN; write 0 where nothing is known")
+    if not (low >= 0 and high <= 1):
+        raise InputError(
+            f"affinities: block {number} has values from {low:g} to {high:g}; they must lie"
+            " between 0 and 1"
+        )
+    return np.round(affinities * np.float32(255)).astype(np.uint8)

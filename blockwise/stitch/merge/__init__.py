@@ -1,0 +1,1 @@
+"""Exact agglomeration of a contact graph."""

@@ -1,0 +1,373 @@
+"""Compiled core of the agglomeration: an indexed heap, edge lists and a hash of live edges.
+
+Nodes are dense indices in the order of fragment ids, so comparing indices compares ids. The best
+edge of all is the best one of both its ends. If one of them may not merge, because the best edge
+that it has to the outside is as good or because it waits for another, both wait: its best edge can
+only be beaten by one that was better before. An edge keeps its row for life: pooling adds one row
+into another and kills it. All arrays are allocated before the loop and never grow. Half-edge
+``2 e`` lies in the list of the first end of edge ``e``, ``2 e + 1`` in that of the second; dead
+ones are dropped when their list is walked. Only positive edges are in the heap, with their score as
+a float beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from agq.blockwise.stitch.merge.components import root_of
+from agq.blockwise.stitch.merge.edge_hash import delete, empty_slots, find, lower_key, pool
+from agq.errors import InputError
+
+_EXACT_FLOAT = 2**52
+_LARGEST_SUM = 2**62
+_EXACT_PRODUCT = 2**31
+_ABSENT = -1
+_DEAD = -2
+
+
+@numba.njit(cache=True, nogil=True)
+def compare_fractions(n1, d1, n2, d2):  # type: ignore[no-untyped-def]
+    """Return the sign of ``n1 / d1 - n2 / d2`` for int64 that are not negative, without overflow.
+
+    Large operands are compared by their continued fractions (Euclid), so that no product is
+    formed: sums over 10^12 voxels would need 128 bits.
+    """
+    if max(max(n1, d1), max(n2, d2)) < _EXACT_PRODUCT:
+        left, right = n1 * d2, n2 * d1
+        return 1 if left > right else (-1 if left < right else 0)
+    sign = 1
+    while True:
+        q1, q2 = n1 // d1, n2 // d2
+        if q1 != q2:
+            return sign if q1 > q2 else -sign
+        r1, r2 = n1 - q1 * d1, n2 - q2 * d2
+        if r1 == 0 or r2 == 0:
+            if r1 == r2:
+                return 0
+            return sign if r1 > 0 else -sign
+        # r1 / d1 > r2 / d2 exactly if d1 / r1 < d2 / r2.
+        n1, d1, n2, d2 = d1, r1, d2, r2
+        sign = -sign
+
+
+@numba.njit(cache=True, nogil=True)
+def _better(a, fast_a, b, fast_b, num, den, keys, floats):  # type: ignore[no-untyped-def]
+    # Correctly rounded quotients of exactly represented integers never swap: only when they are
+    # equal do the fractions have to be compared.
+    if floats and fast_a != fast_b:
+        return fast_a > fast_b
+    sign = compare_fractions(num[a], den[a], num[b], den[b])
+    if sign != 0:
+        return sign > 0
+    return keys[a, 0] < keys[b, 0] or (keys[a, 0] == keys[b, 0] and keys[a, 1] < keys[b, 1])
+
+
+@numba.njit(cache=True, nogil=True)
+def _up(heap, fast, place, i, num, den, keys, floats):  # type: ignore[no-untyped-def]
+    edge, own = heap[i], fast[i]
+    while i > 0:
+        parent = (i - 1) >> 1
+        if not _better(edge, own, heap[parent], fast[parent], num, den, keys, floats):
+            break
+        heap[i], fast[i] = heap[parent], fast[parent]
+        place[heap[i]] = i
+        i = parent
+    heap[i], fast[i] = edge, own
+    place[edge] = i
+    return i
+
+
+@numba.njit(cache=True, nogil=True)
+def _down(heap, fast, place, size, i, num, den, keys, floats):  # type: ignore[no-untyped-def]
+    edge, own = heap[i], fast[i]
+    while True:
+        child = 2 * i + 1
+        if child >= size:
+            break
+        right = child + 1
+        if right < size and _better(
+            heap[right], fast[right], heap[child], fast[child], num, den, keys, floats
+        ):
+            child = right
+        if not _better(heap[child], fast[child], edge, own, num, den, keys, floats):
+            break
+        heap[i], fast[i] = heap[child], fast[child]
+        place[heap[i]] = i
+        i = child
+    heap[i], fast[i] = edge, own
+    place[edge] = i
+
+
+@numba.njit(cache=True, nogil=True)
+def _remove(heap, fast, place, size, edge, num, den, keys, floats):  # type: ignore[no-untyped-def]
+    """Take an edge out of the heap; return the new size."""
+    i = place[edge]
+    place[edge] = _ABSENT
+    size -= 1
+    if i != size:
+        heap[i], fast[i] = heap[size], fast[size]
+        i = _up(heap, fast, place, i, num, den, keys, floats)
+        _down(heap, fast, place, size, i, num, den, keys, floats)
+    return size
+
+
+@numba.njit(cache=True, nogil=True)
+def _held_back(node, edge, num, den, reach_num, reach_den):  # type: ignore[no-untyped-def]
+    """Whether a node has an edge to the outside that is as good, or may be."""
+    return reach_num[node] > 0 and (
+        compare_fractions(reach_num[node], reach_den[node], num[edge], den[edge]) >= 0
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def _run(  # type: ignore[no-untyped-def]
+    ends, num, den, keys, floats, reach_num, reach_den, heap, fast, place, heads, nexts, degree,
+    slots, parent, smallest, frozen, merges,
+):  # fmt: skip
+    size = 0
+    for edge in range(ends.shape[0]):
+        place[edge] = _ABSENT
+        a, b = ends[edge, 0], ends[edge, 1]
+        nexts[2 * edge], heads[a] = heads[a], 2 * edge
+        nexts[2 * edge + 1], heads[b] = heads[b], 2 * edge + 1
+        degree[a] += 1
+        degree[b] += 1
+        if num[edge] > 0:
+            heap[size], fast[size] = edge, num[edge] / den[edge]
+            place[edge] = size
+            size += 1
+    for i in range(size // 2 - 1, -1, -1):
+        _down(heap, fast, place, size, i, num, den, keys, floats)
+
+    merged = 0
+    while size > 0:
+        best = heap[0]
+        size = _remove(heap, fast, place, size, best, num, den, keys, floats)
+        a, b = ends[best, 0], ends[best, 1]
+        if (
+            frozen[a]
+            or frozen[b]
+            or _held_back(a, best, num, den, reach_num, reach_den)
+            or _held_back(b, best, num, den, reach_num, reach_den)
+        ):
+            frozen[a] = frozen[b] = True
+            continue
+        if degree[a] > degree[b]:
+            a, b = b, a
+        low, high = min(smallest[a], smallest[b]), max(smallest[a], smallest[b])
+        merges[merged, 0], merges[merged, 1] = low, high
+        merges[merged, 2], merges[merged, 3] = num[best], den[best]
+        merged += 1
+        parent[a] = b
+        smallest[b] = low
+        if compare_fractions(reach_num[a], reach_den[a], reach_num[b], reach_den[b]) > 0:
+            reach_num[b], reach_den[b] = reach_num[a], reach_den[a]
+        delete(slots, ends, find(slots, ends, a, b))
+        place[best] = _DEAD
+        degree[b] -= 1
+
+        # Hand the edges of a, the end with fewer, over to b.
+        half = heads[a]
+        while half >= 0:
+            following = nexts[half]
+            edge = half >> 1
+            if place[edge] != _DEAD:
+                own = half & 1
+                other = ends[edge, 1 - own]
+                delete(slots, ends, find(slots, ends, a, other))
+                slot = find(slots, ends, b, other)
+                kept = slots[slot]
+                if kept >= 0:
+                    if place[edge] >= 0:
+                        size = _remove(heap, fast, place, size, edge, num, den, keys, floats)
+                    place[edge] = _DEAD
+                    degree[other] -= 1
+                    # A key that changes while its edge is in the heap would break the heap.
+                    if place[kept] >= 0:
+                        size = _remove(heap, fast, place, size, kept, num, den, keys, floats)
+                    num[kept] += num[edge]
+                    den[kept] += den[edge]
+                    lower_key(keys, kept, edge)
+                    if num[kept] > 0:
+                        heap[size], fast[size] = kept, num[kept] / den[kept]
+                        place[kept] = size
+                        _up(heap, fast, place, size, num, den, keys, floats)
+                        size += 1
+                else:
+                    slots[slot] = edge
+                    ends[edge, own] = b
+                    nexts[half] = heads[b]
+                    heads[b] = half
+                    degree[b] += 1
+            half = following
+    return merged
+
+
+@numba.njit(cache=True, nogil=True)
+def _clusters(parent, smallest, frozen, reach_num, cluster, waiting):  # type: ignore[no-untyped-def]
+    for node in range(parent.size):
+        root = root_of(parent, node)
+        cluster[node] = smallest[root]
+        waiting[node] = frozen[root] or reach_num[root] > 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _survivors(ends, num, den, keys, dead, place, cluster, waiting):  # type: ignore[no-untyped-def]
+    """Move the edges between waiting clusters to the front, by cluster; return how many."""
+    rows = 0
+    for row in range(ends.shape[0]):
+        if dead and place[row] == _DEAD:
+            continue
+        a, b = ends[row, 0], ends[row, 1]
+        if not (waiting[a] and waiting[b]):
+            continue
+        a, b = cluster[a], cluster[b]
+        ends[rows, 0], ends[rows, 1] = min(a, b), max(a, b)
+        num[rows], den[rows] = num[row], den[row]
+        keys[rows, 0], keys[rows, 1] = keys[row, 0], keys[row, 1]
+        rows += 1
+    return rows
+
+
+@numba.njit(cache=True, nogil=True)
+def raise_reach(reach_num, reach_den, node, num, den):  # type: ignore[no-untyped-def]
+    """Raise the best score that nodes have outside to those of some edges (only if positive)."""
+    for i in range(node.size):
+        n = node[i]
+        if num[i] > 0 and compare_fractions(num[i], den[i], reach_num[n], reach_den[n]) > 0:
+            reach_num[n], reach_den[n] = num[i], den[i]
+
+
+@numba.njit(cache=True, nogil=True)
+def _weight(num, den):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(num.size):
+        total += abs(float(num[i])) + float(den[i])
+    return total
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """What became of nodes and edges.
+
+    Attributes
+    ----------
+    cluster, waiting
+        Smallest node of each node's cluster (int32), and whether the cluster may still merge.
+    merge_u, merge_v, merge_numerator, merge_denominator
+        Merges in order: smallest node of each of the two clusters (``u < v``) and score, int64.
+    edges
+        Number of edges between clusters that wait; they are the first rows of the arrays given,
+        their ends the smallest nodes of both clusters, in ascending order.
+    """
+
+    cluster: NDArray[np.int32]
+    waiting: NDArray[np.bool_]
+    merge_u: NDArray[np.int64]
+    merge_v: NDArray[np.int64]
+    merge_numerator: NDArray[np.int64]
+    merge_denominator: NDArray[np.int64]
+    edges: int
+
+
+def _bound(numerator: NDArray[np.int64], denominator: NDArray[np.int64]) -> float:
+    """Return what no sum over some of the edges exceeds; refuse what could overflow."""
+    bound = float(_weight(numerator, denominator))
+    if bound >= _LARGEST_SUM:
+        raise InputError("contact graph: the sums of all contacts do not fit in 64 bits")
+    return bound
+
+
+def agglomerate_edges(
+    ends: NDArray[np.int32],
+    numerator: NDArray[np.int64],
+    denominator: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    reach_numerator: NDArray[np.int64],
+    reach_denominator: NDArray[np.int64],
+) -> Contraction:
+    """Agglomerate a graph between dense nodes, in the memory of its arrays.
+
+    Parameters
+    ----------
+    ends
+        Nodes of each edge, int32 (n, 2); parallel edges add up.
+    numerator, denominator
+        Score of each edge, int64, denominator positive.
+    keys
+        Smallest original edge pooled in each, uint64 (n, 2): what orders equal scores.
+    reach_numerator, reach_denominator
+        For each node a bound on the score of its edges to nodes outside, int64; numerator 0: it
+        has no positive one.
+
+    Raises
+    ------
+    InputError
+        If sums over all edges could overflow int64.
+    """
+    bound = _bound(numerator, denominator)
+    slots = empty_slots(len(ends))
+    rows = pool(slots, ends, numerator, denominator, keys)
+    ends, num, den, keys = ends[:rows], numerator[:rows], denominator[:rows], keys[:rows]
+    n_nodes, positive = len(reach_numerator), int(np.count_nonzero(num > 0))
+    parent = np.arange(n_nodes, dtype=np.int32)
+    smallest = np.arange(n_nodes, dtype=np.int32)
+    frozen = np.zeros(n_nodes, np.bool_)
+    place = np.empty(rows, np.int32)
+    merges = np.zeros((min(max(n_nodes - 1, 0), positive), 4), np.int64)
+    merged = _run(
+        ends,
+        num,
+        den,
+        keys,
+        bound < _EXACT_FLOAT,
+        reach_numerator,
+        reach_denominator,
+        np.empty(positive, np.int32),
+        np.empty(positive, np.float64),
+        place,
+        np.full(n_nodes, -1, np.int32),
+        np.empty(2 * rows, np.int32),
+        np.zeros(n_nodes, np.int32),
+        slots,
+        parent,
+        smallest,
+        frozen,
+        merges,
+    )
+    cluster, waiting = np.empty(n_nodes, np.int32), np.empty(n_nodes, np.bool_)
+    _clusters(parent, smallest, frozen, reach_numerator, cluster, waiting)
+    return Contraction(
+        cluster,
+        waiting,
+        merge_u=merges[:merged, 0],
+        merge_v=merges[:merged, 1],
+        merge_numerator=merges[:merged, 2],
+        merge_denominator=merges[:merged, 3],
+        edges=_survivors(ends, num, den, keys, True, place, cluster, waiting),
+    )
+
+
+def pooled_edges(
+    ends: NDArray[np.int32],
+    numerator: NDArray[np.int64],
+    denominator: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    done: Contraction,
+) -> int:
+    """Add edges that took no part up between the clusters that wait, in place; return how many.
+
+    Raises
+    ------
+    InputError
+        If sums over all edges could overflow int64.
+    """
+    _bound(numerator, denominator)
+    arrays = (ends, numerator, denominator, keys)
+    none = np.zeros(0, np.int32)
+    rows = _survivors(*arrays, False, none, done.cluster, done.waiting)
+    return int(pool(empty_slots(rows), *(array[:rows] for array in arrays)))

@@ -1,0 +1,1 @@
+"""Volumes that the stitch writes: segmentation, pyramid, exports."""

@@ -1,0 +1,380 @@
+"""Export of volumes as neuroglancer "precomputed", scale by scale, through tensorstore.
+
+A scale is cut into boxes of whole chunks; each box has one writer, and a journal says which are
+done, so an export goes on where it was stopped and workers never share a file. Memory is bounded by
+the box. Labels are uint64 in the ``compressed_segmentation`` encoding, images are stored raw.
+Chunks of background have no file: readers take them for 0.
+
+The format counts in x, y, z, in nanometres, and places a scale by a whole number of its own voxels.
+Voxel sizes may be fractions of a nanometre (4.2 nm is held as such). Where the offset of a coarse
+scale is not a whole number of its voxels, it is rounded down and :attr:`Scale.shift` says by how
+much the scale appears too low; the finest scale is never shifted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed import Client
+
+from agq.blockwise.blocks.grid import Voxels
+from agq.blockwise.journal.writer import Journal
+from agq.blockwise.stitch.output.relabel import run_journalled
+from agq.blockwise.stitch.steps import (
+    Progress,
+    StitchError,
+    cores,
+    digest,
+    run_tasks,
+    wait_for_stragglers,
+)
+from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
+from agq.blockwise.volumes.open import Volume
+from agq.errors import InputError
+
+CHUNK = (64, 64, 64)
+"""Voxels of a chunk, (z, y, x)."""
+
+_MOST_VOXELS = 2**23
+"""Of a box, unless one chunk is larger: 64 MiB of labels."""
+
+_BATCH = 64
+"""Most boxes of a task."""
+
+_NM = {"nm": Decimal(1), "angstrom": Decimal("0.1"), "pm": Decimal("0.001")}
+_IMAGES = ("uint8", "uint16", "float32")
+_BLOCK = [8, 8, 8]
+_FOLDER = ".agq-export"
+
+
+class ExportError(StitchError):
+    """A part of an export failed at run time; exporting again does only what is missing."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One resolution of the export.
+
+    Attributes
+    ----------
+    key
+        Folder of its chunks.
+    shape, chunk, box
+        Voxels of the scale, of a chunk and of what one task item writes, (z, y, x).
+    resolution
+        Nanometres per voxel, (z, y, x).
+    voxel_offset
+        Place of the first voxel in voxels of this scale, (z, y, x).
+    shift
+        Nanometres by which the place is rounded down, (z, y, x); 0 for the finest scale.
+    data_type
+        Of the voxels in the export.
+    """
+
+    key: str
+    shape: Voxels
+    chunk: Voxels
+    box: Voxels
+    resolution: tuple[float, float, float]
+    voxel_offset: Voxels
+    shift: tuple[float, float, float]
+    data_type: str
+
+    @property
+    def grid(self) -> Voxels:
+        """Boxes along each axis."""
+        return _three(-(-n // b) for n, b in zip(self.shape, self.box, strict=True))
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in all."""
+        return math.prod(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in JSON types."""
+        return asdict(self)
+
+    def spec(self, out: Path) -> dict[str, Any]:
+        """Return what tensorstore opens or creates."""
+        labels = self.data_type == "uint64"
+        encoding: dict[str, Any] = {"encoding": "raw"}
+        if labels:
+            encoding = {
+                "encoding": "compressed_segmentation",
+                "compressed_segmentation_block_size": _BLOCK,
+            }
+        return {
+            "driver": "neuroglancer_precomputed",
+            "kvstore": {"driver": "file", "path": f"{out}/"},
+            "multiscale_metadata": {
+                "type": "segmentation" if labels else "image",
+                "data_type": self.data_type,
+                "num_channels": 1,
+            },
+            "scale_metadata": {
+                "key": self.key,
+                "size": self.shape[::-1],
+                "resolution": self.resolution[::-1],
+                "voxel_offset": self.voxel_offset[::-1],
+                "chunk_size": self.chunk[::-1],
+                **encoding,
+            },
+            # One box at a time: nothing is kept, and workers do not compete for cores.
+            "context": {
+                "cache_pool": {"total_bytes_limit": 0},
+                "data_copy_concurrency": {"limit": 1},
+            },
+        }
+
+
+def plan_export(
+    levels: Sequence[Volume], *, image: bool = False, chunk: Sequence[int] = CHUNK
+) -> list[Scale]:
+    """Return the scales of an export, and check that the format can hold them.
+
+    Parameters
+    ----------
+    levels
+        Resolutions of one volume, finest first; (z, y, x).
+    image
+        Grey values instead of labels.
+    chunk
+        Voxels of a chunk, (z, y, x).
+
+    Raises
+    ------
+    InputError
+        If the offset is not a whole number of voxels, or grey values have another type than uint8,
+        uint16 and float32.
+    """
+    scales = []
+    for i, volume in enumerate(levels):
+        if image and volume.dtype.name not in _IMAGES:
+            raise InputError(
+                f"{volume.name}: an image of type {volume.dtype.name} cannot be exported; convert"
+                f" it to one of {', '.join(_IMAGES)}"
+            )
+        places, rests = zip(
+            *(divmod(o, v) for o, v in zip(volume.offset, volume.voxel_size, strict=True)),
+            strict=True,
+        )
+        if i == 0 and any(rests):
+            raise InputError(
+                f"{volume.name}: its offset {tuple(volume.offset)} is not a whole number of voxels"
+                f" of {tuple(volume.voxel_size)} {volume.unit}, which precomputed needs; give"
+                " --offset"
+            )
+        resolution = _nm(volume.voxel_size, volume.unit)
+        scales.append(
+            Scale(
+                key="_".join(number(v) for v in resolution[::-1]),
+                shape=volume.shape,
+                chunk=_three(chunk),
+                box=_box(volume.chunks, chunk),
+                resolution=resolution,
+                voxel_offset=_three(places),
+                shift=_nm(rests, volume.unit),
+                data_type=volume.dtype.name if image else "uint64",
+            )
+        )
+    return scales
+
+
+def export_precomputed(
+    levels: Sequence[Volume],
+    scales: Sequence[Scale],
+    out: Path,
+    client: Client,
+    *,
+    version: str = "",
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> int:
+    """Write all scales, or those boxes that are missing.
+
+    Parameters
+    ----------
+    levels, scales
+        Volumes, and what `plan_export` made of them.
+    out
+        Folder of the export.
+    client
+        Dask client whose workers see volumes and folder under the same paths.
+    version
+        Whatever changes when the voxels do; with another one an existing export is not continued.
+    overwrite
+        Delete an export that is there.
+    on_progress
+        Called with the name of the step, boxes done, and boxes in all.
+
+    Returns
+    -------
+    int
+        Boxes written now; 0 if the export was complete.
+
+    Raises
+    ------
+    InputError
+        If the folder holds something else.
+    ExportError
+        If boxes could not be written.
+    """
+    out = Path(out).absolute()
+    wait_for_stragglers(client, out)
+    _claim(levels, scales, out, version, overwrite)
+    for scale in scales:
+        _open(scale, out)
+    folder = out / _FOLDER / "journal"
+    total = sum(math.prod(scale.grid) for scale in scales)
+    done = Journal(folder).done(total)
+    first = written = 0
+    for volume, scale in zip(levels, scales, strict=True):
+        boxes = math.prod(scale.grid)
+        todo = np.flatnonzero(~done[first : first + boxes])
+        size = max(1, min(_BATCH, -(-len(todo) // (8 * cores(client)))))
+        batches = [todo[at : at + size].tolist() for at in range(0, len(todo), size)]
+        failed = run_tasks(
+            client,
+            out,
+            f"export {scale.key}",
+            export_batch,
+            [(volume, scale, str(out), first, batch) for batch in batches],
+            [len(batch) for batch in batches],
+            on_progress,
+            boxes - len(todo),
+        )
+        if sum(failed):
+            record = Journal(folder).failed()[0]
+            raise ExportError(
+                f"export {scale.key}: {sum(failed)} boxes failed, first: {record.reason}"
+                f" (tracebacks in {folder})"
+            )
+        first += boxes
+        written += len(todo)
+    return written
+
+
+def export_batch(volume: Volume, scale: Scale, out: str, first: int, places: Sequence[int]) -> int:
+    """Write some boxes of a scale; one task. Return how many failed.
+
+    Parameters
+    ----------
+    first
+        Number in the journal of the scale's first box.
+    places
+        Places of the boxes in the scale's grid, in C order.
+    """
+    store = _open(scale, Path(out))
+
+    def work(number: int, _unsynced: Unsynced) -> int:
+        # tensorstore syncs what it writes itself.
+        index = np.unravel_index(number - first, scale.grid)
+        start = [int(i) * b for i, b in zip(index, scale.box, strict=True)]
+        stop = [min(a + b, n) for a, b, n in zip(start, scale.box, scale.shape, strict=True)]
+        data = volume.read(start, stop)
+        if scale.data_type == "uint64":
+            if data.dtype.kind == "i" and data.size and data.min() < 0:
+                raise InputError(f"{volume.name}: labels below 0 between {start} and {stop}")
+            data = data.astype(np.uint64, copy=False)
+        place = tuple(
+            slice(o + a, o + b) for o, a, b in zip(scale.voxel_offset, start, stop, strict=True)
+        )[::-1]
+        store[(*place, 0)].write(data.transpose()).result()
+        return data.size
+
+    return run_journalled(Path(out) / _FOLDER / "journal", [first + p for p in places], work)
+
+
+def _open(scale: Scale, out: Path) -> Any:
+    import tensorstore as ts
+
+    try:
+        return ts.open(ts.Spec(scale.spec(out)), open=True, create=True).result()
+    except ValueError as error:
+        # Another volume's metadata were refused before; this may be a full disk.
+        raise InputError(f"{out}: {str(error).splitlines()[0]}") from None
+
+
+def _claim(
+    levels: Sequence[Volume], scales: Sequence[Scale], out: Path, version: str, overwrite: bool
+) -> None:
+    """Make the folder ours: empty, or an export of the same volume."""
+    marker = out / _FOLDER / "export.json"
+    made_of = [
+        [volume.describe(), scale.to_dict()] for volume, scale in zip(levels, scales, strict=True)
+    ]
+    key = digest(made_of, version)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another folder")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            known = json.loads(marker.read_bytes())
+        except (FileNotFoundError, ValueError):
+            known = None
+        # What an interrupted start, or an interrupted deletion, leaves.
+        begun = all(entry.name == _FOLDER for entry in out.iterdir())
+        if overwrite:
+            if known is None and not _is_precomputed(out) and not begun:
+                raise InputError(f"{out} is not empty and no precomputed volume; it is left alone")
+            _clear(out)
+        elif known is None and not begun:
+            raise InputError(f"{out} is not empty; choose another folder, or use --overwrite")
+        elif known is not None and known["key"] != key:
+            raise InputError(
+                f"{out} is an export of another volume or version; use --overwrite to replace it"
+            )
+    make_folder(marker.parent / "journal")
+    write_atomic(marker, json.dumps({"key": key, "source": levels[0].name}, indent=1).encode())
+
+
+def _clear(out: Path) -> None:
+    """Delete an export: first what says that boxes are done, last what says that it is ours."""
+    shutil.rmtree(out / _FOLDER / "journal", ignore_errors=True)
+    for entry in out.iterdir():
+        if entry.name == _FOLDER:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    shutil.rmtree(out / _FOLDER, ignore_errors=True)
+
+
+def _is_precomputed(out: Path) -> bool:
+    try:
+        info = json.loads((out / "info").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(info, dict) and "scales" in info
+
+
+def _box(stored: Sequence[int], chunk: Sequence[int]) -> Voxels:
+    """Return whole chunks that cover a stored chunk, so that each is read once if it fits."""
+    box = [c * -(-s // c) for s, c in zip(stored, chunk, strict=True)]
+    while math.prod(box) > _MOST_VOXELS and list(box) != list(chunk):
+        axis = max(range(3), key=lambda d: box[d] // chunk[d])
+        box[axis] = chunk[axis] * -(-box[axis] // (2 * chunk[axis]))
+    return _three(box)
+
+
+def number(value: float) -> str:
+    """Return a number as text, whole ones without a point."""
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _nm(values: Any, unit: str) -> tuple[float, float, float]:
+    z, y, x = (float(int(v) * _NM[unit]) for v in values)
+    return z, y, x
+
+
+def _three(values: Any) -> Voxels:
+    z, y, x = (int(v) for v in values)
+    return z, y, x

@@ -1,0 +1,332 @@
+"""Coarser levels of a label volume, as an OME-NGFF 0.5 multiscale image.
+
+**Downsampling.** A coarse voxel covers 2 x 2 x 2 or 1 x 2 x 2 voxels, fewer at the end of the
+volume. ``majority``: it takes the most frequent label of them. Background counts as a label. Ties
+go to foreground before background, then to the smallest id. (The kept libraries' mode filters do
+not state their tie rule, and results that depend on one cannot be reproduced.) ``stride``: it takes
+the first of them, so a level is the full resolution at every n-th voxel.
+
+**Factors.** An axis is halved once it is not much coarser than the finest one (within a factor of
+the square root of 2), so 30 x 6 x 6 nm goes by (1, 2, 2) to 30 x 24 x 24 and then by (2, 2, 2).
+
+**Place.** OME-NGFF places the *centre* of the first voxel, so the translation of a level is the
+world offset plus half the growth of the voxel, ``(f - 1) / 2 * voxel_size``: the labels stay where
+they are when a viewer changes level. The arrays' own ``offset`` attribute (funlib.persistence)
+means the *corner* of the first voxel and is the same at every level.
+
+A chunk of a coarse level has the shape of a chunk of the fine one and one writer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numba
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from agq.blockwise.blocks.grid import Voxels
+from agq.blockwise.stitch.output.relabel import run_journalled
+from agq.blockwise.storage.files import Unsynced
+from agq.blockwise.volumes.create import chunk_box, create_array, open_array, write_chunk
+
+OME_UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
+"""OME-NGFF names of the world units."""
+
+Downsampling = Literal["majority", "stride"]
+"""How a coarse voxel is chosen from those it covers."""
+
+_DESCRIPTIONS: dict[Downsampling, str] = {
+    "majority": "most frequent label of the window; ties to foreground, then to the smallest id",
+    "stride": "first voxel of the window",
+}
+
+_NONE = np.uint64(0)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a pyramid.
+
+    Attributes
+    ----------
+    name
+        Array inside the multiscale group: ``s0``, ``s1``, ...
+    shape
+        Voxels, (z, y, x).
+    voxel_size
+        World units per voxel.
+    step
+        Downsampling from the level before, per axis (all 1 for ``s0``).
+    factor
+        Downsampling from ``s0``, per axis.
+    """
+
+    name: str
+    shape: Voxels
+    voxel_size: Voxels
+    step: Voxels
+    factor: Voxels
+
+
+def plan_levels(
+    shape: Sequence[int],
+    chunks: Sequence[int],
+    voxel_size: Sequence[int],
+    max_levels: int | None = None,
+) -> list[Level]:
+    """Return the levels of a pyramid, ``s0`` first, up to the first that fits in one chunk.
+
+    Parameters
+    ----------
+    shape, chunks, voxel_size
+        Of ``s0``, (z, y, x).
+    max_levels
+        Most levels, ``s0`` included; None: no limit.
+    """
+    levels = [Level("s0", _three(shape), _three(voxel_size), (1, 1, 1), (1, 1, 1))]
+    while max_levels is None or len(levels) < max_levels:
+        last = levels[-1]
+        if all(n <= c for n, c in zip(last.shape, chunks, strict=True)):
+            break
+        limit = min(last.voxel_size) * math.sqrt(2)
+        step = [
+            2 if size <= limit and n > 1 else 1
+            for size, n in zip(last.voxel_size, last.shape, strict=True)
+        ]
+        if step == [1, 1, 1]:  # the fine axes have one voxel left
+            step = [2 if n > 1 else 1 for n in last.shape]
+        levels.append(
+            Level(
+                f"s{len(levels)}",
+                _three(-(-n // f) for n, f in zip(last.shape, step, strict=True)),
+                _three(v * f for v, f in zip(last.voxel_size, step, strict=True)),
+                _three(step),
+                _three(a * f for a, f in zip(last.factor, step, strict=True)),
+            )
+        )
+    return levels
+
+
+@numba.njit(cache=True, nogil=True)
+def _mode(fine, step, out):  # type: ignore[no-untyped-def]
+    window = np.empty(8, np.uint64)
+    for z in range(out.shape[0]):
+        for y in range(out.shape[1]):
+            for x in range(out.shape[2]):
+                n, same = 0, True
+                for i in range(z * step[0], min((z + 1) * step[0], fine.shape[0])):
+                    for j in range(y * step[1], min((y + 1) * step[1], fine.shape[1])):
+                        for k in range(x * step[2], min((x + 1) * step[2], fine.shape[2])):
+                            window[n] = fine[i, j, k]
+                            same = same and window[n] == window[0]
+                            n += 1
+                best, votes = window[0], 0
+                if not same:
+                    for a in range(n):
+                        count = 0
+                        for b in range(n):
+                            count += window[a] == window[b]
+                        label = window[a]
+                        if count > votes or (
+                            count == votes and label != _NONE and (best == _NONE or label < best)
+                        ):
+                            best, votes = label, count
+                out[z, y, x] = best
+
+
+def downsample(
+    labels: NDArray[np.uint64], step: Sequence[int], how: Downsampling = "majority"
+) -> NDArray[np.uint64]:
+    """Return one label of each window (see the module).
+
+    Parameters
+    ----------
+    labels
+        uint64, (z, y, x).
+    step
+        Window in voxels, each 1 or 2; windows at the end are clipped.
+    how
+        Which label.
+    """
+    if how == "stride":
+        return np.ascontiguousarray(labels[tuple(slice(None, None, n) for n in step)])
+    out = np.empty([-(-n // f) for n, f in zip(labels.shape, step, strict=True)], np.uint64)
+    _mode(np.ascontiguousarray(labels), _three(step), out)
+    return out
+
+
+def coarse_chunks(fine: NDArray[np.int64], step: Sequence[int]) -> NDArray[np.int64]:
+    """Return the chunk indices, (n, 3), of the next level that cover some chunks of this one.
+
+    Chunks have the same shape in voxels at both levels.
+    """
+    return np.unique(fine // np.asarray(step), axis=0)
+
+
+def chunk_numbers(
+    levels: Sequence[Level], chunks: Sequence[int], level: int, indices: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the numbers that chunks of ``levels[level]`` have in the pyramid's journal.
+
+    Chunks count in C order, level after level from ``s1``.
+
+    Parameters
+    ----------
+    indices
+        Chunk indices, (n, 3).
+    """
+    first = sum(math.prod(_grid(entry.shape, chunks)) for entry in levels[1:level])
+    return first + np.ravel_multi_index(
+        tuple(indices.T), _grid(levels[level].shape, chunks)
+    ).astype(np.int64)
+
+
+def pyramid_size(levels: Sequence[Level], chunks: Sequence[int]) -> int:
+    """Return the number of chunks of all levels from ``s1``."""
+    return sum(math.prod(_grid(level.shape, chunks)) for level in levels[1:])
+
+
+def create_levels(
+    container: Path,
+    group: str,
+    levels: Sequence[Level],
+    chunks: Sequence[int],
+    offset: Sequence[int],
+    unit: str = "nm",
+) -> None:
+    """Create the arrays of some levels, or check those that exist."""
+    for level in levels:
+        create_array(
+            container,
+            f"{group}/{level.name}",
+            shape=level.shape,
+            chunks=chunks,
+            dtype=np.uint64,
+            voxel_size=level.voxel_size,
+            offset=offset,
+            unit=unit,
+        )
+
+
+def downsample_batch(
+    container: str,
+    fine: str,
+    coarse: str,
+    step: Sequence[int],
+    how: Downsampling,
+    journal_folder: str,
+    chunks: Sequence[tuple[int, Sequence[int]]],
+) -> int:
+    """Write a batch of chunks of a coarse level; one task of the stitch.
+
+    Parameters
+    ----------
+    container, fine, coarse
+        Zarr container and the two arrays in it.
+    step
+        Downsampling from fine to coarse.
+    how
+        Which label of a window.
+    journal_folder
+        Of the stage's journal.
+    chunks
+        (number in the journal, chunk index) of each chunk to write.
+
+    Returns
+    -------
+    int
+        Chunks that failed.
+    """
+    source, target = open_array(container, fine, "r"), open_array(container, coarse)
+    places = {int(number): index for number, index in chunks}
+
+    def work(number: int, unsynced: Unsynced) -> int:
+        start, stop = chunk_box(target, places[number])
+        labels = np.empty([b - a for a, b in zip(start, stop, strict=True)], np.uint64)
+        # One fine chunk at a time: memory holds two chunks, not nine.
+        cuts = [
+            sorted({a, b, *(-(-k // f) for k in range((a * f // c + 1) * c, b * f, c))})
+            for a, b, f, c in zip(start, stop, step, source.chunks, strict=True)
+        ]
+        for part in itertools.product(*(itertools.pairwise(ends) for ends in cuts)):
+            fine = tuple(
+                slice(a * f, min(b * f, n))
+                for (a, b), f, n in zip(part, step, source.shape, strict=True)
+            )
+            inside = tuple(slice(a - o, b - o) for (a, b), o in zip(part, start, strict=True))
+            labels[inside] = downsample(np.asarray(source[fine]), step, how)
+        # A chunk of background reads as background without a file.
+        if labels.any():
+            write_chunk(target, places[number], labels, unsynced)
+        return labels.size
+
+    return run_journalled(Path(journal_folder), places, work)
+
+
+def write_metadata(
+    container: Path,
+    group: str,
+    levels: Sequence[Level],
+    offset: Sequence[int],
+    unit: str = "nm",
+    how: Downsampling = "majority",
+) -> None:
+    """Write the OME-NGFF 0.5 ``multiscales`` and ``image-label`` metadata of a group."""
+    node = zarr.open_group(store=str(container), path=group, mode="r+", zarr_format=3)
+    node.attrs["ome"] = ome_metadata(group, levels, offset, unit, how)
+
+
+def ome_metadata(
+    name: str,
+    levels: Sequence[Level],
+    offset: Sequence[int],
+    unit: str = "nm",
+    how: Downsampling = "majority",
+) -> dict[str, Any]:
+    """Return the ``ome`` attribute of a multiscale label group (OME-NGFF 0.5)."""
+    base = levels[0].voxel_size
+
+    def transforms(level: Level) -> list[dict[str, Any]]:
+        place = [o + (f - 1) / 2 * v for o, f, v in zip(offset, level.factor, base, strict=True)]
+        return [
+            {"type": "scale", "scale": [float(v) for v in level.voxel_size]},
+            {"type": "translation", "translation": [float(p) for p in place]},
+        ]
+
+    return {
+        "version": "0.5",
+        "multiscales": [
+            {
+                "name": name,
+                "type": how,
+                "metadata": {
+                    "method": "agq.blockwise.stitch.output.pyramid.downsample",
+                    "description": _DESCRIPTIONS[how],
+                },
+                "axes": [
+                    {"name": axis, "type": "space", "unit": OME_UNITS[unit]} for axis in "zyx"
+                ],
+                "datasets": [
+                    {"path": level.name, "coordinateTransformations": transforms(level)}
+                    for level in levels
+                ],
+            }
+        ],
+        "image-label": {},
+    }
+
+
+def _grid(shape: Sequence[int], chunks: Sequence[int]) -> Voxels:
+    return _three(-(-n // c) for n, c in zip(shape, chunks, strict=True))
+
+
+def _three(values: Iterable[int]) -> Voxels:
+    z, y, x = (int(v) for v in values)
+    return z, y, x

@@ -1,0 +1,277 @@
+"""Id map stored by block, and the blockwise pass that applies it to the fragments.
+
+The map is dense by local label: entry ``label - 1`` of a block's slice is the segment id of its
+local label ``label`` (0 where the label does not exist). Each leaf superblock has a file of its
+own, so no process ever holds the map of the volume.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
+from agq.blockwise.journal.writer import BlockRecord, JournalWriter
+from agq.blockwise.processes import this_worker
+from agq.blockwise.storage.files import Unsynced
+from agq.blockwise.storage.npz import load_arrays, save_arrays
+from agq.blockwise.volumes.create import open_array, write_chunk
+from agq.errors import InputError
+
+SegmentIds = Literal["consecutive", "fragment"]
+"""Segment ids: 1, 2, ... in the order of the smallest fragment id, or that fragment id itself."""
+
+_FLUSH_SECONDS = 0.5
+_BITS = np.uint64(LOCAL_BITS)
+_MASK = np.uint64(2**LOCAL_BITS - 1)
+_NONE = np.uint64(0)
+_ONE = np.uint64(1)
+
+
+class BlockLut:
+    """Map from fragment ids to segment ids, by block.
+
+    Parameters
+    ----------
+    blocks
+        Block numbers, ascending, int64 (n,).
+    offsets
+        int64, (n + 1,): the entries of block ``blocks[i]`` are
+        ``segments[offsets[i]:offsets[i + 1]]``, one for each local label 1, 2, ...
+    segments
+        uint64; 0 where a label does not exist.
+    """
+
+    def __init__(
+        self,
+        blocks: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        segments: NDArray[np.uint64],
+    ) -> None:
+        self.blocks = blocks
+        self.offsets = offsets
+        self.segments = segments
+
+    @classmethod
+    def build(
+        cls,
+        blocks: NDArray[np.int64],
+        ids: NDArray[np.uint64],
+        names: NDArray[np.uint64],
+    ) -> BlockLut:
+        """Lay segment ids out by block.
+
+        Parameters
+        ----------
+        blocks
+            Block numbers, any order.
+        ids, names
+            Fragment ids, ascending, and the segment id of each.
+
+        Raises
+        ------
+        InputError
+            If a fragment lies in none of the blocks.
+        """
+        blocks = np.sort(blocks)
+        numbers, local = BlockGrid.split_ids(ids)
+        row = np.minimum(np.searchsorted(blocks, numbers), max(len(blocks) - 1, 0))
+        if len(ids) and (not len(blocks) or bool((blocks[row] != numbers).any())):
+            raise InputError("id map: a fragment lies in none of the blocks that it is made for")
+        # Ids are sorted, so the last fragment of a block has its largest local label.
+        labels = np.zeros(len(blocks), np.int64)
+        labels[row] = local
+        offsets = np.concatenate(([0], np.cumsum(labels)))
+        segments = np.zeros(offsets[-1], np.uint64)
+        segments[offsets[row] + local - 1] = names
+        return cls(blocks, offsets, segments)
+
+    def block(self, number: int) -> NDArray[np.uint64]:
+        """Return the segment ids of local labels 1, 2, ... of a block.
+
+        Raises
+        ------
+        InputError
+            If the map is not for this block.
+        """
+        row = int(np.searchsorted(self.blocks, number))
+        if row == len(self.blocks) or self.blocks[row] != number:
+            raise InputError(f"block {number} is not in the id map: stitch again")
+        return np.asarray(self.segments[self.offsets[row] : self.offsets[row + 1]])
+
+    def save(self, path: Path) -> None:
+        """Write the map atomically."""
+        save_arrays(
+            path, {"blocks": self.blocks, "offsets": self.offsets, "segments": self.segments}
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> BlockLut:
+        """Read the file of :meth:`save`."""
+        return cls(**load_arrays(path))
+
+
+@numba.njit(cache=True, nogil=True)
+def _apply(fragments, number, lut, out):  # type: ignore[no-untyped-def]
+    """Map ids run by run; return the first id that is not in the block's map, or 0."""
+    last, value = _NONE, _NONE
+    for i in range(fragments.size):
+        fragment = fragments[i]
+        if fragment != last:
+            last = fragment
+            if fragment == _NONE:
+                value = _NONE
+            else:
+                place = (fragment & _MASK) - _ONE
+                if fragment >> _BITS != number or place >= np.uint64(lut.size):
+                    return fragment
+                value = lut[place]
+        out[i] = value
+    return _NONE
+
+
+def relabel_block(
+    fragments: NDArray[np.uint64],
+    number: int,
+    lut: NDArray[np.uint64],
+    *,
+    in_place: bool = False,
+) -> NDArray[np.uint64]:
+    """Return the segment ids of a block's fragments.
+
+    Parameters
+    ----------
+    fragments
+        Global fragment ids of the block, uint64, (z, y, x).
+    lut
+        Segment ids of its local labels 1, 2, ...
+    in_place
+        Write them over the fragments, if those lie in C order: new memory takes longer to get than
+        to fill.
+
+    Raises
+    ------
+    InputError
+        If an id belongs to another block or is not in the map.
+    """
+    fragments = np.ascontiguousarray(fragments)
+    out = fragments if in_place else np.empty_like(fragments)
+    flat = fragments.reshape(-1)
+    unknown = int(_apply(flat, np.uint64(number), np.ascontiguousarray(lut), out.reshape(-1)))
+    if unknown:
+        raise InputError(
+            f"block {number}: fragment id {unknown} is not in the id map: the fragments are not"
+            " those that were stitched; predict and stitch the block again"
+        )
+    return out
+
+
+def relabel_batch(
+    container: str,
+    source: str,
+    target: str,
+    lut_file: str,
+    journal_folder: str,
+    grid: dict[str, Any],
+    numbers: Iterable[int],
+) -> int:
+    """Relabel a batch of blocks; one task of the stitch.
+
+    A block that fails is recorded with its traceback and does not stop the others.
+
+    Parameters
+    ----------
+    container, source, target
+        Zarr container, and the arrays of fragments and segments in it; chunk = block.
+    lut_file, journal_folder
+        Of :class:`BlockLut` and of the stage's journal.
+    grid
+        :meth:`BlockGrid.to_dict`.
+    numbers
+        Blocks to relabel.
+
+    Returns
+    -------
+    int
+        Blocks that failed.
+    """
+    blocks = BlockGrid.from_dict(grid)
+    lut = BlockLut.open(Path(lut_file))
+    fragments, segments = open_array(container, source, "r"), open_array(container, target)
+
+    def work(number: int, unsynced: Unsynced) -> int:
+        start, stop = blocks.write_box(number)
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        labels = relabel_block(np.asarray(fragments[box]), number, lut.block(number), in_place=True)
+        write_chunk(segments, blocks.index(number), labels, unsynced)
+        return labels.size
+
+    return run_journalled(Path(journal_folder), numbers, work)
+
+
+def run_journalled(
+    folder: Path, numbers: Iterable[int], work: Callable[[int, Unsynced], int]
+) -> int:
+    """Call ``work(number, unsynced) -> voxels`` for each number and record how it ended.
+
+    What the work adds to ``unsynced`` is made durable before its line is written. Files and lines
+    are synced together about twice a second: after a crash a little work is done again, with the
+    same result.
+
+    Returns
+    -------
+    int
+        Numbers that failed.
+    """
+    failed = 0
+    unsynced = Unsynced()
+    with JournalWriter(folder, this_worker(f"stitch-{os.getpid()}")) as journal:
+        waiting: list[BlockRecord] = []
+        flushed = time.monotonic()
+
+        def flush() -> int:
+            records, lost = waiting, 0
+            try:
+                unsynced.sync()
+            except OSError as error:
+                records = [_failed(record, error) for record in waiting]
+                lost = sum(record.state == "done" for record in waiting)
+            journal.finish_many(records)
+            waiting.clear()
+            return lost
+
+        for number in numbers:
+            record = BlockRecord(int(number), "done", started=time.time())
+            try:
+                voxels = work(record.block, unsynced)
+                waiting.append(replace(record, finished=time.time(), voxels=voxels))
+            except Exception as error:
+                failed += 1
+                waiting.append(_failed(record, error))
+            if time.monotonic() - flushed > _FLUSH_SECONDS:
+                failed += flush()
+                flushed = time.monotonic()
+        failed += flush()
+    return failed
+
+
+def _failed(record: BlockRecord, error: Exception) -> BlockRecord:
+    if record.state == "failed":
+        return record
+    return BlockRecord(
+        record.block,
+        "failed",
+        started=record.started,
+        finished=time.time(),
+        reason=str(error),
+        error="".join(traceback.format_exception(error)),
+    )

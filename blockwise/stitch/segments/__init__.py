@@ -1,0 +1,1 @@
+"""From merges to segment ids, and the table of segments."""

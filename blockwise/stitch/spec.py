@@ -1,0 +1,202 @@
+"""What a stitch is asked to do, and what it reports."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.writer import Journal
+from agq.blockwise.stitch.merge.rule import EvidenceKind, Thresholds
+from agq.blockwise.stitch.output.pyramid import Downsampling
+from agq.blockwise.stitch.output.relabel import SegmentIds
+from agq.blockwise.stitch.steps import Step
+from agq.errors import InputError
+
+_NAMED = 10  # blocks listed in an error
+
+
+class StitchSpec(BaseModel):
+    """What to stitch; JSON round trip.
+
+    Attributes
+    ----------
+    run_dir
+        Run folder, after predict.
+    grid
+        ``BlockGrid.to_dict()`` of the run.
+    across, within, evidence, overlap, min_contact, margin
+        As in :class:`~agq.blockwise.stitch.merge.rule.Thresholds`.
+    margin_floor
+        Merge down to this margin, so that a later stitch may use any margin from here on without
+        another agglomeration; None: the margin itself.
+    segment_ids
+        ``consecutive``: 1, 2, ... in the order of the smallest fragment id; ``fragment``: that id.
+    min_size
+        Segments of fewer voxels become background; 0 keeps all.
+    start, stop
+        Voxel box (z, y, x) whose blocks are stitched; None: the whole volume.
+    allow_missing
+        Stitch although blocks failed or are missing; they stay background.
+    levels
+        Most levels of the pyramid, the full one included; None: down to one chunk.
+    downsampling
+        How its coarse voxels are chosen, see :mod:`agq.blockwise.stitch.output.pyramid`.
+    superblock
+        Blocks (z, y, x) of a leaf superblock; None: a compact box that keeps all workers busy.
+        The result does not depend on it.
+    batch_blocks
+        Most blocks per task. The result does not depend on it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_dir: Path
+    grid: dict[str, Any]
+    across: float = 0.7
+    within: float = 1.0
+    evidence: EvidenceKind = "affinity"
+    overlap: float = 0.5
+    min_contact: int = 0
+    margin: float = 0.0
+    margin_floor: float | None = None
+    segment_ids: SegmentIds = "consecutive"
+    min_size: int = Field(0, ge=0)
+    start: tuple[int, int, int] | None = None
+    stop: tuple[int, int, int] | None = None
+    allow_missing: bool = False
+    levels: int | None = Field(None, ge=1)
+    downsampling: Downsampling = "majority"
+    superblock: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    batch_blocks: int = Field(512, ge=1)
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_is_valid(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return BlockGrid.from_dict(value).to_dict()
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    def thresholds(self, margin: float | None = None) -> Thresholds:
+        """Return the rule for merging, at the margin of this stitch or at another.
+
+        Raises
+        ------
+        InputError
+            If a value is out of range, or overlaps are asked for and blocks do not overlap.
+        """
+        if self.evidence != "affinity":
+            grid = self.block_grid()
+            for axis, blocks in zip("zyx", range(3), strict=True):
+                if grid.shape[blocks] > 1 and not grid.before[blocks] + grid.after[blocks]:
+                    raise InputError(
+                        f"stitch.evidence: {self.evidence} needs blocks that overlap, but these"
+                        f" have no context on {axis} (blocks.before, blocks.after); use affinity"
+                    )
+        return Thresholds(
+            self.across,
+            self.within,
+            self.evidence,
+            self.overlap,
+            self.min_contact,
+            self.margin if margin is None else margin,
+        )
+
+    def block_grid(self) -> BlockGrid:
+        """Return the grid of the whole volume."""
+        return BlockGrid.from_dict(self.grid)
+
+
+@dataclass
+class StitchReport:
+    """What the stitch made.
+
+    Attributes
+    ----------
+    blocks, skipped, missing
+        Blocks with fragments, blocks skipped by predict, and blocks left out because they failed
+        or were never done (only with ``allow_missing``).
+    fragments, contacts, merges, segments
+        Counts; contacts are distinct pairs of fragments.
+    small_segments, small_voxels
+        Segments below ``min_size``, now background.
+    largest
+        The largest segments: ``id``, ``voxels``, ``fragments``. A merger shows here first.
+    levels
+        Levels of the pyramid.
+    seconds
+        Wall time of each step.
+    reused
+        Steps whose output was there already.
+    """
+
+    blocks: int = 0
+    skipped: int = 0
+    missing: int = 0
+    fragments: int = 0
+    contacts: int = 0
+    merges: int = 0
+    segments: int = 0
+    small_segments: int = 0
+    small_voxels: int = 0
+    largest: list[dict[str, int]] = field(default_factory=list)
+    levels: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: list[str] = field(default_factory=list)
+
+    def end(self, step: Step) -> None:
+        """Note that a step is over."""
+        self.seconds[step.name] = round(time.monotonic() - step.begun, 3)
+        if step.reused:
+            self.reused.append(step.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return asdict(self)
+
+
+def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8], Journal]:
+    """Find the blocks of the ROI and how their prediction ended.
+
+    Quick, and without dask: call it before a cluster is started for nothing.
+
+    Returns
+    -------
+    selected
+        Block numbers, int64.
+    ranks
+        State of each, as in :data:`agq.blockwise.journal.records.STATE_RANK`.
+    journal
+        Of the prediction, as read.
+
+    Raises
+    ------
+    InputError
+        If the ROI holds no block, the journal is another grid's, or blocks failed or are missing
+        and the spec does not allow that.
+    """
+    grid = spec.block_grid()
+    selected = grid.select(spec.start or (0, 0, 0), spec.stop or grid.volume_shape)
+    if not len(selected):
+        raise InputError("stitch: the ROI holds no block of the volume")
+    journal = Journal(spec.run_dir / "journal" / "predict")
+    journal.done(grid.n_blocks)  # refuses the journal of another grid
+    ranks = journal.ranks(selected)
+    bad = selected[ranks < STATE_RANK["skipped"]]
+    if len(bad) and not spec.allow_missing:
+        failed = int((ranks == STATE_RANK["failed"]).sum())
+        named = ", ".join(str(number) for number in bad[:_NAMED])
+        raise InputError(
+            f"stitch: of {len(selected)} blocks {failed} failed and {len(bad) - failed} are"
+            f" missing (block {named}{', ...' if len(bad) > _NAMED else ''}): predict again,"
+            " or leave them background with --allow-missing"
+        )
+    return selected, ranks, journal

@@ -1,0 +1,1 @@
+"""Files: durable writes, plain arrays, what killed writers left."""

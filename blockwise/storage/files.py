@@ -1,0 +1,291 @@
+"""Durable files: atomic writes, syncs, free space, checksums.
+
+A file written here is either absent (or its old self) or whole, even after SIGKILL or a power
+cut: the data go to a temporary file in the same folder, are synced, and are renamed into place;
+then the folder is synced, so that the new name is durable too.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+from agq.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Ending of the files that a killed `write_atomic` may leave behind; safe to delete."""
+
+
+def fsync_path(path: PathLike) -> None:
+    """Flush one file or folder to the device.
+
+    Parameters
+    ----------
+    path
+        An existing file, or a folder whose entries (names) are to be made durable.
+
+    Raises
+    ------
+    OSError
+        If the path is missing or the device reports an error.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse to sync a folder; its entries are durable there anyway.
+        if not (error.errno == errno.EINVAL and Path(path).is_dir()):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class Unsynced:
+    """Files that are written but not durable yet, synced together.
+
+    A folder that names many of them is synced once, and the device has often written a file by the
+    time it is asked to: cheaper than to wait for every file by itself.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[Path] = []
+        self._folders: dict[Path, None] = {}
+
+    def add(self, file: Path, top: Path) -> None:
+        """Take a file and the folders above it, up to and including ``top``."""
+        self._files.append(file)
+        for folder in file.parents:
+            self._folders[folder] = None
+            if folder == top:
+                return
+
+    def sync(self) -> None:
+        """Make them durable, and forget them.
+
+        Raises
+        ------
+        OSError
+            If the device reports an error; some may then not be durable.
+        """
+        files, folders = self._files, self._folders
+        self._files, self._folders = [], {}
+        for path in (*files, *folders):
+            fsync_path(path)
+
+
+def make_folder(path: PathLike) -> Path:
+    """Create a folder with its missing parents and make their names durable.
+
+    Parameters
+    ----------
+    path
+        The folder; it may exist.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    folder = Path(path)
+    missing = []
+    current = folder
+    while not current.exists():
+        missing.append(current)
+        current = current.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for created in reversed(missing):
+        fsync_path(created.parent)
+    return folder
+
+
+def write_atomic(path: PathLike, data: Bytes, *, mode: int = 0o666) -> None:
+    """Write a whole file so that no reader, and no crash, ever sees a part of it.
+
+    Two processes may write the same path at once: each uses its own temporary name, and the last
+    rename wins with a whole file.
+
+    Parameters
+    ----------
+    path
+        The file; an old one is replaced. Its folder is made if missing.
+    data
+        All the bytes of the file.
+    mode
+        Permissions of a file with a secret in it; the user's umask applies.
+
+    Raises
+    ------
+    OSError
+        If the folder is not writable or the disk is full; the temporary file is removed.
+    """
+    with atomic_file(path, mode=mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: PathLike, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Open a file that appears under its name, synced and whole, when the block ends well.
+
+    Parameters and errors are those of :func:`write_atomic`.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        make_folder(target.parent)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    try:
+        temporary.touch(mode, exist_ok=False)
+        with temporary.open("r+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(target)  # a full disk does not say where
+        raise
+    fsync_path(target.parent)
+
+
+def checksum(data: "Bytes | NDArray[Any]") -> str:
+    """Return the 64-bit BLAKE2b digest of some bytes as 16 hex digits.
+
+    Parameters
+    ----------
+    data
+        Bytes, or an array, of which the C-order bytes count (not its shape or dtype).
+
+    Returns
+    -------
+    str
+        16 lower-case hex digits.
+    """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        import numpy as np  # not for who only writes files: it takes as long as Python to start
+
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def free_space(path: PathLike) -> int:
+    """Return the bytes free for this user on the file system that holds or will hold `path`.
+
+    Parameters
+    ----------
+    path
+        A file or folder; where it does not exist yet its nearest existing parent counts.
+
+    Returns
+    -------
+    int
+        Free bytes.
+    """
+    return shutil.disk_usage(_existing_parent(Path(path))).free
+
+
+def require_free_space(path: PathLike, needed: int, what: str = "output") -> None:
+    """Check that the disk of an output has room.
+
+    Parameters
+    ----------
+    path
+        The output folder; it need not exist.
+    needed
+        Bytes about to be written.
+    what
+        Name of the output for the message.
+
+    Raises
+    ------
+    InputError
+        If fewer than `needed` bytes are free.
+    """
+    free = free_space(path)
+    if free < needed:
+        raise InputError(
+            f"{what}: {path} needs about {format_bytes(needed)}, but its disk has "
+            f"{format_bytes(free)} free; free some space or choose another folder"
+        )
+
+
+def require_writable(folder: PathLike, what: str = "output") -> None:
+    """Check that files can be created in a folder, by creating one and removing it.
+
+    Permission bits are not trusted: root, read-only mounts, quotas and full disks show only when
+    bytes are really written.
+
+    Parameters
+    ----------
+    folder
+        The folder; it is made if it does not exist.
+    what
+        Name of the output for the message.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be made or written, or the disk is full.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        try:
+            with probe.open("xb") as file:
+                file.write(b"\0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except FileExistsError:
+        raise InputError(
+            f"{what}: {path} exists and is not a folder; choose another path"
+        ) from None
+    except NotADirectoryError:
+        raise InputError(f"{what}: a parent of {path} is a file; choose another path") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "its disk is full"
+        else:
+            reason = error.strerror or str(error)
+        raise InputError(
+            f"{what}: cannot write in {path} ({reason}); choose another folder or fix its disk"
+        ) from None
+
+
+def format_bytes(count: float) -> str:
+    """Return a byte count for people, such as ``3.2 GiB``.
+
+    Parameters
+    ----------
+    count
+        Bytes.
+
+    Returns
+    -------
+    str
+        The count in the largest binary unit that leaves at least 1.
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

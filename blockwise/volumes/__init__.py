@@ -1,0 +1,1 @@
+"""Volumes on disk: open, place in the world, create, mask."""

@@ -1,0 +1,294 @@
+"""Volumes in and out: open what exists, create arrays for results, write whole chunks durably.
+
+Outputs are zarr v3, zstd without shuffle (which hides the runs of equal labels: measured 2 to 3
+times larger), never sharded while blocks are written: a chunk, and a shard, has exactly one writer.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zarr.codecs
+import zarr.errors
+from zarr.storage import LocalStore
+
+from agq.blockwise.storage.files import Unsynced, fsync_path
+from agq.blockwise.volumes.open import DTYPES, Kind, Volume, open_volume
+from agq.errors import InputError
+
+__all__ = [
+    "DTYPES",
+    "Kind",
+    "Volume",
+    "chunk_box",
+    "chunk_file",
+    "create_affinities",
+    "create_array",
+    "open_array",
+    "open_volume",
+    "write_chunk",
+]
+
+# Without this zarr leaves chunks of zeros out, and a missing chunk could also be one never done.
+_CONFIG: Any = {"write_empty_chunks": True}
+
+
+def create_array(
+    container: str | Path,
+    name: str,
+    *,
+    shape: Sequence[int],
+    chunks: Sequence[int],
+    dtype: npt.DTypeLike,
+    voxel_size: Sequence[int],
+    offset: Sequence[int] = (0, 0, 0),
+    axes: Sequence[str] = ("z", "y", "x"),
+    unit: str = "nm",
+    compression_level: int = 3,
+    attributes: dict[str, Any] | None = None,
+) -> "zarr.Array[Any]":
+    """Create a zarr v3 array that `funlib.persistence.open_ds` reads, or reopen the same one.
+
+    Parameters
+    ----------
+    container
+        Local zarr group; made if missing.
+    name
+        Array inside it, such as "fragments" or "segmentation/s0"; groups above it are made.
+    shape, chunks
+        In array axes: (z, y, x), or with channels first.
+    dtype
+        Data type; stored little-endian, fill value 0.
+    voxel_size, offset
+        World units per voxel and place of the first voxel, (z, y, x).
+    axes
+        Axis names; a name that ends in ``^`` is a channel axis.
+    unit
+        World unit of voxel size and offset.
+    compression_level
+        Of zstd.
+    attributes
+        More attributes to store; not compared when the array exists.
+
+    Returns
+    -------
+    zarr.Array
+        Open for reading and writing; chunks of zeros are really written.
+
+    Raises
+    ------
+    InputError
+        If an array of that name exists with another shape, chunks, dtype, voxel size, offset,
+        unit or axes.
+    """
+    folder = Path(container)
+    stored: dict[str, Any] = {
+        "voxel_size": [int(v) for v in voxel_size],
+        "offset": [int(v) for v in offset],
+        "units": [unit] * len(voxel_size),
+        "axis_names": list(axes),
+        "types": ["channel" if axis.endswith("^") else "space" for axis in axes],
+    }
+    if not len(shape) == len(chunks) == len(axes):
+        raise ValueError(f"shape {shape}, chunks {chunks} and axes {axes} differ in length")
+    if (folder / name / "zarr.json").exists():
+        return _reopen(folder, name, tuple(shape), tuple(chunks), np.dtype(dtype), stored)
+    zarr.open_group(store=LocalStore(folder), mode="a", zarr_format=3)
+    array = zarr.create_array(
+        store=LocalStore(folder),
+        name=name,
+        shape=tuple(int(n) for n in shape),
+        chunks=tuple(int(n) for n in chunks),
+        dtype=np.dtype(dtype),
+        filters=None,
+        compressors=zarr.codecs.ZstdCodec(level=compression_level),
+        fill_value=0,
+        zarr_format=3,
+        attributes={**stored, **(attributes or {})},
+        dimension_names=[axis.rstrip("^") for axis in axes],
+        config=_CONFIG,
+    )
+    for parent in (folder / name).parents:
+        if parent == folder.parent:
+            break
+        fsync_path(parent / "zarr.json")
+    created = Unsynced()
+    created.add(folder / name / "zarr.json", folder.parent)
+    created.sync()
+    return array
+
+
+def create_affinities(
+    container: str | Path,
+    name: str,
+    *,
+    shape: Sequence[int],
+    chunks: Sequence[int],
+    voxel_size: Sequence[int],
+    offset: Sequence[int] = (0, 0, 0),
+    unit: str = "nm",
+    channels: int = 3,
+) -> "zarr.Array[Any]":
+    """Create or reopen a uint8 array of affinities, channel first.
+
+    Parameters
+    ----------
+    container, name, voxel_size, offset, unit
+        As for `create_array`.
+    shape, chunks
+        Spatial, (z, y, x); a chunk holds all channels, so that a block writes one chunk.
+    channels
+        Number of channels; channel 0, 1, 2 are the affinities to the voxel before on z, y, x.
+
+    Returns
+    -------
+    zarr.Array
+        Of shape (channels, z, y, x).
+    """
+    return create_array(
+        container,
+        name,
+        shape=(channels, *shape),
+        chunks=(channels, *chunks),
+        dtype=np.uint8,
+        voxel_size=voxel_size,
+        offset=offset,
+        axes=("c^", "z", "y", "x"),
+        unit=unit,
+    )
+
+
+def open_array(container: str | Path, name: str, mode: Any = "r+") -> "zarr.Array[Any]":
+    """Open an array made by `create_array`.
+
+    Parameters
+    ----------
+    container, name
+        As for `create_array`.
+    mode
+        "r+" to write chunks, "r" to read.
+
+    Raises
+    ------
+    InputError
+        If there is no such array.
+    """
+    store = LocalStore(Path(container), read_only=mode == "r")
+    try:
+        array = zarr.open_array(store=store, path=name, mode=mode, zarr_format=3)
+    except (FileNotFoundError, zarr.errors.BaseZarrError) as error:
+        raise InputError(f"{Path(container) / name}: there is no such array yet") from error
+    return array.with_config(_CONFIG)
+
+
+def chunk_box(
+    array: "zarr.Array[Any]", index: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the first voxel and one past the last voxel of a chunk, clipped to the array.
+
+    Parameters
+    ----------
+    array
+        An unsharded array.
+    index
+        Place of the chunk in the grid of chunks, one number per array axis.
+
+    Raises
+    ------
+    IndexError
+        If the array has no such chunk.
+    """
+    start = tuple(int(i) * c for i, c in zip(index, array.chunks, strict=True))
+    if any(not 0 <= b < s for b, s in zip(start, array.shape, strict=True)):
+        raise IndexError(f"no chunk {tuple(index)} in an array of shape {array.shape}")
+    stop = (min(b + c, s) for b, c, s in zip(start, array.chunks, array.shape, strict=True))
+    return start, tuple(stop)
+
+
+def chunk_file(array: "zarr.Array[Any]", index: Sequence[int]) -> Path:
+    """Return the file that holds a chunk of an array in a local folder.
+
+    Parameters
+    ----------
+    array, index
+        As for `chunk_box`.
+    """
+    store = array.store_path.store
+    assert isinstance(store, LocalStore)
+    key = array.metadata.encode_chunk_key(tuple(int(i) for i in index))
+    return Path(store.root) / array.store_path.path / key
+
+
+def write_chunk(
+    array: "zarr.Array[Any]",
+    chunk_index: Sequence[int],
+    data: npt.NDArray[Any],
+    unsynced: Unsynced | None = None,
+) -> None:
+    """Write exactly one whole chunk, atomically and durably.
+
+    zarr writes to a temporary file and renames it; the file and the folders above it up to the
+    array are synced, so that after the return the chunk survives a power cut.
+
+    Parameters
+    ----------
+    array
+        Array of `create_array` or `open_array`.
+    chunk_index
+        Place in the grid of chunks, one number per array axis.
+    data
+        The voxels of the chunk, clipped at the array's edge; same dtype as the array.
+    unsynced
+        Collects what is to be synced instead; the chunk is durable once that has been done.
+
+    Raises
+    ------
+    ValueError
+        If shape or dtype of the data are not those of the chunk: numpy would broadcast or wrap.
+    IndexError
+        If the array has no such chunk.
+    """
+    start, stop = chunk_box(array, chunk_index)
+    expected = tuple(e - b for b, e in zip(start, stop, strict=True))
+    if data.shape != expected or data.dtype != array.dtype:
+        raise ValueError(
+            f"chunk {tuple(chunk_index)} of {array.name} takes {expected} {array.dtype}, "
+            f"not {data.shape} {data.dtype}"
+        )
+    if not array.config.write_empty_chunks:
+        array = array.with_config(_CONFIG)
+    array[tuple(slice(b, e) for b, e in zip(start, stop, strict=True))] = data
+    if isinstance(array.store_path.store, LocalStore):
+        written = Unsynced() if unsynced is None else unsynced
+        top = Path(array.store_path.store.root) / array.store_path.path
+        written.add(chunk_file(array, chunk_index), top)
+        if unsynced is None:
+            written.sync()
+
+
+def _reopen(
+    folder: Path,
+    name: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: np.dtype[Any],
+    stored: dict[str, Any],
+) -> "zarr.Array[Any]":
+    array = open_array(folder, name)
+    wanted = {"shape": shape, "chunks": chunks, "dtype": dtype, **stored}
+    found = {
+        "shape": array.shape,
+        "chunks": array.shards or array.chunks,
+        "dtype": np.dtype(array.dtype),
+        **{key: array.attrs.get(key) for key in stored},
+    }
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise InputError(
+                f"{folder / name} exists with {key} {found[key]}, but {value} is wanted; remove it "
+                "or choose another output folder"
+            )
+    return array

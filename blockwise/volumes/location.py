@@ -1,0 +1,223 @@
+"""Where a container lies: a local folder, or an object store reached by URL (read-only).
+
+Endpoints and credentials of object stores come from the environment, under the names that their
+own tools use: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+``AWS_REGION``, ``AWS_SKIP_SIGNATURE=true`` for public buckets, ``GOOGLE_SERVICE_ACCOUNT`` ...
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from zarr.abc.store import Store
+from zarr.storage import LocalStore, ObjectStore
+
+from agq.errors import InputError
+
+SCHEMES = ("s3", "gs", "http", "https")
+"""URL schemes that can be read."""
+
+T = TypeVar("T")
+
+
+class Location(Protocol):
+    """A container: files under keys such as ``raw/zarr.json``."""
+
+    @property
+    def text(self) -> str:
+        """The resolved path or the URL, without secrets."""
+        ...
+
+    def get(self, key: str) -> bytes | None:
+        """Return one whole file, or None if there is none."""
+        ...
+
+    def folders(self, key: str) -> list[str]:
+        """Return the names of the folders below `key`, sorted; empty if they cannot be listed."""
+        ...
+
+    def zarr_store(self) -> Store:
+        """Return the container as a read-only zarr store."""
+        ...
+
+    def key_value_store(self, key: str) -> dict[str, Any]:
+        """Return the tensorstore key-value store spec of the folder `key`."""
+        ...
+
+
+def locate(path: str | os.PathLike[str]) -> Location:
+    """Find a container.
+
+    Parameters
+    ----------
+    path
+        Local folder, or a URL that starts with s3://, gs://, http:// or https://.
+
+    Returns
+    -------
+    Location
+        The container; a remote one has not been contacted yet.
+
+    Raises
+    ------
+    InputError
+        If the local folder does not exist or the URL cannot be used.
+    """
+    text = os.fspath(path)
+    scheme = urlsplit(text).scheme.lower() if "://" in text else ""
+    if scheme in SCHEMES:
+        return RemoteLocation(text.rstrip("/"))
+    if scheme == "file":
+        text = text[len("file://") :]
+    elif scheme:
+        raise InputError(
+            f"{text}: cannot read {scheme}:// addresses; use a local path or one of "
+            + ", ".join(f"{known}://" for known in SCHEMES)
+        )
+    folder = Path(text).expanduser()
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be looked up ({error.strerror})") from error
+    if not exists:
+        raise InputError(f"{folder}: no such file or folder; correct the path")
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is a file, not a zarr or N5 container; `agq import` turns tif stacks, h5, "
+            "npz and npy files into zarr"
+        )
+    return LocalLocation(folder.resolve())
+
+
+@dataclass(frozen=True)
+class LocalLocation:
+    """A container in a local folder."""
+
+    root: Path
+
+    @property
+    def text(self) -> str:
+        """The resolved path."""
+        return str(self.root)
+
+    def get(self, key: str) -> bytes | None:
+        """Return one whole file, or None if there is none."""
+        try:
+            return (self.root / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise InputError(f"{self.root / key}: cannot be read ({error.strerror})") from error
+
+    def folders(self, key: str) -> list[str]:
+        """Return the names of the folders below `key`, sorted."""
+        folder = self.root / key
+        try:
+            return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        except OSError:
+            return []
+
+    def zarr_store(self) -> Store:
+        """Return the container as a read-only zarr store."""
+        return LocalStore(self.root, read_only=True)
+
+    def key_value_store(self, key: str) -> dict[str, Any]:
+        """Return the tensorstore key-value store spec of the folder `key`."""
+        return {"driver": "file", "path": f"{self.root / key}/"}
+
+
+@dataclass(frozen=True)
+class RemoteLocation:
+    """A container behind a URL."""
+
+    url: str
+
+    @property
+    def text(self) -> str:
+        """The URL, without a user name, password or query that may hold secrets."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    def get(self, key: str) -> bytes | None:
+        """Return one whole file, or None if there is none."""
+        from obstore.exceptions import PermissionDeniedError
+
+        def fetch() -> bytes | None:
+            try:
+                return bytes(_object_store(self.url).get(key).bytes())
+            except (FileNotFoundError, PermissionDeniedError):
+                # Buckets that may not be listed answer 403 for keys that do not exist.
+                return None
+
+        return self._try(fetch)
+
+    def folders(self, key: str) -> list[str]:
+        """Return the names of the folders below `key`; plain web servers cannot list them."""
+        if self.url.startswith("http"):
+            return []
+
+        from obstore.exceptions import PermissionDeniedError
+
+        def listing() -> list[str]:
+            try:
+                result = _object_store(self.url).list_with_delimiter(key or None)
+            except PermissionDeniedError:
+                return []
+            return sorted(prefix.rsplit("/", 1)[-1] for prefix in result["common_prefixes"])
+
+        return self._try(listing)
+
+    def zarr_store(self) -> Store:
+        """Return the container as a read-only zarr store."""
+        return ObjectStore(_object_store(self.url), read_only=True)
+
+    def key_value_store(self, key: str) -> dict[str, Any]:
+        """Return the tensorstore key-value store spec of the folder `key`."""
+        parts = urlsplit(self.url)
+        path = "/".join(part for part in (parts.path.strip("/"), key) if part) + "/"
+        if parts.scheme == "s3":
+            spec: dict[str, Any] = {"driver": "s3", "bucket": parts.netloc, "path": path}
+            if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
+                spec["endpoint"] = endpoint
+            if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+                spec["aws_region"] = region
+            return spec
+        if parts.scheme == "gs":
+            return {"driver": "gcs", "bucket": parts.netloc, "path": path}
+        return {
+            "driver": "http",
+            "base_url": f"{parts.scheme}://{parts.netloc}",
+            "path": "/" + path,
+        }
+
+    def _try(self, action: Callable[[], T]) -> T:
+        from obstore.exceptions import BaseError
+
+        try:
+            return action()
+        except (BaseError, OSError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"{self.text}: cannot be read ({type(error).__name__}: {first_line}); check the "
+                "address, the credentials and the endpoint in the environment"
+            ) from error
+
+
+@functools.lru_cache(maxsize=64)
+def _object_store(url: str) -> Any:
+    """Return the obstore store of a URL; one per URL, so that connections are reused."""
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
+    options: Any = {}
+    if url.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        # An address without TLS was asked for by name; obstore wants it said twice.
+        options["allow_http"] = True
+    try:
+        return from_url(url, client_options=options, retry_config={"max_retries": 3})
+    except (BaseError, ValueError) as error:
+        raise InputError(f"{RemoteLocation(url).text}: not a usable address ({error})") from error

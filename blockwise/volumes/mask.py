@@ -1,0 +1,171 @@
+"""Which blocks hold tissue: a mask of any scale, looked up block by block through world units.
+
+Mask voxels are read tile by tile, each tile once however many blocks fall into it, and counted
+with a summed-area table, so that neither a coarse mask under 10^7 blocks nor a fine one under a
+few costs a Python loop over blocks or memory beyond a tile.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.volumes.open import Volume
+from agq.errors import InputError
+
+TILE_VOXELS = 2**24
+"""Most mask voxels held at once (x 5 bytes), unless one plane of a storage chunk is larger."""
+
+BATCH = 2**19
+"""Blocks looked up at once: about 300 bytes each."""
+
+Ints = npt.NDArray[np.int64]
+
+
+def mask_blocks(
+    mask: Volume,
+    grid: BlockGrid,
+    numbers: npt.ArrayLike,
+    *,
+    tile_voxels: int = TILE_VOXELS,
+) -> npt.NDArray[np.bool_]:
+    """Find the blocks whose write box touches any nonzero mask voxel.
+
+    Parameters
+    ----------
+    mask
+        Any voxel size and offset, in the world unit of the grid; what lies outside the mask is
+        not tissue.
+    grid
+        The blocks.
+    numbers
+        Block numbers, in any order.
+    tile_voxels
+        Most mask voxels to hold at once.
+
+    Returns
+    -------
+    ndarray
+        bool, for each number: True if there is tissue.
+
+    Raises
+    ------
+    InputError
+        If the mask does not overlap the volume at all, which means a wrong offset or unit.
+    """
+    wanted = np.asarray(numbers, dtype=np.int64).reshape(-1)
+    if not _overlaps(mask, grid):
+        raise InputError(
+            f"{mask.name} covers {mask.roi} in {mask.unit}, which does not touch the volume; "
+            "correct its offset or voxel size"
+        )
+    tile = _tile_shape(mask, tile_voxels)
+    found = [
+        _touched(mask, grid, wanted[first : first + BATCH], tile)
+        for first in range(0, wanted.size, BATCH)
+    ]
+    return np.concatenate([np.zeros(0, dtype=bool), *found])
+
+
+def _touched(mask: Volume, grid: BlockGrid, numbers: Ints, tile: Ints) -> npt.NDArray[np.bool_]:
+    low, high = _mask_boxes(mask, grid, numbers)
+    found = np.zeros(numbers.size, dtype=bool)
+    for place, members in _tiles(low, high, tile):
+        members = members[~found[members]]
+        if members.size == 0:
+            continue
+        origin = place * tile
+        inner_low = np.maximum(low[members], origin)
+        inner_high = np.minimum(high[members], origin + tile)
+        start, stop = inner_low.min(axis=0), inner_high.max(axis=0)
+        counts = _summed(mask.read(tuple(start.tolist()), tuple(stop.tolist())))
+        found[members] = _count(counts, inner_low - start, inner_high - start) > 0
+    return found
+
+
+def _mask_boxes(mask: Volume, grid: BlockGrid, numbers: Ints) -> tuple[Ints, Ints]:
+    """Return the mask voxels that each write box touches, clipped to the mask (maybe empty)."""
+    index = np.stack(np.unravel_index(numbers, grid.shape), axis=1).astype(np.int64)
+    write = np.array(grid.write_shape, dtype=np.int64)
+    voxel = np.array(tuple(grid.voxel_size), dtype=np.int64)
+    position = np.array(tuple(grid.offset), dtype=np.int64)
+    mask_voxel = np.array(tuple(mask.voxel_size), dtype=np.int64)
+    mask_position = np.array(tuple(mask.offset), dtype=np.int64)
+    start = index * write
+    stop = np.minimum(start + write, np.array(grid.volume_shape, dtype=np.int64))
+    low = (position + start * voxel - mask_position) // mask_voxel
+    high = -((mask_position - position - stop * voxel) // mask_voxel)
+    shape = np.array(mask.shape, dtype=np.int64)
+    return np.clip(low, 0, shape), np.clip(high, 0, shape)
+
+
+def _overlaps(mask: Volume, grid: BlockGrid) -> bool:
+    begin = np.array(tuple(grid.offset))
+    end = begin + np.array(grid.volume_shape) * np.array(tuple(grid.voxel_size))
+    mask_begin = np.array(tuple(mask.offset))
+    mask_end = mask_begin + np.array(mask.shape) * np.array(tuple(mask.voxel_size))
+    return bool((np.maximum(begin, mask_begin) < np.minimum(end, mask_end)).all())
+
+
+def _tile_shape(mask: Volume, tile_voxels: int) -> Ints:
+    """Return a tile of whole storage chunks; a chunk too large alone is cut along z."""
+    tile = np.minimum(np.array(mask.chunks, dtype=np.int64), np.array(mask.shape))
+    if tile.prod() > tile_voxels:
+        tile[0] = max(1, tile_voxels // int(tile[1] * tile[2]))
+        return tile
+    for axis in (2, 1, 0):
+        room = tile_voxels // int(tile.prod())
+        chunks = math.ceil(mask.shape[axis] / int(tile[axis]))
+        tile[axis] *= max(1, min(room, chunks))
+    return tile
+
+
+def _tiles(low: Ints, high: Ints, tile: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Yield each tile that any box touches, with the places in the list of the boxes it meets."""
+    boxes = np.flatnonzero((low < high).all(axis=1))
+    if boxes.size == 0:
+        return
+    first = low[boxes] // tile
+    extent = (high[boxes] - 1) // tile - first + 1
+    total = extent.prod(axis=1)
+    owner = np.repeat(np.arange(boxes.size), total)
+    step = np.arange(owner.size) - np.repeat(np.cumsum(total) - total, total)
+    spans = extent[owner]
+    places = first[owner] + np.stack(
+        [
+            step // (spans[:, 1] * spans[:, 2]),
+            step // spans[:, 2] % spans[:, 1],
+            step % spans[:, 2],
+        ],
+        axis=1,
+    )
+    key = np.ravel_multi_index(tuple(places.T), tuple(places.max(axis=0) + 1))
+    order = np.argsort(key, kind="stable")
+    places, owner, key = places[order], owner[order], key[order]
+    cuts = np.flatnonzero(key[1:] != key[:-1]) + 1
+    begins = np.concatenate([[0], cuts])
+    for begin, members in zip(begins, np.split(boxes[owner], cuts), strict=True):
+        yield places[begin], members
+
+
+def _summed(voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.uint32]:
+    """Return the summed-area table of nonzero voxels, one larger on each axis."""
+    z, y, x = voxels.shape
+    table = np.zeros((z + 1, y + 1, x + 1), dtype=np.uint32)
+    inner = table[1:, 1:, 1:]
+    np.not_equal(voxels, 0, out=inner, casting="unsafe")
+    for axis in range(3):
+        np.cumsum(inner, axis=axis, out=inner)
+    return table
+
+
+def _count(table: npt.NDArray[np.uint32], low: Ints, high: Ints) -> npt.NDArray[np.int64]:
+    """Return the number of nonzero voxels in each box."""
+    total = np.zeros(len(low), dtype=np.int64)
+    for corner in np.ndindex(2, 2, 2):
+        at = np.where(np.array(corner, dtype=bool), high, low)
+        sign = 1 if sum(corner) % 2 == 1 else -1
+        total += sign * table[at[:, 0], at[:, 1], at[:, 2]].astype(np.int64)
+    return total

@@ -1,0 +1,399 @@
+"""Volumes to read: 3-D arrays of any supported container, opened lazily, in (z, y, x) and nm.
+
+`open_volume` reads only metadata. `Volume.read` slices the array itself; funlib.persistence's
+``Array[roi]`` is not used because it costs time in proportion to all chunks of the array.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from funlib.geometry import Coordinate, Roi
+
+from agq.blockwise.volumes.location import Location, locate
+from agq.blockwise.volumes.metadata import (
+    Node,
+    children,
+    contents,
+    find_arrays,
+    join,
+    multiscales,
+    read_node,
+)
+from agq.blockwise.volumes.placement import Placement, from_attributes, from_multiscale, to_world
+from agq.errors import InputError
+
+Kind = Literal["raw", "labels", "mask"]
+
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64))
+
+DTYPES: dict[str, tuple[str, ...]] = {
+    "raw": ("uint8", "uint16", "float32"),
+    "labels": _INTEGERS,
+    "mask": (*_INTEGERS, "bool"),
+}
+"""Data types accepted for each kind of volume."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A 3-D array somewhere, with its place in the world; nothing of it has been read yet.
+
+    May be shared by threads and pickled to other processes.
+
+    Attributes
+    ----------
+    path, dataset
+        Resolved container, and array inside it.
+    format
+        "zarr3", "zarr2" or "n5".
+    shape
+        Voxels, (z, y, x).
+    chunks
+        Voxels of the unit that storage reads and decodes, (z, y, x).
+    dtype
+        Data type in native byte order.
+    voxel_size, offset
+        Whole world units, (z, y, x).
+    unit
+        World unit: "nm" unless asked otherwise.
+    """
+
+    path: str
+    dataset: str
+    format: str
+    shape: tuple[int, int, int]
+    chunks: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    voxel_size: Coordinate
+    offset: Coordinate
+    unit: str
+    digest: str
+    _array: Any
+    _axes: tuple[int, int, int]
+    _ndim: int
+    _origin: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def units(self) -> tuple[str, str, str]:
+        """World unit of each axis."""
+        return self.unit, self.unit, self.unit
+
+    @property
+    def roi(self) -> Roi:
+        """Place in the world, in world units."""
+        return Roi(self.offset, Coordinate(self.shape) * self.voxel_size)
+
+    @property
+    def name(self) -> str:
+        """Container and array for messages."""
+        return f"{self.path}:{self.dataset}" if self.dataset else self.path
+
+    def read(self, start: Sequence[int], stop: Sequence[int]) -> npt.NDArray[Any]:
+        """Read a voxel box.
+
+        Parameters
+        ----------
+        start, stop
+            First voxel and one past the last voxel, (z, y, x).
+
+        Returns
+        -------
+        ndarray
+            (z, y, x), C-contiguous, of the volume's dtype; the caller owns it.
+
+        Raises
+        ------
+        ValueError
+            If the box is empty or leaves the volume. Errors of the storage pass through.
+        """
+        begin, end = tuple(map(int, start)), tuple(map(int, stop))
+        if len(begin) != 3 or any(
+            not 0 <= b < e <= s for b, e, s in zip(begin, end, self.shape, strict=True)
+        ):
+            raise ValueError(f"box {begin} to {end} is not inside {self.name} {self.shape}")
+        selection: list[int | slice] = [0] * self._ndim
+        for axis, first, b, e in zip(self._axes, self._origin, begin, end, strict=True):
+            selection[axis] = slice(first + b, first + e)
+        data = self._array[tuple(selection)]
+        if self.format == "n5":
+            data = data.read().result()
+        ranks = sorted(self._axes)
+        data = np.asarray(data).transpose([ranks.index(axis) for axis in self._axes])
+        return np.require(data, self.dtype, ["C", "W", "O"])
+
+    def crop(self, roi: Roi) -> "Volume":
+        """Return the part of the volume inside a ROI, with its own shape and offset.
+
+        Parameters
+        ----------
+        roi
+            World units; may reach beyond the volume.
+
+        Raises
+        ------
+        InputError
+            If nothing is inside, or the ROI is not on the voxel grid.
+        """
+        common = self.roi.intersect(roi)
+        if common.empty:
+            raise InputError(f"{self.name} ({self.roi}) has no voxel inside {roi}; correct offsets")
+        start, size = common.offset - self.offset, self.voxel_size
+        if any(s % v or n % v for s, n, v in zip(start, common.shape, size, strict=True)):
+            raise InputError(
+                f"{self.name}: offset {tuple(self.offset)} and {roi} are not a whole number of"
+                f" voxels of {tuple(size)} apart; correct one offset"
+            )
+        first, shape = start / size, common.shape / size
+        z, y, x = (o + int(f) for o, f in zip(self._origin, first, strict=True))
+        d, h, w = (int(n) for n in shape)
+        return replace(self, shape=(d, h, w), offset=common.offset, _origin=(z, y, x))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the volume, for comparing runs; JSON types only.
+
+        The checksum covers the array's metadata, not its voxels or file times.
+        """
+        return {
+            "path": self.path,
+            "dataset": self.dataset,
+            "format": self.format,
+            "shape": list(self.shape),
+            "dtype": self.dtype.name,
+            "voxel_size": [int(v) for v in self.voxel_size],
+            "offset": [int(v) for v in self.offset],
+            "unit": self.unit,
+            "metadata": self.digest,
+        }
+
+
+def open_volume(
+    path: str | os.PathLike[str],
+    dataset: str | None = None,
+    *,
+    voxel_size: Sequence[float] | None = None,
+    offset: Sequence[float] | None = None,
+    level: int | None = None,
+    kind: Kind = "raw",
+    unit: str = "nm",
+) -> Volume:
+    """Open a volume of zarr v2 or v3, OME-Zarr or N5.
+
+    Parameters
+    ----------
+    path
+        Container: a local folder, or an s3://, gs://, http:// or https:// address.
+    dataset
+        Array, or group of resolution levels, inside the container. None: `path` is the array or
+        the multiscale group itself, or a container that holds exactly one array.
+    voxel_size
+        (z, y, x) in `unit`; needed if the metadata do not hold it, compared if they do.
+    offset
+        (z, y, x) in `unit` of the first voxel's corner; likewise, but 0 if nobody says.
+    level
+        Resolution level of a multiscale group; default 0, the finest.
+    kind
+        What it is used for, which decides the data types accepted (`DTYPES`).
+    unit
+        World unit: "nm", "angstrom" or "pm". A volume whose voxel size is not whole in one unit
+        is exact in a smaller one.
+
+    Returns
+    -------
+    Volume
+        Axes (z, y, x) whatever the order in the file; other axes must have size 1.
+
+    Raises
+    ------
+    InputError
+        One line that names the file and the fix: nothing there, no such array (with what is
+        there), not 3-D, unsupported type, voxel size absent, different or not whole.
+    """
+    location = locate(path)
+    node, placement = _find(location, dataset, level)
+    where = f"{location.text}:{node.path}" if node.path else location.text
+    shape = node.shape or ()
+    reverse = node.format == "n5"
+    if placement is None:
+        placement = from_attributes(node.attributes, len(shape), reversed_axes=reverse, where=where)
+    axes = _spatial_axes(shape, placement.axes, reverse, where)
+    array, chunks, dtype = open_node(location, node, where)
+    if dtype.name not in DTYPES[kind]:
+        raise InputError(
+            f"{where}: {kind} of type {dtype.name} cannot be used; convert it to one of "
+            + ", ".join(DTYPES[kind])
+        )
+    size, position = to_world(placement, voxel_size, offset, unit, where)
+    return Volume(
+        path=location.text,
+        dataset=node.path,
+        format=node.format,
+        shape=(shape[axes[0]], shape[axes[1]], shape[axes[2]]),
+        chunks=(chunks[axes[0]], chunks[axes[1]], chunks[axes[2]]),
+        dtype=dtype,
+        voxel_size=size,
+        offset=position,
+        unit=unit,
+        digest=node.digest,
+        _array=array,
+        _axes=axes,
+        _ndim=len(shape),
+    )
+
+
+def open_levels(
+    path: str | os.PathLike[str], dataset: str | None = None, **options: Any
+) -> list[Volume]:
+    """Open all resolution levels of a multiscale group, finest first, or the one array named.
+
+    Arguments and errors are those of `open_volume`.
+    """
+    location = locate(path)
+    node = read_node(location, join(dataset or ""))
+    groups = [] if node is None else multiscales(node)
+    if node is None or node.shape is not None or not groups:
+        return [open_volume(path, dataset, **options)]
+    count = len(groups[0]["datasets"])
+    return [open_volume(path, dataset, level=level, **options) for level in range(count)]
+
+
+def _find(
+    location: Location, dataset: str | None, level: int | None
+) -> tuple[Node, Placement | None]:
+    """Find the array that is meant, and its place if a group above it says."""
+    key = join(dataset or "")
+    node = read_node(location, key)
+    if node is None:
+        if key:
+            raise InputError(
+                f"{location.text} has no dataset {key!r}; it holds: {contents(location)}"
+            )
+        remote = ", or the credentials if it is private" if "://" in location.text else ""
+        raise InputError(f"{location.text}: no zarr or N5 metadata found; correct the path{remote}")
+    if node.shape is not None:
+        if level not in (None, 0):
+            raise InputError(
+                f"{location.text}: {key or 'the path'} is one array, so level {level} cannot be "
+                "picked; name the multiscale group above it, or remove level"
+            )
+        return node, _placed_by_parent(location, node)
+    for multiscale in multiscales(node)[:1]:
+        return _multiscale_level(location, node, multiscale, level or 0)
+    arrays = [child for child in children(location, key) if child.shape is not None]
+    for name in (f"s{level or 0}", str(level or 0)):
+        for child in arrays:
+            if child.path == join(key, name):
+                return child, _placed_by_parent(location, child)
+    if not dataset:
+        found = list(find_arrays(location))
+        if len(found) == 1:
+            return found[0], _placed_by_parent(location, found[0])
+    what = f"dataset {key!r} is a group" if key else "dataset is not named"
+    raise InputError(f"{location.text}: {what}; name one array of: {contents(location)}")
+
+
+def _multiscale_level(
+    location: Location, group: Node, multiscale: Any, level: int
+) -> tuple[Node, Placement]:
+    where = f"{location.text}:{group.path}" if group.path else location.text
+    datasets = multiscale["datasets"]
+    if not 0 <= level < len(datasets):
+        raise InputError(f"{where} has levels 0 to {len(datasets) - 1}, not {level}")
+    node = read_node(location, join(group.path, str(datasets[level]["path"])))
+    if node is None or node.shape is None:
+        raise InputError(f"{where}: the array of level {level} is missing; it is incomplete")
+    return node, from_multiscale(multiscale, level, f"{where}/{datasets[level]['path']}")
+
+
+def _placed_by_parent(location: Location, node: Node) -> Placement | None:
+    """Return the place of an array that only the group above it tells, or None."""
+    if not node.path:
+        return None
+    above, _, name = node.path.rpartition("/")
+    group = read_node(location, above)
+    if group is None:
+        return None
+    for multiscale in multiscales(group):
+        for level, item in enumerate(multiscale["datasets"]):
+            if item.get("path") == name:
+                return from_multiscale(multiscale, level, f"{location.text}:{node.path}")
+    if node.format == "n5" and not {"resolution", "pixelResolution", "transform"} & set(
+        node.attributes
+    ):
+        # N5 viewers keep the full-resolution voxel size on the group, the factors on each level.
+        inherited = {
+            key: group.attributes[key]
+            for key in ("resolution", "pixelResolution", "offset", "units")
+            if key in group.attributes
+            and (name == "s0" or "downsamplingFactors" in node.attributes)
+        }
+        return from_attributes(
+            {**inherited, **node.attributes},
+            len(node.shape or ()),
+            reversed_axes=True,
+            where=f"{location.text}:{node.path}",
+        )
+    return None
+
+
+def _spatial_axes(
+    shape: Sequence[int], axes: Sequence[int] | None, reverse: bool, where: str
+) -> tuple[int, int, int]:
+    ndim = len(shape)
+    if ndim < 3:
+        raise InputError(f"{where} is {ndim}-D with shape {tuple(shape)}; it must be 3-D (z, y, x)")
+    if axes is None:
+        z, y, x = (2, 1, 0) if reverse else (ndim - 3, ndim - 2, ndim - 1)
+    else:
+        z, y, x = axes
+    if max(z, y, x) >= ndim:
+        raise InputError(f"{where}: the metadata name more axes than the shape {tuple(shape)} has")
+    others = [size for axis, size in enumerate(shape) if axis not in (z, y, x)]
+    if any(size != 1 for size in others):
+        raise InputError(
+            f"{where} is {ndim}-D with shape {tuple(shape)}; it must be 3-D (z, y, x), with only "
+            "channel or time axes of size 1 besides: pick one channel first"
+        )
+    if min(shape) < 1:
+        raise InputError(f"{where} is empty, with shape {tuple(shape)}")
+    return z, y, x
+
+
+def open_node(
+    location: Location, node: Node, where: str
+) -> tuple[Any, tuple[int, ...], np.dtype[Any]]:
+    """Open an array as stored: zarr by zarr-python, N5 (x first) by tensorstore.
+
+    Returns
+    -------
+    tuple
+        The array, what its storage reads at once in the order of its axes, and its native type.
+
+    Raises
+    ------
+    InputError
+        If it cannot be opened; `where` names it.
+    """
+    try:
+        if node.format == "n5":
+            import tensorstore as ts
+
+            spec = {"driver": "n5", "kvstore": location.key_value_store(node.path)}
+            store = ts.open(spec, open=True, read=True).result()
+            chunks = tuple(int(n or 1) for n in store.chunk_layout.read_chunk.shape or ())
+            return store, chunks, store.dtype.numpy_dtype
+        array = zarr.open_array(
+            store=location.zarr_store(),
+            path=node.path,
+            mode="r",
+            zarr_format=3 if node.format == "zarr3" else 2,
+        )
+        # A structured type has no byte order of its own; it is refused by name afterwards.
+        return array, array.chunks, np.dtype(array.dtype).newbyteorder("=")
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{where}: the array cannot be opened ({first_line})") from error

@@ -1,0 +1,1 @@
+"""The network's arithmetic for float32 on a CPU."""

@@ -1,0 +1,1 @@
+"""From the network's outputs to labels and affinities of a block."""

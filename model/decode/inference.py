@@ -1,0 +1,288 @@
+"""From an image to labels: the decoder and the masks, without any full-size softmax tensor.
+
+Every mask logit is a scaled product of a query's kernel with a voxel's mask features, so
+logits are made for a few thousand voxels at a time and used while they are in the cache.
+Upsampling is linear as well: it is the features (C channels) that are resized, not the logits
+(up to 201).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agq.model.network.agq import AGQ
+from agq.model.network.blocks import coordinates
+from agq.model.network.decoder import MaskPredictor
+from agq.model.network.queries import Seeds, find_seeds
+
+# In a chunk of voxels, channels whose logit nowhere comes within this much of the least winning
+# logit are left out of the softmax: all 10^6 voxels of a block together give such a channel less
+# than 0.003 voxels of mass.
+NEGLIGIBLE = 20.0
+
+
+@dataclass(frozen=True)
+class DenseMaps:
+    """What the convolutional part makes of one block, at the resolution of P1.
+
+    Attributes
+    ----------
+    affinity_logits : Tensor
+        float32 (3, z1, y1, x1).
+    mask_features : Tensor
+        float32 (z1, y1, x1, C), of unit length along C.
+    instance_features : Tensor
+        float32 (z1, y1, x1, C).
+    """
+
+    affinity_logits: Tensor
+    mask_features: Tensor
+    instance_features: Tensor
+
+    def finite(self) -> bool:
+        """Whether no value is NaN or infinite, as float16 convolutions can make them."""
+        maps = (self.affinity_logits, self.mask_features, self.instance_features)
+        return all(bool(torch.isfinite(m.sum())) for m in maps)
+
+
+@dataclass(frozen=True)
+class MaskHead:
+    """Linear map from mask features to the logits of one prediction.
+
+    Attributes
+    ----------
+    weight : Tensor
+        float32 (1 + Q, C): row 0, the background, is zero, as is its bias; the published
+        inference sets the background logit of the last prediction to zero.
+    bias : Tensor
+        float32 (1 + Q, 1).
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return (1 + Q, voxels) for mask features (voxels, C)."""
+        return torch.addmm(self.bias, self.weight, features.T)
+
+    def select(self, channels: Tensor | slice) -> MaskHead:
+        """Return the map to some of the channels."""
+        return MaskHead(self.weight[channels], self.bias[channels])
+
+
+def dense_maps(model: AGQ, image: Tensor) -> DenseMaps:
+    """Run backbone, fusion and branches on one normalised block (z, y, x).
+
+    The plain form, for any device and under autocast; results are float32.
+    """
+    fused = model.fusion_block(model.pyramid(image[None, None]))
+    features = torch.cat([coordinates(fused.shape[2:], fused), fused], dim=1)
+    del fused
+    affinity = model.affinity_branch(features)[0].float()
+    masks = model.mask_branch(features)[0].float()
+    instances = model.inst_decoder.rpn.inst_convs(features)[0].float()
+    return DenseMaps(
+        affinity,
+        F.normalize(masks, dim=0).permute(1, 2, 3, 0).contiguous(),
+        instances.permute(1, 2, 3, 0).contiguous(),
+    )
+
+
+def mask_head(kernels: Tensor, norm: nn.BatchNorm2d) -> MaskHead:
+    """Fold the scalar norm of the logits into kernels (Q, C), and add the background."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    return MaskHead(
+        F.pad(kernels * scale, (0, 0, 1, 0)), F.pad(shift.expand(len(kernels)), (1, 0))[:, None]
+    )
+
+
+def decode(model: AGQ, maps: DenseMaps, seeds: Seeds) -> MaskHead:
+    """Run the queries of one block through the decoder and return its last prediction."""
+    decoder = model.inst_decoder
+    queries = decoder.rpn.queries(maps.instance_features.permute(3, 0, 1, 2), seeds)
+    head = mask_head(decoder.rpn.kernels(queries), decoder.rpn.norm_logits)
+    pixels, pooled_from = maps.mask_features.flatten(0, 2), maps.instance_features.flatten(0, 2)
+    for i, predictor in enumerate(decoder.predictors):
+        assert isinstance(predictor, MaskPredictor)
+        only_queries = head.select(slice(1, None))
+        pooled = torch.zeros_like(queries)
+        for part in voxel_chunks(len(pixels), pixels.device):
+            logits = only_queries.logits(pixels[part])
+            share = logits.sub_(logits.amax(0)).exp_()
+            pooled.addmm_(share, pooled_from[part] / share.sum(0)[:, None])
+        queries = decoder.refine(i, pooled, queries)
+        head = mask_head(predictor.kernels(queries), predictor.norm_logits)
+    return head
+
+
+def voxel_chunks(n: int, device: torch.device) -> Iterator[slice]:
+    """Cut n voxels into chunks whose logits stay in the cache of the device.
+
+    The chunks depend on nothing but n and the kind of device, and so do the sums over them.
+    """
+    step = 2048 if device.type == "cpu" else 65536
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+class Upsampler:
+    """Trilinear resizing (align_corners=False) of a channels-last volume, section by section."""
+
+    def __init__(self, volume: Tensor, size: tuple[int, int, int]) -> None:
+        self.volume = volume  # (z1, y1, x1, C)
+        self.size = size
+        # Source sections and the weight of the second, as in torch's linear resizing.
+        source = ((torch.arange(size[0]) + 0.5) * (len(volume) / size[0]) - 0.5).clamp_(min=0)
+        first = source.long().clamp_(max=len(volume) - 1)
+        self.sections = [
+            (int(i), min(int(i) + 1, len(volume) - 1), float(w))
+            for i, w in zip(first, source - first, strict=True)
+        ]
+
+    def section(self, z: int) -> Tensor:
+        """Return section z of the resized volume, (y, x, C)."""
+        first, second, weight = self.sections[z]
+        plane = self.volume[first]
+        if weight:
+            plane = torch.lerp(plane, self.volume[second], weight)
+        if tuple(plane.shape[:2]) != self.size[1:]:
+            plane = F.interpolate(
+                plane[None].permute(0, 3, 1, 2), size=self.size[1:], mode="bilinear"
+            )[0].permute(1, 2, 0)
+        return plane.contiguous()
+
+
+def assign_voxels(
+    head: MaskHead, mask_features: Tensor, size: tuple[int, int, int], min_mass: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give every voxel of a block its channel.
+
+    The published rule: softmax over channels of the logits resized to the block; a channel whose
+    mass over the block is below ``min_mass`` is zeroed, the others are not renormalised; argmax,
+    ties to the lowest channel. Zeroing never changes the order of the channels that are left,
+    so the argmax is taken of the logits, and only voxels won by a zeroed channel are looked at
+    twice.
+
+    Parameters
+    ----------
+    head : MaskHead
+        The last prediction.
+    mask_features : Tensor
+        float32 (z1, y1, x1, C).
+    size : tuple of int
+        Shape (z, y, x) of the block.
+    min_mass : float
+        In voxels.
+
+    Returns
+    -------
+    channels : np.ndarray
+        int16 (z, y, x): 0 background, else 1 + query.
+    mass : np.ndarray
+        float32 (1 + Q,): softmax mass per channel, in voxels.
+    """
+    upsampler = Upsampler(mask_features, size)
+    device = mask_features.device
+    winners = torch.empty(size, dtype=torch.int16, device=device)
+    mass = torch.zeros(len(head.bias), dtype=torch.float32, device=device)
+    for z in range(size[0]):
+        features = upsampler.section(z).flatten(0, 1)
+        flat = winners[z].view(-1)
+        for part in voxel_chunks(len(features), device):
+            logits = head.logits(features[part])
+            peak = logits.amax(0)
+            strongest, least = logits.amax(1), peak.min()
+            able = (strongest >= least).nonzero()[:, 0]
+            flat[part] = able[first_equal(logits[able], peak)].to(flat.dtype)
+            noticeable = (strongest >= least - NEGLIGIBLE).nonzero()[:, 0]
+            share = logits[noticeable].sub_(peak).exp_()
+            mass.index_add_(0, noticeable, share @ share.sum(0).reciprocal_())
+    kept = mass >= min_mass
+    if not bool(kept.all()):
+        _replace_winners(winners, upsampler, head, kept)
+    return winners.cpu().numpy(), mass.cpu().numpy()
+
+
+def first_equal(rows: Tensor, values: Tensor) -> Tensor:
+    """Return per column of (n, voxels) the first row that equals the column's value (voxels,).
+
+    With the maxima it is argmax, ties to the lowest row, several times as fast on the CPU.
+    """
+    places = torch.arange(len(rows), 0, -1, dtype=rows.dtype, device=rows.device)[:, None]
+    return len(rows) - ((rows == values) * places).amax(0).long()
+
+
+def _replace_winners(winners: Tensor, upsampler: Upsampler, head: MaskHead, kept: Tensor) -> None:
+    """Give the voxels won by a zeroed channel to the best of the others, or to none."""
+    channels = kept.nonzero()[:, 0]
+    few = head.select(channels)
+    for z in range(len(winners)):
+        flat = winners[z].view(-1)
+        again = (~kept[flat.long()]).nonzero()[:, 0]
+        if not len(channels):
+            flat[again] = 0
+        elif len(again):
+            features = upsampler.section(z).flatten(0, 1)
+            for part in voxel_chunks(len(again), flat.device):
+                logits = few.logits(features[again[part]])
+                flat[again[part]] = channels[first_equal(logits, logits.amax(0))].to(flat.dtype)
+
+
+def quantised_affinities(logits: Tensor, size: tuple[int, int, int]) -> np.ndarray:
+    """Return affinities (3, z, y, x) as uint8, rint(a * 255): sigmoid at P1, then resizing.
+
+    ``logits`` are float32 (3, z1, y1, x1).
+    """
+    upsampler = Upsampler(torch.sigmoid(logits).permute(1, 2, 3, 0).contiguous(), size)
+    out = torch.empty((size[0], size[1], size[2], 3), dtype=torch.uint8, device=logits.device)
+    for z in range(size[0]):
+        out[z] = upsampler.section(z).mul(255).round_()
+    return np.ascontiguousarray(out.permute(3, 0, 1, 2).cpu().numpy())
+
+
+def resized_affinities(logits: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Return affinities (3, z, y, x) as float32: what `quantised_affinities` rounds."""
+    upsampler = Upsampler(torch.sigmoid(logits).permute(1, 2, 3, 0).contiguous(), size)
+    sections = [upsampler.section(z) for z in range(size[0])]
+    return torch.stack(sections).permute(3, 0, 1, 2).contiguous()
+
+
+def affinity_logits(model: AGQ, image: Tensor) -> Tensor:
+    """Return the affinity logits float32 (3, z1, y1, x1) of one normalised block, and no more."""
+    fused = model.fusion_block(model.pyramid(image[None, None]))
+    features = torch.cat([coordinates(fused.shape[2:], fused), fused], dim=1)
+    return model.affinity_branch(features)[0].float()
+
+
+def connected_labels(channels: np.ndarray) -> tuple[np.ndarray, int]:
+    """Give each 6-connected piece of each channel its own label.
+
+    Parameters
+    ----------
+    channels : np.ndarray
+        Integer (z, y, x), 0 is background.
+
+    Returns
+    -------
+    labels : np.ndarray
+        uint16 (z, y, x): 1, 2, ... in raster order of the first voxel of each piece. uint32 if
+        there are more than 65535 pieces, as noise-like masks can have: nothing is lost.
+    n : int
+        Number of labels.
+    """
+    labels, n = cc3d.connected_components(channels, connectivity=6, return_N=True)
+    return labels.astype(np.uint16 if n <= np.iinfo(np.uint16).max else np.uint32), int(n)
+
+
+def seeds_of(model: AGQ, maps: DenseMaps) -> Seeds:
+    """Find the seeds of one block from its affinity logits."""
+    return find_seeds(torch.sigmoid(maps.affinity_logits), model.config)

@@ -1,0 +1,1 @@
+"""The AGQ network in its published form."""

@@ -1,0 +1,158 @@
+"""Affinity-guided queries: seeds from affinities, region pooling, learned queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agq.model.config import ModelConfig, SeedOrder
+from agq.model.network.blocks import ConvUnit
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The regions of one block that become affinity-guided queries.
+
+    Attributes
+    ----------
+    labels : Tensor
+        int64 (z1, y1, x1): 0, or 1 + the rank of the query whose region this is.
+    kept, components, dropped : int
+        Regions used; regions large enough; regions large enough but above the query limit.
+    """
+
+    labels: Tensor
+    kept: int
+    components: int
+    dropped: int
+
+
+def select_components(
+    components: np.ndarray, min_voxels: int, limit: int, order: SeedOrder = "label"
+) -> tuple[np.ndarray, int]:
+    """Choose the connected components that become queries.
+
+    Parameters
+    ----------
+    components : np.ndarray
+        Integer (z, y, x), 0 is background.
+    min_voxels : int
+        A component is used if it has strictly more voxels.
+    limit : int
+        Most components to use.
+    order : {"label", "largest"}
+        Use the first components by id, or the largest (equal sizes: by id).
+
+    Returns
+    -------
+    chosen : np.ndarray
+        int64 ids in query order, at most ``limit``.
+    found : int
+        How many components were large enough.
+    """
+    sizes = np.bincount(components.ravel(), minlength=1)
+    sizes[0] = 0
+    ids = np.flatnonzero(sizes > min_voxels)
+    found = len(ids)
+    if order == "largest":
+        ids = ids[np.argsort(-sizes[ids], kind="stable")]
+    return ids[:limit], found
+
+
+def find_seeds(affinities: Tensor, config: ModelConfig) -> Seeds:
+    """Find the seed regions of one block.
+
+    Foreground is where the mean affinity of a voxel exceeds the mean of the whole block;
+    seeds are its 26-connected components. (The published code takes the mean over the batch;
+    per block, a result does not depend on what else is in the batch.)
+
+    Parameters
+    ----------
+    affinities : Tensor
+        float (3, z1, y1, x1) in [0, 1].
+    config : ModelConfig
+        Gives ``min_seed_voxels``, ``max_seeds`` and ``seed_order``.
+
+    Returns
+    -------
+    Seeds
+        On the device of ``affinities``.
+    """
+    a = affinities.detach().float()
+    foreground = a.mean(0) > a.mean()
+    components = cc3d.connected_components(foreground.cpu().numpy(), connectivity=26)
+    ids, found = select_components(
+        components, config.min_seed_voxels, config.max_seeds, config.seed_order
+    )
+    return seeds_from_components(components, ids, found, a.device)
+
+
+def seeds_from_components(
+    components: np.ndarray, ids: np.ndarray, found: int, device: torch.device
+) -> Seeds:
+    """Turn chosen component ids (in query order) into `Seeds`."""
+    rank = np.zeros(int(components.max(initial=0)) + 1, np.int64)
+    rank[ids] = np.arange(1, len(ids) + 1)
+    labels = torch.from_numpy(rank[components]).to(device)
+    return Seeds(labels, len(ids), found, found - len(ids))
+
+
+def region_means(features: Tensor, seeds: Seeds) -> Tensor:
+    """Mean of the features over each seed region.
+
+    One matrix product with the one-hot regions per section: deterministic on every device
+    (scattered adds on a GPU are not), differentiable, and bounded in memory.
+
+    Parameters
+    ----------
+    features : Tensor
+        float32 (C, z1, y1, x1).
+    seeds : Seeds
+        Regions on the same grid.
+
+    Returns
+    -------
+    Tensor
+        float32 (kept, C).
+    """
+    ranks = torch.arange(1, seeds.kept + 1, device=features.device)
+    total = features.new_zeros(seeds.kept, features.shape[0])
+    for z in range(features.shape[1]):
+        one_hot = (seeds.labels[z].flatten() == ranks[:, None]).to(features.dtype)
+        total = total + one_hot @ features[:, z].flatten(1).T
+    sizes = torch.bincount(seeds.labels.flatten(), minlength=seeds.kept + 1)[1:]
+    return total / sizes[:, None]
+
+
+class QueryHead(nn.Module):
+    """Instance features, learned queries and the first prediction's kernel (key ``rpn``)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config.embed_dim
+        self.inst_convs = nn.Sequential(
+            *(ConvUnit(c if i else c + 3, c) for i in range(config.branch_layers))
+        )
+        self.learned_masks_embed = nn.Embedding(config.learned_queries, c)
+        self.mask_kernel = nn.Linear(c, c)
+        self.norm_logits = nn.BatchNorm2d(1, eps=1e-3)
+        self.norm_kernel = nn.BatchNorm1d(c, eps=1e-3)
+
+    def queries(self, features: Tensor, seeds: Seeds) -> Tensor:
+        """Return (kept + learned, C): affinity-guided queries, then the learned ones.
+
+        ``features`` are the instance features (C, z1, y1, x1) of one item.
+        """
+        learned = self.learned_masks_embed.weight
+        if not seeds.kept:
+            return learned
+        return torch.cat([region_means(features, seeds), learned])
+
+    def kernels(self, queries: Tensor) -> Tensor:
+        """Return the mask kernels (Q, C) of queries (Q, C)."""
+        kernels: Tensor = self.norm_kernel(self.mask_kernel(queries))
+        return kernels

@@ -1,0 +1,1 @@
+"""Crops to train on, and what the network should answer for them."""

@@ -1,0 +1,168 @@
+"""Variations of a training crop: orientation, greys, and the faults of serial sections.
+
+Own code rather than a library: flips, quarter turns, grey changes and section faults are a few
+lines of numpy each (warping is scipy's), and drawing every number from the generator given keeps a
+step a pure function of the seed and the step number.
+"""
+
+import numpy as np
+
+from agq.model.training.config import AugmentConfig
+from agq.model.training.data.faults import spoil
+from agq.model.training.data.warp import warp, warp_margin
+
+
+def orient(
+    raw: np.ndarray, labels: np.ndarray, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mirror and rotate raw and labels alike.
+
+    Parameters
+    ----------
+    raw, labels : numpy.ndarray
+        (z, y, x). Quarter turns need equal sizes in y and x; other crops get half turns only.
+    config : AugmentConfig
+        Which of the two is allowed.
+    rng : numpy.random.Generator
+        Source of the choice.
+
+    Returns
+    -------
+    raw, labels : numpy.ndarray
+        Same shapes and dtypes, views where possible.
+    """
+    mirrored = rng.random(3) < 0.5
+    turns = int(rng.integers(4))
+    if config.flips:
+        axes = tuple(int(axis) for axis in np.flatnonzero(mirrored))
+        raw, labels = np.flip(raw, axes), np.flip(labels, axes)
+    if config.rotations:
+        if raw.shape[1] != raw.shape[2]:
+            turns -= turns % 2
+        raw, labels = np.rot90(raw, turns, (1, 2)), np.rot90(labels, turns, (1, 2))
+    if config.turn_axes and len(set(raw.shape)) == 1:
+        order = rng.permutation(3)
+        raw, labels = raw.transpose(order), labels.transpose(order)
+    return raw, labels
+
+
+def misalign(
+    raw: np.ndarray,
+    labels: np.ndarray,
+    shape: tuple[int, int, int],
+    config: AugmentConfig,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the crop out of a larger one, with a jump between two sections by chance.
+
+    Half of the jumps move one section only (a slip), the others all sections from there on. The
+    labels move with the picture.
+
+    Parameters
+    ----------
+    raw, labels : numpy.ndarray
+        (z, y + 2 m, x + 2 m) with m = `config.max_shift`.
+    shape : tuple of int
+        Shape (z, y, x) wanted.
+    config : AugmentConfig
+        Chance and largest jump.
+    rng : numpy.random.Generator
+        Source of the choice.
+
+    Returns
+    -------
+    raw, labels : numpy.ndarray
+        Of the shape wanted.
+    """
+    z, y, x = shape
+    margin = config.max_shift
+    happens = rng.random() < config.misalignment
+    slip = rng.random() < 0.5
+    section = int(rng.integers(1, max(2, z)))
+    jump = rng.integers(-margin, margin + 1, size=2)
+    shifts = np.zeros((z, 2), dtype=int)
+    if happens:
+        shifts[section : section + 1 if slip else None] = jump
+    out_raw, out_labels = np.empty(shape, raw.dtype), np.empty(shape, labels.dtype)
+    for k, (dy, dx) in enumerate(shifts):
+        window = (k, slice(margin + dy, margin + dy + y), slice(margin + dx, margin + dx + x))
+        out_raw[k], out_labels[k] = raw[window], labels[window]
+    return out_raw, out_labels
+
+
+def shade(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Vary the greys of the crop, of each section, and blank a section by chance.
+
+    Parameters
+    ----------
+    raw : numpy.ndarray
+        (z, y, x) float32 in [0, 1].
+    config : AugmentConfig
+        Sizes of the changes.
+    rng : numpy.random.Generator
+        Source of the choice.
+
+    Returns
+    -------
+    numpy.ndarray
+        (z, y, x) float32 in [0, 1].
+    """
+    sections = raw.shape[0]
+    contrast = 1 + config.contrast * rng.uniform(-1, 1)
+    brightness = config.brightness * rng.uniform(-1, 1)
+    gamma = 2.0 ** (config.gamma * rng.uniform(-1, 1))
+    wobble = config.section_jitter * rng.uniform(-1, 1, size=(2, sections, 1, 1))
+    noise = config.noise * rng.uniform()
+    grain = rng.standard_normal(raw.shape, dtype=np.float32)
+    blank = int(rng.integers(sections)) if rng.random() < config.missing_section else None
+    level = rng.uniform(0, 0.2) if rng.random() < 0.7 else rng.uniform(0.8, 1)
+    out = (raw - 0.5) * (contrast * (1 + wobble[0])) + 0.5 + brightness + wobble[1]
+    out = np.clip(out, 0, 1) ** gamma + noise * grain
+    if blank is not None:
+        out[blank] = level
+    return np.clip(out, 0, 1).astype(np.float32)
+
+
+def margin(shape: tuple[int, int, int], config: AugmentConfig) -> int:
+    """Return the voxels in y and x that `augment` needs around a crop of this shape."""
+    return config.max_shift + warp_margin(_shifted(shape, config), config)
+
+
+def _shifted(shape: tuple[int, int, int], config: AugmentConfig) -> tuple[int, int, int]:
+    return (shape[0], shape[1] + 2 * config.max_shift, shape[2] + 2 * config.max_shift)
+
+
+def augment(
+    raw: np.ndarray,
+    labels: np.ndarray,
+    shape: tuple[int, int, int],
+    config: AugmentConfig,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Make a training crop out of a crop read with `margin` voxels more in y and x.
+
+    Parameters
+    ----------
+    raw : numpy.ndarray
+        (z, y + 2 m, x + 2 m) uint8.
+    labels : numpy.ndarray
+        The same shape, integers.
+    shape : tuple of int
+        Crop (z, y, x).
+    config : AugmentConfig
+        What is varied.
+    rng : numpy.random.Generator
+        Every number drawn comes from it.
+
+    Returns
+    -------
+    raw : numpy.ndarray
+        (z, y, x) float32 in [0, 1].
+    labels : numpy.ndarray
+        (z, y, x), dtype as given.
+    """
+    raw, labels = warp(raw, labels, _shifted(shape, config), config, rng)
+    raw, labels = misalign(raw, labels, shape, config, rng)
+    raw, labels = orient(raw, labels, config, rng)
+    grey = spoil(raw.astype(np.float32) / 255.0, config, rng)
+    return shade(grey, config, rng), np.ascontiguousarray(labels)

@@ -1,0 +1,205 @@
+"""The losses of AGQ training, over all predictions of the decoder.
+
+Weights and definitions follow the published training: dice of matched masks 3.0, soft-target
+cross-entropy over channels 0.3, pixel-wise instance discrimination 0.1, affinities 1.0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from agq.model.training.config import LossWeights
+from agq.model.training.data.targets import Targets
+from agq.model.training.losses.matching import match
+
+
+def dice_loss(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Return the mean over pairs of 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)).
+
+    Parameters
+    ----------
+    probabilities : torch.Tensor
+        (M, ...) softmaxed masks of the matched queries.
+    masks : torch.Tensor
+        (M, ...) the target of each.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar; 0 without pairs.
+    """
+    if probabilities.shape[0] == 0:
+        return probabilities.sum()
+    p, t = probabilities.flatten(1), masks.flatten(1)
+    overlap = 2.0 * (p * t).sum(1)
+    total = (p.square().sum(1) + t.square().sum(1)).clamp_min(1e-6)
+    return (1.0 - overlap / total).mean()
+
+
+def channel_targets(
+    channels: int, masks: torch.Tensor, queries: torch.Tensor, instances: torch.Tensor
+) -> torch.Tensor:
+    """Spread the matched masks over the channels; what no matched mask claims is background.
+
+    Parameters
+    ----------
+    channels : int
+        1 + Q.
+    masks : torch.Tensor
+        (N, z1, y1, x1) target masks.
+    queries, instances : torch.Tensor
+        (M,) the matching.
+
+    Returns
+    -------
+    torch.Tensor
+        (channels, z1, y1, x1) float32 that sums to 1 over channels.
+    """
+    out = masks.new_zeros((channels, *masks.shape[1:]))
+    out[queries + 1] = masks[instances]
+    out[0] = (1.0 - out[1:].sum(0)).clamp_min(0.0)
+    return out
+
+
+def mean_over(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of values where `valid` (same shape, bool); of all for None; 0 for none."""
+    if valid is None:
+        return values.mean()
+    return (values * valid).sum() / valid.sum().clamp_min(1)
+
+
+def cross_entropy(
+    log_probabilities: torch.Tensor,
+    targets: torch.Tensor,
+    background_weight: float = 1.0,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the mean over voxels of - sum over channels of target * log probability.
+
+    Parameters
+    ----------
+    log_probabilities, targets : torch.Tensor
+        (channels, z1, y1, x1) each.
+    background_weight : float
+        Factor of the term of channel 0.
+    valid : torch.Tensor or None
+        (z1, y1, x1) bool: voxels that count; None: all.
+    """
+    total = (targets * log_probabilities).sum(0)
+    if background_weight != 1.0:
+        total = total + (background_weight - 1.0) * targets[0] * log_probabilities[0]
+    return -mean_over(total, valid)
+
+
+def discrimination_loss(
+    features: torch.Tensor, instances: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Pull features of the same instance together and push others apart.
+
+    For voxel a with the other sampled voxels b: the mean over b of the same instance of
+    -log softmax over b of (f_a . f_b / temperature), averaged over the voxels a that have such a
+    b (Khosla et al. 2020, as used pixel-wise by Max-DeepLab's line of work).
+
+    Parameters
+    ----------
+    features : torch.Tensor
+        (K, C) L2-normalised features.
+    instances : torch.Tensor
+        (K,) int64.
+    temperature : float
+        Softmax temperature.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar; 0 where no instance was sampled twice.
+    """
+    if features.shape[0] < 2:
+        return features.sum() * 0.0
+    itself = torch.eye(features.shape[0], dtype=torch.bool, device=features.device)
+    similar = (features @ features.T / temperature).masked_fill(itself, float("-inf"))
+    log_probability = similar.log_softmax(1).masked_fill(itself, 0.0)
+    same = (instances[:, None] == instances[None, :]) & ~itself
+    count = same.sum(1)
+    valid = count > 0
+    per_voxel = -(log_probability * same).sum(1) / count.clamp_min(1)
+    return (per_voxel * valid).sum() / valid.sum().clamp_min(1)
+
+
+def affinity_loss(
+    logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the mean binary cross-entropy of affinity logits (3, z1, y1, x1), where valid."""
+    return mean_over(F.binary_cross_entropy_with_logits(logits, targets, reduction="none"), valid)
+
+
+def item_losses(
+    affinity_logits: torch.Tensor,
+    predictions: Sequence[torch.Tensor],
+    mask_features: torch.Tensor,
+    targets: Targets,
+    weights: LossWeights,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Compute the weighted loss of one item of a batch.
+
+    The matching is made once, on the first prediction, and used for all of them; dice and
+    cross-entropy are summed over the predictions. A second cross-entropy, off by default, looks at
+    the last prediction with the background logit at 0, which is what inference does.
+
+    Parameters
+    ----------
+    affinity_logits : torch.Tensor
+        (3, z1, y1, x1).
+    predictions : sequence of torch.Tensor
+        Mask logits (1 + Q, z1, y1, x1) of every iteration, first to last, channel 0 background.
+    mask_features : torch.Tensor
+        (C, z1, y1, x1), L2-normalised over C.
+    targets : Targets
+        The targets of the item.
+    weights : LossWeights
+        Weights of the terms and the temperature.
+
+    Returns
+    -------
+    total : torch.Tensor
+        Scalar with gradient.
+    terms : dict of str to float
+        Each unweighted term (sum over predictions) and the dice of the last prediction.
+    """
+    valid = targets.valid
+    queries, instances = match(predictions[0], targets.masks, valid)
+    dice = torch.zeros((), device=affinity_logits.device)
+    entropy = torch.zeros((), device=affinity_logits.device)
+    last = dice
+    wanted = channel_targets(len(predictions[0]), targets.masks, queries, instances)
+    for logits in predictions:
+        log_probabilities = logits.float().log_softmax(0)
+        matched = log_probabilities[queries + 1].exp()
+        last = dice_loss(matched if valid is None else matched * valid, targets.masks[instances])
+        dice = dice + last
+        entropy = entropy + cross_entropy(log_probabilities, wanted, valid=valid)
+    flat = torch.cat([torch.zeros_like(predictions[-1][:1]), predictions[-1][1:]])
+    zero_background = cross_entropy(
+        flat.float().log_softmax(0), wanted, weights.background_weight, valid
+    )
+    sampled = mask_features.flatten(1)[:, targets.samples].T.float()
+    insdis = discrimination_loss(sampled, targets.sample_instances, weights.temperature)
+    affinity = affinity_loss(affinity_logits.float(), targets.affinities, targets.affinities_valid)
+    total = (
+        weights.dice * dice
+        + weights.cross_entropy * entropy
+        + weights.discrimination * insdis
+        + weights.affinity * affinity
+        + weights.zero_background * zero_background
+    )
+    terms = {
+        "loss": float(total.detach()),
+        "dice": float(dice.detach()),
+        "dice_last": float(last.detach()),
+        "cross_entropy": float(entropy.detach()),
+        "zero_background": float(zero_background.detach()),
+        "discrimination": float(insdis.detach()),
+        "affinity": float(affinity.detach()),
+    }
+    return total, terms

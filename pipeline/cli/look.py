@@ -1,0 +1,163 @@
+"""Commands that look at a run: the web page, a picture, a report."""
+
+import asyncio
+import json
+from collections import deque
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agq.errors import InputError
+from agq.pipeline.cli.options import Target
+
+DEFAULT_RUNS = Path("runs")
+
+
+def view(
+    target: Target,
+    port: Annotated[int, typer.Option(help="Port on the loopback interface; 0 takes any.")] = 0,
+    at: Annotated[str | None, typer.Option(help="Voxel z,y,x to start at.")] = None,
+    print_state: Annotated[
+        bool,
+        typer.Option("--print-state", help="Print a state for another neuroglancer and end."),
+    ] = False,
+    base_url: Annotated[
+        str | None, typer.Option(help="With --print-state: address that serves the run folder.")
+    ] = None,
+    raw_url: Annotated[
+        str | None, typer.Option(help="With --print-state: address of the raw volume.")
+    ] = None,
+    segmentation_url: Annotated[
+        str | None,
+        typer.Option(
+            help="With --print-state: address of what agq export precomputed has written."
+        ),
+    ] = None,
+) -> None:
+    """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
+    from agq.pipeline.cli.locations import parse_triple
+    from agq.pipeline.cli.targets import read_target
+    from agq.pipeline.view.state import portable_state
+    from agq.pipeline.view.viewer import view_run
+
+    position = None if at is None else parse_triple("--at", at)
+    config = read_target(target)
+    if not print_state:
+        view_run(config, port=port, at=position)
+        return
+    if base_url is None:
+        raise InputError("--print-state needs --base-url, the address that serves the run folder")
+    state = portable_state(
+        config, base_url, raw_url=raw_url, segmentation_url=segmentation_url, at=position
+    )
+    typer.echo(json.dumps(state, indent=1))
+
+
+def dashboard(
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="Run folder or configuration; with --all a folder of run folders."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All runs of a folder (default: runs) and of the ledger.")
+    ] = False,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback a token is asked for.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8765,
+    token: Annotated[
+        bool, typer.Option("--token", help="Ask for a token on loopback too (shared machines).")
+    ] = False,
+    ledger_uri_file: Annotated[
+        Path | None,
+        typer.Option(help="With --all: file with the MongoDB URI, instead of AGQ_MONGO_URI."),
+    ] = None,
+    viewer_port: Annotated[
+        int, typer.Option(help="Port of the viewer behind the links; 0 takes any free one.")
+    ] = 0,
+) -> None:
+    """Follow runs in a web browser: block map, speed, workers, failures."""
+    from agq.pipeline.dashboard.runs import Runs
+    from agq.pipeline.dashboard.server import Dashboard, serve
+
+    runs = Runs(*_sources(target, everything, ledger_uri_file))
+    lines = runs.listing()
+    if not lines:
+        raise InputError(f"no run in {target or DEFAULT_RUNS} and none in a ledger; name a run")
+
+    def announce(page: Dashboard) -> None:
+        typer.echo(f"{page.address}\nOpen this address in a browser; Ctrl-C ends.")
+
+    # The server of the viewers forgets one that nobody holds.
+    viewers: deque[Any] = deque(maxlen=8)
+
+    def show(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
+        from agq.pipeline.cli.targets import read_target
+        from agq.pipeline.view.viewer import run_viewer
+
+        viewers.append(run_viewer(read_target(run_dir), port=viewer_port, at=at, host=host))
+        return str(viewers[-1])
+
+    try:
+        asyncio.run(serve(runs, announce=announce, host=host, port=port, token=token, viewer=show))
+    except KeyboardInterrupt:
+        typer.echo("")
+
+
+def snapshot(
+    target: Target,
+    at: Annotated[str | None, typer.Option(help="Voxel z,y,x to show; default the middle.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("snapshot.png"),
+    size: Annotated[int, typer.Option(min=1, help="Voxels along y and x to show at most.")] = 1024,
+) -> None:
+    """Draw raw, fragments, segmentation and truth of a run side by side, xy and xz."""
+    from agq.pipeline.cli.locations import parse_triple
+    from agq.pipeline.cli.targets import read_target
+    from agq.pipeline.view.report import write_snapshot
+
+    position = None if at is None else parse_triple("--at", at)
+    write_snapshot(read_target(target), _writable(out), position, size)
+    typer.echo(f"wrote {out}")
+
+
+def report(
+    target: Target,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file about a run: settings, speed, block map, scores."""
+    from agq.pipeline.cli.targets import read_target
+    from agq.pipeline.view.report import write_report
+
+    config = read_target(target)
+    file = _writable(out or Path(config.run_dir) / "report.html")
+    write_report(config, file)
+    typer.echo(f"wrote {file}")
+
+
+def _writable(file: Path) -> Path:
+    if not file.parent.is_dir():
+        raise InputError(f"--out {file}: the folder {file.parent} does not exist")
+    return file
+
+
+def _sources(
+    target: Path | None, everything: bool, uri_file: Path | None
+) -> tuple[list[Path], Path | None, Any]:
+    """Return run folders, a folder of run folders, and the ledger."""
+    from agq.blockwise.ledger.database import LedgerSettings, connect
+    from agq.pipeline.cli.targets import read_target
+
+    settings = LedgerSettings.of_environment().model_copy(update={"uri_file": uri_file})
+    if everything:
+        return [], target or DEFAULT_RUNS, connect(settings)
+    if target is None:
+        raise InputError("name a run folder or a configuration, or use --all")
+    config = read_target(target)
+    run_dir = Path(config.run_dir)
+    if (run_dir / "run.json").is_file():
+        return [run_dir], None, None
+    # A run on another machine is known to the ledger by the name of its folder.
+    return [run_dir], None, connect(config.ledger or settings)

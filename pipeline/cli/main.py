@@ -1,0 +1,90 @@
+"""The command line: `agq COMMAND`. Every command is imported when it is asked for."""
+
+import errno
+import os
+import sys
+from typing import Annotated, Final
+
+import typer
+
+from agq.errors import InputError, RunStoppedError
+from agq.pipeline.cli.lazy import lazy_group
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+#: In the order of the help.
+COMMANDS: Final = {
+    "run": "agq.pipeline.cli.run:run",
+    "predict": "agq.pipeline.cli.run:predict",
+    "stitch": "agq.pipeline.cli.stitch:stitch",
+    "plan": "agq.pipeline.cli.run:plan",
+    "status": "agq.pipeline.cli.watch:status",
+    "watch": "agq.pipeline.cli.watch:watch",
+    "metrics": "agq.pipeline.cli.watch:metrics",
+    "view": "agq.pipeline.cli.look:view",
+    "dashboard": "agq.pipeline.cli.look:dashboard",
+    "snapshot": "agq.pipeline.cli.look:snapshot",
+    "report": "agq.pipeline.cli.look:report",
+    "evaluate": "agq.pipeline.cli.score:evaluate",
+    "skeletons": "agq.pipeline.cli.score:skeletons",
+    "sweep": "agq.pipeline.cli.score:sweep",
+    "baseline": "agq.pipeline.cli.score:baseline_app",
+    "submit": "agq.pipeline.cli.slurm:submit",
+    "attach": "agq.pipeline.cli.slurm:attach",
+    "scale": "agq.pipeline.cli.slurm:scale",
+    "cancel": "agq.pipeline.cli.slurm:cancel",
+    "resume": "agq.pipeline.cli.slurm:resume",
+    "logs": "agq.pipeline.cli.slurm:logs",
+    "import": "agq.pipeline.cli.run:import_",
+    "synthetic": "agq.pipeline.cli.run:synthetic",
+    "train": "agq.pipeline.cli.train:train",
+    "checkpoint": "agq.pipeline.cli.train:checkpoint_app",
+    "export": "agq.pipeline.cli.export:export_app",
+    "ledger": "agq.pipeline.cli.watch:ledger_app",
+    "config": "agq.pipeline.cli.run:config_app",
+}
+
+app = typer.Typer(
+    cls=lazy_group(COMMANDS),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Segment neurons in large EM volumes: predict blocks, stitch them, watch and evaluate.",
+)
+_shown = {"tracebacks": False}
+
+
+@app.callback()
+def _main(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks instead of one-line errors.")
+    ] = False,
+) -> None:
+    _shown["tracebacks"] = debug
+
+
+def main() -> None:
+    """Run the command line; wrong input becomes one line and exit code 2."""
+    try:
+        app()
+    except BrokenPipeError:
+        # A reader that has seen enough (agq status | head). The interpreter must not flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except InputError as error:
+        _fail(error, EXIT_BAD_INPUT)
+    except RunStoppedError as error:
+        _fail(error, EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = OSError(f"{error}: free some space, then the same command goes on")
+        _fail(error, EXIT_BAD_INPUT)
+
+
+def _fail(error: Exception, code: int) -> None:
+    if _shown["tracebacks"]:
+        raise error
+    typer.echo(f"agq: {' '.join(str(error).split())}", err=True)
+    sys.exit(code)

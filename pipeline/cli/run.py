@@ -1,0 +1,189 @@
+"""Commands that make: a whole run, a prediction, a plan, an input volume; and `agq config`."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agq.pipeline.cli.main import EXIT_FAILED
+from agq.pipeline.cli.options import AsJson
+from agq.pipeline.cli.stitch import largest_segments
+from agq.pipeline.config.schema import Config, load_config
+
+if TYPE_CHECKING:
+    from agq.pipeline.evaluate.evaluate import EvaluationReport
+    from agq.pipeline.run.prepare import Prepared
+
+config_app = typer.Typer(no_args_is_help=True, help="Check a configuration or print its schema.")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Replace a value of the file: section.field=value (repeatable)."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
+]
+
+
+def run(config: ConfigFile, overwrite: Overwrite = False, settings: Settings = None) -> None:
+    """Do the whole job: predict, stitch, pyramid, evaluation and report. Resumes by itself."""
+    from agq.pipeline.run import stages
+    from agq.pipeline.run.prepare import prepare
+    from agq.pipeline.run.session import open_session
+
+    prepared = prepare(load_config(config, settings))
+    with open_session(prepared, overwrite=overwrite) as session:
+        report = stages.predict(session)
+        if report.failed:
+            _explain_failures(prepared.run.path, config, report.failed)
+            if not prepared.config.stitch.allow_missing:
+                raise typer.Exit(EXIT_FAILED)
+        stages.stitch(session)
+        scores = stages.score(session)
+        stages.picture(session)
+    _summary(prepared, scores)
+    if report.failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def predict(
+    config: ConfigFile,
+    overwrite: Overwrite = False,
+    only_failed: Annotated[
+        bool, typer.Option("--only-failed", help="Try only the blocks that failed before.")
+    ] = False,
+    settings: Settings = None,
+) -> None:
+    """Label every block that is not done yet."""
+    from agq.pipeline.run import stages
+    from agq.pipeline.run.prepare import prepare
+    from agq.pipeline.run.session import open_session
+
+    prepared = prepare(load_config(config, settings))
+    with open_session(prepared, overwrite=overwrite) as session:
+        report = stages.predict(session, only_failed=only_failed)
+    if report.failed:
+        _explain_failures(prepared.run.path, config, report.failed)
+        raise typer.Exit(EXIT_FAILED)
+
+
+def plan(
+    config: ConfigFile,
+    time_block: Annotated[
+        bool, typer.Option("--time/--no-time", help="Compute one block to estimate the time.")
+    ] = True,
+    as_json: AsJson = False,
+    settings: Settings = None,
+) -> None:
+    """Say what a run would do and cost, and find what would stop it. Writes no result."""
+    from agq.pipeline.run.plan import make_plan
+    from agq.pipeline.run.prepare import prepare
+
+    report = make_plan(prepare(load_config(config, settings)), time_block=time_block)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=1))
+    else:
+        out.print(report.table())
+
+
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="tif file, folder or glob of tif or png sections, h5, npz, npy.")
+    ],
+    container: Annotated[Path, typer.Argument(help="zarr container to write to.")],
+    voxel_size: Annotated[str, typer.Option(help="z,y,x in whole world units.")],
+    dataset: Annotated[str, typer.Option(help="Name of the array to make.")] = "raw",
+    key: Annotated[str | None, typer.Option(help="Dataset of an h5 or key of an npz.")] = None,
+    offset: Annotated[str, typer.Option(help="World position z,y,x of the first voxel.")] = "0,0,0",
+    unit: Annotated[str, typer.Option(help="World unit: nm, angstrom or pm.")] = "nm",
+) -> None:
+    """Turn an image stack into a zarr volume that knows its voxel size."""
+    from agq.pipeline.cli.locations import parse_triple
+    from agq.pipeline.data.importer import import_volume
+    from agq.pipeline.status.progress import step_progress
+
+    size, place = (
+        parse_triple("--voxel-size", voxel_size, least=1),
+        parse_triple("--offset", offset),
+    )
+    with step_progress("import") as report:
+        import_volume(
+            source, container, dataset, size, key=key, offset=place, unit=unit, on_progress=report
+        )
+    out.print(f"wrote {container}/{dataset}", markup=False)
+
+
+def synthetic(
+    container: Annotated[Path, typer.Argument(help="zarr container to write raw and labels to.")],
+    shape: Annotated[str, typer.Option(help="Voxels z,y,x.")] = "40,768,768",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same volume.")] = 0,
+) -> None:
+    """Make an EM-like volume with ground truth."""
+    from agq.pipeline.cli.locations import parse_triple
+    from agq.pipeline.data.synthetic import volume as generator
+    from agq.pipeline.status.progress import step_progress
+
+    with step_progress("synthetic") as report:
+        size = parse_triple("--shape", shape, least=1)
+        generator.write(container, size, seed=seed, on_progress=report)
+    out.print(f"wrote {container}/raw and {container}/labels", markup=False)
+
+
+@config_app.command("check")
+def config_check(config: ConfigFile, settings: Settings = None) -> None:
+    """Check names and values of a configuration (`agq plan` also opens the files)."""
+    load_config(config, settings)
+    out.print(f"{config}: ok", markup=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the configuration, every field described."""
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def _explain_failures(run_dir: Path, config: Path, failed: tuple[int, ...]) -> None:
+    from agq.blockwise.journal.reader import Journal
+
+    journal = Journal(run_dir / "journal" / "predict")
+    journal.refresh()
+    records = {record.block: record for record in journal.failed()}
+    # Paths and commands are there to be copied, so lines are not wrapped.
+    say = partial(err.print, markup=False, soft_wrap=True)
+    say(f"{len(failed)} block{'s' if len(failed) > 1 else ''} failed:", style="red")
+    for number in failed[:20]:
+        record = records.get(number)
+        place = f" at {record.roi[0]} + {record.roi[1]}" if record and record.roi else ""
+        say(f"  block {number}{place}: {record.reason if record else 'no record'}")
+    if len(failed) > 20:
+        say(f"  ... and {len(failed) - 20} more (agq status {run_dir})")
+    say(f"Retry only these: agq predict {config} --only-failed")
+
+
+def _summary(prepared: "Prepared", scores: "EvaluationReport | None") -> None:
+    run = prepared.run
+    stitch = run.record()["stages"]["stitch"]["report"]
+    predict = run.record()["stages"]["predict"]["report"]
+    table = Table(title=f"Run {escape(run.path.name)}", show_header=False, title_justify="left")
+    table.add_row("fragments", f"{stitch['fragments']:,} in {stitch['blocks']:,} blocks")
+    table.add_row("segments", f"{stitch['segments']:,} after {stitch['merges']:,} merges")
+    if predict["dropped"]:
+        table.add_row("dropped by the query limit", f"{predict['dropped']:,}")
+    if stitch["missing"]:
+        table.add_row("missing blocks", f"{stitch['missing']:,} (background)")
+    table.add_row("largest", largest_segments(stitch))
+    table.add_row("segmentation", escape(str(run.container / "segmentation")))
+    table.add_row("picture", escape(str(run.path / f"{run.path.name}.png")))
+    table.add_row("viewer", escape(f"agq view {run.path}"))
+    out.print(table)
+    if scores is not None:
+        out.print(scores.table())

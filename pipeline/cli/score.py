@@ -1,0 +1,256 @@
+"""Commands that score: `agq evaluate`, `skeletons`, `sweep` and `baseline watershed`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from agq.errors import InputError
+from agq.pipeline.cli.options import AsJson
+from agq.pipeline.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from agq.blockwise.volumes.create import Volume
+
+baseline_app = typer.Typer(no_args_is_help=True, help="Other methods on the same run, to compare.")
+
+out = Console(highlight=False)
+
+RunDir = Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)]
+Truth = Annotated[
+    str | None,
+    typer.Option(help="Truth: path or path::dataset; default: that of the configuration."),
+]
+Border = Annotated[
+    int, typer.Option("--ignore-border", help="Leave out voxels this near to borders of the truth.")
+]
+Border3d = Annotated[
+    bool, typer.Option("--border-3d", help="Measure that distance over sections too.")
+]
+By = Annotated[
+    Literal["voi_sum", "adapted_rand_error"], typer.Option(help="What a search minimises.")
+]
+
+
+def truth_of(run: RunFolder, location: str | None) -> "Volume":
+    """Open the truth named, or that of a run's configuration; only what lies in the run's ROI."""
+    from agq.blockwise.blocks.grid import BlockGrid
+    from agq.pipeline.cli.locations import open_location
+    from agq.pipeline.config.schema import parse_config
+    from agq.pipeline.run.prepare import open_section, roi_box, world_roi
+
+    record = run.record()
+    config = parse_config({**record["config"], "ledger": None}, source=str(run.record_path))
+    if location is not None:
+        # In the unit of the ROI and of what is scored.
+        truth = open_location(location, "labels", config.input.raw.unit)
+    elif config.evaluate is not None:
+        truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
+    else:
+        raise InputError(f"{run.path}: its configuration names no truth; give --truth")
+    if config.input.roi is None:
+        return truth
+    grid = BlockGrid.from_dict(record["identity"]["grid"])
+    return truth.crop(world_roi(roi_box(config.input.roi, grid), grid))
+
+
+def evaluate(
+    segmentation: Annotated[
+        str, typer.Argument(help="Labels to score: run folder, path or path::dataset.")
+    ],
+    groundtruth: Annotated[
+        str | None,
+        typer.Argument(help="Truth: path or path::dataset; default: that of the run."),
+    ] = None,
+    ignore_border: Border = 0,
+    border_3d: Border3d = False,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Also score each block of a run before stitching.")
+    ] = False,
+    skeletons: Annotated[
+        Path | None,
+        typer.Option(help="Skeletons (npz, swc, folder of swc): adds the expected run length."),
+    ] = None,
+    tolerance: Annotated[
+        int, typer.Option(help="Nodes of a second skeleton in a segment that is still no merger.")
+    ] = 0,
+    worst: Annotated[int, typer.Option(help="Mergers and splits to list.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the scores to this png.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write JSON to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a segmentation against ground truth: variation of information, Rand, run length."""
+    from agq.blockwise.storage.files import write_atomic
+    from agq.pipeline.cli.locations import open_location
+    from agq.pipeline.evaluate import evaluate as scoring
+    from agq.pipeline.evaluate.block_scores import score_blocks
+    from agq.pipeline.evaluate.contingency import BorderRule
+    from agq.pipeline.evaluate.plot import plot_report
+    from agq.pipeline.evaluate.skeletons import expected_run_length, read_skeletons, segments_at
+    from agq.pipeline.status.progress import step_progress
+
+    run = RunFolder(Path(segmentation))
+    if groundtruth is None and not run.exists():
+        raise InputError(f"{segmentation} is no run folder, so the truth must be named too")
+    if blocks and not run.exists():
+        raise InputError(f"--blocks: {segmentation} is no run folder")
+    trees = None if skeletons is None else read_skeletons(skeletons)
+    if run.exists():
+        truth = truth_of(run, groundtruth)
+        labels = open_location(segmentation, "labels", truth.unit)
+    else:
+        truth = open_location(str(groundtruth), "labels")
+        labels = open_location(segmentation, "labels")
+    ignore = BorderRule(ignore_border, border_3d)
+    with step_progress("evaluate") as step:
+        report = scoring.evaluate(labels, truth, ignore=ignore, worst=worst, on_progress=step)
+    found = report.to_dict()
+    single = None
+    if blocks:
+        with step_progress("blocks") as step:
+            single = score_blocks(run, truth, ignore=ignore, on_progress=step)
+        found["blocks"] = single.to_dict()
+    if trees is not None:
+        runs = expected_run_length(trees, segments_at(labels, trees.nodes), tolerance=tolerance)
+        found["expected_run_length"] = runs.to_dict()
+    if plot is not None:
+        plot_report(plot, report, single)
+    if output is not None:
+        write_atomic(output, json.dumps(found, indent=1).encode())
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    out.print(report.table())
+    if single is not None:
+        out.print(single.table())
+    if trees is not None:
+        out.print(runs.line(report.unit))
+    if run.exists():
+        start = [int(v) for v in labels.offset]
+        for kind, items in (("merger", report.worst_mergers), ("split", report.worst_splits)):
+            for item in items:
+                # The second largest part: where the error is, not where the bulk is right.
+                place = item.largest[1][2]
+                at = [(p - o) // v for p, o, v in zip(place, start, report.voxel_size, strict=True)]
+                line = f"{kind} of {item.label}: agq view {run.path} --at {','.join(map(str, at))}"
+                out.print(line, soft_wrap=True, markup=False)
+
+
+def skeletons(
+    groundtruth: Annotated[str, typer.Argument(help="Truth: path or path::dataset.")],
+    output: Annotated[Path, typer.Argument(help="npz file to write.")],
+) -> None:
+    """Thin the objects of a truth to skeletons, for the expected run length."""
+    from agq.pipeline.cli.locations import open_location
+    from agq.pipeline.evaluate.skeletons import skeletonize
+
+    found = skeletonize(open_location(groundtruth, "labels"))
+    found.save(output)
+    out.print(
+        f"wrote {output}: {len(set(found.owner.tolist()))} skeletons", soft_wrap=True, markup=False
+    )
+
+
+@baseline_app.callback()
+def _group() -> None:
+    """Keep the name of a single command."""
+
+
+@baseline_app.command("watershed")
+def watershed(
+    run_dir: RunDir,
+    truth: Truth = None,
+    tuned_on: Annotated[
+        Path | None,
+        typer.Option(help="Run whose best thresholds are used; default: search here."),
+    ] = None,
+    method: Annotated[
+        Literal["both", "mean", "quantile"], typer.Option(help="How edges are scored.")
+    ] = "both",
+    boundary: Annotated[float, typer.Option(help="In-plane affinity of a border.")] = 0.5,
+    seed_distance: Annotated[int, typer.Option(help="Window of a seed, voxels.")] = 10,
+    grow: Annotated[bool, typer.Option("--grow", help="Fragments grow over borders too.")] = False,
+    context: Annotated[int, typer.Option(help="Voxels looked at around a block, in y, x.")] = 32,
+    by: By = "voi_sum",
+    ignore_border: Border = 0,
+    border_3d: Border3d = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare with seeded watershed and agglomeration of the same network's affinities."""
+    from agq.blockwise.stitch.cluster import local_client
+    from agq.pipeline.evaluate.baseline.compare import MEAN, METHODS, QUANTILE, compare
+    from agq.pipeline.evaluate.baseline.watershed import WatershedSettings
+    from agq.pipeline.evaluate.contingency import BorderRule
+    from agq.pipeline.evaluate.plot import plot_curves
+    from agq.pipeline.status.progress import RunProgress
+
+    settings = WatershedSettings(boundary, seed_distance, grow, context)
+    if tuned_on is not None and settings != WatershedSettings():
+        raise InputError("--tuned-on brings its own watershed settings; leave the others out")
+    run = RunFolder(run_dir)
+    with run.lock(), local_client() as client, RunProgress(run.path) as progress:
+        report = compare(
+            run,
+            truth_of(run, truth),
+            client,
+            settings=None if tuned_on else settings,
+            methods={"both": METHODS, "mean": (MEAN,), "quantile": (QUANTILE,)}[method],
+            tuned_on=RunFolder(tuned_on) if tuned_on else None,
+            criterion=by,
+            ignore=BorderRule(ignore_border, border_3d),
+            on_progress=progress.step,
+        )
+    plot_curves(run.path / "baseline.png", report.curves, [report.agq, *report.chosen])
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=1))
+    else:
+        out.print(report.table())
+
+
+def sweep(
+    run_dir: RunDir,
+    truth: Truth = None,
+    across: Annotated[str, typer.Option(help="Thresholds across borders.")] = "0.5,0.6,0.7,0.8,0.9",
+    within: Annotated[
+        str, typer.Option(help="Thresholds inside blocks.")
+    ] = "0.6,0.7,0.75,0.8,0.85,0.9,1.0",
+    by: By = "voi_sum",
+    ignore_border: Border = 0,
+    border_3d: Border3d = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score many stitching thresholds of a stitched run without stitching again."""
+    from agq.blockwise.stitch.cluster import local_client
+    from agq.blockwise.stitch.evidence.in_memory import read_evidence
+    from agq.blockwise.storage.files import write_atomic
+    from agq.pipeline.evaluate.baseline.compare import fragment_counts
+    from agq.pipeline.evaluate.contingency import BorderRule
+    from agq.pipeline.evaluate.sweep import best, points_table, two_thresholds
+
+    run = RunFolder(run_dir)
+    labels = truth_of(run, truth)
+    evidence = read_evidence(run.path)
+    with local_client() as client:
+        counts = fragment_counts(run, labels, client, BorderRule(ignore_border, border_3d))
+    points = two_thresholds(
+        "AGQ", counts, evidence, _numbers("--across", across), _numbers("--within", within)
+    )
+    points.sort(key=lambda item: item.value(by))
+    report = {"best": best(points, by).to_dict(), "points": [item.to_dict() for item in points]}
+    write_atomic(run.path / "sweep.json", json.dumps(report, indent=1).encode())
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        out.print(points_table(points[:10], f"{run.path.name}: the best of {len(points)} settings"))
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} {text}: expected numbers with commas between") from None
+    if not all(0 <= value <= 1 for value in values):
+        raise InputError(f"{name} {text}: thresholds are affinities from 0 to 1")
+    return values

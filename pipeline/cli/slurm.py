@@ -1,0 +1,297 @@
+"""The commands for a cluster: submit, resume, scale, cancel, attach, logs."""
+
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from agq.blockwise.journal.writer import Journal, JournalTail
+from agq.blockwise.predict.paths import log_name, log_path
+from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.errors import InputError
+from agq.pipeline.cli.options import RunDir
+from agq.pipeline.config.schema import Config, masked
+from agq.pipeline.config.schema import load_config as read_config
+from agq.pipeline.slurm import check, client, jobs
+from agq.pipeline.slurm.scripts import folder, log_folder, submit_arguments
+
+out = Console(highlight=False)
+
+StageOption = Annotated[
+    Literal["predict", "stitch"] | None,
+    typer.Option("--stage", help="Only this stage; default: all, one after the other."),
+]
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")
+    ] = False,
+    stage: StageOption = None,
+    after: Annotated[
+        Literal["predict"] | None,
+        typer.Option("--after", help="With --stage stitch: wait for the prediction in the queue."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace a value of the file: section.field=value."),
+    ] = None,
+) -> None:
+    """Start a run on a SLURM cluster: a coordinator, workers, and the stitch after them."""
+    loaded = read_config(config, settings)
+    loaded = loaded.model_copy(update={"run_dir": str(Path(loaded.run_dir).absolute())})
+    if any(sign in loaded.run_dir for sign in "%\\\n"):
+        raise InputError(
+            f"run_dir {loaded.run_dir!r}: SLURM cannot log into a folder with %, a backslash "
+            "or a line break in its name; choose another"
+        )
+    if jobs.section_of(loaded).stitch.jobs and not re.fullmatch(r"[\w./+@:-]+", loaded.run_dir):
+        raise InputError(
+            f"run_dir {loaded.run_dir!r}: slurm.stitch.jobs allows only letters, digits and "
+            "._-+@: in it (dask-jobqueue does not quote paths); rename it, or set stitch.jobs to 0"
+        )
+    if after is not None and stage != "stitch":
+        raise InputError("--after predict goes with --stage stitch")
+    if after is not None and overwrite:
+        raise InputError("--overwrite would delete the prediction that --after predict waits for")
+    stages: list[jobs.Stage] = [stage] if stage else ["predict", "stitch"]
+    if dry_run:
+        _show_scripts(loaded, stages)
+        return
+    _submit(loaded, stages, overwrite=overwrite, after_predict=after is not None)
+
+
+def _show_scripts(config: Config, stages: list[jobs.Stage]) -> None:
+    run_dir = Path(config.run_dir)
+    for script in jobs.scripts(config, stages, Path.cwd()):
+        many = script.name == "workers"
+        section = jobs.section_of(config)
+        array = jobs.array(section.workers, section.limit) if many else None
+        words = submit_arguments(script, run_dir, array=array)
+        typer.echo(f"# {script.path(run_dir)}")
+        typer.echo(f"# sbatch {shlex.join(str(word) for word in words)}")
+        typer.echo(script.text)
+
+
+def _submit(
+    config: Config,
+    stages: list[jobs.Stage],
+    *,
+    overwrite: bool = False,
+    after_predict: bool = False,
+) -> None:
+    from agq.pipeline.run.prepare import prepare
+
+    run_dir, section = Path(config.run_dir), jobs.section_of(config)
+    cluster = check.read_cluster()
+    for warning in check.check(section, cluster):
+        out.print(f"note: {warning}", markup=False, soft_wrap=True)
+    if jobs.record_path(run_dir).exists():
+        jobs.refuse_live(run_dir, jobs.load(run_dir), stages)
+    behind = after_predict and jobs.prediction_in_queue(run_dir) is not None
+    prepared = prepare(config, workers_here=False)
+    if behind:
+        # The run, its record, its lock and its scripts belong to the prediction.
+        prepared.run.require_identity(prepared.identity)
+        jobs.save_stitch_config(config)
+        _write_scripts(config, ["stitch"])
+    else:
+        with prepared.run.lock():
+            if overwrite:
+                prepared.run.clear()
+            prepared.run.create(masked(config), prepared.identity)
+            _start_record(config, check.grace_s(section, cluster))
+            jobs.save_config(config)
+            _write_scripts(config, ["predict", "stitch"])
+    known = len(jobs.load(run_dir).jobs)
+    submitted = jobs.submit_all(config, stages, after_predict=after_predict)
+    _tell(run_dir, submitted, known)
+
+
+def _start_record(config: Config, grace_s: int) -> None:
+    run_dir, section = Path(config.run_dir), jobs.section_of(config)
+    make_folder(folder(run_dir))
+    record = jobs.Jobs(
+        here=str(Path.cwd()),
+        grace_s=grace_s,
+        workers=section.workers,
+        jobs=jobs.load(run_dir).jobs if jobs.record_path(run_dir).exists() else [],
+    )
+    write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode())
+
+
+def _write_scripts(config: Config, stages: list[jobs.Stage]) -> None:
+    run_dir = Path(config.run_dir)
+    make_folder(log_folder(run_dir))
+    for script in jobs.scripts(config, stages, Path.cwd()):
+        write_atomic(script.path(run_dir), script.text.encode())
+
+
+def _tell(run_dir: Path, record: jobs.Jobs, known: int) -> None:
+    for job in record.jobs[known:]:
+        many = f", {job.count} of them" if job.role == "workers" else ""
+        out.print(f"submitted {job.role}: job {job.id}{many}")
+    quoted = shlex.quote(str(run_dir))
+    for command in ("attach", "scale", "cancel", "logs"):
+        tail = " N" if command == "scale" else ""
+        out.print(f"  agq {command} {quoted}{tail}", markup=False, soft_wrap=True)
+
+
+def resume(
+    run_dir: RunDir,
+    stage: StageOption = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker jobs; default: as before.")
+    ] = None,
+) -> None:
+    """Submit what is left of a run; jobs that are in the queue already are left alone."""
+    run_dir = run_dir.absolute()
+    config = jobs.load_config(run_dir)
+    record = jobs.load(run_dir)
+    if workers is not None:
+        with jobs.changing(run_dir) as changed:
+            changed.workers = workers
+    coordinator = jobs.live(record, "coordinator")
+    if coordinator and stage != "stitch":
+        out.print(f"{run_dir} is in the queue: {coordinator[0].state}", markup=False)
+        if not jobs.live(record, "workers"):
+            _, now = jobs.scale(run_dir, workers or record.workers)
+            out.print(f"its workers had left; submitted {now}")
+        return
+    # Workers without a coordinator wait for one; the new one will find them.
+    client.cancel([str(n) for n in record.ids("workers")], "--state=PENDING")
+    _wait_until_gone(record)
+    stages: list[jobs.Stage] = [stage] if stage else ["predict", "stitch"]
+    submitted = jobs.submit_all(config, stages)
+    _tell(run_dir, submitted, len(record.jobs))
+
+
+def _wait_until_gone(record: jobs.Jobs, seconds: float = 20.0) -> None:
+    """Let workers of an earlier submission end; those that wait for a coordinator are told to."""
+    deadline = time.monotonic() + seconds
+    told = False
+    while entries := jobs.live(record, "workers", "stitch"):
+        if not told:
+            client.cancel([e.target for e in entries], "--batch", "--signal=TERM")
+            told = True
+        if time.monotonic() > deadline:
+            client.cancel([e.target for e in entries])
+            deadline += seconds
+        time.sleep(0.5)
+
+
+def scale(
+    run_dir: RunDir,
+    count: Annotated[int, typer.Argument(min=0, help="Worker jobs.", show_default=False)],
+) -> None:
+    """Change the number of worker jobs of a run that goes on."""
+    before, now = jobs.scale(run_dir.absolute(), count)
+    out.print(f"worker jobs: {before} -> {now}")
+
+
+def cancel(
+    run_dir: RunDir,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds for workers to finish the blocks in hand.")
+    ] = 30.0,
+) -> None:
+    """End all jobs of a run, gracefully, then hard. What is done stays done: agq resume goes on."""
+    killed = jobs.cancel(run_dir.absolute(), wait_s=wait)
+    out.print(f"cancelled{f', {killed} jobs the hard way' if killed else ''}")
+
+
+def attach(
+    run_dir: RunDir,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 5.0,
+) -> None:
+    """Follow a submitted run until its jobs have left the queue; Ctrl-C only stops looking."""
+    from agq.pipeline.cli.targets import watched
+    from agq.pipeline.status.monitor import Monitor
+    from agq.pipeline.status.text import render
+
+    run_dir = run_dir.absolute()
+    monitor = Monitor(*watched(run_dir))
+    try:
+        with Live(console=out, auto_refresh=False) as view:
+            while True:
+                status = monitor.poll()
+                view.update(render(status), refresh=True)
+                if not jobs.live(jobs.load(run_dir)):
+                    break
+                time.sleep(interval)
+            view.update(render(monitor.poll()), refresh=True)
+    except KeyboardInterrupt:
+        return
+    if status.state not in ("done", "running"):
+        raise typer.Exit(1)
+
+
+def logs(
+    run_dir: RunDir,
+    block: Annotated[int | None, typer.Option(help="What happened to this block.")] = None,
+    worker: Annotated[str | None, typer.Option(help="The log of this worker (or job).")] = None,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="Last lines to print.")] = 40,
+) -> None:
+    """Print logs: of a block, of a worker, or the list of all."""
+    run_dir = run_dir.absolute()
+    if block is not None:
+        _block_log(run_dir, block, lines)
+        return
+    files = sorted((run_dir / "logs").rglob("*.log"), key=lambda f: f.stat().st_mtime)
+    if worker is not None:
+        name = worker.removeprefix("worker-").removeprefix("workers-")
+        files = [f for f in files if f.stem.partition("-")[2] == name or f.stem == worker]
+        if not files:
+            raise InputError(f"no log of worker {worker} in {run_dir}/logs; agq logs lists them")
+        for file in files:
+            _print_tail(file, lines)
+        return
+    if not files:
+        raise InputError(f"no logs in {run_dir}/logs yet")
+    for file in files:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(file.stat().st_mtime))
+        typer.echo(f"{when}  {file.stat().st_size:>9}  {file}")
+
+
+def _block_log(run_dir: Path, block: int, lines: int) -> None:
+    journal = Journal(run_dir / "journal" / "predict")
+    tail = JournalTail(run_dir / "journal" / "predict")
+    found = []
+    while events := tail.poll():
+        found += [e for e in events if e.kind in ("begin", "block") and e.data["block"] == block]
+    if not found:
+        raise InputError(f"block {block}: nothing in the journal of {run_dir}")
+    for event in sorted(found, key=lambda e: e.time):
+        state = journal.workers.get(event.token)
+        name = state.info.name if state else event.token
+        where = f"{name} on {state.info.host}" if state else name
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
+        if event.kind == "begin":
+            typer.echo(f"{when}  attempt {event.data.get('attempt', 1)} begun by {where}")
+            continue
+        record = event.record
+        typer.echo(
+            f"{when}  {record.state} by {where}{f': {record.reason}' if record.reason else ''}"
+        )
+        if record.error:
+            typer.echo("\n".join(record.error.rstrip().splitlines()[-lines:]))
+        log = log_path(run_dir, log_name(name))
+        if log.exists():
+            typer.echo(f"log: {log}")
+
+
+def _print_tail(file: Path, lines: int) -> None:
+    typer.echo(f"==> {file}")
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 400 * lines))
+        text = stream.read().decode("utf-8", "replace")
+    typer.echo("\n".join(text.splitlines()[-lines:]))

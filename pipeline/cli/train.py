@@ -1,0 +1,132 @@
+"""Commands about networks: `agq train`, `agq checkpoint show|convert|average`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+checkpoint_app = typer.Typer(
+    no_args_is_help=True, help="Look at checkpoints, convert or average them."
+)
+
+out = Console(highlight=False)
+
+Half = Annotated[bool, typer.Option("--half", help="Store matrices and kernels in half precision.")]
+CheckpointFile = Annotated[str, typer.Argument(help="Checkpoint, ours or published, or `demo`.")]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)],
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last state in the output folder.")
+    ] = False,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint, ours or published, to start from (fine-tuning)."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace a value of the file: section.field=value."),
+    ] = None,
+) -> None:
+    """Train the network on annotated volumes; under torchrun on several GPUs."""
+    from agq.model.training.config import TrainConfig
+    from agq.model.training.distributed import Ranks
+    from agq.model.training.loop import train as run_training
+    from agq.pipeline.config.yaml_settings import load_yaml
+    from agq.pipeline.run.train_data import ready
+
+    plan = load_yaml(TrainConfig, config, settings)
+    if init_from is not None:
+        plan = plan.model_copy(update={"init_from": init_from})
+    ranks = Ranks.of_environment()
+
+    def say(line: str) -> None:
+        if ranks.first:
+            Console(stderr=True).print(f"agq: {line}", soft_wrap=True, markup=False)
+
+    plan = ready(plan, say, alone=ranks.size == 1)
+    report = run_training(plan, resume=resume, max_steps=max_steps)
+    if not report.first:
+        return
+    error = "" if report.best_error is None else f", best validation error {report.best_error:.3f}"
+    out.print(
+        f"{report.step} steps in {report.minutes:.1f} min, {report.waiting:.1%} of the time "
+        f"waiting for data{error}: {report.export}",
+        soft_wrap=True,
+        markup=False,
+    )
+    if not report.finished:
+        out.print(
+            f"not finished; go on with: agq train {config} --resume", soft_wrap=True, markup=False
+        )
+
+
+@checkpoint_app.command("show")
+def show(
+    checkpoint: CheckpointFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Print what a checkpoint is: configuration, where it comes from, size and checksum."""
+    from agq.model.checkpoint import load, resolve
+
+    loaded = load(checkpoint)
+    numbers = sum(value.numel() for value in loaded.state_dict.values())
+    about = {
+        "file": str(resolve(checkpoint)),
+        "sha256": loaded.sha256,
+        "entries": len(loaded.state_dict),
+        "numbers": numbers,
+        "config": loaded.config.model_dump(mode="json"),
+        "provenance": loaded.provenance,
+    }
+    if as_json:
+        typer.echo(json.dumps(about, indent=1))
+        return
+    for key, value in about.items():
+        if isinstance(value, dict):
+            out.print(f"{key}:" if value else f"{key}: none recorded")
+            for name, entry in value.items():
+                out.print(f"  {name}: {entry}", soft_wrap=True, markup=False)
+        else:
+            out.print(f"{key}: {value}", soft_wrap=True, markup=False)
+
+
+@checkpoint_app.command("convert")
+def convert(
+    checkpoint: CheckpointFile,
+    output: Annotated[Path, typer.Argument(help="safetensors file to write.")],
+    half: Half = False,
+) -> None:
+    """Write a published checkpoint, or one of ours, as safetensors with its configuration."""
+    from agq.model.checkpoint import load, resolve, save
+
+    _refuse_existing(output)
+    loaded = load(checkpoint)
+    origin = {"converted_from": resolve(checkpoint).name, "converted_sha256": loaded.sha256}
+    save(output, loaded.state_dict, loaded.config, {**loaded.provenance, **origin}, half=half)
+    out.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+
+@checkpoint_app.command("average")
+def average(
+    checkpoints: Annotated[list[str], typer.Argument(help="Two or more checkpoints.")],
+    output: Annotated[Path, typer.Option(help="safetensors file to write.", show_default=False)],
+    half: Half = False,
+) -> None:
+    """Write the mean of the weights of networks trained on from the same weights."""
+    from agq.model.averaging import average as write_average
+
+    _refuse_existing(output)
+    write_average(checkpoints, output, half=half)
+    out.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+
+def _refuse_existing(output: Path) -> None:
+    from agq.errors import InputError
+
+    if output.exists():
+        raise InputError(f"{output} exists; choose another file")

@@ -1,0 +1,229 @@
+"""Commands that watch: `agq status` and `watch`, Prometheus metrics, the ledger."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agq.errors import InputError, RunStoppedError
+from agq.pipeline.cli.options import AsJson, RunDir, Target
+from agq.pipeline.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from agq.blockwise.ledger.database import Ledger, LedgerSettings
+    from agq.pipeline.status.run_status import RunStatus
+
+ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of block progress.")
+
+
+def status(
+    target: Annotated[
+        Path | None, typer.Argument(help="Run folder or YAML configuration file.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="The newest 100 runs in the database of AGQ_MONGO_URI.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is, once."""
+    if every:
+        show_all(as_json)
+        return
+    if target is None:
+        raise InputError("which run? Name its folder, or give --all")
+    found = _status_of(target)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    from rich.console import Console
+
+    from agq.pipeline.status.text import render
+
+    Console(highlight=False).print(render(found))
+
+
+def _status_of(target: Path) -> "RunStatus":
+    from agq.pipeline.cli.targets import watched
+    from agq.pipeline.status.monitor import load_status
+
+    run_dir, ledger = watched(target)
+    try:
+        return load_status(run_dir, ledger)
+    finally:
+        if ledger is not None:
+            ledger.leave()
+
+
+def watch(
+    target: Target,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 2.0,
+) -> None:
+    """Follow a run until it ends."""
+    from agq.pipeline.cli.targets import watched
+    from agq.pipeline.status import monitor
+
+    monitor.watch(*watched(target), interval_s=interval)
+
+
+def open_ledger(settings: "LedgerSettings | None" = None) -> "Ledger":
+    """Open the database that the settings or the environment name.
+
+    Raises
+    ------
+    InputError
+        If none is named, or it does not answer.
+    """
+    from agq.blockwise.ledger.database import LedgerSettings, connect
+
+    ledger = connect(
+        (settings or LedgerSettings.of_environment()).model_copy(update={"required": True})
+    )
+    assert ledger is not None
+    return ledger
+
+
+def all_runs(ledger: "Ledger", limit: int = 100) -> list[dict[str, Any]]:
+    """Summarise the newest runs of a database, from their totals alone.
+
+    Returns
+    -------
+    runs
+        One mapping per run, the newest first: ``id``, ``name``, ``run_dir``, ``user``, ``host``,
+        ``created``, ``updated`` and ``stages``: by name ``state``, ``done``, ``skipped``,
+        ``failed``, ``blocks_total``.
+    """
+    keep = ("name", "run_dir", "user", "host", "created", "updated")
+    found = []
+    for run in ledger.runs.find({}, {"config": 0}).sort("created", -1).limit(limit):
+        stages = {}
+        for name, stage in run.get("stages", {}).items():
+            totals = stage.get("totals", {})
+            counts = {key: totals.get(key, 0) for key in ("done", "skipped", "failed")}
+            stages[name] = {
+                "state": stage.get("state"),
+                "blocks_total": stage.get("blocks_total"),
+                **counts,
+            }
+        found.append({"id": run["_id"], **{k: run.get(k) for k in keep}, "stages": stages})
+    return found
+
+
+def show_all(as_json: bool) -> None:
+    """Print the runs of the database that AGQ_MONGO_URI names."""
+    from pymongo.errors import PyMongoError
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    ledger = open_ledger()
+    try:
+        runs = all_runs(ledger)
+    except PyMongoError as error:
+        raise ledger.error(error) from None
+    finally:
+        ledger.close()
+    if as_json:
+        typer.echo(json.dumps({"format": 1, "runs": runs}, indent=1))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("run", "user", "stage", "state", "blocks", "failed", "heard"):
+        table.add_column(name, no_wrap=name != "run", overflow="fold")
+    for run in runs:
+        ago = f"{(time.time() - (run['updated'] or run['created'])) / 60:.0f} min ago"
+        stages = run["stages"] or {"": {}}
+        name, stage = next(
+            ((n, s) for n, s in stages.items() if s.get("state") != "done"),
+            list(stages.items())[-1],
+        )
+        ended = stage.get("done", 0) + stage.get("skipped", 0)
+        blocks = f"{ended}/{stage.get('blocks_total') or '?'}"
+        words = (run["name"], run["user"], name, stage.get("state"), blocks)
+        table.add_row(
+            *(escape(str(w or "")) for w in words), str(stage.get("failed", 0) or ""), ago
+        )
+    Console(highlight=False).print(table)
+
+
+def prometheus(status: "RunStatus") -> str:
+    """Write the state of a run in Prometheus' text format."""
+    lines: list[str] = []
+
+    def metric(name: str, kind: str, text: str, values: list[tuple[dict[str, str], float]]) -> None:
+        lines.append(f"# HELP agq_{name} {text}")
+        lines.append(f"# TYPE agq_{name} {kind}")
+        for labels, value in values:
+            given = {"run": status.name, **labels}
+            inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in given.items())
+            lines.append(f"agq_{name}{{{inner}}} {float(value)!r}")
+
+    stages = status.stages
+    metric(
+        "run_running", "gauge", "1 while a coordinator lives.", [({}, status.state == "running")]
+    )
+    states = ("done", "skipped", "failed", "running")
+    blocks = [
+        ({"stage": s.name, "state": state}, float(getattr(s, state)))
+        for s in stages
+        for state in states
+    ]
+    metric("blocks", "gauge", "Blocks by state.", blocks)
+    totals = [({"stage": s.name}, float(s.blocks_total)) for s in stages if s.blocks_total]
+    metric("blocks_total", "gauge", "Blocks of the stage.", totals)
+    voxels = [({"stage": s.name}, float(s.voxels)) for s in stages]
+    metric("voxels_done", "gauge", "Voxels of the done blocks.", voxels)
+    rates = [
+        ({"stage": s.name}, s.voxels_per_s_now) for s in stages if s.voxels_per_s_now is not None
+    ]
+    metric("voxels_per_second", "gauge", "Over the last minute.", rates)
+    etas = [({"stage": s.name}, s.eta_s) for s in stages if s.eta_s is not None]
+    metric("eta_seconds", "gauge", "Time left at the present rate.", etas)
+    workers = [
+        ({"stage": s.name, "state": state}, float(sum(w.state == state for w in s.workers)))
+        for s in stages
+        for state in ("running", "silent")
+    ]
+    metric("workers", "gauge", "Workers that have not ended.", workers)
+    metric("updated_seconds", "gauge", "When this was true.", [({}, status.updated)])
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def metrics(run_dir: RunDir) -> None:
+    """Print the state of a run as Prometheus text (for a textfile collector, by cron)."""
+    typer.echo(prometheus(_status_of(run_dir)), nl=False)
+
+
+@ledger_app.command("sync")
+def sync(
+    run_dir: RunDir,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to try at most.")] = 3600.0,
+) -> None:
+    """Bring the database to what the journal of a run says, whatever it says now."""
+    from agq.blockwise.ledger.feeder import LedgerFeeder
+    from agq.pipeline.cli.targets import read_target
+    from agq.pipeline.run.session import STAGES
+
+    run = RunFolder(run_dir)
+    record = run.record()
+    ledger = open_ledger(read_target(run_dir).ledger)
+    command = record["commands"][-1] if record["commands"] else {}
+    info = {"name": record["name"], "run_dir": str(run.path), "config": record["config"], **command}
+    feeder = LedgerFeeder(
+        ledger, record["id"], {stage: run.journal(stage) for stage in STAGES}, info, full=True
+    )
+    for name, stage in record["stages"].items():
+        feeder.update_stage(name, **stage)
+    feeder.start()
+    report = feeder.stop(timeout)
+    ledger.close()
+    if not report.complete:
+        raise RunStoppedError(
+            f"{report.undelivered} journal lines not delivered, {report.refused} documents "
+            f"refused: {report.error or 'see the log'}"
+        )
+    typer.echo(f"{report.delivered} journal lines delivered")

@@ -1,0 +1,146 @@
+"""Read a YAML file into a pydantic model: variables, overrides, and errors that name the field."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from agq.errors import InputError
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+ModelType = TypeVar("ModelType", bound=BaseModel)
+
+
+def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = None) -> ModelType:
+    """Read and check a YAML file.
+
+    Parameters
+    ----------
+    model
+        What the file describes.
+    path
+        YAML file. Values may hold ``${NAME}`` or ``${NAME:-default}``, replaced from the
+        environment.
+    overrides
+        ``a.b=value`` settings, with YAML values, that replace those of the file.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or a value is wrong; the message names every field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"config {path}: not a text file") from None
+    except OSError as error:
+        raise InputError(f"config {path}: {error.strerror or error}") from error
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+        raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        keys = ", ".join(list(model.model_fields)[:3])
+        raise InputError(f"config {path}: expected a mapping with the keys {keys}, ...")
+    return parse_values(model, data, overrides, str(path))
+
+
+def parse_values(
+    model: type[ModelType],
+    data: dict[str, Any],
+    overrides: list[str] | None = None,
+    source: str = "settings",
+) -> ModelType:
+    """Check a mapping after ``a.b=value`` overrides; errors as in `load_yaml`."""
+    for override in overrides or []:
+        apply_override(data, override)
+    return _validated(model, data, source)
+
+
+def _validated(model: type[ModelType], data: dict[str, Any], source: str) -> ModelType:
+    expanded = _expand(data, ())
+    try:
+        return model.model_validate(expanded)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=True)
+        lines = [_explain(model, item) for item in errors]
+        raise InputError(f"{source}: " + "; ".join(lines)) from None
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Replace one value of a plain configuration by an ``a.b=value`` setting, in place."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {override}: expected section.field=value")
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:  # absent, or recorded as not set
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise InputError(f"--set {override}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        # The value may be a secret, and the error repeats some of it.
+        reason = getattr(error, "problem", None) or type(error).__name__
+        raise InputError(f"--set {key}: the value is not valid YAML ({reason})") from None
+
+
+def _expand(value: Any, where: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, (*where, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, (*where, str(i))) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise InputError(
+                f"{'.'.join(where)}: the environment variable {name} is not set; set it or write "
+                f"${{{name}:-default}}"
+            )
+        return found
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _explain(model: type[BaseModel], item: Any) -> str:
+    """Turn one pydantic error into a line with the field's full name and, if close, the fix."""
+    loc = [part for part in item["loc"] if isinstance(part, str)]
+    field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        valid = _fields_at(model, loc[:-1])
+        close = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else f"valid keys: {', '.join(valid)}"
+        return f"unknown key '{field}' ({hint})"
+    if item["type"] == "missing":
+        return f"{field} is missing"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    # A URI may hold a password, so the ledger's values are never repeated.
+    shown = item["input"]
+    if isinstance(shown, str | int | float | list | tuple) and "ledger" not in loc:
+        return f"{field}: {message} (got {shown!r})"
+    return f"{field}: {message}"
+
+
+def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
+    for name in loc:
+        field = model.model_fields.get(name)
+        if field is None:
+            break
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return sorted(model.model_fields)

@@ -1,0 +1,1 @@
+"""Volumes to run on: imported image files."""

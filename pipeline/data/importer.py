@@ -1,0 +1,279 @@
+"""Turn image stacks (tif, png, HDF5, npy, npz) into zarr volumes, section by section.
+
+The array is written under a hidden name beside its final place and renamed when it is complete
+and durable, so that a half-finished import is never taken for a volume. How far it got is stored
+with it: starting the same import again goes on from there.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from agq.blockwise.storage.files import checksum, format_bytes, fsync_path
+from agq.blockwise.volumes.create import (
+    DTYPES,
+    Kind,
+    Volume,
+    chunk_box,
+    create_array,
+    open_array,
+    open_volume,
+    write_chunk,
+)
+from agq.errors import InputError
+from agq.pipeline.data.section_stack import Sections
+from agq.pipeline.data.sections import is_importable, open_sections
+
+__all__ = ["default_chunks", "import_volume", "is_importable"]
+
+SLAB_BYTES = 2**30
+"""Most bytes of sections held in memory at once with the default chunks."""
+
+_RECORD = "imported"
+_WRITERS = 4
+
+Progress = Callable[[int, int], None]
+
+
+def import_volume(
+    source: str | os.PathLike[str],
+    out_container: str | os.PathLike[str],
+    dataset: str,
+    voxel_size: Sequence[int],
+    *,
+    key: str | None = None,
+    offset: Sequence[int] = (0, 0, 0),
+    chunks: Sequence[int] | None = None,
+    kind: Kind | None = None,
+    unit: str = "nm",
+    on_progress: Progress | None = None,
+) -> Volume:
+    """Import an image stack into a zarr container.
+
+    Parameters
+    ----------
+    source
+        File, folder or glob, see `agq.pipeline.data.sections.open_sections`.
+    out_container
+        Local zarr container; made if missing.
+    dataset
+        Array to create in it.
+    voxel_size, offset
+        (z, y, x) in whole world units.
+    key
+        Dataset of an HDF5 file, or array of an npz file.
+    chunks
+        Chunk shape in voxels, (z, y, x); default `default_chunks`.
+    kind
+        What the data are, which decides the types accepted; None: anything that can be raw,
+        labels or a mask. Signed integers are stored unsigned and may not be negative; bool is
+        stored as uint8.
+    unit
+        World unit of voxel size and offset.
+    on_progress
+        Called with (sections done, sections in all).
+
+    Returns
+    -------
+    Volume
+        The imported volume. If the same source was imported to this place before, it is returned
+        at once.
+
+    Raises
+    ------
+    InputError
+        One line naming the file that cannot be read or does not fit the others, or that something
+        else is already there.
+    """
+    container = Path(out_container)
+    stack = open_sections(source, key)
+    dtype = _stored_dtype(stack, kind)
+    size = _whole(voxel_size, "voxel_size", 1)
+    place = _whole(offset, "offset", None)
+    if chunks is None:
+        chunks = default_chunks(stack.shape, dtype.itemsize)
+    chunk_shape = [min(c, s) for c, s in zip(_whole(chunks, "chunks", 1), stack.shape, strict=True)]
+    identity = _identity(stack, kind, dtype, size, place, chunk_shape, unit)
+    final = container / dataset
+    opened: Kind = kind or ("raw" if dtype.name in DTYPES["raw"] else "labels")
+    if final.exists():
+        _require_same(final, identity)
+        return open_volume(container, dataset, kind=opened, unit=unit)
+    hidden = (final.parent / f".{final.name}.importing").relative_to(container).as_posix()
+    try:
+        array = _begin(container, hidden, identity, stack, dtype, size, place, chunk_shape, unit)
+        _copy(stack, array, identity, on_progress)
+        fsync_path(container / hidden / "zarr.json")
+        fsync_path(container / hidden)
+        (container / hidden).rename(final)
+        fsync_path(final.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        needed = format_bytes(int(np.prod(stack.shape)) * dtype.itemsize)
+        raise InputError(
+            f"{final}: cannot be written ({error.strerror}); up to {needed} are needed: free some "
+            "space or choose another folder, then import again to go on"
+        ) from error
+    return open_volume(container, dataset, kind=opened, unit=unit)
+
+
+def default_chunks(shape: Sequence[int], itemsize: int) -> tuple[int, int, int]:
+    """Return a chunk shape of about half a million voxels that keeps an import's memory bounded.
+
+    32x128x128 reads fast in windows of 17x257x257; where 32 sections are more than `SLAB_BYTES`,
+    chunks become flatter and wider.
+
+    Parameters
+    ----------
+    shape
+        (z, y, x) in voxels.
+    itemsize
+        Bytes per voxel.
+    """
+    depth, side_y, side_x = 32, 128, 128
+    while depth > 1 and depth * shape[1] * shape[2] * itemsize > SLAB_BYTES:
+        depth //= 2
+        if side_y == side_x:
+            side_x *= 2
+        else:
+            side_y *= 2
+    return min(depth, shape[0]), min(side_y, shape[1]), min(side_x, shape[2])
+
+
+def _stored_dtype(stack: Sections, kind: Kind | None) -> np.dtype[Any]:
+    allowed = DTYPES[kind] if kind else (*DTYPES["mask"], "float32")
+    if stack.dtype.name not in allowed:
+        raise InputError(
+            f"{stack.name}: {kind or 'data'} of type {stack.dtype.name} cannot be used; convert it "
+            f"to one of {', '.join(allowed)}"
+        )
+    if stack.dtype.kind == "b":
+        return np.dtype("uint8")
+    return np.dtype(f"u{stack.dtype.name}") if stack.dtype.kind == "i" else stack.dtype
+
+
+def _whole(values: Sequence[int], name: str, least: int | None) -> tuple[int, int, int]:
+    numbers = tuple(values)
+    if (
+        len(numbers) != 3
+        or any(int(n) != n for n in numbers)
+        or (least is not None and min(numbers) < least)
+    ):
+        raise InputError(
+            f"{name} {numbers} must be three whole numbers (z, y, x)"
+            + (f" of at least {least}" if least is not None else "")
+        )
+    z, y, x = (int(n) for n in numbers)
+    return z, y, x
+
+
+def _identity(stack: Sections, *settings: Any) -> dict[str, Any]:
+    """Return what must be equal for an import to be the same one."""
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in stack.files]
+    return {
+        "source": stack.name,
+        "files": len(states),
+        "digest": checksum(json.dumps([states, [str(item) for item in settings]]).encode()),
+    }
+
+
+def _require_same(final: Path, identity: dict[str, Any]) -> None:
+    try:
+        record: Any = zarr.open_array(final, mode="r").attrs.get(_RECORD)
+    except Exception:
+        record = None
+    if not isinstance(record, dict) or record.get("digest") != identity["digest"]:
+        origin = f"imported from {record['source']}" if isinstance(record, dict) else "in the way"
+        raise InputError(
+            f"{final} already exists ({origin}), and is not this import; remove it or choose "
+            "another dataset name"
+        )
+
+
+def _begin(
+    container: Path,
+    hidden: str,
+    identity: dict[str, Any],
+    stack: Sections,
+    dtype: np.dtype[Any],
+    voxel_size: Sequence[int],
+    offset: Sequence[int],
+    chunks: Sequence[int],
+    unit: str,
+) -> "zarr.Array[Any]":
+    """Reopen the unfinished array of the same import, or start a new one."""
+    try:
+        array = open_array(container, hidden)
+        record: Any = array.attrs.get(_RECORD)
+        if record["digest"] == identity["digest"]:
+            return array
+    except Exception:
+        # Whatever an interrupted import left, in whatever state, is only worth keeping if whole.
+        record = None
+    shutil.rmtree(container / hidden, ignore_errors=True)
+    return create_array(
+        container,
+        hidden,
+        shape=stack.shape,
+        chunks=chunks,
+        dtype=dtype,
+        voxel_size=voxel_size,
+        offset=offset,
+        unit=unit,
+        attributes={_RECORD: {**identity, "sections": 0}},
+    )
+
+
+def _copy(
+    stack: Sections,
+    array: "zarr.Array[Any]",
+    identity: dict[str, Any],
+    on_progress: Progress | None,
+) -> None:
+    record: Any = array.attrs[_RECORD]
+    depth, total = array.chunks[0], stack.shape[0]
+    done = int(record["sections"])
+    if on_progress is not None:
+        on_progress(done, total)
+    sections = stack.read(done)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        while done < total:
+            count = min(depth, total - done)
+            slab = _slab(sections, count, stack, array.dtype)
+
+            def write(index: tuple[int, int, int], slab: Any = slab) -> None:
+                start, stop = chunk_box(array, index)
+                write_chunk(array, index, slab[:, start[1] : stop[1], start[2] : stop[2]])
+
+            list(pool.map(write, _slab_chunks(array, done // depth)))
+            done += count
+            array.attrs[_RECORD] = {**identity, "sections": done}
+            if on_progress is not None:
+                on_progress(done, total)
+
+
+def _slab_chunks(array: "zarr.Array[Any]", z: int) -> Iterator[tuple[int, int, int]]:
+    rows, columns = (-(-array.shape[axis] // array.chunks[axis]) for axis in (1, 2))
+    return ((z, y, x) for y in range(rows) for x in range(columns))
+
+
+def _slab(
+    sections: Iterator[npt.NDArray[Any]], count: int, stack: Sections, dtype: np.dtype[Any]
+) -> npt.NDArray[Any]:
+    slab = np.empty((count, *stack.shape[1:]), dtype)
+    for z in range(count):
+        section = next(sections)
+        if stack.dtype.kind == "i" and int(section.min()) < 0:
+            raise InputError(f"{stack.name} holds negative values, which labels cannot have")
+        slab[z] = section
+    return slab

@@ -1,0 +1,120 @@
+"""A stack of equal sections, and the messages that every format of them shares."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from agq.errors import InputError
+
+Section = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Sections:
+    """A stack of equal sections.
+
+    Attributes
+    ----------
+    name
+        For messages: the file, and the key inside it.
+    files
+        All files that the stack is made of.
+    shape
+        (z, y, x).
+    dtype
+        In native byte order.
+    read
+        ``read(first)`` yields the 2-D sections from number `first` to the last.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    read: Callable[[int], Iterator[Section]]
+
+
+def unreadable(place: Path | str, error: Exception, section: int | None = None) -> InputError:
+    """Return the one-line error of a file, or of one section in it, that cannot be decoded.
+
+    Parameters
+    ----------
+    place
+        The file, maybe with the key inside it.
+    error
+        What the decoder said.
+    section
+        Number of the section, if it was one.
+    """
+    line = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    where = "" if section is None else f" section {section}"
+    return InputError(
+        f"{place}:{where} cannot be read ({line}); the file is damaged or unsupported"
+    )
+
+
+def native(dtype: Any) -> np.dtype[Any]:
+    """Return a data type in native byte order.
+
+    Parameters
+    ----------
+    dtype
+        As the file declares it.
+    """
+    return np.dtype(dtype).newbyteorder("=")
+
+
+def stack_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
+    """Check that a shape is (z, y, x) and not empty.
+
+    Parameters
+    ----------
+    shape
+        As the file declares it.
+    name
+        For messages.
+
+    Raises
+    ------
+    InputError
+        If it is not.
+    """
+    if len(shape) != 3:
+        raise InputError(
+            f"{name} is {len(shape)}-D with shape {tuple(shape)}; it must be (z, y, x)"
+        )
+    z, y, x = (int(n) for n in shape)
+    if min(z, y, x) < 1:
+        raise InputError(f"{name} is empty, with shape {(z, y, x)}")
+    return z, y, x
+
+
+def choose(key: str | None, choices: dict[str, str], name: str) -> str:
+    """Return the key asked for, or the only one.
+
+    Parameters
+    ----------
+    key
+        What was asked for, if anything.
+    choices
+        The keys that there are, each with a few words on what it holds.
+    name
+        For messages.
+
+    Raises
+    ------
+    InputError
+        If there is no such key, or none was asked for among several; it lists the choices.
+    """
+    listing = ", ".join(f"{k} {what}".strip() for k, what in choices.items()) or "nothing 3-D"
+    if key is not None:
+        if key.strip("/") in choices:
+            return key.strip("/")
+        raise InputError(f"{name} has no array {key!r}; it holds: {listing}")
+    if len(choices) == 1:
+        return next(iter(choices))
+    raise InputError(f"{name}: say which array is meant (the key or dataset); it holds: {listing}")

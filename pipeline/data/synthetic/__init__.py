@@ -1,0 +1,1 @@
+"""A seeded EM-like volume with ground truth."""

@@ -1,0 +1,257 @@
+"""Scores of a contingency table, and the report of an evaluation.
+
+Variation of information (Meilă 2007): split = H(segment | truth), merge = H(truth | segment), in
+bits. Adapted Rand error (Arganda-Carreras et al. 2015): one less the F-score of precision (of the
+voxel pairs joined in the segmentation, those joined in the truth) and recall (the reverse).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Group
+from rich.table import Table as RichTable
+
+from agq.pipeline.evaluate.contingency import BlockCounts, Table
+
+VARIANTS = {
+    "as_is": "as is (predicted 0 is one segment)",
+    "background_filled": "predicted 0 filled by the nearest segment within {distance:g} {unit}",
+    "background_ignored": "voxels of predicted 0 ignored",
+}
+"""Name of each way to treat predicted background, and what it means."""
+
+
+def shares(whole: npt.NDArray[np.uint64], count: npt.NDArray[np.int64]) -> tuple[Any, Any]:
+    """Share of each label in the entropy of its parts.
+
+    Parameters
+    ----------
+    whole
+        Label of each row of a table: its segments for mergers, its truth for splits.
+    count
+        Voxels of each row.
+
+    Returns
+    -------
+    ids, bits
+        The labels, and what each adds to the conditional entropy; the sum is the entropy.
+    """
+    ids, index = np.unique(whole, return_inverse=True)
+    sizes = _sums(index, count, len(ids))
+    parts = count / count.sum() * np.log2(sizes[index] / count)
+    return ids, np.bincount(index, weights=parts, minlength=len(ids))
+
+
+def _sums(index: Any, count: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.int64]:
+    total = np.zeros(n, np.int64)
+    np.add.at(total, index, count)
+    return total
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one comparison.
+
+    Attributes
+    ----------
+    voi_split, voi_merge
+        Bits; 0 is best.
+    adapted_rand_error
+        Between 0 (best) and 1.
+    rand_precision, rand_recall
+        Between 0 and 1 (best); mergers lower the precision, splits the recall.
+    """
+
+    voi_split: float
+    voi_merge: float
+    adapted_rand_error: float
+    rand_precision: float
+    rand_recall: float
+
+    @property
+    def voi_sum(self) -> float:
+        """Variation of information in bits."""
+        return self.voi_split + self.voi_merge
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the figures by name."""
+        return {**asdict(self), "voi_sum": self.voi_sum}
+
+    @classmethod
+    def of(cls, table: Table) -> Scores | None:
+        """Score a table; None if it has no voxels."""
+        if table.total == 0:
+            return None
+        _, splits = shares(table.truth, table.count)
+        _, mergers = shares(table.segment, table.count)
+        both = _pairs(table.count)
+        in_truth = _pairs(_sums_of(table.truth, table.count))
+        in_segments = _pairs(_sums_of(table.segment, table.count))
+        ends = in_truth + in_segments
+        return cls(
+            voi_split=float(splits.sum()),
+            voi_merge=float(mergers.sum()),
+            adapted_rand_error=1 - 2 * both / ends if ends else 0.0,
+            rand_precision=both / in_segments if in_segments else 1.0,
+            rand_recall=both / in_truth if in_truth else 1.0,
+        )
+
+
+def scores_of(counts: BlockCounts) -> dict[str, Scores | None]:
+    """Score tables in every way of `VARIANTS`."""
+    return {
+        "as_is": Scores.of(Table.merge([counts.labelled, counts.background])),
+        "background_filled": Scores.of(Table.merge([counts.labelled, counts.filled])),
+        "background_ignored": Scores.of(counts.labelled),
+    }
+
+
+def _sums_of(labels: npt.NDArray[np.uint64], count: npt.NDArray[np.int64]) -> Any:
+    ids, index = np.unique(labels, return_inverse=True)
+    return _sums(index, count, len(ids))
+
+
+def _pairs(sizes: npt.NDArray[np.int64]) -> float:
+    """Ordered pairs of different voxels of one set; float64, for squares pass 2**63."""
+    exact = sizes.astype(np.float64)
+    return float(np.sum(exact * (exact - 1)))
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """One segment that merges truth objects, or one truth object that is split.
+
+    Attributes
+    ----------
+    label
+        The segment, or the truth object.
+    bits
+        What it adds to the merge, or split, entropy.
+    parts
+        Objects it joins, or segments it is cut into.
+    largest
+        (label, voxels, world position (z, y, x)) of its largest parts; each position lies inside.
+    """
+
+    label: int
+    bits: float
+    parts: int
+    largest: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in JSON types."""
+        largest = [{"label": n, "voxels": v, "at": list(at)} for n, v, at in self.largest]
+        return {"label": self.label, "bits": self.bits, "parts": self.parts, "largest": largest}
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Scores of a segmentation; the attributes named like `VARIANTS` treat background that way.
+
+    Attributes
+    ----------
+    segmentation, truth
+        What was compared.
+    offset, shape, voxel_size, unit
+        Where: world units, voxels, world units; (z, y, x).
+    ignored_border
+        Radius in voxels and axes of the border of truth objects that is not scored.
+    voxels
+        Voxels scored: those whose truth is not 0.
+    background
+        Share of them whose prediction is 0.
+    unfilled
+        Share of them with no segment within the fill distance; 0 also when filled.
+    fill_distance
+        World units.
+    truth_objects, segments
+        Distinct labels in the scored voxels, without 0.
+    as_is, background_filled, background_ignored
+        Scores; None where no voxel is left.
+    worst_mergers, worst_splits
+        Largest first, counted without predicted background.
+    """
+
+    segmentation: str
+    truth: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    voxel_size: tuple[int, ...]
+    unit: str
+    ignored_border: dict[str, Any]
+    voxels: int
+    background: float
+    unfilled: float
+    fill_distance: float
+    truth_objects: int
+    segments: int
+    as_is: Scores | None
+    background_filled: Scores | None
+    background_ignored: Scores | None
+    worst_mergers: list[Disagreement]
+    worst_splits: list[Disagreement]
+
+    def scores(self) -> dict[str, Scores | None]:
+        """Return the scores by the name of the variant."""
+        return {name: getattr(self, name) for name in VARIANTS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in JSON types."""
+        plain = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in vars(self).items()
+            if key not in VARIANTS and not key.startswith("worst_")
+        }
+        return {
+            **plain,
+            "scores": {
+                name: {"meaning": self.meaning(name), **(scores.to_dict() if scores else {})}
+                for name, scores in self.scores().items()
+            },
+            "worst_mergers": [item.to_dict() for item in self.worst_mergers],
+            "worst_splits": [item.to_dict() for item in self.worst_splits],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Return the main figures, flat, for a run's record."""
+        flat: dict[str, Any] = {"voxels": self.voxels, "background": self.background}
+        for name, scores in self.scores().items():
+            if scores is not None:
+                flat.update({f"{name}.{key}": value for key, value in scores.to_dict().items()})
+        return flat
+
+    def meaning(self, variant: str) -> str:
+        """Say how a variant treats predicted background."""
+        return VARIANTS[variant].format(distance=self.fill_distance, unit=self.unit)
+
+    def table(self) -> Group:
+        """Return tables for a rich console."""
+        border = self.ignored_border
+        where = f", {border['radius']} voxels at borders ignored ({border['axes']})"
+        main = RichTable(
+            title=f"{self.segments} segments, {self.truth_objects} objects, {self.voxels:,} voxels "
+            f"scored, {self.background:.1%} of them predicted 0{where if border['radius'] else ''}"
+        )
+        main.add_column("Predicted background")
+        for title in ("VOI split", "VOI merge", "VOI sum", "Rand error", "precision", "recall"):
+            main.add_column(title, justify="right")
+        for name, scores in self.scores().items():
+            cells = ["-"] * 6
+            if scores is not None:
+                row = (scores.voi_split, scores.voi_merge, scores.voi_sum)
+                rand = (scores.adapted_rand_error, scores.rand_precision, scores.rand_recall)
+                cells = [f"{value:.4f}" for value in (*row, *rand)]
+            main.add_row(self.meaning(name), *cells)
+        worst = RichTable(title=f"Worst errors; positions z, y, x in {self.unit}")
+        for title in ("Error", "Label", "VOI", "Parts", "Largest parts (voxels) at"):
+            worst.add_column(title)
+        kinds = (("merger", self.worst_mergers), ("split", self.worst_splits))
+        for kind, items in kinds:
+            for item in items:
+                parts = "\n".join(f"{n} ({v:,}) {at}" for n, v, at in item.largest)
+                worst.add_row(kind, str(item.label), f"{item.bits:.4f}", str(item.parts), parts)
+        return Group(main, worst) if worst.row_count else Group(main)

@@ -1,0 +1,172 @@
+"""Scores of many agglomeration thresholds from one count of fragments against the truth.
+
+Joining fragments only renames rows of the contingency table, so a threshold costs milliseconds and
+no volume is written. Predicted background is filled by the nearest fragment, and small segments
+are kept: with `stitch.min_size` the final figures differ slightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from agq.blockwise.stitch.evidence.contacts import HALF_UNITS, Evidence
+from agq.blockwise.stitch.merge.rule import Agglomeration, Thresholds, agglomerate
+from agq.pipeline.evaluate.contingency import BlockCounts
+from agq.pipeline.evaluate.scores import Scores, scores_of
+
+Ids = npt.NDArray[np.uint64]
+Criterion = Literal["voi_sum", "adapted_rand_error"]
+
+COLUMNS = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting and what it scores.
+
+    Attributes
+    ----------
+    method
+        What was agglomerated, and how.
+    setting
+        Thresholds by name, as affinities.
+    segments
+        Segments of the volume.
+    scores
+        By the names of `agq.pipeline.evaluate.scores.VARIANTS`.
+    """
+
+    method: str
+    setting: dict[str, float]
+    segments: int
+    scores: dict[str, Scores | None]
+
+    def value(self, criterion: Criterion) -> float:
+        """Return what a search minimises: of the scores with background filled."""
+        filled = self.scores["background_filled"]
+        return float("inf") if filled is None else float(getattr(filled, criterion))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in JSON types."""
+        return {
+            "method": self.method,
+            "setting": self.setting,
+            "segments": self.segments,
+            "scores": {n: s.to_dict() if s else None for n, s in self.scores.items()},
+        }
+
+    def row(self) -> list[str]:
+        """Return cells for a table: scores with background filled, and the Rand error as is."""
+        setting = ", ".join(f"{name} {value:g}" for name, value in self.setting.items())
+        filled, as_is = self.scores["background_filled"], self.scores["as_is"]
+        cells = [f"{getattr(filled, name):.4f}" if filled else "-" for name in COLUMNS]
+        return [
+            self.method,
+            setting,
+            str(self.segments),
+            *cells,
+            f"{as_is.adapted_rand_error:.4f}" if as_is else "-",
+        ]
+
+
+def points_table(points: Iterable[Point], title: str) -> RichTable:
+    """Return a table for a rich console, one row per point."""
+    table = RichTable(title=escape(title))
+    table.add_column("method")
+    table.add_column("thresholds")
+    for name in ("segments", "VOI split", "VOI merge", "VOI sum", "Rand error", "(0 as is)"):
+        table.add_column(name, justify="right")
+    for point in points:
+        table.add_row(*point.row())
+    return table
+
+
+def best(points: Sequence[Point], criterion: Criterion = "voi_sum") -> Point:
+    """Return the point with the lowest criterion, the first of equals."""
+    return min(points, key=lambda point: point.value(criterion))
+
+
+def point(
+    method: str, setting: dict[str, float], counts: BlockCounts, ids: Ids, segments: Ids
+) -> Point:
+    """Score fragments joined to segments (`ids` sorted, `segments` in the same order)."""
+    scores = scores_of(counts.with_segments(ids, segments))
+    return Point(method, setting, len(np.unique(segments)), scores)
+
+
+def two_thresholds(
+    method: str,
+    counts: BlockCounts,
+    evidence: Evidence,
+    across: Iterable[float],
+    within: Iterable[float],
+) -> list[Point]:
+    """Agglomerate evidence with every pair of thresholds and score each.
+
+    Parameters
+    ----------
+    method
+        Name of the rows.
+    counts
+        Of the fragments against the truth.
+    evidence
+        All fragments and their contacts.
+    across, within
+        Thresholds to combine.
+    """
+    points = []
+    for w in within:
+        for a in across:
+            result = agglomerate(evidence.nodes.ids, evidence.contacts, Thresholds(a, w))
+            setting = {"across": a, "within": w}
+            points.append(point(method, setting, counts, result.ids, result.representatives))
+    return points
+
+
+def one_threshold(
+    method: str, counts: BlockCounts, evidence: Evidence, thresholds: Sequence[float]
+) -> list[Point]:
+    """Agglomerate by the mean affinity of all contacts of a pair, at several thresholds.
+
+    With one threshold for all contacts a higher one cuts the same dendrogram earlier, so the
+    agglomeration runs once.
+    """
+    lowest = Thresholds(min(thresholds), min(thresholds))
+    whole = agglomerate(evidence.nodes.ids, evidence.contacts, lowest)
+    return [
+        point(method, {"affinity": t}, counts, whole.ids, cut(whole, lowest, t)) for t in thresholds
+    ]
+
+
+def cut(whole: Agglomeration, lowest: Thresholds, threshold: float) -> Ids:
+    """Return what an agglomeration at a higher threshold gives: a segment per fragment.
+
+    Parameters
+    ----------
+    whole
+        Made at the same threshold for both classes of contacts.
+    lowest
+        That threshold.
+    threshold
+        A threshold not below it.
+    """
+    raised = round(threshold * HALF_UNITS) - lowest.half_units[0]
+    merges = whole.merges
+    # Scores only fall, so what a higher threshold allows comes first.
+    kept = int(np.count_nonzero(merges.numerator > raised * merges.denominator))
+    u = np.searchsorted(whole.ids, merges.u[:kept])
+    v = np.searchsorted(whole.ids, merges.v[:kept])
+    parent = np.arange(len(whole.ids))
+    parent[v] = u
+    while True:
+        next_parent = parent[parent]
+        if np.array_equal(next_parent, parent):
+            return whole.ids[parent]
+        parent = next_parent

@@ -1,0 +1,251 @@
+"""The run folder: one lock, one record (run.json) and the identity that blocks of a run share."""
+
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from agq.blockwise.ledger.settings import mask_secrets, shown_uri
+from agq.blockwise.storage.files import write_atomic
+from agq.errors import InputError
+
+FORMAT = 1
+# What may be in the folder before the run's record is: its lock, image files made into zarr, and
+# what a submission has prepared.
+_BEFORE_RUN = (".lock", "imported", "slurm")
+_URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
+_PACKAGES = ("agq-pipeline", "torch", "numpy", "zarr", "daisy", "dask", "numba", "pymongo")
+
+
+class RunLockedError(InputError):
+    """Another process works on the run."""
+
+
+class RunFolder:
+    """Everything a run leaves behind lives in one folder.
+
+    Parameters
+    ----------
+    path
+        The folder; made by `create`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    @property
+    def container(self) -> Path:
+        """The zarr v3 group with fragments, affinities and segmentation."""
+        return self.path / "data.zarr"
+
+    def journal(self, stage: str) -> Path:
+        """Folder of the journal of a stage."""
+        return self.path / "journal" / stage
+
+    @property
+    def record_path(self) -> Path:
+        """The file that records what was run, with what, and how it ended."""
+        return self.path / "run.json"
+
+    def exists(self) -> bool:
+        """Tell whether the folder holds a run."""
+        return self.record_path.is_file()
+
+    def record(self) -> dict[str, Any]:
+        """Read run.json.
+
+        Raises
+        ------
+        InputError
+            If the folder holds no run or the file is damaged.
+        """
+        try:
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{self.path} is not a run folder (no run.json)") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.record_path} cannot be read: {error}") from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise InputError(f"{self.record_path} was written by another version of agq")
+        return record
+
+    def create(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
+        """Start the run, or join the one that is there if it is the same.
+
+        Parameters
+        ----------
+        config
+            The resolved configuration without secrets.
+        identity
+            Whatever decides the bytes of a block: input, checkpoint, grid, model settings.
+
+        Raises
+        ------
+        InputError
+            If the folder holds a run with another identity, or files that are no run.
+        """
+        if self.exists():
+            self.require_identity(identity)
+            self.update(config=config)
+        else:
+            if self.path.is_dir() and any(p.name not in _BEFORE_RUN for p in self.path.iterdir()):
+                raise InputError(
+                    f"run_dir {self.path} is not empty and holds no run; choose another folder"
+                )
+            self._write(
+                {
+                    "format": FORMAT,
+                    # Runs of several users share one ledger, so a name is not enough.
+                    "id": uuid.uuid4().hex,
+                    "name": self.path.name,
+                    "created": time.time(),
+                    "config": config,
+                    "identity": identity,
+                    "identity_hash": identity_hash(identity),
+                    "commands": [],
+                    "stages": {},
+                }
+            )
+        record = self.record()
+        record["commands"].append(
+            {
+                "argv": shown_arguments(sys.argv),
+                "time": time.time(),
+                "host": socket.gethostname(),
+                "user": _user(),
+                "versions": versions(),
+            }
+        )
+        self._write(record)
+
+    def require_identity(self, identity: dict[str, Any]) -> None:
+        """Refuse to go on with a run whose blocks were made with other settings.
+
+        Raises
+        ------
+        InputError
+            Naming every difference, and how to start over.
+        """
+        old = self.record()
+        if old["identity_hash"] != identity_hash(identity):
+            changed = ", ".join(_differences(old["identity"], identity))
+            raise InputError(
+                f"{self.path} holds a run made with different settings ({changed}); its blocks "
+                "cannot be mixed with new ones: choose another run_dir, or start over with "
+                "--overwrite"
+            )
+
+    def update(self, **entries: Any) -> None:
+        """Replace top-level entries of run.json."""
+        record = self.record()
+        record.update(entries)
+        self._write(record)
+
+    def update_stage(self, stage: str, **entries: Any) -> None:
+        """Merge entries into the record of one stage."""
+        record = self.record()
+        record["stages"].setdefault(stage, {}).update(entries)
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        write_atomic(self.record_path, json.dumps(record, indent=1).encode())
+
+    def clear(self) -> None:
+        """Delete a run for `--overwrite`; a folder that holds no run is left alone."""
+        if not self.exists():
+            return
+        # run.json goes last: a deletion that is cut short leaves a folder that is still a run.
+        for entry in self.path.iterdir():
+            if entry.name in (*_BEFORE_RUN, "run.json"):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        self.record_path.unlink()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run alone: two coordinators on one folder would do every block twice.
+
+        Raises
+        ------
+        InputError
+            If another process holds it, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise InputError(f"run_dir {self.path} is not writable: {error.strerror}") from None
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise RunLockedError(
+                    f"another agq process works on {self.path} ({handle.read().strip()}); wait for "
+                    "it or stop it"
+                ) from None
+            handle.truncate(0)
+            handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
+            handle.flush()
+            yield
+
+
+def shown_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return a command line as records may hold it: a database's URI without its password."""
+    # To the end of the argument: an unescaped password may hold anything, a space too.
+    plain = [_URI.sub(lambda match: shown_uri(match[0]), text) for text in arguments]
+    return [str(text) for text in mask_secrets(plain)]
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """Hash what decides the bytes of a block; the same content gives the same hash."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that touch the data."""
+    found = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted({*old, *new})
+            for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

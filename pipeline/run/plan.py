@@ -1,0 +1,188 @@
+"""The dry run: what a run will do, what it will cost, and what would stop it."""
+
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from agq.blockwise.journal.writer import Journal
+from agq.blockwise.predict.predictor import load_predictor
+from agq.blockwise.storage.files import format_bytes, free_space
+from agq.blockwise.volumes.create import open_volume
+from agq.blockwise.volumes.mask import mask_blocks
+from agq.errors import InputError
+from agq.pipeline.run.prepare import Prepared, triple
+from agq.pipeline.run.stages import reopen_options, worker_count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes
+    ----------
+    blocks, done, masked, todo
+        Selected blocks; those done already; those without tissue; those that would be computed.
+    disk_bytes, free_bytes
+        Estimated output by kind, and what the disk has.
+    seconds_per_block, worker_bytes, hours
+        From one block computed in a process of its own; None without it.
+    """
+
+    run_dir: str
+    volume_shape: tuple[int, int, int]
+    voxel_size: tuple[int, int, int]
+    grid_shape: tuple[int, int, int]
+    read_shape: tuple[int, int, int]
+    write_shape: tuple[int, int, int]
+    workers: int
+    blocks: int
+    done: int
+    masked: int
+    todo: int
+    disk_bytes: dict[str, int]
+    free_bytes: int
+    seconds_per_block: float | None
+    worker_bytes: int | None
+    hours: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data for JSON."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """Return the plan as a table for the terminal."""
+        table = Table(title=f"Plan for {escape(str(self.run_dir))}", show_header=False)
+        table.add_row(
+            "volume", f"{_sizes(self.volume_shape)} voxels of {_sizes(self.voxel_size)} nm"
+        )
+        table.add_row(
+            "block", f"reads {_sizes(self.read_shape)}, writes {_sizes(self.write_shape)}"
+        )
+        table.add_row("blocks", f"{self.blocks:,} selected of a {_sizes(self.grid_shape)} grid")
+        table.add_row("  done already", f"{self.done:,}")
+        table.add_row("  skipped by the mask", f"{self.masked:,}")
+        table.add_row("  to compute", f"{self.todo:,}")
+        table.add_row("workers", str(self.workers))
+        for name, count in self.disk_bytes.items():
+            table.add_row(f"disk: {name}", f"about {format_bytes(count)}")
+        table.add_row("disk: free", format_bytes(self.free_bytes))
+        if self.seconds_per_block is not None and self.worker_bytes is not None:
+            table.add_row("one block", f"{self.seconds_per_block:.2f} s")
+            table.add_row("memory per worker", format_bytes(self.worker_bytes))
+        if self.hours is not None:
+            table.add_row("predict", f"about {_duration(self.hours * 3600)}")
+        return table
+
+
+def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
+    """Work out the plan of a checked run.
+
+    Parameters
+    ----------
+    prepared
+        The checked run.
+    time_block
+        Load the model in a process of its own and compute one block from the middle of the
+        selection, for the time and the memory per worker.
+
+    Raises
+    ------
+    InputError
+        If the block cannot be computed: what would fail in the run fails here.
+    """
+    grid, selected = prepared.grid, prepared.selected
+    done = np.zeros(selected.size, dtype=bool)
+    if prepared.run.exists():
+        prepared.run.require_identity(prepared.identity)
+        journal = Journal(prepared.run.journal("predict"))
+        journal.refresh()
+        done = journal.done(grid.n_blocks)[selected]
+    rest = selected[~done]
+    masked = 0
+    if prepared.mask is not None and rest.size:
+        tissue = mask_blocks(prepared.mask, grid, rest)
+        masked = int((~tissue).sum())
+        rest = rest[tissue]
+    workers = worker_count(prepared)
+    seconds = memory = None
+    if time_block and rest.size:
+        seconds, memory = _time_one(prepared, int(rest[rest.size // 2]))
+    return Plan(
+        run_dir=str(prepared.run.path),
+        volume_shape=grid.volume_shape,
+        voxel_size=triple(grid.voxel_size),
+        grid_shape=grid.shape,
+        read_shape=grid.read_shape,
+        write_shape=grid.write_shape,
+        workers=workers,
+        blocks=int(selected.size),
+        done=int(done.sum()),
+        masked=masked,
+        todo=int(rest.size),
+        disk_bytes=prepared.disk_estimate(),
+        free_bytes=free_space(prepared.run.path),
+        seconds_per_block=seconds,
+        worker_bytes=memory,
+        hours=None if seconds is None else seconds * rest.size / workers / 3600,
+    )
+
+
+def _time_one(prepared: Prepared, number: int) -> tuple[float, int]:
+    # A process of its own: its peak memory is that of a worker, and CUDA stays out of this one.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(
+                _measure,
+                reopen_options(prepared.raw),
+                prepared.config.model.factory,
+                prepared.predictor_options,
+                prepared.grid.read_box(number),
+                prepared.grid.read_shape,
+            ).result()
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"block {number} at {prepared.grid.write_roi(number)} could not be computed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _measure(
+    raw: dict[str, Any],
+    factory: str,
+    options: dict[str, Any],
+    box: tuple[tuple[int, int, int], tuple[int, int, int]],
+    read_shape: tuple[int, int, int],
+) -> tuple[float, int]:
+    """Return seconds for the second of two equal blocks, and the peak bytes of this process."""
+    predictor = load_predictor(factory, options, 0)
+    block = open_volume(**raw).read(*box)
+    missing = [(0, want - have) for want, have in zip(read_shape, block.shape, strict=True)]
+    block = np.pad(block, missing, mode="reflect")
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        predictor.predict([block])
+        seconds = time.perf_counter() - started
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _sizes(values: tuple[int, int, int]) -> str:
+    return " x ".join(str(v) for v in values)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,353 @@
+"""Turn a configuration into opened inputs and a block grid, or one clear line of what is wrong.
+
+Everything that can be found out before a block runs is found out here: `agq plan` stops after it,
+the other commands start with it.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from funlib.geometry import Coordinate, Roi
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.ledger.database import connect
+from agq.blockwise.predict.predictor import resolve_factory
+from agq.blockwise.storage.files import require_free_space, require_writable
+from agq.blockwise.volumes.create import Kind, Volume, open_volume
+from agq.errors import InputError
+from agq.pipeline.config.schema import (
+    DEFAULT_FACTORY,
+    EARLIER_FACTORY,
+    Config,
+    RoiSection,
+    VolumeSection,
+)
+from agq.pipeline.data.importer import import_volume, is_importable
+from agq.pipeline.run.folder import RunFolder
+
+Triple = tuple[int, int, int]
+
+# Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
+_FRAGMENT_BYTES = 0.25
+_SIDECAR_BYTES = 0.15
+_SEGMENTATION_BYTES = 0.25 * 4 / 3
+_AFFINITY_BYTES = 2.5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: nothing of it has been computed yet.
+
+    Attributes
+    ----------
+    raw, mask, truth
+        Opened volumes; mask and truth may be None.
+    grid
+        Blocks of the whole volume.
+    box
+        Voxel box (start, stop) of the ROI; None for the whole volume.
+    selected
+        int64 numbers of the blocks that the ROI touches, ascending.
+    predictor_options
+        Keyword arguments for the predictor's factory.
+    identity
+        What decides the bytes of a block.
+    """
+
+    config: Config
+    run: RunFolder
+    raw: Volume
+    mask: Volume | None
+    truth: Volume | None
+    grid: BlockGrid
+    box: tuple[Triple, Triple] | None
+    selected: npt.NDArray[np.int64]
+    predictor_options: dict[str, Any]
+    identity: dict[str, Any]
+
+    def scored_truth(self) -> Volume | None:
+        """Return the truth inside the ROI: outside of it nothing is segmented."""
+        if self.truth is None:
+            return None
+        return self.truth.crop(world_roi(self.box, self.grid))
+
+    def disk_estimate(self) -> dict[str, int]:
+        """Estimate the bytes that the selected blocks will take, by kind of output."""
+        voxels = self.selected.size * float(np.prod(self.grid.write_shape))
+        voxels = min(voxels, float(np.prod(self.grid.volume_shape)))
+        rates = {
+            "fragments": _FRAGMENT_BYTES,
+            "sidecars": _SIDECAR_BYTES,
+            "segmentation": _SEGMENTATION_BYTES,
+        }
+        if self.config.output.affinities:
+            rates["affinities"] = _AFFINITY_BYTES
+        return {name: int(voxels * rate) for name, rate in rates.items()}
+
+
+def prepare(config: Config, *, check_output: bool = True, workers_here: bool = True) -> Prepared:
+    """Open and check every input of a run.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    check_output
+        Also check that the run folder is writable, the disk has room, and a database that the run
+        needs can be written to.
+    workers_here
+        Whether the network will run on this machine, so that its device must be here.
+
+    Raises
+    ------
+    InputError, InputError
+        One line that names the field or file and the fix.
+    """
+    run = RunFolder(Path(config.run_dir))
+    if check_output:
+        require_writable(run.path, "run_dir")
+    raw = open_section(config.input.raw, run, "raw", "input.raw")
+    mask = None
+    if config.input.mask is not None:
+        mask = open_section(config.input.mask, run, "mask", "input.mask")
+        _same_unit(mask, raw, "input.mask")
+    truth = None
+    if config.evaluate is not None:
+        truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
+        _same_unit(truth, raw, "evaluate.truth")
+        if tuple(truth.voxel_size) != tuple(raw.voxel_size):
+            raise InputError(
+                f"evaluate.truth: voxel size {tuple(truth.voxel_size)} differs from the raw "
+                f"volume's {tuple(raw.voxel_size)}"
+            )
+    options, model_identity, trained_shape = _model(config, workers_here)
+    grid = _grid(config, raw, trained_shape)
+    box = roi_box(config.input.roi, grid)
+    prepared = Prepared(
+        config=config,
+        run=run,
+        raw=raw,
+        mask=mask,
+        truth=truth,
+        grid=grid,
+        box=box,
+        selected=grid.select(*(box or ((0, 0, 0), grid.volume_shape))),
+        predictor_options=options,
+        identity={
+            "raw": raw.describe(),
+            "mask": None if mask is None else mask.describe(),
+            "grid": grid.to_dict(),
+            "model": model_identity,
+            "affinities": config.output.affinities,
+        },
+    )
+    try:
+        prepared.scored_truth()
+    except InputError as error:
+        raise InputError(f"evaluate.truth: {error}") from None
+    if check_output:
+        done = run.exists()
+        if not done:
+            require_free_space(run.path, sum(prepared.disk_estimate().values()), "run_dir")
+        if config.ledger is not None and config.ledger.required:
+            ledger = connect(config.ledger)
+            if ledger is not None:
+                # Reading is not enough: a user who may not write would be noticed at the end of
+                # the run, or after --overwrite has deleted the one before.
+                ledger.require_writable()
+                ledger.close()
+    return prepared
+
+
+def open_section(section: VolumeSection, run: RunFolder, kind: Kind, field: str) -> Volume:
+    """Open a configured volume; image files are imported into the run folder first.
+
+    Raises
+    ------
+    InputError
+        With the configuration field in front.
+    """
+    path, dataset = section.path, section.dataset
+    try:
+        if is_importable(path):
+            path, dataset = str(_import_once(section, run, kind)), kind
+        return open_volume(
+            path,
+            dataset,
+            voxel_size=section.voxel_size,
+            offset=section.offset,
+            level=section.level,
+            kind=kind,
+            unit=section.unit,
+        )
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from error.__cause__
+
+
+def _same_unit(volume: Volume, raw: Volume, field: str) -> None:
+    if volume.unit != raw.unit:
+        raise InputError(
+            f"{field}.unit: {volume.unit} differs from input.raw.unit {raw.unit}; use one unit"
+        )
+
+
+def _import_once(section: VolumeSection, run: RunFolder, kind: Kind) -> Path:
+    """Import image files into the run folder; returns at once if that was done before."""
+    if section.voxel_size is None:
+        raise InputError(
+            f"{section.path} holds no voxel size; give voxel_size (z, y, x) in {section.unit}"
+        )
+    place = Path(section.path).expanduser().absolute()
+    key = repr((str(place), section.dataset, section.voxel_size, section.offset, section.unit))
+    name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zarr"
+    target = run.path / "imported" / name
+    import_volume(
+        section.path,
+        target,
+        kind,
+        section.voxel_size,
+        key=section.dataset,
+        offset=section.offset or (0, 0, 0),
+        kind=kind,
+        unit=section.unit,
+    )
+    return target
+
+
+def _model(
+    config: Config, workers_here: bool
+) -> tuple[dict[str, Any], dict[str, Any], Triple | None]:
+    """Check the model section; return factory options, identity and the size trained at."""
+    section = config.model
+    if section.factory != DEFAULT_FACTORY:
+        resolve_factory(section.factory)
+        options = dict(section.options or {})
+        return options, {"factory": section.factory, "options": options}, None
+    if section.options is not None:
+        raise InputError("model.options is for a model.factory of your own; remove it")
+    # torch takes seconds to load, and stitching another model's labels never needs it.
+    from agq.model import checkpoint as checkpoints
+    from agq.model.predictor import resolve_device
+
+    path = checkpoints.resolve(section.checkpoint)
+    loaded = checkpoints.load(path)
+    if workers_here:
+        resolve_device(section.device)
+    options = {
+        "checkpoint": str(path),
+        "device": section.device,
+        "precision": section.precision,
+        "batch_size": section.batch_size,
+        "seed_order": section.seed_order,
+        "max_seeds": section.max_seeds,
+        "min_affinity": section.min_affinity,
+        "flips": section.flips,
+        "pieces": section.pieces,
+        "mask_weight": section.mask_weight,
+        "threads": config.workers.threads,
+    }
+    identity = {
+        "factory": EARLIER_FACTORY,  # what runs of earlier releases have recorded; they go on
+        "checkpoint_sha256": loaded.sha256,
+        "device": section.device,
+        "precision": section.precision,
+        "seed_order": section.seed_order or loaded.config.seed_order,
+        "max_seeds": section.max_seeds or loaded.config.max_seeds,
+        "min_affinity": (
+            loaded.config.min_affinity if section.min_affinity is None else section.min_affinity
+        ),
+        "threads": config.workers.threads,
+    }
+    flips = section.flips or loaded.config.flips
+    if flips != "none":  # absent otherwise, so that runs of earlier releases go on
+        identity["flips"] = flips
+    if (section.pieces or loaded.config.pieces) == "supervoxels":
+        _check_supervoxels(config)
+        weight = section.mask_weight
+        identity["pieces"] = "supervoxels"
+        identity["mask_weight"] = loaded.config.mask_weight if weight is None else weight
+    return options, identity, loaded.config.input_shape
+
+
+def _check_supervoxels(config: Config) -> None:
+    if config.model.min_affinity is not None:
+        raise InputError(
+            "model.min_affinity cuts masks, but with model.pieces: supervoxels no voxel is "
+            "labelled by its mask: remove one of the two"
+        )
+    if config.stitch.within >= 1:
+        raise InputError(
+            f"stitch.within: {config.stitch.within:g} joins nothing inside a block, and with "
+            "model.pieces: supervoxels everything must be joined: give less than 1, 0.6 for one"
+        )
+
+
+def _grid(config: Config, raw: Volume, trained: Triple | None) -> BlockGrid:
+    blocks = config.blocks
+    read = blocks.read_shape or trained
+    if read is None:
+        raise InputError("blocks.read_shape is needed with a model.factory of your own")
+    write = triple(
+        r - low - high for r, low, high in zip(read, blocks.before, blocks.after, strict=True)
+    )
+    if min(write) <= 0:
+        raise InputError(
+            f"blocks: the context {blocks.before} + {blocks.after} leaves nothing of the read "
+            f"shape {read}"
+        )
+    return BlockGrid(
+        volume_shape=raw.shape,
+        voxel_size=raw.voxel_size,
+        write_shape=write,
+        before=blocks.before,
+        after=blocks.after,
+        offset=raw.offset,
+    )
+
+
+def roi_box(roi: RoiSection | None, grid: BlockGrid) -> tuple[Triple, Triple] | None:
+    """Return the ROI of a configuration as voxels of the volume; None for the whole volume.
+
+    Raises
+    ------
+    InputError
+        If it is not on the voxel grid, or outside the volume.
+    """
+    if roi is None:
+        return None
+    size, offset = np.array(tuple(grid.voxel_size)), np.array(tuple(grid.offset))
+    if roi.units == "voxels":
+        start = np.array(roi.offset)
+        shape = np.array(roi.shape)
+    else:
+        start, odd_start = np.divmod(np.array(roi.offset) - offset, size)
+        shape, odd_shape = np.divmod(np.array(roi.shape), size)
+        if odd_start.any() or odd_shape.any():
+            raise InputError(
+                f"input.roi: offset {roi.offset} and shape {roi.shape} are not on the voxel grid "
+                f"(voxel size {triple(size)}, volume offset {triple(offset)})"
+            )
+    stop = start + shape
+    if (start < 0).any() or (stop > np.array(grid.volume_shape)).any():
+        raise InputError(
+            f"input.roi: voxels {start.tolist()} to {stop.tolist()} are outside the volume of "
+            f"{list(grid.volume_shape)} voxels"
+        )
+    return triple(start), triple(stop)
+
+
+def world_roi(box: tuple[Triple, Triple] | None, grid: BlockGrid) -> Roi:
+    """Return a voxel box of the volume in world units; None is the whole volume."""
+    start, stop = (Coordinate(corner) for corner in box or ((0, 0, 0), grid.volume_shape))
+    return Roi(grid.offset + start * grid.voxel_size, (stop - start) * grid.voxel_size)
+
+
+def triple(values: Iterable[int]) -> Triple:
+    """Return three values (z, y, x), of whatever kind of integers, as a tuple of int."""
+    z, y, x = (int(v) for v in values)
+    return z, y, x

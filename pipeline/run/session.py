@@ -1,0 +1,134 @@
+"""A run while a command works on it: its lock, its record, its ledger and its progress."""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.pipeline.config.schema import masked
+from agq.pipeline.run.prepare import Prepared
+from agq.pipeline.status.progress import RunProgress
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("predict", "relabel", "pyramid")
+"""Stages that work by blocks and so have a journal."""
+
+
+class Session:
+    """What the stages of a run share while a command runs them; made by `open_session`.
+
+    Attributes
+    ----------
+    prepared
+        The checked run.
+    progress
+        Where progress is shown.
+    """
+
+    def __init__(
+        self, prepared: Prepared, progress: RunProgress, feeder: LedgerFeeder | None
+    ) -> None:
+        self.prepared = prepared
+        self.progress = progress
+        self._feeder = feeder
+
+    def update_stage(self, name: str, **entries: Any) -> None:
+        """Merge entries into the record of a stage, in run.json and in the ledger."""
+        self.prepared.run.update_stage(name, **entries)
+        if self._feeder is not None:
+            self._feeder.update_stage(name, **entries)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[dict[str, Any]]:
+        """Record begin, end and outcome of a stage; the block may set entries of the record."""
+        self.update_stage(
+            name, state="running", blocks_total=total, started=time.time(), finished=None
+        )
+        record: dict[str, Any] = {"state": "done"}
+        try:
+            yield record
+        # SystemExit and KeyboardInterrupt too: a later status must not say "running".
+        except BaseException as error:
+            record = {"state": "stopped", "error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            self.update_stage(name, finished=time.time(), **record)
+
+
+@contextmanager
+def open_session(prepared: Prepared, *, overwrite: bool = False) -> Iterator[Session]:
+    """Hold the run's lock, open or start the run, feed the ledger, and show progress.
+
+    Parameters
+    ----------
+    prepared
+        The checked run.
+    overwrite
+        Delete what the folder holds and start over.
+
+    Raises
+    ------
+    InputError
+        If another process works on the run, or the folder holds a different run.
+    """
+    run = prepared.run
+    with run.lock(), _termination_unwinds():
+        if overwrite:
+            run.clear()
+        run.create(masked(prepared.config), prepared.identity)
+        with _ledger(prepared) as feeder, RunProgress(run.path) as progress:
+            yield Session(prepared, progress, feeder)
+
+
+@contextmanager
+def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
+    ledger = connect(prepared.config.ledger or LedgerSettings())
+    if ledger is None:
+        yield None
+        return
+    run = prepared.run
+    record = run.record()
+    feeder = LedgerFeeder(
+        ledger,
+        record["id"],
+        {stage: run.journal(stage) for stage in STAGES},
+        {
+            "name": record["name"],
+            "run_dir": str(run.path),
+            "config": record["config"],
+            "grid": record["identity"]["grid"],
+            **record["commands"][-1],
+        },
+    )
+    feeder.start()
+    try:
+        yield feeder
+    finally:
+        report = feeder.stop()
+        ledger.close()
+        if not report.complete:
+            logger.warning(
+                "ledger: %d journal lines not delivered (%s); the next command on this run "
+                "delivers them",
+                report.undelivered,
+                report.error,
+            )
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Let SIGTERM (a cluster's way to say stop) unwind like Ctrl-C: workers end, records close."""
+
+    def stop(signum: int, _frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,296 @@
+"""The stages of a run as functions of an open session: predict, stitch, score, picture."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+from distributed import Client
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.reader import Journal, compact
+from agq.blockwise.journal.writer import BlockRecord, JournalWriter
+from agq.blockwise.predict.block_threads import block_place
+from agq.blockwise.predict.coordinator import (
+    PredictProgress,
+    PredictReport,
+    PredictSpec,
+    run_predict,
+)
+from agq.blockwise.processes import this_worker
+from agq.blockwise.stitch.cluster import TlsFiles
+from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
+from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.volumes.create import Volume, create_affinities, create_array, open_volume
+from agq.blockwise.volumes.mask import mask_blocks
+from agq.pipeline.config.schema import DaskSection, PyramidSection, StitchSection
+from agq.pipeline.evaluate.scores import EvaluationReport
+from agq.pipeline.run.prepare import Prepared
+from agq.pipeline.run.session import Session
+
+# What a CPU worker holds at its peak for a block of 17 x 257 x 257, with room to spare
+# (benchmarks/forward.py prints it).
+_CPU_WORKER_BYTES = 2.5 * 2**30
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How workers of other machines take part; without it, this machine's do all.
+
+    Attributes
+    ----------
+    listen
+        Address of this machine that they reach.
+    drain_after
+        See `PredictSpec.drain_after`.
+    """
+
+    listen: str
+    drain_after: int
+
+
+def predict(
+    session: Session,
+    *,
+    only_failed: bool = False,
+    cluster: Cluster | None = None,
+    on_progress: Callable[[PredictProgress], object] | None = None,
+) -> PredictReport:
+    """Label every selected block that is not done.
+
+    Parameters
+    ----------
+    session
+        The open run.
+    only_failed
+        Leave blocks that were never tried alone.
+    cluster
+        Start no workers here; they come by themselves.
+    on_progress
+        Called now and then; what it raises stops the run.
+
+    Returns
+    -------
+    report
+        Its `failed` lists the blocks that failed in the end.
+    """
+    prepared = session.prepared
+    _create_arrays(prepared)
+    folder = prepared.run.journal("predict")
+    compact(folder)
+    journal = Journal(folder)
+    journal.refresh()
+    todo = prepared.selected[~journal.done(prepared.grid.n_blocks)[prepared.selected]]
+    if only_failed:
+        todo = np.intersect1d(todo, [record.block for record in journal.failed()])
+    total = int(prepared.selected.size)
+    with session.stage("predict", total) as record:
+        todo = _skip_masked(prepared, todo)
+        session.progress.start("predict", total, done=total - int(todo.size))
+
+        def tell(progress: PredictProgress) -> None:
+            session.progress.blocks(progress)
+            if on_progress is not None:
+                on_progress(progress)
+
+        report = run_predict(_predict_spec(prepared, cluster), todo, on_progress=tell)
+        # Who looks at the run later reads columns, not lines.
+        compact(folder)
+        record["report"] = report.to_dict()
+        if report.failed:
+            record["state"] = "failed"
+    return report
+
+
+def _create_arrays(prepared: Prepared) -> None:
+    grid, container = prepared.grid, prepared.run.container
+    create_array(
+        container,
+        "fragments",
+        shape=grid.volume_shape,
+        chunks=grid.write_shape,
+        dtype="uint64",
+        voxel_size=grid.voxel_size,
+        offset=grid.offset,
+        unit=prepared.raw.unit,
+    )
+    if prepared.config.output.affinities:
+        create_affinities(
+            container,
+            "affinities",
+            shape=grid.volume_shape,
+            chunks=grid.write_shape,
+            voxel_size=grid.voxel_size,
+            offset=grid.offset,
+            unit=prepared.raw.unit,
+        )
+
+
+def _skip_masked(prepared: Prepared, todo: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Record blocks without tissue as skipped; return the others."""
+    if prepared.mask is None or not todo.size:
+        return todo
+    tissue = mask_blocks(prepared.mask, prepared.grid, todo)
+    now = time.time()
+    with JournalWriter(prepared.run.journal("predict"), this_worker("coordinator")) as journal:
+        journal.finish_many(
+            BlockRecord(
+                block=number,
+                state="skipped",
+                reason="mask",
+                started=now,
+                finished=now,
+                **block_place(prepared.grid, number),
+            )
+            for number in todo[~tissue].tolist()
+        )
+    return todo[tissue]
+
+
+def _predict_spec(prepared: Prepared, cluster: Cluster | None) -> PredictSpec:
+    config = prepared.config
+    return PredictSpec(
+        run_dir=str(prepared.run.path),
+        raw=reopen_options(prepared.raw),
+        grid=prepared.grid.to_dict(),
+        factory=config.model.factory,
+        options=prepared.predictor_options,
+        affinities=config.output.affinities,
+        workers=0 if cluster else worker_count(prepared),
+        prefetch=config.workers.prefetch,
+        retries=config.workers.retries,
+        timeout_s=config.workers.timeout_s,
+        max_restarts=config.workers.max_restarts,
+        listen=cluster and cluster.listen,
+        drain_after=cluster.drain_after if cluster else 0,
+    )
+
+
+def reopen_options(volume: Volume) -> dict[str, Any]:
+    """Return the arguments with which `open_volume` opens the same raw volume in a worker."""
+    return {
+        "path": volume.path,
+        "dataset": volume.dataset or None,
+        "voxel_size": [int(v) for v in volume.voxel_size],
+        "offset": [int(v) for v in volume.offset],
+        "unit": volume.unit,
+    }
+
+
+def worker_count(prepared: Prepared) -> int:
+    """Return how many prediction workers this machine gets."""
+    wanted = prepared.config.workers.count
+    if wanted != "auto":
+        return wanted
+    device = prepared.config.model.device
+    if device in ("auto", "cuda"):
+        import torch  # takes seconds to load; only here
+
+        if torch.cuda.is_available():
+            return torch.cuda.device_count()
+    if device == "mps":
+        return 1
+    share = float(np.prod(prepared.grid.read_shape)) / (17 * 257 * 257)
+    by_memory = psutil.virtual_memory().available / (_CPU_WORKER_BYTES * max(share, 0.25))
+    by_cores = len(os.sched_getaffinity(0)) // prepared.config.workers.threads
+    return max(1, min(by_cores, int(by_memory)))
+
+
+def stitch_spec(
+    section: StitchSection,
+    pyramid: PyramidSection,
+    run_dir: Path,
+    grid: BlockGrid,
+    box: tuple[Any, Any] | None = None,
+) -> StitchSpec:
+    """Return what to stitch of a run folder, from its settings and the voxel box of its ROI."""
+    start, stop = box or (None, None)
+    return StitchSpec(
+        run_dir=run_dir,
+        grid=grid.to_dict(),
+        **section.model_dump(exclude={"dask"}),
+        start=start,
+        stop=stop,
+        levels=None if pyramid.levels == "auto" else pyramid.levels + 1,
+        downsampling=pyramid.downsampling,
+    )
+
+
+def dask_client(section: DaskSection) -> AbstractContextManager[Client]:
+    """Return a context with dask's client, as the configuration says."""
+    tls = None
+    if section.ca_file and section.cert_file and section.key_file:
+        tls = TlsFiles(section.ca_file, section.cert_file, section.key_file)
+    return local_client(section.address, tls=tls, workers=section.workers)
+
+
+def stitch(
+    session: Session, *, client: AbstractContextManager[Client] | None = None
+) -> StitchReport:
+    """Join the fragments of all selected blocks into one segmentation with its pyramid.
+
+    Parameters
+    ----------
+    session
+        The open run.
+    client
+        dask's client; default: as the configuration says.
+    """
+    prepared = session.prepared
+    config = prepared.config
+    section = config.stitch
+    spec = stitch_spec(section, config.pyramid, prepared.run.path, prepared.grid, prepared.box)
+    find_blocks(spec)
+    with (
+        session.stage("stitch", int(prepared.selected.size)) as record,
+        client or dask_client(section.dask) as dask,
+    ):
+        session.progress.note(f"dask dashboard: {dask.dashboard_link}")
+        progress = session.progress
+        report = run_stitch(spec, dask, on_progress=progress.step, on_note=progress.note)
+        record["report"] = report.to_dict()
+    return report
+
+
+def segmentation(prepared: Prepared) -> Volume:
+    """Open the full resolution of the run's segmentation."""
+    return open_volume(
+        prepared.run.container, "segmentation", level=0, kind="labels", unit=prepared.raw.unit
+    )
+
+
+def score(session: Session) -> EvaluationReport | None:
+    """Compare the segmentation with the ground truth, if the configuration names one."""
+    from agq.pipeline.evaluate.evaluate import evaluate
+
+    prepared = session.prepared
+    truth = prepared.scored_truth()
+    if truth is None:
+        return None
+    with session.stage("evaluate", 1) as record:
+        report = evaluate(
+            segmentation(prepared),
+            truth,
+            on_progress=lambda done, total: session.progress.step("evaluate", done, total),
+        )
+        record["report"] = report.to_dict()
+    file = prepared.run.path / "evaluation.json"
+    write_atomic(file, json.dumps(report.to_dict(), indent=1).encode())
+    return report
+
+
+def picture(session: Session) -> Path:
+    """Draw the result of a finished run and return the path of the picture."""
+    from agq.pipeline.view.picture import snapshot  # loads matplotlib
+
+    prepared = session.prepared
+    file = prepared.run.path / f"{prepared.run.path.name}.png"
+    snapshot(file, prepared.raw, segmentation(prepared), truth=prepared.truth)
+    return file

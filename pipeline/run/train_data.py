@@ -1,0 +1,91 @@
+"""The volumes a training configuration names: synthetic ones are made, optional ones may lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from agq.errors import InputError
+from agq.model.training.config import TrainConfig, VolumeConfig
+from agq.pipeline.data.synthetic import volume as synthetic
+from agq.pipeline.status.progress import step_progress
+
+
+def ready(plan: TrainConfig, say: Callable[[str], None], *, alone: bool = True) -> TrainConfig:
+    """Make what can be made, and leave out optional volumes that are not there.
+
+    A volume being made has another name until it is whole, so an interrupted command leaves
+    nothing that could be taken for one.
+
+    Parameters
+    ----------
+    plan
+        The run.
+    say
+        Called with a line for every volume that is left out.
+    alone
+        Whether this is the only process of the run; several must find all volumes made.
+
+    Returns
+    -------
+    TrainConfig
+        With the volumes that are there.
+
+    Raises
+    ------
+    InputError
+        If no volume is left to train on, or one has to be made and there are other processes.
+    """
+
+    def there(volume: VolumeConfig) -> bool:
+        if volume.container.exists():
+            return True
+        if volume.synthetic is not None:
+            if not alone:
+                raise InputError(
+                    f"{volume.container} has to be made first: agq synthetic {volume.container} "
+                    f"--shape {','.join(map(str, volume.synthetic.shape))} "
+                    f"--seed {volume.synthetic.seed}"
+                )
+            make(volume)
+            return True
+        if volume.optional:
+            say(f"{volume.container} is not there and optional: trained without it")
+        return not volume.optional
+
+    volumes = [volume for volume in plan.volumes if there(volume)]
+    if not volumes:
+        raise InputError("volumes: none of the optional volumes is there, so nothing to train on")
+    validation = [volume for volume in plan.validation if there(volume)]
+    return plan.model_copy(update={"volumes": volumes, "validation": validation})
+
+
+def make(volume: VolumeConfig) -> None:
+    """Write the synthetic volume of an entry, whole or not at all."""
+    assert volume.synthetic is not None
+    if (volume.raw, volume.labels, volume.mask) != ("raw", "labels", None):
+        raise InputError(
+            f"{volume.container}: a synthetic volume has raw and labels, and no mask; "
+            "leave these names out"
+        )
+    container = volume.container
+    container.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own: another command may be making the same volume.
+    with (
+        TemporaryDirectory(prefix=f"{container.name}.unfinished-", dir=container.parent) as folder,
+        step_progress(f"making {container.name}") as report,
+    ):
+        unfinished = Path(folder) / container.name
+        synthetic.write(
+            unfinished,
+            volume.synthetic.shape,
+            seed=volume.synthetic.seed,
+            on_progress=report,
+        )
+        try:
+            unfinished.rename(container)
+        except OSError:
+            if not container.exists():
+                raise
+            # The other command was first, with the same volume.

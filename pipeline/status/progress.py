@@ -1,0 +1,151 @@
+"""What a person sees while `agq run` works: bars on a terminal, a line now and then elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from agq.blockwise.predict.coordinator import PredictProgress
+from agq.pipeline.status.text import duration
+
+_LINE_S = 10.0
+
+
+class RunProgress:
+    """Progress of one command; use it as a context manager.
+
+    Parameters
+    ----------
+    run_dir : Path or None
+        Run folder, for the first line; None leaves that line out.
+    console : Console, optional
+        Where to (default: standard error, so that standard output stays for results).
+    line_s : float
+        Seconds between two lines of one stage where there is no terminal.
+    """
+
+    def __init__(
+        self, run_dir: Path | None, *, console: Console | None = None, line_s: float = _LINE_S
+    ) -> None:
+        self._run_dir = run_dir
+        self._console = console or Console(stderr=True)
+        self._line_s = line_s
+        self._tasks: dict[str, _Task] = {}
+        self._bars: Progress | None = None
+        if self._console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=self._console,
+            )
+
+    def __enter__(self) -> Self:
+        if self._run_dir is not None:
+            self.note(f"run {self._run_dir}")
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def start(self, stage: str, total: int, *, done: int = 0) -> None:
+        """Begin a stage of `total` items of which `done` were there before."""
+        bar = None
+        if self._bars is not None:
+            bar = self._bars.add_task(stage, total=total, completed=done, note="")
+        task = _Task(stage, total, done, bar)
+        self._tasks[stage] = task
+        if bar is None:
+            resumed = f", {done} of them done before" if done else ""
+            self.note(f"{stage}: {total} blocks{resumed}" if total else f"{stage}: nothing to do")
+
+    def advance(self, stage: str, done: int, *, note: str = "") -> None:
+        """Say that `done` items of a stage are done now, the earlier ones included."""
+        task = self._tasks[stage]
+        changed = done != task.done
+        task.done = done
+        if self._bars is not None and task.bar is not None:
+            self._bars.update(task.bar, completed=done, note=note)
+            return
+        now = time.monotonic()
+        over = done >= task.total
+        if changed and (over or now - task.shown >= self._line_s):
+            task.shown = now
+            self.note(f"{stage}: {task.text(now)}{note and ', ' + note}")
+
+    def blocks(self, progress: PredictProgress, *, stage: str = "predict") -> None:
+        """Take the progress of `agq.blockwise.predict.coordinator.run_predict`."""
+        task = self._tasks.get(stage)
+        if task is None:
+            self.start(stage, progress.total)
+            task = self._tasks[stage]
+        notes = [f"{progress.workers} workers"] if progress.workers else []
+        if progress.voxels and progress.seconds > 0:
+            notes.insert(0, f"{progress.voxels / progress.seconds / 1e6:.3g} Mvoxel/s")
+        if progress.failed:
+            notes.append(f"{progress.failed} failed")
+        self.advance(stage, task.before + progress.done + progress.skipped, note=", ".join(notes))
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Take the progress of `stitch.run.run_stitch`: a step with items done of a total."""
+        if name not in self._tasks or self._tasks[name].total != total:
+            self._forget(name)
+            self.start(name, total, done=done)
+        else:
+            self.advance(name, done)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def _forget(self, name: str) -> None:
+        task = self._tasks.pop(name, None)
+        if task is not None and task.bar is not None and self._bars is not None:
+            self._bars.remove_task(task.bar)
+
+
+class _Task:
+    def __init__(self, stage: str, total: int, done: int, bar: TaskID | None) -> None:
+        self.stage = stage
+        self.total = total
+        self.before = done
+        self.done = done
+        self.bar = bar
+        self.started = time.monotonic()
+        self.shown = self.started
+
+    def text(self, now: float) -> str:
+        """How far, how fast and how long."""
+        seconds = max(now - self.started, 1e-3)
+        rate = (self.done - self.before) / seconds
+        text = f"{self.done}/{self.total} ({100 * self.done / max(self.total, 1):.0f} %)"
+        if self.done >= self.total:
+            return f"{text} in {duration(seconds)}"
+        left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 else ""
+        return f"{text}, {rate:.3g}/s{left}"
+
+
+@contextmanager
+def step_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show one step of work; yields what is to be called with (items done, items in all).
+
+    What the first call names counts as done before, so it comes before the first item.
+    """
+    with RunProgress(None) as progress:
+        yield lambda done, total: progress.step(name, done, total)

@@ -1,0 +1,207 @@
+"""A run's status as text that fits in 80 columns."""
+
+import time
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from agq.pipeline.status.run_status import (
+    Failure,
+    QueueStatus,
+    RunStatus,
+    StageStatus,
+    WorkerStatus,
+)
+
+_STYLES = {
+    "new": "dim",
+    "waiting": "dim",
+    "running": "cyan",
+    "stopped": "yellow",
+    "silent": "yellow",
+    "failed": "red",
+    "done": "green",
+    "ended": "dim",
+}
+_MAX_ROWS = 12
+_MAX_ERRORS = 5
+_BAR = 14
+
+
+def render(status: RunStatus) -> RenderableType:
+    """Draw a status.
+
+    Parameters
+    ----------
+    status : RunStatus
+        What to draw.
+
+    Returns
+    -------
+    RenderableType
+        For `rich.console.Console.print` or `rich.live.Live`.
+    """
+    parts: list[RenderableType] = [_header(status)]
+    if status.queue is not None:
+        parts.append(_queue(status.queue))
+    if status.stages:
+        parts.append(_stages(status.stages))
+    for stage in status.stages:
+        parts += _details(stage)
+    for stage in status.stages:
+        if any(worker.state != "ended" for worker in stage.workers):
+            parts.append(_workers(stage, status.updated))
+    return Group(*parts)
+
+
+def _header(status: RunStatus) -> Text:
+    age = max(0.0, time.time() - status.updated)
+    text = Text.assemble(
+        ("run ", "dim"),
+        (status.name, "bold"),
+        "  ",
+        (status.state, _STYLES[status.state]),
+        (f"  ({status.source}, {duration(age)} ago)" if age > 2 else f"  ({status.source})", "dim"),
+    )
+    text.append(f"\n{status.run_dir}", "dim")
+    if status.note:
+        text.append(f"\n{status.note}", "yellow")
+    return text
+
+
+def _queue(queue: Iterable[QueueStatus]) -> Text:
+    words = [
+        f"{q.count} {q.role} {q.state.lower()}" + (f" ({q.reason})" if q.reason else "")
+        for q in queue
+    ]
+    return _line("queue", ", ".join(words) or "no jobs")
+
+
+def _stages(stages: Iterable[StageStatus]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("", width=_BAR)
+    table.add_column("blocks", justify="right", no_wrap=True)
+    table.add_column("failed", justify="right", no_wrap=True)
+    table.add_column("left", justify="right", no_wrap=True)
+    for stage in stages:
+        done, total = stage.ended_blocks, stage.blocks_total
+        # A stage without a journal of its own says only whether it is over.
+        own = bool(done or stage.failed or stage.running)
+        if not own and stage.state == "done":
+            done = total or 1
+        table.add_row(
+            Text(stage.name),
+            Text(stage.state, _STYLES[stage.state]),
+            ProgressBar(total=max(total or done, 1), completed=done, width=_BAR),
+            Text(f"{done}/{'?' if total is None else total}" if own else ""),
+            Text(str(stage.failed), "red") if stage.failed else Text(""),
+            Text("" if stage.eta_s is None else duration(stage.eta_s)),
+        )
+    return table
+
+
+def _details(stage: StageStatus) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    facts = []
+    if stage.blocks_per_s_now is not None and stage.voxels_per_s_now is not None:
+        facts.append(f"now {_rate(stage.blocks_per_s_now, stage.voxels_per_s_now)}")
+    if stage.blocks_per_s and stage.voxels_per_s is not None:
+        facts.append(f"average {_rate(stage.blocks_per_s, stage.voxels_per_s)}")
+    if stage.running:
+        facts.append(f"{stage.running} running")
+    if stage.skipped:
+        facts.append(f"{stage.skipped} skipped")
+    if facts:
+        lines.append(_line(stage.name, ", ".join(facts)))
+    if stage.duplicates:
+        lines.append(_line(stage.name, f"{stage.duplicates} blocks done by two processes", "dim"))
+    if stage.conflicts:
+        text = f"{stage.conflicts} blocks done twice with DIFFERENT results: please report"
+        lines.append(_line(stage.name, text, "bold red"))
+    if stage.error and stage.state != "done":
+        lines.append(_line(stage.name, stage.error, "yellow"))
+    return lines + _failures(stage)
+
+
+def _failures(stage: StageStatus) -> list[RenderableType]:
+    """Failures by error, each with an example: a bad node gives a thousand of one kind."""
+    lines: list[RenderableType] = []
+    shown = stage.errors[:_MAX_ERRORS]
+    for group in shown:
+        lines.append(_line(f"{group.count} failed", group.summary, "red"))
+        lines.append(Padding(Text(_where(group.example), "dim"), (0, 0, 0, 4)))
+        if group.log:
+            lines.append(Padding(Text(f"log {group.log}", "dim"), (0, 0, 0, 4)))
+    hidden = stage.failed - sum(group.count for group in shown)
+    if hidden > 0:
+        lines.append(_line(f"{hidden} failed", "with other errors", "red"))
+    return lines
+
+
+def _where(failure: Failure) -> str:
+    text = f"e.g. block {failure.block}, attempt {failure.attempt}"
+    if failure.offset is not None and failure.shape is not None:
+        text += f", ROI {_triple(failure.offset)} + {_triple(failure.shape)}"
+    return text + (f", worker {failure.worker}" if failure.worker else "")
+
+
+def _workers(stage: StageStatus, now: float) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    table.add_column(f"{stage.name} worker", max_width=18, no_wrap=True)
+    table.add_column("host", max_width=16, no_wrap=True)
+    table.add_column("device", max_width=8, no_wrap=True)
+    table.add_column("done", justify="right", no_wrap=True)
+    table.add_column("failed", justify="right", no_wrap=True)
+    table.add_column("block", justify="right", no_wrap=True)
+    table.add_column("heard", justify="right", no_wrap=True)
+    alive = [worker for worker in stage.workers if worker.state != "ended"]
+    # The silent ones are what somebody looks for.
+    shown = sorted(alive, key=lambda w: w.state != "silent")[:_MAX_ROWS]
+    for worker in shown:
+        table.add_row(*_worker_row(worker, now), style=_STYLES[worker.state])
+    if len(alive) > len(shown):
+        table.add_row(f"... {len(alive) - len(shown)} more", style="dim")
+    return table
+
+
+def _worker_row(worker: WorkerStatus, now: float) -> tuple[Text, ...]:
+    current = str(worker.current[0]) if worker.current else ""
+    return (
+        Text(worker.name),
+        Text(worker.host),
+        Text(worker.device),
+        Text(str(worker.done)),
+        Text(str(worker.failed) if worker.failed else ""),
+        Text(current),
+        Text(duration(max(0.0, now - worker.last)) + " ago" + (", slow" if worker.slow else "")),
+    )
+
+
+def _line(head: str, text: str, style: str = "") -> Text:
+    return Text.assemble((f"{head}: ", "dim"), (text, style))
+
+
+def _rate(blocks: float, voxels: float) -> str:
+    return f"{blocks:.3g} blocks/s {voxels / 1e6:.3g} Mvoxel/s"
+
+
+def _triple(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{v:g}" for v in values) + ")"
+
+
+def duration(seconds: float) -> str:
+    """Write a time span in at most two units: ``9s``, ``3m 20s``, ``5h 02m``, ``3d 07h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"

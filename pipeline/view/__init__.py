@@ -1,0 +1,1 @@
+"""Pictures of a run: neuroglancer, png, html."""

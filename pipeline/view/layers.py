@@ -1,0 +1,217 @@
+"""The layers of a viewer: volumes that are read only where somebody looks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from funlib.geometry import Coordinate
+
+from agq.blockwise.volumes.create import Volume, open_array, open_volume
+from agq.errors import InputError
+from agq.pipeline.config.schema import Config
+from agq.pipeline.run.folder import RunFolder
+
+_MAX_LEVELS = 20
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the viewer.
+
+    Attributes
+    ----------
+    name
+        Shown in the browser.
+    kind
+        How it is drawn.
+    data
+        Anything with ``shape``, ``dtype`` and slices: (z, y, x), affinities (3, z, y, x).
+    voxel_size, offset
+        World units, (z, y, x).
+    unit
+        The world unit.
+    visible
+        Whether it is switched on at first.
+    """
+
+    name: str
+    kind: Literal["image", "segmentation", "affinities"]
+    data: Any
+    voxel_size: Coordinate
+    offset: Coordinate
+    unit: str = "nm"
+    visible: bool = True
+
+
+class LazyVolume:
+    """Gives a `Volume` the look of an array, for neuroglancer: slices are read when asked for.
+
+    Parameters
+    ----------
+    volume
+        The volume.
+    unsigned
+        Show signed and boolean labels as unsigned ones, which is what the browser can draw.
+    coarser
+        The same volume at lower resolutions, read instead where the browser is zoomed out.
+    """
+
+    def __init__(
+        self, volume: Volume, *, unsigned: bool = False, coarser: Sequence[Volume] = ()
+    ) -> None:
+        self.volume = volume
+        self.coarser = [
+            (factor, LazyVolume(level, unsigned=unsigned))
+            for level in coarser
+            if (factor := _factor(volume, level)) is not None
+        ]
+        self.shape = volume.shape
+        self.ndim = 3
+        self.dtype = volume.dtype
+        if unsigned and volume.dtype.kind != "u":
+            self.dtype = np.dtype(f"u{volume.dtype.itemsize}")
+
+    def __getitem__(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        bounds = [part.indices(size) for part, size in zip(selection, self.shape, strict=True)]
+        data = self.volume.read([b[0] for b in bounds], [b[1] for b in bounds])
+        return data.astype(self.dtype, copy=False)
+
+    def level_for(
+        self, wanted: npt.NDArray[np.int64]
+    ) -> "tuple[npt.NDArray[np.int64], LazyVolume] | None":
+        """Return the coarsest level that a downsampling factor is a multiple of, and its factor."""
+        fitting = [(f, v) for f, v in self.coarser if not (wanted % f).any()]
+        return max(fitting, key=lambda pair: int(np.prod(pair[0])), default=None)
+
+    def transpose(self) -> npt.NDArray[Any]:
+        """Return the whole volume in (x, y, z), for meshes of small volumes."""
+        return self[:, :, :].transpose()
+
+
+def _factor(volume: Volume, level: Volume) -> npt.NDArray[np.int64] | None:
+    """Whole factor between two resolutions of a volume; None where they do not fit together."""
+    factor = np.array([a // b for a, b in zip(level.voxel_size, volume.voxel_size, strict=True)])
+    shape = tuple(-(-n // int(f)) for n, f in zip(volume.shape, factor, strict=True) if f)
+    exact = tuple(volume.voxel_size * Coordinate(factor.tolist())) == tuple(level.voxel_size)
+    same_place = tuple(level.offset) == tuple(volume.offset) and shape == tuple(level.shape)
+    return factor if exact and same_place and np.prod(factor) > 1 else None
+
+
+def volume_levels(open_level: Callable[[int], Volume]) -> list[Volume]:
+    """Open the lower resolutions of a volume, as many as there are.
+
+    Parameters
+    ----------
+    open_level
+        Opens level 1, 2, ...; raises `InputError` where there is no such level.
+    """
+    levels: list[Volume] = []
+    for level in range(1, _MAX_LEVELS):
+        try:
+            levels.append(open_level(level))
+        except InputError:
+            break
+    return levels
+
+
+def volume_layer(
+    name: str,
+    volume: Volume,
+    kind: Literal["image", "segmentation"],
+    *,
+    visible: bool = True,
+    coarser: Sequence[Volume] = (),
+) -> Layer:
+    """Make a layer of a volume.
+
+    Parameters
+    ----------
+    name, kind, visible
+        As in `Layer`.
+    volume
+        The volume; it is read only where the browser looks.
+    coarser
+        Its lower resolutions.
+    """
+    data = LazyVolume(volume, unsigned=kind == "segmentation", coarser=coarser)
+    return Layer(name, kind, data, volume.voxel_size, volume.offset, volume.unit, visible)
+
+
+def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
+    """Return the layers of what a run has written so far.
+
+    Parameters
+    ----------
+    container
+        The run's zarr container.
+    unit
+        World unit of the run.
+
+    Returns
+    -------
+    list of Layer
+        Affinities, fragments, segmentation: those that exist.
+    """
+    layers: list[Layer] = []
+    if (container / "affinities" / "zarr.json").is_file():
+        array = open_array(container, "affinities", "r")
+        attributes: dict[str, Any] = dict(array.attrs)
+        layers.append(
+            Layer(
+                "affinities",
+                "affinities",
+                array,
+                Coordinate(attributes["voxel_size"]),
+                Coordinate(attributes["offset"]),
+                unit,
+                visible=False,
+            )
+        )
+    finished = (container / "segmentation" / "s0" / "zarr.json").is_file()
+    for name, dataset in (("fragments", "fragments"), ("segmentation", "segmentation/s0")):
+        if (container / dataset / "zarr.json").is_file():
+            volume = open_volume(container, dataset, kind="labels", unit=unit)
+            shown = name == "segmentation" or not finished
+            coarser: list[Volume] = []
+            if name == "segmentation":
+                coarser = volume_levels(
+                    lambda k: open_volume(container, f"segmentation/s{k}", kind="labels", unit=unit)
+                )
+            layers.append(
+                volume_layer(name, volume, "segmentation", visible=shown, coarser=coarser)
+            )
+    return layers
+
+
+def config_layers(config: Config) -> list[Layer]:
+    """Return the layers of a run: its input, what it has written so far, and the ground truth.
+
+    Parameters
+    ----------
+    config
+        Configuration of the run.
+    """
+    from agq.pipeline.data.importer import is_importable
+    from agq.pipeline.run.prepare import open_section
+
+    run = RunFolder(Path(config.run_dir))
+    section = config.input.raw
+    raw = open_section(section, run, "raw", "input.raw")
+
+    def open_level(level: int) -> Volume:
+        # The voxel size that a configuration gives is that of its own level.
+        finer = {"level": (section.level or 0) + level, "voxel_size": None, "offset": None}
+        return open_section(section.model_copy(update=finer), run, "raw", "input.raw")
+
+    coarser = [] if is_importable(section.path) else volume_levels(open_level)
+    layers = [
+        volume_layer("raw", raw, "image", coarser=coarser),
+        *run_layers(run.container, raw.unit),
+    ]
+    if config.evaluate is not None:
+        truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
+        layers.append(volume_layer("truth", truth, "segmentation", visible=False))
+    return layers

@@ -1,0 +1,148 @@
+"""Boxes and points over the volumes of a viewer: block borders, failed blocks, worst errors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.reader import Journal
+from agq.errors import InputError
+from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.status.failures import failure_of_record
+
+NANOMETRES: Final = {"nm": 1.0, "angstrom": 0.1, "pm": 0.001}
+"""Length of a world unit."""
+
+MAX_BOXES: Final = 2000
+"""Block borders are drawn for the blocks nearest to the start position: the state of a viewer
+travels to the browser as a whole."""
+
+MAX_POINTS: Final = 1000
+
+
+@dataclass(frozen=True)
+class Marks:
+    """One layer of boxes or points.
+
+    Attributes
+    ----------
+    name
+        Shown in the browser.
+    colour
+        CSS colour.
+    voxel_size
+        Nanometres per unit of the coordinates, (z, y, x).
+    items
+        (description, corners): one corner (a point) or two (a box), in voxels of the world,
+        (z, y, x).
+    visible
+        Whether the layer is switched on at first.
+    """
+
+    name: str
+    colour: str
+    voxel_size: tuple[float, ...]
+    items: tuple[tuple[str, tuple[tuple[float, ...], ...]], ...]
+    visible: bool = True
+
+
+def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> list[Marks]:
+    """Return what can be marked of a run.
+
+    Parameters
+    ----------
+    run
+        Run folder; without a run there is nothing to mark.
+    unit
+        World unit of the run.
+    at
+        Voxel (z, y, x) that the viewer starts at; default the middle of the volume.
+
+    Returns
+    -------
+    list of Marks
+        ``blocks``, and ``failed blocks``, ``mergers`` and ``splits`` where there are any.
+    """
+    try:
+        record = run.record()
+        grid = BlockGrid.from_dict(record["identity"]["grid"])
+    except (InputError, KeyError):
+        return []
+    size = tuple(float(v) * NANOMETRES[unit] for v in grid.voxel_size)
+    marks = [_blocks(grid, size, at), _failed(run, grid, size)]
+    report = record["stages"].get("evaluate", {}).get("report") or {}
+    for name, colour in (("mergers", "#ff4d4d"), ("splits", "#ffd24d")):
+        items = []
+        for error in report.get(f"worst_{name}", ()):
+            for part in error["largest"]:
+                text = f"{name[:-1]} {error['label']} ({error['bits']:.4f} bits): {part['label']}"
+                corner = [w / v + 0.5 for w, v in zip(part["at"], grid.voxel_size, strict=True)]
+                items.append((text, (tuple(corner),)))
+        marks.append(Marks(name, colour, size, tuple(items[:MAX_POINTS])))
+    return [layer for layer in marks if layer.items]
+
+
+def annotation_layer(neuroglancer: Any, marks: Marks) -> Any:
+    """Make the neuroglancer layer of some marks."""
+    dimensions = neuroglancer.CoordinateSpace(
+        names=["z", "y", "x"], units=["nm"] * 3, scales=marks.voxel_size
+    )
+    annotations = []
+    for k, (text, corners) in enumerate(marks.items):
+        if len(corners) == 1:
+            made = neuroglancer.PointAnnotation(id=str(k), point=corners[0], description=text)
+        else:
+            made = neuroglancer.AxisAlignedBoundingBoxAnnotation(
+                id=str(k), point_a=corners[0], point_b=corners[1], description=text
+            )
+        annotations.append(made)
+    return neuroglancer.LocalAnnotationLayer(
+        dimensions=dimensions, annotations=annotations, annotation_color=marks.colour
+    )
+
+
+def _blocks(grid: BlockGrid, size: tuple[float, ...], at: Sequence[int] | None) -> Marks:
+    """Write boxes of the blocks around a voxel."""
+    middle = [n // 2 for n in grid.volume_shape] if at is None else list(at)
+    home = np.array([m // w for m, w in zip(middle, grid.write_shape, strict=True)])
+    # Widen a window of blocks around the home block until it would hold too many.
+    reach = 0
+    low = high = home
+    while True:
+        wider_low = np.maximum(home - reach, 0)
+        wider_high = np.minimum(home + reach + 1, grid.shape)
+        if np.prod(wider_high - wider_low) > MAX_BOXES:
+            break
+        low, high = wider_low, wider_high
+        if (low == 0).all() and (high == np.array(grid.shape)).all():
+            break
+        reach += 1
+    items = []
+    for index in np.ndindex(*(high - low).tolist()):
+        number = grid.number([int(a + b) for a, b in zip(low, index, strict=True)])
+        items.append((f"block {number}", _corners(grid, number)))
+    everything = len(items) == grid.n_blocks
+    name = "blocks" if everything else f"blocks (nearest {len(items)})"
+    return Marks(name, "#8fd3ff", size, tuple(items), visible=False)
+
+
+def _failed(run: RunFolder, grid: BlockGrid, size: tuple[float, ...]) -> Marks:
+    items = []
+    for record in Journal(run.journal("predict")).failed()[:MAX_POINTS]:
+        if record.block >= grid.n_blocks:
+            continue
+        low, high = _corners(grid, record.block)
+        middle = tuple((a + b) / 2 for a, b in zip(low, high, strict=True))
+        text = f"block {record.block}: {failure_of_record(record).summary}"
+        items.append((text, (middle,)))
+    return Marks("failed blocks", "#ff00ff", size, tuple(items))
+
+
+def _corners(grid: BlockGrid, number: int) -> tuple[tuple[float, ...], ...]:
+    place = [o / v for o, v in zip(grid.offset, grid.voxel_size, strict=True)]
+    return tuple(
+        tuple(p + c for p, c in zip(place, corner, strict=True))
+        for corner in grid.write_box(number)
+    )

@@ -1,0 +1,282 @@
+"""A picture of a result: raw, segments over raw and ground truth, in the plane and across sections.
+
+Reads one plane (z) and one cross-section (y) of each volume, no more than a few million voxels of
+a volume of any size, and places volumes of different offset by their world units.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from funlib.geometry import Coordinate, Roi
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.volumes.create import Volume
+from agq.errors import InputError
+
+MAX_IN_PLANE = 1024
+"""Voxels shown along y and x at most, around the place asked for."""
+MAX_SECTIONS = 256
+_PANEL_INCHES, _DPI = 4.4, 160
+_OPACITY = 0.5
+_UNITS_PER_MICROMETRE = {"nm": 1e3, "angstrom": 1e4, "pm": 1e6}
+
+
+def colours(ids: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return a colour per id that is the same in every picture.
+
+    Parameters
+    ----------
+    ids
+        Integers of any shape.
+
+    Returns
+    -------
+    rgb
+        Float64 in [0, 1], shape (..., 3): hue, saturation and brightness from a hash of the id
+        (the finalizer of splitmix64).
+    """
+    h = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    h ^= h >> np.uint64(31)
+    parts = [((h >> np.uint64(shift)) & np.uint64(0xFFFF)) / 65535.0 for shift in (0, 16, 32)]
+    return hsv_to_rgb(np.stack([parts[0], 0.55 + 0.45 * parts[1], 0.75 + 0.25 * parts[2]], -1))
+
+
+def snapshot(
+    out_png: Path,
+    raw: Volume,
+    segmentation: Volume | None,
+    truth: Volume | None = None,
+    fragments: Volume | None = None,
+    *,
+    at: Sequence[int] | None = None,
+    most: int = MAX_IN_PLANE,
+) -> None:
+    """Draw raw, fragments, segmentation and truth side by side, over one another's place.
+
+    Parameters
+    ----------
+    out_png
+        File to write; its folder must exist.
+    raw
+        Grey values (z, y, x).
+    segmentation, truth, fragments
+        Labels (z, y, x) of the raw volume's voxel size; they may cover only a part of it. A truth
+        object and a segment that are each other's largest overlap get one colour.
+    at
+        Voxel (z, y, x) of the raw volume to show; by default the middle of the segmentation, or of
+        the fragments where there is no segmentation yet. A place that is given is marked.
+    most
+        Voxels shown along y and x at most.
+
+    Raises
+    ------
+    InputError
+        If voxel sizes differ, the place is outside the raw volume, or there are no labels.
+    """
+    labels = segmentation or fragments
+    if labels is None:
+        raise InputError("picture: there are no fragments and no segmentation to show yet")
+    panels = [("raw", raw), ("fragments", fragments), ("segmentation", segmentation)]
+    panels.append(("ground truth", truth))
+    shown = [(title, volume) for title, volume in panels if volume is not None]
+    for title, volume in shown:
+        if volume.voxel_size != raw.voxel_size or volume.unit != raw.unit:
+            raise InputError(
+                f"picture: the voxel size of the {title}, {tuple(volume.voxel_size)} "
+                f"{volume.unit}, is not that of the raw volume, {tuple(raw.voxel_size)} {raw.unit}"
+            )
+    planes = _planes(raw, labels, at, most)
+    figure = Figure(dpi=_DPI, facecolor="white")
+    width = _PANEL_INCHES * len(shown)
+    ratios = [plane.height / plane.width for plane in planes]
+    figure.set_size_inches(width, _PANEL_INCHES * sum(ratios) + 0.45)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(shown), squeeze=False, height_ratios=ratios)
+    top = 1 - 0.33 / figure.get_size_inches()[1]
+    figure.subplots_adjust(
+        left=0.004, right=0.996, bottom=0.008, top=top, wspace=0.015, hspace=0.03
+    )
+    images = [{title: plane.read(volume) for title, volume in shown} for plane in planes]
+    palette = _palettes(images)
+    for row, plane in enumerate(planes):
+        backdrop = _stretched(images[row]["raw"])
+        for axes, (title, _) in zip(grid[row], shown, strict=True):
+            image = backdrop
+            if title != "raw":
+                image = _overlay(backdrop, images[row][title], palette[title])
+            axes.imshow(image, extent=plane.extent, aspect="equal", interpolation="nearest")
+            axes.set_axis_off()
+            if at is not None:
+                _mark(axes, plane, raw.offset + (Coordinate(at) * 2 + 1) * raw.voxel_size / 2)
+            if row == 0:
+                axes.set_title(title, fontsize=11)
+        _scale_bar(grid[row][0], plane, raw.unit)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    write_atomic(out_png, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """A flat box of the world, one voxel thick on ``axis``."""
+
+    roi: Roi
+    voxel_size: Coordinate
+    axis: int
+    name: str
+
+    @property
+    def height(self) -> int:
+        return int(self.roi.shape[0 if self.axis == 1 else 1])
+
+    @property
+    def width(self) -> int:
+        return int(self.roi.shape[2])
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        return (0.0, self.width, self.height, 0.0)
+
+    def read(self, volume: Volume) -> npt.NDArray[Any]:
+        """Read the plane as a 2-D image; 0 where the volume does not reach."""
+        shape = tuple(int(n) for n in self.roi.shape / self.voxel_size)
+        image = np.zeros(shape, volume.dtype)
+        # Volumes off the raw volume's voxel grid are shown at the nearest voxel.
+        first = [
+            round((a - b) / v)
+            for a, b, v in zip(self.roi.begin, volume.offset, self.voxel_size, strict=True)
+        ]
+        low = [max(0, f) for f in first]
+        high = [min(n, f + s) for n, f, s in zip(volume.shape, first, shape, strict=True)]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            inside = tuple(slice(a - f, b - f) for a, b, f in zip(low, high, first, strict=True))
+            image[inside] = volume.read(low, high)
+        return image.take(0, self.axis)
+
+
+def _planes(
+    raw: Volume, segmentation: Volume, at: Sequence[int] | None, in_plane: int = MAX_IN_PLANE
+) -> list[_Plane]:
+    size = raw.voxel_size
+    common = raw.roi.intersect(segmentation.roi)
+    if common.empty:
+        raise InputError("picture: the segmentation does not overlap the raw volume")
+    if at is None:
+        middle = (common.center - raw.offset) / size
+    else:
+        middle = Coordinate(int(v) for v in at)
+        if any(not 0 <= m < n for m, n in zip(middle, raw.shape, strict=True)):
+            raise InputError(f"picture: voxel {tuple(at)} is outside the raw volume {raw.shape}")
+        if not common.contains(raw.offset + middle * size):
+            common = raw.roi
+    first = (common.begin - raw.offset) / size
+    stop = (common.end - raw.offset) / size
+    low, high = [], []
+    for m, a, b, most in zip(middle, first, stop, (MAX_SECTIONS, in_plane, in_plane), strict=True):
+        begin = int(max(a, min(m - most // 2, b - most)))
+        low.append(begin)
+        high.append(int(min(b, begin + most)))
+    planes = []
+    for axis, name in ((0, "xy"), (1, "xz")):
+        corner, end = list(low), list(high)
+        corner[axis], end[axis] = int(middle[axis]), int(middle[axis]) + 1
+        extent = Coordinate(end) - Coordinate(corner)
+        roi = Roi(raw.offset + Coordinate(corner) * size, extent * size)
+        planes.append(_Plane(roi, size, axis, name))
+    return planes
+
+
+def _stretched(grey: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Grey values between their 0.5 and 99.5 percentiles as RGB in [0, 1]."""
+    values = np.nan_to_num(grey.astype(np.float64))
+    low, high = np.percentile(values, (0.5, 99.5))
+    scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    return np.repeat(scaled[..., None], 3, axis=2)
+
+
+def _palettes(images: list[dict[str, npt.NDArray[Any]]]) -> dict[str, dict[int, Any]]:
+    """Colours of the ids of each panel in all planes."""
+    flat = {title: np.concatenate([i[title].ravel() for i in images]) for title in images[0]}
+    palette = {}
+    for title, labels in flat.items():
+        if title != "raw":
+            ids = np.unique(labels)
+            palette[title] = dict(zip((int(i) for i in ids), colours(ids), strict=True))
+    if "ground truth" in flat and "segmentation" in flat:
+        _match(flat["ground truth"], flat["segmentation"], palette)
+    return palette
+
+
+def _match(truth: Any, segmentation: Any, palette: dict[str, dict[int, Any]]) -> None:
+    """Give each truth object the colour of its segment if they are each other's largest."""
+    t, t_index = np.unique(truth, return_inverse=True)
+    s, s_index = np.unique(segmentation, return_inverse=True)
+    pair, count = np.unique(t_index * len(s) + s_index, return_counts=True)
+    rows, columns = pair // len(s), pair % len(s)
+    order = np.argsort(count, kind="stable")[::-1]
+    order = order[(t[rows[order]] != 0) & (s[columns[order]] != 0)]
+    taken_rows: set[int] = set()
+    taken_columns: set[int] = set()
+    for k in order:
+        row, column = int(rows[k]), int(columns[k])
+        if row not in taken_rows and column not in taken_columns:
+            own = palette["segmentation"][int(s[column])]
+            palette["ground truth"][int(t[row])] = own
+        taken_rows.add(row)
+        taken_columns.add(column)
+
+
+def _overlay(backdrop: Any, labels: npt.NDArray[Any], palette: dict[int, Any]) -> Any:
+    """Colours over grey, stronger along the borders of segments; nothing over label 0."""
+    ids, index = np.unique(labels, return_inverse=True)
+    colour = np.array([palette[int(i)] for i in ids])[index.reshape(labels.shape)]
+    border = np.zeros(labels.shape, bool)
+    for axis in (0, 1):
+        differs = np.diff(labels, axis=axis) != 0
+        ahead = [(0, 0), (0, 0)]
+        ahead[axis] = (1, 0)
+        behind = [(0, 0), (0, 0)]
+        behind[axis] = (0, 1)
+        border |= np.pad(differs, ahead) | np.pad(differs, behind)
+    opacity = np.where(border, 0.95, _OPACITY) * (labels != 0)
+    return backdrop * (1 - opacity[..., None]) + colour * opacity[..., None]
+
+
+def _mark(axes: Axes, plane: _Plane, place: Coordinate) -> None:
+    """Circle a world position."""
+    y, x = (place - plane.roi.begin)[0 if plane.axis == 1 else 1], (place - plane.roi.begin)[2]
+    axes.plot([x], [y], "o", ms=11, mfc="none", mec="black", mew=2.6)
+    axes.plot([x], [y], "o", ms=11, mfc="none", mec="white", mew=1.2)
+
+
+def _scale_bar(axes: Axes, plane: _Plane, unit: str) -> None:
+    """Draw a bar of a round length, about a fifth of the width, at the lower left."""
+    per_micrometre = _UNITS_PER_MICROMETRE[unit]
+    wanted = plane.width / 5 / per_micrometre
+    power = 10.0 ** np.floor(np.log10(wanted))
+    length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
+    text = f"{length:g} µm" if length >= 1 else f"{length * 1000:g} nm"
+    inch = plane.width / _PANEL_INCHES
+    x, y = 0.12 * inch, plane.height - 0.12 * inch
+    bar = Rectangle((x, y), length * per_micrometre, -0.05 * inch, facecolor="white")
+    bar.set_edgecolor("black")
+    bar.set_linewidth(0.6)
+    axes.add_patch(bar)
+    label = axes.text(
+        x, y - 0.09 * inch, f"{plane.name}  {text}", color="white", fontsize=8, va="bottom"
+    )
+    label.set_bbox({"facecolor": "black", "alpha": 0.45, "pad": 1.5, "linewidth": 0})

@@ -1,0 +1,211 @@
+"""The report of a run: one HTML file that needs no network, no server and no other file."""
+
+import base64
+import io
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.volumes.create import Volume
+from agq.errors import InputError
+from agq.pipeline.config.schema import Config
+from agq.pipeline.dashboard.blockmap import STATES
+from agq.pipeline.dashboard.run_view import RunView
+from agq.pipeline.status.text import duration
+from agq.pipeline.view.picture import MAX_IN_PLANE, snapshot
+
+_COLOURS: Final = ("#eceff2", "#b6a7d8", "#3b7dd8", "#cfd5dc", "#f0a500", "#d1264f")
+_BLUE: Final = "#3b7dd8"
+_MAX_LAYERS: Final = 12
+_MAX_SPOTS: Final = 3
+_SPOT_VOXELS: Final = 256
+_SCORES: Final = (
+    *("voi_split", "voi_merge", "voi_sum", "adapted_rand_error"),
+    *("rand_precision", "rand_recall"),
+)
+
+
+def write_report(config: Config, out_html: Path) -> None:
+    """Write the report of a run, finished or not.
+
+    Parameters
+    ----------
+    config
+        Configuration of the run; its folder must be on this machine.
+    out_html
+        File to write; its folder must exist.
+
+    Raises
+    ------
+    InputError
+        If there is no run in the folder.
+    """
+    view = RunView(Path(config.run_dir))
+    run = view.overview(patience_s=None)
+    now = run["now"]
+    for stage in run["stages"]:
+        begun = stage["started"]
+        stage["time"] = duration((stage["finished"] or now) - begun) if begun else ""
+    evaluation = run["results"].get("evaluate", {})
+    figures = [("Block map", _block_map(view, run))] if run["blocks"] else []
+    figures += _plots(view.rows, run["history"])
+    figures += _pictures(config, evaluation)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template("report.html").render(
+        run=run,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        figures=figures,
+        scores=list(evaluation.get("scores", {}).values()),
+        score_names=_SCORES,
+        worst=[(k, evaluation.get(f"worst_{k}", [])) for k in ("mergers", "splits")],
+        reports=[(n, _rows(r)) for n, r in run["results"].items() if n != "evaluate"],
+        largest=run["results"].get("stitch", {}).get("largest", []),
+    )
+    write_atomic(out_html, html.encode())
+
+
+def write_snapshot(
+    config: Config, out_png: Path, at: Sequence[int] | None = None, most: int = MAX_IN_PLANE
+) -> None:
+    """Draw raw, fragments, segmentation and truth of a run side by side.
+
+    Parameters
+    ----------
+    config
+        Configuration of the run.
+    out_png
+        File to write; its folder must exist.
+    at
+        Voxel (z, y, x) to show and mark; the middle by default.
+    most
+        Voxels shown along y and x at most.
+
+    Raises
+    ------
+    InputError
+        If an input cannot be opened, nothing has been computed yet, or the place is outside.
+    """
+    volumes = _volumes(config)
+    snapshot(
+        out_png,
+        volumes["raw"],
+        volumes.get("segmentation"),
+        truth=volumes.get("truth"),
+        fragments=volumes.get("fragments"),
+        at=at,
+        most=most,
+    )
+
+
+def _volumes(config: Config) -> dict[str, Volume]:
+    from agq.pipeline.view.layers import LazyVolume, config_layers
+
+    layers = config_layers(config)
+    return {layer.name: layer.data.volume for layer in layers if isinstance(layer.data, LazyVolume)}
+
+
+def _pictures(config: Config, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """Snapshots of the middle and of the worst mergers; none where the raw data are away."""
+    try:
+        raw = _volumes(config)["raw"]
+    except InputError:
+        return []
+    spots: list[tuple[str, list[int] | None]] = [("Snapshot", None)]
+    for item in evaluation.get("worst_mergers", [])[:_MAX_SPOTS]:
+        place = [
+            int((w - o) // v)
+            for w, o, v in zip(item["largest"][0]["at"], raw.offset, raw.voxel_size, strict=True)
+        ]
+        spots.append((f"Merger of segment {item['label']}, voxel {place}", place))
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for title, at in spots:
+            file = Path(folder) / "picture.png"
+            try:
+                write_snapshot(config, file, at, MAX_IN_PLANE if at is None else _SPOT_VOXELS)
+            except InputError:
+                continue
+            found.append((title, base64.b64encode(file.read_bytes()).decode()))
+    return found
+
+
+def _block_map(view: RunView, run: dict[str, Any]) -> str:
+    """Draw up to `_MAX_LAYERS` layers along z, evenly chosen, coloured by state."""
+    layers = np.unique(np.linspace(0, run["blocks"][0] - 1, _MAX_LAYERS).round().astype(int))
+    columns = min(len(layers), 4)
+    rows = -(-len(layers) // columns)
+    ratio = run["blocks"][1] / run["blocks"][2]
+    figure = _figure(11, max(1.4, min(2.6 * ratio, 4.0)) * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in axes:
+        panel.set_axis_off()
+    for panel, index in zip(axes, layers, strict=False):
+        cells = view.image("state", 0, int(index)).cells
+        panel.imshow(cells, cmap=ListedColormap(_COLOURS), vmin=0, vmax=5, interpolation="nearest")
+        panel.set_title(f"z layer {index + 1} of {run['blocks'][0]}", fontsize=9)
+    keys = [
+        Patch(color=colour, label=f"{name} {count:,}")
+        for name, colour, count in zip(STATES, _COLOURS, run["states"], strict=True)
+        if count
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _plots(rows: npt.NDArray[Any], history: dict[str, Any]) -> list[tuple[str, str]]:
+    done = rows[rows["rank"] == 3]
+    if not done.size:
+        return []
+    figure = _figure(11, 2.4)
+    axes = figure.subplots()
+    minutes = (np.arange(len(history["blocks_per_s"])) + 0.5) * history["seconds"] / 60
+    width = history["seconds"] / 60
+    axes.bar(minutes, history["blocks_per_s"], width=width, color=_BLUE)
+    axes.set(xlabel="minutes since the stage was started", ylabel="blocks/s")
+    speed = _png(figure)
+    figure = _figure(11, 2.4)
+    panels = (
+        ("labels per block", done["labels"]),
+        ("dropped queries per block", done["dropped"]),
+        ("seconds per block", done["finished"] - done["started"]),
+    )
+    for axes, (title, values) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.hist(values, bins=40, color=_BLUE)
+        axes.set(xlabel=title, ylabel="blocks")
+    return [("Speed", speed), ("Blocks", _png(figure))]
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        for name, value in report.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]

@@ -1,0 +1,292 @@
+"""Look at a run in neuroglancer: raw, affinities, fragments, segmentation and ground truth.
+
+The viewer's server runs in this process, on the loopback interface only, and reads the voxels that
+the browser asks for when it asks: nothing is loaded as a whole, so a volume of any size opens at
+once, and so does a run that is still going on.
+"""
+
+import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from funlib.geometry import Coordinate
+
+from agq.errors import InputError
+from agq.pipeline.config.schema import Config
+from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.view.layers import Layer, LazyVolume, config_layers, run_layers, volume_layer
+from agq.pipeline.view.marks import NANOMETRES, Marks, annotation_layer, run_marks
+
+__all__ = [
+    "Layer",
+    "LazyVolume",
+    "build_viewer",
+    "config_layers",
+    "run_layers",
+    "run_viewer",
+    "view_run",
+    "volume_layer",
+]
+
+LOOPBACK = "127.0.0.1"
+
+MESH_VOXELS = 2**25
+"""Neuroglancer makes meshes from a whole volume in memory; larger volumes get none."""
+
+_READ_AT_ONCE = 64
+
+_AFFINITY_SHADER = """
+void main() {
+  emitRGB(vec3(toNormalized(getDataValue(0)),
+               toNormalized(getDataValue(1)),
+               toNormalized(getDataValue(2))));
+}
+"""
+
+
+def build_viewer(
+    layers: Sequence[Layer],
+    *,
+    port: int = 0,
+    at: Sequence[int] | None = None,
+    host: str = LOOPBACK,
+    marks: Sequence[Marks] = (),
+) -> Any:
+    """Start a neuroglancer viewer, on the loopback interface unless told otherwise.
+
+    Parameters
+    ----------
+    layers
+        What to show; the first one decides the coordinates and the start position.
+    port
+        TCP port; 0 takes any free one.
+    at
+        Voxel of the first layer to start at, (z, y, x); default its middle.
+    marks
+        Boxes and points over the volumes.
+    host
+        Interface to listen on. All viewers of a process share one server: the first decides host
+        and port. A viewer is only served while something refers to it.
+
+    Returns
+    -------
+    neuroglancer.Viewer
+        Serving in the background; ``str(viewer)`` is its address.
+
+    Raises
+    ------
+    InputError
+        If neuroglancer is not installed, the port is taken, or the position is outside.
+    """
+    neuroglancer = require_neuroglancer()
+    if not layers:
+        raise InputError("there is nothing to show yet")
+    _start_voxel(layers[0], at)
+    if not neuroglancer.server.is_server_running():
+        _require_port(host, port)
+        neuroglancer.set_server_bind_address(host, port)
+    viewer = neuroglancer.Viewer()
+    with viewer.txn() as state:
+        start_view(neuroglancer, state, layers[0], at)
+        for layer in layers:
+            state.layers.append(
+                name=layer.name, layer=_viewer_layer(neuroglancer, layer), visible=layer.visible
+            )
+        for layer_of_marks in marks:
+            state.layers.append(
+                name=layer_of_marks.name,
+                layer=annotation_layer(neuroglancer, layer_of_marks),
+                visible=layer_of_marks.visible,
+            )
+    return viewer
+
+
+def start_view(neuroglancer: Any, state: Any, first: Layer, at: Sequence[int] | None) -> None:
+    """Set coordinates, position, scale and layout of a state from its first layer."""
+    middle = _start_voxel(first, at)
+    offset, size = _nanometres(first, first.offset), _nanometres(first, first.voxel_size)
+    # Before anything that is counted in these units: the scale of the view is one of them.
+    # x and y first, so that the first panel shows sections as they were imaged.
+    state.dimensions = neuroglancer.CoordinateSpace(
+        names=["x", "y", "z"], units="nm", scales=size[::-1]
+    )
+    position = [o / s + a + 0.5 for o, s, a in zip(offset, size, middle, strict=True)]
+    state.position = position[::-1]
+    state.cross_section_scale = 1.0
+    # The whole volume fits into the 3-D panel.
+    extent = [n * s for n, s in zip(first.data.shape[-3:], size, strict=True)]
+    state.projection_scale = 1.5 * max(extent) / size[-1]
+    state.layout = "4panel"
+
+
+def _start_voxel(first: Layer, at: Sequence[int] | None) -> tuple[int, ...]:
+    shape = first.data.shape[-3:]
+    middle = tuple(n // 2 for n in shape) if at is None else tuple(at)
+    if any(not 0 <= a < n for a, n in zip(middle, shape, strict=True)):
+        raise InputError(f"--at {middle} is outside the volume of {tuple(shape)} voxels")
+    return middle
+
+
+def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) -> None:
+    """Show a run until it is interrupted; the address is printed.
+
+    Parameters
+    ----------
+    config
+        Configuration of the run; its ground truth is shown if there is one.
+    port, at
+        As for `build_viewer`.
+
+    Raises
+    ------
+    InputError
+        If an input cannot be opened, or as for `build_viewer`.
+    """
+    neuroglancer = require_neuroglancer()
+    viewer = run_viewer(config, port=port, at=at)
+    try:
+        typer.echo(f"{viewer}\nOpen this address in a browser on this machine; Ctrl-C ends.")
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        typer.echo("")
+    finally:
+        neuroglancer.stop()
+
+
+def run_viewer(
+    config: Config, *, port: int = 0, at: Sequence[int] | None = None, host: str = LOOPBACK
+) -> Any:
+    """Start a viewer of a run: its volumes, block borders, failed blocks and worst errors.
+
+    Parameters and errors are those of `build_viewer`.
+    """
+    layers = config_layers(config)
+    marks = run_marks(RunFolder(Path(config.run_dir)), layers[0].unit, at)
+    return build_viewer(layers, port=port, at=at, host=host, marks=marks)
+
+
+def require_neuroglancer() -> Any:
+    """Import neuroglancer.
+
+    Raises
+    ------
+    InputError
+        If it is not installed.
+    """
+    try:
+        import neuroglancer
+    except ImportError:
+        raise InputError(
+            "agq view needs neuroglancer; install it with: pip install 'agq-pipeline[view]'"
+        ) from None
+    return neuroglancer
+
+
+def _require_port(host: str, port: int) -> None:
+    """Find out by itself whether a port is free: the server leaves a thread behind if it is not."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port {port} cannot be used ({error}); try another") from error
+
+
+def _nanometres(layer: Layer, values: Coordinate) -> list[float]:
+    return [float(value) * NANOMETRES[layer.unit] for value in values]
+
+
+def layer_transform(neuroglancer: Any, layer: Layer, *, sized: bool = False) -> Any:
+    """Place the voxels of a layer; `sized`: say their size, which the source does not know."""
+    place = [float(o) / float(v) for o, v in zip(layer.offset, layer.voxel_size, strict=True)]
+    if layer.kind == "affinities":
+        place = [0.0, *place]
+    # The offset goes into a transform: the server's own voxel offset would be cut to whole voxels.
+    matrix = np.concatenate([np.eye(len(place)), np.array(place)[:, None]], axis=1)
+    dimensions = _dimensions(neuroglancer, layer)
+    return neuroglancer.CoordinateSpaceTransform(
+        output_dimensions=dimensions,
+        input_dimensions=dimensions if sized else None,
+        matrix=matrix,
+    )
+
+
+def drawn_layer(neuroglancer: Any, layer: Layer, source: Any) -> Any:
+    """Say how a layer is drawn."""
+    if layer.kind == "segmentation":
+        return neuroglancer.SegmentationLayer(source=source)
+    if layer.kind == "affinities":
+        return neuroglancer.ImageLayer(source=source, shader=_AFFINITY_SHADER, opacity=0.5)
+    return neuroglancer.ImageLayer(
+        source=source, shader_controls={"normalized": {"range": _contrast(layer.data)}}
+    )
+
+
+def _dimensions(neuroglancer: Any, layer: Layer) -> Any:
+    names, scales, units = ["z", "y", "x"], _nanometres(layer, layer.voxel_size), ["nm"] * 3
+    if layer.kind == "affinities":
+        names, scales, units = ["c^", *names], [1.0, *scales], ["", *units]
+    return neuroglancer.CoordinateSpace(names=names, units=units, scales=scales)
+
+
+def _viewer_layer(neuroglancer: Any, layer: Layer) -> Any:
+    volume = _local_volume(neuroglancer, layer, _dimensions(neuroglancer, layer))
+    source = neuroglancer.LayerDataSource(
+        url=volume, transform=layer_transform(neuroglancer, layer)
+    )
+    return drawn_layer(neuroglancer, layer, source)
+
+
+def _local_volume(neuroglancer: Any, layer: Layer, dimensions: Any) -> Any:
+    class Served(neuroglancer.LocalVolume):
+        """A volume whose meshes are refused, before anything is loaded, where it is large."""
+
+        def get_object_mesh(self, object_id: int) -> Any:
+            if np.prod(self.shape) > MESH_VOXELS:
+                raise neuroglancer.local_volume.MeshesNotSupportedForVolume
+            return super().get_object_mesh(object_id)
+
+        def get_encoded_subvolume(
+            self, data_format: str, start: Any, end: Any, scale_key: str
+        ) -> Any:
+            """Read a lower resolution where there is one, and shrink only what is left to do."""
+            wanted = np.array(scale_key.split(","), np.int64)
+            level = None
+            if isinstance(layer.data, LazyVolume) and wanted.size == 3 and (wanted > 0).all():
+                level = layer.data.level_for(wanted)
+            if level is None:
+                return super().get_encoded_subvolume(data_format, start, end, scale_key)
+            factor, coarse = level
+            volume = neuroglancer.LocalVolume(
+                coarse, dimensions=dimensions, volume_type=self.volume_type
+            )
+            rest = ",".join(str(n) for n in wanted // factor)
+            return volume.get_encoded_subvolume(data_format, start, end, rest)
+
+    volume_type = "segmentation" if layer.kind == "segmentation" else "image"
+    # The browser asks for factors up to this; each request reads a few million voxels at most.
+    levels = layer.data.coarser if isinstance(layer.data, LazyVolume) else []
+    coarsest = max((int(np.prod(factor)) for factor, _ in levels), default=1)
+    return Served(
+        layer.data,
+        dimensions=dimensions,
+        volume_type=volume_type,
+        max_downsampling=_READ_AT_ONCE * coarsest,
+    )
+
+
+def _contrast(data: Any) -> list[float]:
+    """Return the grey values that become black and white, from one piece in the middle."""
+    if data.dtype == np.uint8:
+        return [0, 255]
+    middle = [n // 2 for n in data.shape]
+    sample = data[
+        tuple(slice(max(0, m - r), m + r + 1) for m, r in zip(middle, (0, 128, 128), strict=True))
+    ]
+    low, high = (float(v) for v in np.nanpercentile(sample, (1, 99)))
+    return [low, high] if high > low else [low, low + 1]

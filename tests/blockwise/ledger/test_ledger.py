@@ -1,0 +1,493 @@
+import itertools
+import logging
+import random
+import shutil
+import signal
+import time
+import traceback
+from dataclasses import replace
+
+import pytest
+from pydantic import SecretStr, ValidationError
+from pymongo.errors import DuplicateKeyError, WriteError
+
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import (
+    RANK,
+    LedgerError,
+    LedgerSettings,
+    begin_update,
+    block_update,
+    connect,
+    mask_secrets,
+    worker_update,
+)
+from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.settings import URI_VARIABLE, Secrets, shown_uri
+from agq.errors import InputError
+from tests.helpers.ledgers import (
+    PASSWORD,
+    QUOTED,
+    WORKER,
+    in_journal,
+    in_ledger,
+    journal_slowly,
+    record,
+    settings_for,
+    wait_for,
+)
+from tests.helpers.services import (
+    MISSING,
+    SERVER,
+    MongoServer,
+    free_port,
+    running,
+)
+
+
+@pytest.fixture
+def ledger(mongo_uri):
+    ledger = connect(settings_for(mongo_uri, required=True, timeout_s=5))
+    ledger.prepare()
+    yield ledger
+    ledger.runs.database.client.drop_database(ledger.runs.database.name)
+    ledger.close()
+
+
+# Single writes
+
+
+def test_any_order_and_any_number_of_times(ledger):
+    events = [
+        begin_update("r", "predict", 1, 1, 1.0, "aa", WORKER),
+        block_update("r", "predict", record(1, "failed", finished=2.0, token="aa"), WORKER),
+        begin_update("r", "predict", 1, 2, 3.0, "bb", WORKER),
+        block_update("r", "predict", record(1, attempt=2, finished=4.0, token="bb"), WORKER),
+        block_update("r", "predict", record(1, attempt=2, finished=5.0, token="cc"), WORKER),
+        block_update("r", "predict", record(1, "failed", finished=9.0, token="dd"), WORKER),
+    ]
+    seen = []
+    orders = list(itertools.permutations(range(len(events))))
+    for order in random.Random(0).sample(orders, 25):
+        ledger.blocks.delete_many({})
+        for i in order:
+            assert ledger.write("blocks", [events[i], events[order[0]]]) == 0
+        seen += list(ledger.find_blocks("r", "predict"))
+    assert len(seen) == 25, "one document per block"
+    assert all(doc == seen[0] for doc in seen)
+    assert (seen[0]["state"], seen[0]["token"], seen[0]["error"]) == ("done", "cc", None)
+    # The failed attempts stay, whatever came after them.
+    assert sorted(seen[0]["attempts"]) == ["aa-1", "dd-1"]
+    assert seen[0]["attempts"]["aa-1"]["worker"] == WORKER.name
+
+
+def test_state_never_goes_back(ledger):
+    states = [s for s in RANK if s not in ("queued", "running")]
+    for first, second in itertools.product(states, states):
+        ledger.blocks.delete_many({})
+        ledger.write("blocks", [block_update("r", "s", record(0, first, finished=1.0))])
+        ledger.write("blocks", [block_update("r", "s", record(0, second, finished=2.0))])
+        ledger.write("blocks", [begin_update("r", "s", 0, 9, 99.0, "zz")])
+        (doc,) = ledger.find_blocks("r", "s")
+        assert doc["state"] == max(first, second, key=RANK.__getitem__)
+
+
+def test_text_with_dollars_and_surrogates_is_stored_as_it_is(ledger):
+    error = "$state ${x} $$ROOT \udcff \0 é"
+    bad = record(1, "failed", error=error, reason="$reason", sums={"a.b": "1"})
+    assert ledger.write("blocks", [block_update("r", "s", bad, replace(WORKER, name="$w"))]) == 0
+    (doc,) = ledger.find_blocks("r", "s")
+    assert doc["error"] == "$state ${x} $$ROOT ? \N{SYMBOL FOR NULL} é"
+    assert (doc["reason"], doc["worker"], doc["sums"]) == ("$reason", "$w", {"a_b": "1"})
+
+
+def test_block_is_unique_per_run_and_stage(ledger):
+    ledger.write("blocks", [block_update("r", "s", record(1), WORKER)])
+    (doc,) = ledger.find_blocks("r", "s")
+    with pytest.raises(DuplicateKeyError):
+        ledger.blocks.insert_one(doc | {"_id": "other"})
+
+
+def test_worker_keeps_the_newest_and_the_furthest(ledger):
+    ledger.write("workers", [worker_update("r", "s", "f", {"done": 5}, read=50, delivered=40)])
+    ledger.write("workers", [worker_update("r", "s", "f", {"done": 2}, read=20, delivered=20)])
+    ledger.write("workers", [worker_update("r", "s", "f", {"done": 7}, read=60, delivered=30)])
+    (doc,) = ledger.find_workers("r", "s")
+    assert (doc["done"], doc["delivered"]) == (7, 40)
+    assert ledger.delivered("r", "s") == {"f": 40}
+
+
+def test_totals_never_go_back(ledger):
+    ledger.set_run("r", {"state": "running"})
+    for size, done in [(10, 1), (30, 3), (20, 2), (30, 4)]:
+        ledger.set_totals("r", "predict", size, {"done": done})
+    assert ledger.find_run("r")["stages"]["predict"]["totals"] == {"done": 4, "bytes": 30}
+
+
+# The feeder
+
+
+def stage_totals(ledger, stage):
+    return ledger.find_run("r")["stages"][stage].get("totals", {})
+
+
+def test_feeder_delivers_everything(ledger, tmp_path):
+    run = {"host": "h", "config": {"ledger": {"uri": "mongodb://u:secret@h/"}, "a.b": 2**70}}
+    folders = {"predict": tmp_path / "predict", "relabel": tmp_path / "relabel"}
+    feeder = LedgerFeeder(ledger, "r", folders, run)
+    feeder.start()
+    with JournalWriter(folders["predict"], WORKER) as writer:
+        for block in range(300):
+            writer.begin(block)
+            writer.finish(record(block, "failed" if block % 50 == 7 else "done"))
+        writer.begin(300, 1)
+        feeder.update_stage("predict", state="running", blocks_total=400)
+        # The run is there before its stages are.
+        wait_for(lambda: "predict" in (ledger.find_run("r") or {}).get("stages", {}))
+        wait_for(lambda: stage_totals(ledger, "predict").get("done") == 294)
+        (worker,) = ledger.find_workers("r", "predict", running=True)
+        assert worker["current"] == [
+            {"block": 300, "attempt": 1, "begun": worker["current"][0]["begun"]}
+        ]
+        assert ledger.blocks.find_one({"block": 300})["state"] == "running"
+        for block in range(300, 400):
+            writer.finish(record(block, attempt=2))
+        writer.finish(record(7, attempt=2))
+    feeder.update_run(state="done")
+    report = feeder.stop(60)
+    assert report.complete, report
+    assert report.delivered == 1 + 300 * 2 + 1 + 101 + 1
+    assert in_ledger(ledger, "r") == in_journal(folders["predict"])
+    doc = ledger.find_run("r")
+    assert doc["state"] == "done"
+    assert doc["config"] == {"ledger": {"uri": "***"}, "a_b": str(2**70)}
+    stage = doc["stages"]["predict"]
+    assert (stage["state"], stage["blocks_total"]) == ("running", 400)
+    totals = stage["totals"]
+    assert (totals["done"], totals["failed"], totals["skipped"]) == (395, 5, 0)
+    assert totals["voxels"] == 3950
+    assert totals["running"] == 0
+    (worker,) = ledger.find_workers("r", "predict")
+    assert (worker["done"], worker["failed"], worker["exit"]) == (395, 6, "end")
+    assert worker["delivered"] == writer.path.stat().st_size
+
+
+def test_feeder_goes_on_where_the_last_one_stopped(ledger, tmp_path):
+    folders = {"predict": tmp_path}
+    writer = JournalWriter(tmp_path, WORKER)
+    writer.finish_many(record(b) for b in range(20))
+    first = LedgerFeeder(ledger, "r", folders)
+    first.start()
+    assert first.stop(60).delivered == 21
+    writer.finish_many(record(b) for b in range(20, 25))
+    second = LedgerFeeder(ledger, "r", folders)
+    second.start()
+    assert second.stop(60).delivered == 5
+    assert in_ledger(ledger, "r") == in_journal(tmp_path)
+    # A sync delivers all of it again, and heals what somebody deleted.
+    before = sorted(ledger.find_blocks("r", "predict"), key=lambda d: d["block"])
+    ledger.blocks.delete_many({"block": {"$lt": 10}})
+    sync = LedgerFeeder(ledger, "r", folders, full=True)
+    sync.start()
+    assert sync.stop(60).delivered == 26
+    assert sorted(ledger.find_blocks("r", "predict"), key=lambda d: d["block"]) == before
+
+
+@pytest.mark.parametrize("while_feeding", [True, False])
+def test_stage_that_is_started_over(ledger, tmp_path, while_feeding):
+    """A stitch with other settings drops the journal of the relabelling and begins again."""
+    folder = tmp_path / "relabel"
+    feeder = LedgerFeeder(ledger, "r", {"relabel": folder})
+    feeder.start()
+    with JournalWriter(folder, WORKER) as writer:
+        writer.finish_many(record(b) for b in range(20))
+    if while_feeding:
+        wait_for(lambda: len(in_ledger(ledger, "r", "relabel")) == 20)
+        wait_for(lambda: (ledger.find_run("r") or {}).get("stages"))
+    else:
+        assert feeder.stop(60).complete
+        feeder = LedgerFeeder(ledger, "r", {"relabel": folder})
+    shutil.rmtree(folder)
+    if not while_feeding:
+        feeder.start()
+    with JournalWriter(folder, WORKER) as writer:
+        writer.finish_many(record(b) for b in range(5))
+    wait_for(lambda: len(in_ledger(ledger, "r", "relabel")) == 5)
+    assert feeder.stop(60).complete
+    assert in_ledger(ledger, "r", "relabel") == in_journal(folder)
+    assert ledger.find_run("r")["stages"]["relabel"]["totals"]["done"] == 5
+    assert len(ledger.find_workers("r", "relabel")) == 1
+
+
+def test_two_runs_in_one_database(ledger, tmp_path):
+    feeders = []
+    for run in ("a", "b"):
+        with JournalWriter(tmp_path / run, replace(WORKER, name=run)) as writer:
+            writer.finish_many(record(b, labels=len(run)) for b in range(50 + (run == "b")))
+        feeders.append(LedgerFeeder(ledger, run, {"predict": tmp_path / run}, {"user": run}))
+    for feeder in feeders:
+        feeder.start()
+    assert all(feeder.stop(60).complete for feeder in feeders)
+    for run in ("a", "b"):
+        assert in_ledger(ledger, run) == in_journal(tmp_path / run)
+        assert ledger.find_run(run)["user"] == run
+    ledger.remove_run("a")
+    assert in_ledger(ledger, "a") == {}
+    assert ledger.find_run("a") is None
+    assert in_ledger(ledger, "b") == in_journal(tmp_path / "b")
+
+
+def test_same_job_twice_gives_one_record(ledger, tmp_path):
+    for time_ in (1.0, 2.0):
+        with JournalWriter(tmp_path, WORKER) as writer:
+            writer.finish_many(record(b, finished=time_) for b in range(10))
+    feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path})
+    feeder.start()
+    assert feeder.stop(60).complete
+    assert in_ledger(ledger, "r") == in_journal(tmp_path)
+    assert ledger.find_run("r")["stages"]["predict"]["totals"]["duplicates"] == 10
+
+
+def test_refused_documents_are_counted_and_do_not_stop_the_rest(ledger, tmp_path):
+    ledger.runs.database.command(
+        "collMod", "blocks", validator={"labels": {"$ne": 666}}, validationLevel="strict"
+    )
+    with JournalWriter(tmp_path, WORKER) as writer:
+        writer.finish_many(record(b, labels=666 if b == 3 else 1) for b in range(10))
+    feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path})
+    feeder.start()
+    report = feeder.stop(60)
+    assert (report.refused, report.undelivered, report.complete) == (1, 0, False)
+    assert sorted(in_ledger(ledger, "r")) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def test_validators_refuse_what_no_client_should_write(ledger):
+    ledger.blocks.drop()
+    ledger._prepared = False
+    ledger.prepare()
+    with pytest.raises(WriteError):
+        ledger.blocks.insert_one({"_id": "r/s/1", "run": "r", "state": "dnoe"})
+    assert ledger.write("blocks", [block_update("r", "s", record(1), WORKER)]) == 0
+    assert [d["state"] for d in ledger.find_blocks("r", "s")] == ["done"]
+
+
+def test_every_failed_attempt_of_one_batch_is_kept(ledger, tmp_path):
+    with JournalWriter(tmp_path, WORKER) as writer:
+        for attempt in (1, 2):
+            writer.begin(7, attempt)
+            writer.finish(record(7, "failed", attempt=attempt, finished=float(attempt)))
+        writer.begin(7, 3)
+        writer.finish(record(7, attempt=3, finished=3.0))
+    feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path})
+    feeder.start()
+    assert feeder.stop(60).complete
+    (doc,) = ledger.find_blocks("r", "predict")
+    assert (doc["state"], doc["attempt"]) == ("done", 3)
+    assert sorted(a["attempt"] for a in doc["attempts"].values()) == [1, 2]
+
+
+def test_old_runs_of_the_same_user_are_removed(ledger, tmp_path):
+    for run, user, age in (("old", "me", 10), ("new", "me", 1), ("other", "you", 10)):
+        ledger.set_run(run, {"user": user, "updated": time.time() - 86400 * age})
+        ledger.write("blocks", [block_update(run, "predict", record(1), WORKER)])
+    assert ledger.remove_old("me", 5) == 1
+    assert [r["_id"] for r in ledger.runs.find().sort("_id")] == ["new", "other"]
+    assert {b["run"] for b in ledger.blocks.find()} == {"new", "other"}
+
+
+def test_fields_too_large_are_left_out_and_hold_nothing_up(ledger, tmp_path):
+    with JournalWriter(tmp_path, WORKER) as writer:
+        writer.finish(record(1))
+    feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path}, {"user": "me"})
+    feeder.start()
+    wait_for(lambda: in_ledger(ledger, "r"))
+    feeder.update_stage("predict", report="x" * (17 << 20))
+    wait_for(lambda: feeder._refused == 1)
+    feeder.update_stage("predict", state="done")
+    report = feeder.stop(60)
+    assert (report.refused, report.undelivered, report.error) == (1, 0, None)
+    assert ledger.find_run("r")["stages"]["predict"]["state"] == "done"
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP", "SIGTERM"])
+def test_outage_in_the_middle(mongo_server, tmp_path, how, caplog, open_ledger):
+    ledger = open_ledger(settings_for(mongo_server.uri, required=True))
+    folder = tmp_path / "predict"
+    feeder = LedgerFeeder(ledger, "r", {"predict": folder}, {"user": "me"})
+    feeder.start()
+    thread, times = journal_slowly(folder, 400, 0.01)
+    wait_for(lambda: ledger.blocks.find_one({"state": "done"}) is not None)
+    with caplog.at_level(logging.WARNING):
+        if how == "SIGSTOP":
+            mongo_server.send(signal.SIGSTOP)
+            time.sleep(5)
+            mongo_server.send(signal.SIGCONT)
+        else:
+            mongo_server.stop(signal.Signals[how])
+            time.sleep(2)
+            assert thread.is_alive(), "blocks go on without the database"
+            mongo_server.start()
+    thread.join()
+    report = feeder.stop(60)
+    assert report.complete, report
+    assert caplog.text.count("trying again later") <= 3, "one line per outage, not one per try"
+    assert in_ledger(ledger, "r") == in_journal(folder)
+    assert len(in_ledger(ledger, "r")) == 400
+    assert ledger.find_run("r")["user"] == "me"
+    assert sorted(times)[200] < 0.5, "blocks do not wait for the database"
+
+
+def test_database_that_stays_away(tmp_path, caplog, open_ledger):
+    """Not required: a warning, blocks go on, stop is bounded and tells what is undelivered."""
+    uri = f"mongodb://me:{QUOTED}@127.0.0.1:{free_port()}/?authSource=admin"
+    with caplog.at_level(logging.DEBUG):
+        ledger = open_ledger(settings_for(uri))
+        feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path})
+        feeder.start()
+        with JournalWriter(tmp_path, WORKER) as writer:
+            writer.finish_many(record(b) for b in range(30))
+        start = time.monotonic()
+        report = feeder.stop(timeout=2)
+        assert time.monotonic() - start < 20
+    assert report.undelivered == 32
+    assert not report.complete
+    assert "refused" in report.error
+    assert "the run goes on" in caplog.text
+    for secret in (PASSWORD, QUOTED):
+        assert secret not in caplog.text + report.error
+
+
+def test_late_database_gets_everything(tmp_path, mongo_server, open_ledger):
+    mongo_server.stop()
+    ledger = open_ledger(settings_for(mongo_server.uri))
+    feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path}, {"user": "me"})
+    feeder.start()
+    with JournalWriter(tmp_path, WORKER) as writer:
+        writer.finish_many(record(b) for b in range(30))
+    feeder.update_run(state="done")
+    mongo_server.start()
+    assert feeder.stop(60).complete
+    assert in_ledger(ledger, "r") == in_journal(tmp_path)
+    assert ledger.find_run("r")["state"] == "done"
+
+
+# Reaching it, and the password
+
+
+def test_unreachable_and_required_is_one_line():
+    port = free_port()
+    uri = f"mongodb://me:{QUOTED}@127.0.0.1:{port}/?authSource=admin"
+    with pytest.raises(LedgerError) as caught:
+        connect(settings_for(uri, required=True))
+    text = str(caught.value)
+    assert isinstance(caught.value, InputError)
+    assert text.startswith(f"database mongodb://me:***@127.0.0.1:{port}: ")
+    assert "Connection refused" in text
+    assert "\n" not in text
+    trace = "".join(traceback.format_exception(caught.value))
+    assert QUOTED not in trace
+    assert PASSWORD not in trace
+
+
+def test_wrong_password(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    if not SERVER.exists():
+        pytest.skip(MISSING)
+    server = MongoServer(tmp_path / "mongo")
+    with running(server):
+        server.add_user("me", PASSWORD)
+    server.auth = True
+    with running(server):
+        good = f"mongodb://me:{QUOTED}@127.0.0.1:{server.port}/?authSource=admin"
+        ledger = connect(settings_for(good, required=True, timeout_s=5))
+        ledger.prepare()
+        ledger.close()
+        for wrong in (good.replace("w0rd", "WRONG1"), good.replace(f"me:{QUOTED}@", "")):
+            with pytest.raises(LedgerError, match=r"refused|may not do this") as caught:
+                connect(settings_for(wrong, required=True, timeout_s=5))
+            trace = "".join(traceback.format_exception(caught.value))
+            assert "WRONG1" not in trace
+            assert "\n" not in str(caught.value)
+    for secret in (PASSWORD, QUOTED, "WRONG1"):
+        assert secret not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("mongodb://u:pw@h:1/db?x=1", "mongodb://u:***@h:1"),
+        ("mongodb://h:1,h2:2/db", "mongodb://h:1,h2:2"),
+        ("mongodb://u@h/", "mongodb://u@h"),
+        ("mongodb://u:p@ss@h/", "mongodb://u:***@h"),
+        ("mongodb://u:p/ss@h/", "mongodb://u:***@h"),
+        ("mongodb+srv://u:pw@cluster.example.org", "mongodb+srv://u:***@cluster.example.org"),
+        ("postgres://u:pw@h", "***"),
+    ],
+)
+def test_shown_uri(uri, shown):
+    assert shown_uri(uri) == shown
+
+
+def test_hide_every_form_of_the_password():
+    secrets = Secrets(
+        f"mongodb://me:{QUOTED}@h:1/?tlsCertificateKeyFilePassword=key%20pw&replicaSet=rs"
+    )
+    text = f"1 {PASSWORD} 2 {QUOTED} 3 key pw 4 key%20pw 5\n6 p%40ss%2Fw0rd+%25%24x rs"
+    assert secrets.hide(text) == "1 *** 2 *** 3 *** 4 *** 5 6 *** rs"
+
+
+@pytest.mark.parametrize("uri", ["mongodb://u:p@ss:w@h/", "mongodb://u:s3cr3t@h:port/",
+                                 "mongodb://u:s3cr3t@h/?tls=maybe"])  # fmt: skip
+def test_malformed_uri_hides_the_password(uri):
+    with pytest.raises(LedgerError) as caught:
+        connect(settings_for(uri, required=True))
+    trace = "".join(traceback.format_exception(caught.value))
+    assert "s3cr3t" not in trace
+    assert "ss:w" not in trace
+
+
+def test_where_the_uri_comes_from(tmp_path, monkeypatch):
+    monkeypatch.delenv(URI_VARIABLE, raising=False)
+    assert connect(LedgerSettings()) is None
+    with pytest.raises(LedgerError, match="required"):
+        connect(LedgerSettings(required=True))
+    monkeypatch.setenv(URI_VARIABLE, "mongodb://env/")
+    assert LedgerSettings().resolve().get_secret_value() == "mongodb://env/"
+    path = tmp_path / "uri"
+    path.write_text("mongodb://file/\n")
+    assert LedgerSettings(uri_file=path).resolve().get_secret_value() == "mongodb://file/"
+    both = LedgerSettings(uri=SecretStr("mongodb://here/"), uri_file=path)
+    assert both.resolve().get_secret_value() == "mongodb://here/"
+    with pytest.raises(LedgerError, match="No such file"):
+        LedgerSettings(uri_file=tmp_path / "none").resolve()
+    path.write_text("hunter2 is the password")
+    with pytest.raises(LedgerError, match="not a MongoDB URI") as caught:
+        LedgerSettings(uri_file=path).resolve()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_settings_never_show_the_uri():
+    settings = LedgerSettings(uri=SecretStr("mongodb://u:hunter2@h/"))
+    assert "hunter2" not in repr(settings) + str(settings) + settings.model_dump_json()
+    with pytest.raises(ValidationError) as caught:
+        LedgerSettings(uri="mongodb://u:hunter2@h/", databse="x")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_mask_secrets():
+    masked = mask_secrets(
+        {
+            "ledger": {"uri": "mongodb://u:pw@h", "password": "pw", "database": "agq"},
+            "storage": {"aws_secret_access_key": "pw", "api_key": None},
+            "command": ["agq", "run", "--uri", "mongodb://u:pw@h/x", "s3://bucket/raw.zarr"],
+            "tokens": 5,
+            "$x.y": (1, 2.5, True, None),
+        }
+    )
+    assert masked == {
+        "ledger": {"uri": "***", "password": "***", "database": "agq"},
+        "storage": {"aws_secret_access_key": "***", "api_key": None},
+        "command": ["agq", "run", "--uri", "mongodb://u:***@h/x", "s3://bucket/raw.zarr"],
+        "tokens": 5,
+        "_x_y": [1, 2.5, True, None],
+    }

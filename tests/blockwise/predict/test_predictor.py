@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+
+from agq.blockwise.predict.predictor import load_predictor, place_device, resolve_factory
+from agq.errors import InputError
+from tests.helpers import fakes
+
+
+def test_a_factory_is_called_with_its_options():
+    predictor = load_predictor("tests.helpers.fakes:threshold", {"threshold": 9, "batch_size": 2})
+    assert (predictor.threshold, predictor.batch_size) == (9, 2)
+    (prediction,) = predictor.predict([np.full((2, 3, 4), 10, np.uint8)])
+    assert prediction.labels.tolist() == np.ones((2, 3, 4)).tolist()
+    assert resolve_factory("tests.helpers.fakes:threshold") is fakes.threshold
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("tests.helpers.fakes", "expected 'module:callable'"),
+        ("tests.helpers.fakes:a.b", "expected 'module:callable'"),
+        ("tests.helpers.fakes:absent", "tests.helpers.fakes has no callable 'absent'"),
+        ("tests.helpers.fakes:RAISE", "has no callable 'RAISE'"),
+        ("no_such_module:f", "cannot import no_such_module: ModuleNotFoundError"),
+        (
+            "tests.helpers.fakes:not_a_predictor",
+            r"made a object, which lacks predict\(\) or batch_size",
+        ),
+    ],
+)
+def test_bad_factories_are_named(factory, message):
+    with pytest.raises(InputError, match=message):
+        load_predictor(factory, {})
+
+
+def test_a_useless_batch_size_is_refused():
+    with pytest.raises(InputError, match="batch_size 0"):
+        load_predictor("tests.helpers.fakes:threshold", {"batch_size": 0})
+
+
+def test_errors_of_the_factory_itself_pass():
+    with pytest.raises(RuntimeError, match="no weights here"):
+        load_predictor("tests.helpers.fakes:broken", {})
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "index", "expected"),
+    [
+        ("cuda", 4, 6, "cuda:2"),
+        ("cuda", 1, 3, "cuda:0"),
+        ("auto", 2, 1, "cuda:1"),
+        ("auto", 0, 1, "auto"),
+        ("cuda", 0, 0, "cuda"),
+        ("cuda:3", 4, 0, "cuda:3"),
+        ("cpu", 4, 1, "cpu"),
+    ],
+)
+def test_workers_share_the_gpus(monkeypatch, device, gpus, index, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    options = {"device": device, "other": 1}
+    assert place_device(options, index) == {"device": expected, "other": 1}
+    assert options["device"] == device
+    assert place_device({}, index) == {}

@@ -1,0 +1,321 @@
+"""The hierarchy against the plain greedy reference: any superblocks, any order of tasks."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agq.blockwise.blocks.grid import LOCAL_BITS
+from agq.blockwise.stitch.evidence.contacts import ContactTable, merge_contacts
+from agq.blockwise.stitch.merge.graph import Graph, MergeTable, ScoreTable, contract
+from agq.blockwise.stitch.superblocks import Superblock, SuperblockTree, join
+from agq.errors import InputError
+from tests.helpers.agglomeration_reference import greedy, greedy_pooled
+
+SCORES = [-300, -20, -1, 0, 1, 20, 20, 20, 150]
+
+
+def score_table(rows) -> ScoreTable:
+    u, v, numerator, denominator = (
+        (list(column) for column in zip(*rows, strict=True)) if rows else ([],) * 4
+    )
+    return ScoreTable(
+        np.array(u, np.uint64),
+        np.array(v, np.uint64),
+        np.array(numerator, np.int64),
+        np.array(denominator, np.int64),
+    )
+
+
+def leaf_graphs(grid_shape, leaf_shape, nodes, rows):
+    """Cut a graph of fragments into leaves, as the stitch does from its contacts."""
+    tree = SuperblockTree(grid_shape, leaf_shape)
+
+    def leaf_of(node):
+        place = np.unravel_index(node >> LOCAL_BITS, grid_shape)
+        z, y, x = (int(p) // n for p, n in zip(place, leaf_shape, strict=True))
+        return Superblock(0, (z, y, x))
+
+    own = {leaf: ([], [], ([], [], []), ([], [], [])) for leaf in map(leaf_of, nodes)}
+    for node in nodes:
+        own[leaf_of(node)][0].append(node)
+    for row in rows:
+        lower, upper = leaf_of(row[0]), leaf_of(row[1])
+        if lower == upper:
+            own[lower][1].append(row)
+            continue
+        axis = next(d for d in range(3) if lower.index[d] != upper.index[d])
+        own[lower][2][axis].append(row)
+        own[upper][3][axis].append(row)
+    graphs = {}
+    for leaf, (members, inner, above, below) in own.items():
+        graphs[leaf] = Graph.of_fragments(
+            np.array(sorted(members), np.uint64),
+            score_table(inner),
+            [score_table(face) for face in above],
+            [score_table(face) for face in below],
+        )
+    return tree, graphs
+
+
+def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None):
+    """Agglomerate level by level; return node -> smallest of its cluster, and all merges."""
+    tree, entering = leaf_graphs(grid_shape, leaf_shape, nodes, rows)
+    merges: list[MergeTable] = []
+    levels = [{leaf: [] for leaf in entering}, *tree.levels(list(entering))]
+    residual: dict = {}
+    sizes = []
+    for level in levels:
+        order = list(level)
+        if shuffle is not None:
+            shuffle(order)
+        above = {}
+        for superblock in order:
+            children = level[superblock]
+            graph = join([(c, residual[c]) for c in children]) if children else entering[superblock]
+            made, above[superblock] = contract(graph)
+            merges.append(made)
+        residual = above
+        sizes.append(sum(len(graph.nodes) for graph in residual.values()))
+    assert sizes[-1] == 0  # the root hands nothing up
+    cluster = {node: node for node in nodes}
+
+    def find(node):
+        while cluster[node] != node:
+            node = cluster[node]
+        return node
+
+    listed = []
+    for table in merges:
+        for u, v, n, d in zip(
+            table.u.tolist(),
+            table.v.tolist(),
+            table.numerator.tolist(),
+            table.denominator.tolist(),
+            strict=True,
+        ):
+            assert find(u) == u < v == find(v)
+            cluster[v] = u
+            listed.append((u, v, n, d))
+    return {node: find(node) for node in nodes}, listed
+
+
+def check(grid_shape, leaf_shape, nodes, rows, shuffle=None):
+    expected, order = greedy(nodes, rows)
+    found, merges = hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle)
+    assert found == expected
+    assert sorted(merges) == sorted(order)
+
+
+@st.composite
+def block_graphs(draw):
+    """Fragments of a few blocks; contacts inside a block or across a face, often of equal score."""
+    shape = draw(
+        st.tuples(*[st.integers(1, 4)] * 3).filter(lambda s: 2 <= s[0] * s[1] * s[2] <= 16)
+    )
+    blocks = list(np.ndindex(shape))
+    counts = draw(st.lists(st.integers(0, 3), min_size=len(blocks), max_size=len(blocks)))
+    nodes = {
+        place: [(int(np.ravel_multi_index(place, shape)) << LOCAL_BITS) | (i + 1) for i in range(n)]
+        for place, n in zip(blocks, counts, strict=True)
+    }
+    pairs = []
+    for place in blocks:
+        pairs += itertools.combinations(nodes[place], 2)
+        for axis in range(3):
+            other = tuple(p + (d == axis) for d, p in enumerate(place))
+            pairs += itertools.product(nodes[place], nodes.get(other, []))
+    score = st.tuples(st.sampled_from(SCORES), st.sampled_from([1, 1, 2, 3]))
+    chosen = draw(
+        st.lists(st.one_of(st.none(), score, score), min_size=len(pairs), max_size=len(pairs))
+    )
+    rows = [
+        (u, v, s[0] * s[1] if s[0] != 150 else 150, s[1])
+        for (u, v), s in zip(pairs, chosen, strict=True)
+        if s is not None
+    ]
+    leaf = draw(st.tuples(*[st.integers(1, 4)] * 3))
+    return shape, leaf, [n for own in nodes.values() for n in own], rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(block_graphs(), st.randoms(use_true_random=False))
+def test_any_hierarchy_and_order_equals_the_greedy_reference(case, random):
+    check(*case, random.shuffle)
+
+
+@pytest.mark.slow
+@settings(max_examples=2_000, deadline=None)
+@given(block_graphs(), st.randoms(use_true_random=False))
+def test_any_hierarchy_equals_the_greedy_reference_at_length(case, random):
+    check(*case, random.shuffle)
+
+
+def large_graph(seed: int, shape=(3, 4, 5), most: int = 12, scores=SCORES):
+    """Thousands of edges: chains of positive contacts through the blocks, vetoes inside."""
+    rng = np.random.default_rng(seed)
+    nodes = {
+        place: [
+            (int(np.ravel_multi_index(place, shape)) << LOCAL_BITS) | (i + 1)
+            for i in range(rng.integers(0, most + 1))
+        ]
+        for place in np.ndindex(shape)
+    }
+    rows = []
+    for place, own in nodes.items():
+        for u, v in itertools.combinations(own, 2):
+            if rng.random() < 0.3:
+                count = int(rng.integers(1, 4))
+                rows.append((u, v, int(rng.choice([-250, -20, -1, 0])) * count, count))
+        for axis in range(3):
+            other = nodes.get(tuple(p + (d == axis) for d, p in enumerate(place)), [])
+            for u, v in itertools.product(own, other):
+                if rng.random() < 0.25:
+                    count = int(rng.integers(1, 4))
+                    rows.append((u, v, int(rng.choice(scores)) * count, count))
+    return [n for own in nodes.values() for n in own], rows
+
+
+def whole(nodes, rows):
+    ids = np.array(sorted(nodes), np.uint64)
+    made, rest = contract(Graph.of_fragments(ids, score_table(rows)))
+    assert len(rest.nodes) == len(rest.edges) == 0
+    columns = (made.u, made.v, made.numerator, made.denominator)
+    return sorted(zip(*(c.tolist() for c in columns), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_large_graphs(seed):
+    """One part of thousands of edges equals the reference (slow), all hierarchies equal that."""
+    shape = (3, 4, 5)
+    nodes, rows = large_graph(seed)
+    assert len(rows) > 1500
+    merges = whole(nodes, rows)
+    if seed == 0:
+        few, their = large_graph(seed, (2, 2, 3), 8)
+        assert whole(few, their) == sorted(greedy(few, their)[1])
+    rng = np.random.default_rng(seed)
+    for leaf in ((1, 1, 1), (2, 2, 2), (1, 3, 2), (3, 4, 5), (2, 1, 5)):
+        assert sorted(hierarchical(shape, leaf, nodes, rows, rng.shuffle)[1]) == merges, leaf
+
+
+@st.composite
+def large_block_graphs(draw):
+    """Graphs of up to thousands of edges with few distinct scores, isolated and parallel ones."""
+    shape = draw(st.tuples(*[st.integers(1, 4)] * 3))
+    seed, most = draw(st.integers(0, 2**32 - 1)), draw(st.integers(4, 14))
+    scores = draw(st.lists(st.sampled_from(SCORES), min_size=1, max_size=4))
+    nodes, rows = large_graph(seed, shape, most, scores)
+    # Parallel edges: contacts that came in parts, which add up before anything merges.
+    rng = np.random.default_rng(seed)
+    parts = [rows[i] for i in np.flatnonzero(rng.random(len(rows)) < 0.1)]
+    return shape, draw(st.tuples(*[st.integers(1, 4)] * 3)), nodes, rows, parts
+
+
+def check_large(case, shuffle):
+    shape, leaf, nodes, rows, parts = case
+    together = merged_rows([*rows, *parts])
+    expected = greedy_pooled(nodes, [*rows, *parts])
+    cluster, merges = hierarchical(shape, leaf, nodes, together, shuffle)
+    assert cluster == expected[0]
+    assert sorted(merges) == sorted(expected[1])
+    # Isolated nodes stay what they are.
+    touched = {n for u, v, *_ in together for n in (u, v)}
+    assert all(cluster[n] == n for n in nodes if n not in touched)
+
+
+def merged_rows(rows):
+    """Add rows of one pair up, through the table of contacts that the stitch uses."""
+    if not rows:
+        return []
+    u, v, numerator, denominator = (np.array(column, object) for column in zip(*rows, strict=True))
+    count = denominator.astype(np.int64)
+    table = merge_contacts(
+        [
+            ContactTable.across(
+                u[part].astype(np.uint64),
+                v[part].astype(np.uint64),
+                numerator[part].astype(np.int64),
+                count[part],
+            )
+            for part in (slice(None, None, 2), slice(1, None, 2))
+        ]
+    )
+    columns = (table.u, table.v, table.across_sum, table.across_count)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@settings(max_examples=8, deadline=None)
+@given(large_block_graphs(), st.randoms(use_true_random=False))
+def test_large_graphs_equal_the_greedy_reference(case, random):
+    check_large(case, random.shuffle)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=150, deadline=None)
+@given(large_block_graphs(), st.randoms(use_true_random=False))
+def test_large_graphs_equal_the_greedy_reference_at_length(case, random):
+    check_large(case, random.shuffle)
+
+
+@settings(max_examples=50, deadline=None)
+@given(block_graphs())
+def test_both_references_agree(case):
+    _, _, nodes, rows = case
+    assert greedy(nodes, rows) == greedy_pooled(nodes, rows)
+
+
+def test_superblocks_hand_up_less_than_they_get():
+    """Touching fragments outside holds a node back only while the best edge may lead there."""
+    shape, leaf = (8, 8, 8), (4, 4, 4)
+    rng = np.random.default_rng(0)
+    nodes = [(b << LOCAL_BITS) | 1 for b in range(512)]
+    rows = []
+    for place in np.ndindex(shape):
+        for axis in range(3):
+            other = tuple(p + (d == axis) for d, p in enumerate(place))
+            if max(other) < 8:
+                u, v = (
+                    int(np.ravel_multi_index(p, shape)) << LOCAL_BITS | 1 for p in (place, other)
+                )
+                rows.append((u, v, int(rng.integers(1, 500)), 1))
+    tree, graphs = leaf_graphs(shape, leaf, nodes, rows)
+    assert tree.depth == 2
+    assert len(graphs) == 8
+    for graph in graphs.values():
+        merges, rest = contract(graph)
+        assert len(rest.nodes) == len(graph.nodes) - len(merges) < 0.75 * len(graph.nodes)
+        outside = np.concatenate([graph.nodes[face.node] for face in (*graph.upper, *graph.lower)])
+        assert np.isin(outside, rest.nodes, invert=True).any()
+
+
+def test_tree_of_uneven_grids():
+    tree = SuperblockTree((5, 1, 9), (2, 2, 2))
+    leaves = tree.leaves(np.array([44, 0, 8, 17]))
+    assert [(leaf.index, blocks.tolist()) for leaf, blocks in leaves] == [
+        ((0, 0, 0), [0]),
+        ((0, 0, 4), [8, 17]),
+        ((2, 0, 4), [44]),
+    ]
+    levels = tree.levels([leaf for leaf, _ in leaves])
+    assert tree.depth == 4 == len(levels) + 1
+    assert list(levels[-1]) == [Superblock(3, (0, 0, 0))]
+    assert sum(len(children) for children in levels[0].values()) == 3
+    assert tree.leaves(np.zeros(0, np.int64)) == []
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_beyond_64_bits_are_refused(sign):
+    """Of edges that may merge here, and of those that only go up."""
+    u, v = np.array([1, 1], np.uint64), np.array([2, 2], np.uint64)
+    large = ScoreTable(u, v, np.full(2, sign * 2**62), np.ones(2, np.int64))
+    outside = np.array([8, 9], np.uint64)
+    face = ScoreTable(np.array([1, 2], np.uint64), outside, *np.ones((2, 2), np.int64))
+    none = ScoreTable(*np.zeros((2, 0), np.uint64), *np.zeros((2, 0), np.int64))
+    ids = np.array([1, 2], np.uint64)
+    graph = Graph.of_fragments(ids, large, [face, none, none], [none, none, none])
+    with pytest.raises(InputError, match="do not fit in 64 bits"):
+        contract(graph)

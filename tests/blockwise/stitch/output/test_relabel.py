@@ -1,0 +1,178 @@
+"""The id map by block, and the blockwise relabelling."""
+
+import errno
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agq.blockwise.blocks.grid import LOCAL_BITS
+from agq.blockwise.journal.writer import Journal, JournalWriter
+from agq.blockwise.stitch.output.relabel import (
+    BlockLut,
+    relabel_batch,
+    relabel_block,
+    run_journalled,
+)
+from agq.blockwise.storage import files
+from agq.blockwise.storage.files import Unsynced
+from agq.blockwise.volumes.create import create_array, open_array
+from agq.errors import InputError
+from tests.helpers.fragments import GRID
+
+
+def fragment(number: int, label: int) -> int:
+    return (number << LOCAL_BITS) | label
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(
+        st.tuples(st.integers(0, 8), st.integers(1, 30)), st.integers(0, 2**64 - 1), max_size=40
+    )
+)
+def test_map_by_block(names):
+    names = {fragment(*name): segment for name, segment in names.items()}
+    ids = sorted(names)
+    lut = BlockLut.build(
+        np.arange(9)[::-1],
+        np.array(ids, np.uint64),
+        np.array([names[i] for i in ids], np.uint64),
+    )
+    got = {
+        fragment(number, label): int(value)
+        for number in range(9)
+        for label, value in enumerate(lut.block(number), 1)
+    }
+    assert {i: got.pop(i) for i in names} == names
+    assert not any(got.values())
+
+
+def test_map_file_and_foreign_blocks(tmp_path):
+    ids = np.array([fragment(3, 1), fragment(5, 2)], np.uint64)
+    lut = BlockLut.build(np.array([3, 5, 6]), ids, np.array([7, 8], np.uint64))
+    lut.save(tmp_path / "a" / "map.npz")
+    again = BlockLut.open(tmp_path / "a" / "map.npz")
+    assert [again.block(n).tolist() for n in (3, 5, 6)] == [[7], [0, 8], []]
+    for number in (2, 4, 7):
+        with pytest.raises(InputError, match=f"block {number} is not in the id map"):
+            again.block(number)
+    with pytest.raises(InputError, match="none of the blocks"):
+        BlockLut.build(np.array([3, 6]), ids, ids)
+
+
+def test_relabel_block():
+    rng = np.random.default_rng(0)
+    number = 2**40 + 3
+    local = rng.integers(0, 6, (4, 5, 6)).astype(np.uint64)
+    lut = np.array([7, 0, 2**63 + 1, 9, 7], np.uint64)
+    ids = np.where(local > 0, local | np.uint64(number << LOCAL_BITS), 0).astype(np.uint64)
+    expected = np.concatenate((np.zeros(1, np.uint64), lut))[local]
+    assert np.array_equal(relabel_block(ids, number, lut), expected)
+    for foreign in (fragment(number, 6), fragment(number + 1, 1), fragment(number, 0)):
+        ids[3, 4, 5] = foreign
+        with pytest.raises(InputError, match=f"{foreign} is not in the id map"):
+            relabel_block(ids, number, lut)
+
+
+def test_batch_records_what_failed_and_goes_on(tmp_path):
+    options = {
+        "shape": GRID.volume_shape,
+        "chunks": GRID.write_shape,
+        "dtype": np.uint64,
+        "voxel_size": GRID.voxel_size,
+    }
+    fragments = create_array(tmp_path / "c", "fragments", **options)
+    create_array(tmp_path / "c", "segmentation/s0", **options)
+    for number in (0, 1, 2):
+        start, stop = GRID.write_box(number)
+        fragments[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = fragment(
+            number, 1
+        )
+    ids = np.array([fragment(0, 1), fragment(2, 1)], np.uint64)
+    lut = BlockLut.build(np.arange(GRID.n_blocks), ids, np.ones(2, np.uint64))
+    lut.save(tmp_path / "lut.npz")
+    failed = relabel_batch(
+        str(tmp_path / "c"),
+        "fragments",
+        "segmentation/s0",
+        str(tmp_path / "lut.npz"),
+        str(tmp_path / "journal"),
+        GRID.to_dict(),
+        [0, 1, 2],
+    )
+    assert failed == 1
+    journal = Journal(tmp_path / "journal")
+    assert np.flatnonzero(journal.done(GRID.n_blocks)).tolist() == [0, 2]
+    (record,) = journal.failed()
+    assert record.block == 1
+    assert "not in the id map" in (record.reason or "")
+    assert "Traceback" in (record.error or "")
+    written = open_array(tmp_path / "c", "segmentation/s0", "r")[:]
+    for number, value in ((0, 1), (1, 0), (2, 1)):
+        start, stop = GRID.write_box(number)
+        inside = written[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
+        assert (inside == value).all()
+
+
+def test_journal_line_comes_after_the_work(tmp_path):
+    seen = []
+
+    def work(number: int, _unsynced: Unsynced) -> int:
+        seen.append((number, int(Journal(tmp_path).done(5)[number])))
+        return 10
+
+    assert run_journalled(tmp_path, range(5), work) == 0
+    assert seen == [(n, 0) for n in range(5)]
+    assert Journal(tmp_path).done(5).all()
+    assert Journal(tmp_path).record(3).voxels == 10
+
+
+def test_files_are_durable_before_their_journal_line(tmp_path, monkeypatch):
+    """Every file and folder of a block is synced before its line; each folder once a batch."""
+    events = []
+    sync, finish = files.fsync_path, JournalWriter.finish_many
+
+    def record_sync(path):
+        events.append(path)
+        sync(path)
+
+    def record_finish(self, records):
+        records = list(records)
+        events.append([record.block for record in records])
+        finish(self, records)
+
+    monkeypatch.setattr(files, "fsync_path", record_sync)
+    monkeypatch.setattr(JournalWriter, "finish_many", record_finish)
+    top = tmp_path / "array"
+
+    def work(number: int, unsynced: Unsynced) -> int:
+        file = top / "c" / str(number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+        unsynced.add(file, top)
+        return 1
+
+    assert run_journalled(tmp_path / "journal", range(3), work) == 0
+    at = events.index([0, 1, 2])
+    synced = [path for path in events[:at] if top in (path, *path.parents)]
+    assert synced == [*(top / "c" / str(n) for n in range(3)), top / "c", top]
+
+
+def test_blocks_that_cannot_be_made_durable_are_failed(tmp_path, monkeypatch):
+    def no_room(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(number: int, unsynced: Unsynced) -> int:
+        if number == 1:
+            raise InputError("odd")
+        unsynced.add(tmp_path / "file", tmp_path)
+        return 1
+
+    (tmp_path / "journal").mkdir()
+    monkeypatch.setattr(files, "fsync_path", no_room)
+    assert run_journalled(tmp_path / "journal", range(3), work) == 3
+    failed = {record.block: record.reason for record in Journal(tmp_path / "journal").failed()}
+    assert failed[1] == "odd"
+    assert failed[0] == failed[2] == "[Errno 28] No space left on device"

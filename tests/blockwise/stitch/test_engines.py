@@ -1,0 +1,116 @@
+"""Where a stitch runs: worker counts, TLS schedulers, and what it asks of a scheduler."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from distributed import LocalCluster
+from distributed.security import Security
+
+from agq.blockwise.stitch.cluster import TlsFiles
+from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.stitch.steps import wait_for_stragglers
+from agq.errors import InputError
+from agq.pipeline.config.schema import DaskSection
+from agq.pipeline.run.stages import dask_client
+from tests.helpers.fragments import GRID, make_run, write_run
+from tests.helpers.stitch_runs import results
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory) -> tuple[Security, dict[str, Path]]:
+    """Return certificates made for the test, as a scheduler takes them and as files."""
+    folder, security = tmp_path_factory.mktemp("tls"), Security.temporary()
+    files = {}
+    for name, pem in (
+        ("ca_file", security.tls_ca_file),
+        ("cert_file", security.tls_client_cert),
+        ("key_file", security.tls_client_key),
+    ):
+        files[name] = folder / f"{name}.pem"
+        files[name].write_text(pem)
+    return security, files
+
+
+def test_scheduler_behind_tls(tmp_path, certificates):
+    security, files = certificates
+    run = make_run(GRID, seed=5)
+    for name in ("local", "tls"):
+        write_run(run, tmp_path / name)
+    with local_client(workers=1) as client:
+        run_stitch(run.spec(tmp_path / "local"), client)
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, security=security, protocol="tls://",
+        host="127.0.0.1", dashboard_address=None,
+    ) as cluster:  # fmt: skip
+        address = cluster.scheduler_address
+        assert address.startswith("tls://")
+        section = DaskSection(address=address, **files)
+        with dask_client(section) as client:
+            run_stitch(run.spec(tmp_path / "tls"), client)
+        with (
+            pytest.raises(InputError, match=r"cannot connect.*stitch\.dask\.ca_file"),
+            local_client(address, timeout=2),
+        ):
+            pass
+        other = Security.temporary()
+        strangers = {}
+        for name, pem in (("cert_file", other.tls_client_cert), ("key_file", other.tls_client_key)):
+            strangers[name] = tmp_path / name
+            strangers[name].write_text(pem)
+        wrong = TlsFiles(files["ca_file"], **strangers)
+        with (
+            pytest.raises(InputError, match="cannot connect"),
+            local_client(address, tls=wrong, timeout=2),
+        ):
+            pass
+    assert results(tmp_path / "tls") == results(tmp_path / "local")
+
+
+LEAVES_A_TASK = """
+import sys, time
+from pathlib import Path
+from distributed import Client
+from agq.blockwise.stitch.steps import run_tasks
+
+def slow(folder):
+    Path(folder, "begun").touch()
+    time.sleep(4)
+    Path(folder, "late").touch()
+
+address, folder = sys.argv[1:]
+run_tasks(Client(address), Path(folder), "slow", slow, [(folder,)], [1], None)
+"""
+
+
+def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
+    """A scheduler lets what runs go on; its files must not appear among those of the next."""
+    with local_client(workers=1) as cluster:
+        address = cluster.scheduler.address
+        with subprocess.Popen([sys.executable, "-c", LEAVES_A_TASK, address, tmp_path]) as client:
+            while not (tmp_path / "begun").exists():
+                assert client.poll() is None
+                time.sleep(0.05)
+            client.kill()
+        notes: list[str] = []
+        wait_for_stragglers(cluster, tmp_path / "other", notes.append)
+        assert not notes
+        wait_for_stragglers(cluster, tmp_path, notes.append)
+        assert (tmp_path / "late").exists()
+    assert notes == [f"waiting for 1 tasks that an earlier command left running in {tmp_path}"]
+
+
+def test_certificates_are_checked_first(tmp_path, certificates):
+    _, files = certificates
+    with pytest.raises(ValueError, match="go together"):
+        DaskSection(address="tls://host:8786", ca_file=files["ca_file"])
+    with pytest.raises(ValueError, match="starts with tls://"):
+        DaskSection(address="tcp://host:8786", **files)
+    absent = TlsFiles(**files | {"key_file": tmp_path / "none.pem"})
+    with (
+        pytest.raises(InputError, match=r"stitch\.dask\.key_file: .*none\.pem: No such file"),
+        local_client("tls://127.0.0.1:1", tls=absent),
+    ):
+        pass

@@ -1,0 +1,184 @@
+"""Faults of a stitch: killed processes, workers, schedulers, a full disk; the same bytes."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from agq.blockwise.journal.writer import Journal
+from agq.blockwise.stitch.run import StitchError, StitchSpec, local_client, run_stitch
+from agq.blockwise.volumes.create import create_array
+from tests.helpers import ROOT
+from tests.helpers.fragments import GRID, write_run
+from tests.helpers.runs import agq
+from tests.helpers.stitch_runs import results
+
+SEEDS = range(5)
+
+
+def in_a_process(spec: StitchSpec, workers: int, *when: str) -> int:
+    """Run `stitch_process.py`; return its exit code."""
+    file = spec.run_dir.parent / "spec.json"
+    file.write_text(spec.model_dump_json())
+    script = ROOT / "tests/helpers/stitch_process.py"
+    command = [sys.executable, str(script), str(file), str(workers), *when]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env=env
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def test_killed_while_relabelling(run, run_dir, client, undisturbed):
+    assert in_a_process(run.spec(run_dir), 0, "relabel", "9") == -signal.SIGKILL
+    done = Journal(run_dir / "journal" / "relabel").counts()["done"]
+    assert 0 < done < GRID.n_blocks
+    run_stitch(run.spec(run_dir), client)
+    assert results(run_dir) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
+    rng = np.random.default_rng(seed)
+    kills = 0
+    for _ in range(4):
+        workers = int(rng.integers(0, 3))
+        code = in_a_process(run.spec(run_dir), workers, "after", str(rng.uniform(0.05, 2.5)))
+        kills += code != 0
+    assert in_a_process(run.spec(run_dir), 2, "never") == 0
+    assert kills > 0
+    assert results(run_dir) == undisturbed
+
+
+def moments(run, tmp_path_factory) -> list[tuple[str, int]]:
+    """Return every call of the progress of a stitch: a step, and how much of it is done."""
+    folder, seen = tmp_path_factory.mktemp("moments"), []
+    write_run(run, folder)
+    with local_client(processes=False, workers=2) as client:
+        run_stitch(
+            run.spec(folder, superblock=(1, 1, 1), batch_blocks=2),
+            client,
+            lambda step, done, total: seen.append((step, done)) if done < total else None,
+        )
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed, tmp_path_factory):
+    known = moments(run, tmp_path_factory)
+    step, done = known[np.random.default_rng(seed).integers(len(known))]
+    with local_client(workers=2) as cluster:
+        pids = list(cluster.run(lambda: __import__("os").getpid()).values())
+        killed = []
+
+        def kill(name: str, count: int, total: int) -> None:
+            if not killed and name == step and count >= done:
+                killed.append(psutil.Process(pids[seed % 2]))
+                killed[0].kill()
+
+        run_stitch(run.spec(run_dir, superblock=(1, 1, 1), batch_blocks=2), cluster, kill)
+        assert killed
+        assert not killed[0].is_running() or killed[0].status() == psutil.STATUS_ZOMBIE
+        time.sleep(0.1)
+    assert results(run_dir) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_scheduler_is_one_error_and_resumes(
+    run, run_dir, undisturbed, seed, tmp_path_factory
+):
+    known = moments(run, tmp_path_factory)
+    step, done = known[np.random.default_rng(100 + seed).integers(len(known))]
+    script = ROOT / "tests/helpers/dask_process.py"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    spec = run.spec(run_dir, superblock=(1, 1, 1), batch_blocks=2)
+    with subprocess.Popen(
+        [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True
+    ) as cluster:
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+
+        def kill(name: str, count: int, total: int) -> None:
+            if name == step and count >= done:
+                cluster.kill()
+
+        with pytest.raises(StitchError, match="lost the dask scheduler"):  # noqa: SIM117
+            with local_client(address) as client:
+                run_stitch(spec, client, kill)
+        assert cluster.wait() == -signal.SIGKILL
+    assert in_a_process(spec, 1, "never") == 0
+    assert results(run_dir) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Yield a folder on a file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount the small file system that this test fills")
+    yield folder
+    # Lazily: threads of the cluster may still hold a mapped file.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    "step", ["contacts", "agglomerate 2/3", "lut up 1/3", "lut map", "relabel", "pyramid s1"]
+)
+def test_full_disk_is_one_error_and_resumes(run, small_disk, client, undisturbed, step):
+    run_dir, ballast = small_disk / "run", small_disk / "ballast"
+    write_run(run, run_dir)
+
+    def fill(name: str, done: int, total: int) -> None:
+        if name == step and not ballast.exists():
+            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+
+    with pytest.raises((OSError, StitchError)) as caught:
+        run_stitch(run.spec(run_dir, batch_blocks=2), client, fill)
+    assert ballast.exists()
+    if isinstance(caught.value, OSError):
+        assert caught.value.errno == errno.ENOSPC
+    assert "No space left on device" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    ballast.unlink()
+    run_stitch(run.spec(run_dir, batch_blocks=2), client)
+    assert results(run_dir) == undisturbed
+
+
+def test_full_disk_on_the_command_line(small_disk, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, data in (
+        ("fragments", rng.integers(1, 90_000, (8, 256, 256)).astype(np.uint64)),
+        ("affinities", rng.integers(0, 255, (3, 8, 256, 256)).astype(np.uint8)),
+    ):
+        axes = ("c^", "z", "y", "x")[-data.ndim :]
+        create_array(
+            tmp_path / "in.zarr", name, shape=data.shape, chunks=data.shape, dtype=data.dtype,
+            voxel_size=(30, 6, 6), axes=axes,
+        )[:] = data  # fmt: skip
+    arguments = [
+        "stitch", "--fragments", tmp_path / "in.zarr/fragments", "--affinities",
+        tmp_path / "in.zarr/affinities", "--set", "stitch.dask.workers=1", "--output",
+    ]  # fmt: skip
+    failed = agq(*arguments, small_disk / "out")
+    assert failed.returncode != 0
+    assert "Traceback" not in failed.stderr
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("agq: ")
+    assert "No space left on device: " in last
+    assert "the same command goes on" in last

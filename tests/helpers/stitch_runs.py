@@ -1,0 +1,66 @@
+"""What a stitch should give, and the runs, clusters and results that its tests share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
+from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate
+from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.volumes.create import open_array
+from tests.helpers.fragments import GRID, Run, folder_bytes, make_run, write_run
+
+STEPS = ["contacts", "agglomerate", "lut", "relabel", "pyramid"]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with local_client(processes=False, workers=2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return make_run(GRID, seed=5)
+
+
+@pytest.fixture
+def run_dir(run, tmp_path) -> Path:
+    write_run(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, client, tmp_path_factory) -> dict[str, bytes]:
+    """Return the files of a stitch that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    write_run(run, run_dir)
+    run_stitch(run.spec(run_dir), client)
+    return results(run_dir)
+
+
+def expected_segments(run: Run, thresholds: Thresholds = Thresholds()) -> np.ndarray:  # noqa: B008
+    """Segments of the whole arrays, numbered by their smallest fragment."""
+    evidence = contacts_from_volume(run.fragments, run.half_units, run.border)
+    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds)
+    numbers = np.searchsorted(np.unique(result.representatives), result.representatives) + 1
+    names = dict(zip(result.ids.tolist(), numbers.tolist(), strict=True)) | {0: 0}
+    return np.vectorize(names.__getitem__, otypes=[np.uint64])(run.fragments)
+
+
+def segmentation(run_dir: Path, level: int = 0) -> np.ndarray:
+    return open_array(run_dir / "data.zarr", f"segmentation/s{level}", "r")[:]
+
+
+def results(run_dir: Path) -> dict[str, bytes]:
+    """Return what a stitch makes: the segmentation and the table of segments.
+
+    What it keeps by superblock follows their layout; journals hold times and tokens.
+    """
+    files = folder_bytes(run_dir)
+    return {
+        name: data
+        for name, data in files.items()
+        if name.startswith(("lut/s", "data.zarr/segmentation/"))
+    }

@@ -1,0 +1,446 @@
+"""The web page: what its server answers, and what a real browser shows of it."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.table import ROW
+from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.errors import InputError
+from agq.pipeline.cli.look import _sources
+from agq.pipeline.dashboard import blockmap
+from agq.pipeline.dashboard.details import group_failures, history
+from agq.pipeline.dashboard.run_view import RunView
+from agq.pipeline.dashboard.runs import Runs
+from agq.pipeline.dashboard.server import Dashboard, serve
+from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.status.run_status import Failure
+from tests.helpers.browser import browser_page
+from tests.helpers.runs import ROOT, agq, command, environment
+from tests.helpers.services import (
+    free_port,
+    mongo_uri,  # noqa: F401
+)
+
+GRID = BlockGrid((12, 40, 50), (30, 6, 6), (4, 10, 10), offset=(60, 0, 0))
+SCRIPT = "<script>alert('pwned')</script><img src=x onerror=alert(1)>"
+WORKER = WorkerInfo(name="worker-0", host="node1", pid=12, device="cuda:0", job="77", started=1.0)
+DONE, SKIPPED, FAILED, RUNNING = [0, 1, 2, 3, 4, 5, 6, 7], [8, 9], [22, 23, 24], [30]
+DAY = 86_400
+
+
+def write_journal(run: RunFolder, start: float) -> JournalWriter:
+    writer = JournalWriter(run.journal("predict"), replace(WORKER, started=start))
+    for block in DONE:
+        end = start + 10.0 * (block + 1)
+        writer.finish(
+            BlockRecord(
+                block, "done", started=end - 5 - block, finished=end, voxels=400, labels=block
+            )
+        )
+    for block in SKIPPED:
+        writer.finish(BlockRecord(block, "skipped", reason="mask", finished=start + 1))
+    for block in FAILED:
+        roi = GRID.write_roi(block)
+        error = f"Traceback\n  File {SCRIPT}\nValueError: block {block} is bad {SCRIPT}"
+        writer.finish(
+            BlockRecord(
+                block,
+                "failed",
+                attempt=3,
+                error=error,
+                roi=(tuple(map(float, roi.offset)), tuple(map(float, roi.shape))),
+                finished=start + 2,
+            )
+        )
+    for block in RUNNING:
+        writer.begin(block, 1)
+    return writer
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunFolder]:
+    """A run under way, held by this process, with a name that must not become HTML."""
+    folder = RunFolder(tmp_path / "runs" / "my <b>run")
+    with folder.lock():
+        config = {"run_dir": str(folder.path), "input": {"raw": {"path": SCRIPT}}}
+        folder.create(config, {"grid": GRID.to_dict()})
+        start = time.time() - 85
+        folder.update_stage("predict", state="running", blocks_total=60, started=start)
+        write_journal(folder, start)
+        (folder.path / "logs" / "predict").mkdir(parents=True)
+        (folder.path / "logs" / "predict" / "worker-0.log").write_text(f"the end {SCRIPT}")
+        yield folder
+
+
+@contextmanager
+def serving(runs: Runs, **options: Any) -> Iterator[Dashboard]:
+    """Serve in a thread of its own."""
+    ready = threading.Event()
+    made: dict[str, Any] = {}
+
+    async def main() -> None:
+        made["loop"], made["task"] = asyncio.get_running_loop(), asyncio.current_task()
+
+        def announce(page: Dashboard) -> None:
+            made["page"] = page
+            ready.set()
+
+        await serve(runs, announce=announce, **options)
+
+    def body() -> None:
+        with suppress(asyncio.CancelledError):
+            asyncio.run(main())
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield made["page"]
+    finally:
+        made["loop"].call_soon_threadsafe(made["task"].cancel)
+        thread.join(20)
+
+
+def get(url: str, headers: dict[str, str] | None = None) -> tuple[int, bytes, Any]:
+    request = urllib.request.Request(url, headers=headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read(), answer.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), error.headers
+
+
+def test_states_of_blocks() -> None:
+    rows = np.zeros(3, ROW)
+    rows["block"], rows["rank"] = [3, 1, 2], [1, 2, 3]
+    codes = blockmap.block_states(8, np.arange(6), rows, np.array([4]))
+    names = [blockmap.STATES[c] for c in codes]
+    assert names == [
+        *("waiting", "skipped", "done", "failed", "running", "waiting"),
+        *("outside", "outside"),
+    ]
+
+
+def test_one_failed_block_shows_in_a_map_of_a_million() -> None:
+    grid = BlockGrid((2, 700 * 4, 1300 * 4), (1, 1, 1), (1, 4, 4))
+    codes = np.full(grid.n_blocks, blockmap.DONE, np.uint8)
+    failed = grid.number((1, 699, 1298))
+    codes[failed] = blockmap.FAILED
+    image = blockmap.state_image(grid, codes, 0, 1)
+    assert image.step == 3
+    assert image.cells.shape == (234, 434)
+    assert [tuple(p) for p in np.argwhere(image.cells == blockmap.FAILED)] == [(233, 432)]
+    assert blockmap.block_in_cell(grid, codes, (1, 699, 1296), 0, 3) == failed
+    assert not (blockmap.state_image(grid, codes, 0, 0).cells == blockmap.FAILED).any()
+    with pytest.raises(IndexError):
+        blockmap.block_in_cell(grid, codes, (2, 0, 0), 0, 3)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_layers_are_cut_along_any_axis(axis: int) -> None:
+    codes = (np.arange(GRID.n_blocks) % 6).astype(np.uint8)
+    image = blockmap.state_image(GRID, codes, axis, 1)
+    for row, column in np.ndindex(image.cells.shape):
+        at = [row, column]
+        at.insert(axis, 1)
+        assert image.cells[row, column] == codes[GRID.number(at)]
+
+
+def test_values_keep_their_place_and_gaps() -> None:
+    rows = np.zeros(2, ROW)
+    rows["block"], rows["rank"], rows["finished"] = [1, 59], 3, [2.0, 6.0]
+    values = blockmap.block_values(60, rows, "seconds")
+    assert values[1] == 2
+    assert np.isnan(values).sum() == 58
+    image = blockmap.value_image(GRID, values, 0, 0)
+    assert (image.cells.ravel()[1], int((image.cells > 0).sum())) == (1, 1)
+    assert blockmap.value_image(GRID, values, 0, 2).cells[-1, -1] == 255
+
+
+def test_history_counts_every_block_of_the_session() -> None:
+    rows = np.zeros(5, ROW)
+    rows["rank"], rows["finished"], rows["voxels"] = 3, [5, 100, 150, 200, 299], 7
+    found = history(rows, 90.0, 300.0)
+    assert sum(found["blocks_per_s"]) * found["seconds"] == pytest.approx(4, abs=0.01)
+    assert sum(found["voxels_per_s"]) * found["seconds"] == pytest.approx(28, abs=5)
+    assert history(rows[:0], None, 10.0)["blocks_per_s"] == [0.0]
+
+
+def test_answers(run: RunFolder) -> None:
+    with serving(Runs([run.path])) as page:
+        (line,) = json.loads(get(page.address + "api/runs")[1])
+        assert (line["state"], line["done"], line["failed"]) == ("running", 10, 3)
+        base = f"{page.address}api/run/{line['key']}"
+        status, body, headers = get(base)
+        found = json.loads(body)
+        assert status == 200
+        assert headers["Content-Type"].startswith("application/json")
+        assert found["states"] == [0, 2, 8, 46, 1, 3]
+        (group,) = found["failures"]
+        assert (group["count"], [b["block"] for b in group["blocks"]]) == (3, FAILED)
+        assert group["blocks"][0]["at"] == [6, 5, 25]
+        (worker,) = found["workers"]
+        assert (worker["host"], worker["job"], worker["current"]) == ("node1", "77", [30])
+        status, cells, headers = get(base + "/map?by=state&axis=0&index=0")
+        assert json.loads(headers["X-Map"])["shape"] == [4, 5]
+        assert list(cells) == [2] * 8 + [1] * 2 + [3] * 10
+        block = json.loads(get(base + "/block?at=1,0,2&axis=0&step=1")[1])
+        assert (block["block"], block["record"]["state"]) == (22, "failed")
+        assert get(base + "/log?worker=worker-0")[1].decode() == f"the end {SCRIPT}"
+        assert b"no log" in get(base + "/log?worker=../../run")[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("api/run/nothing", 404),
+        ("api/run/KEY/map?by=state&axis=0&index=3", 404),
+        ("api/run/KEY/map?by=password&axis=0&index=0", 400),
+        ("api/run/KEY/map?by=state&axis=3&index=0", 400),
+        ("api/run/KEY/map?by=state&axis=0&index=x", 400),
+        ("api/run/KEY/block?at=9,9,9&axis=0&step=1", 404),
+        ("api/run/KEY/block?at=1,2&axis=0&step=1", 400),
+        ("../run.json", 404),
+        ("server.py", 404),
+    ],
+)
+def test_bad_requests(run: RunFolder, path: str, code: int) -> None:
+    with serving(Runs([run.path])) as page:
+        status, body, headers = get(page.address + path.replace("KEY", run.record()["id"]))
+    assert status == code
+    assert b"<" not in body or b"Traceback" not in body
+    assert "text/plain" in headers["Content-Type"] or status == 404
+
+
+def test_wide_server_wants_its_token(run: RunFolder) -> None:
+    with serving(Runs([run.path]), host="0.0.0.0") as page:
+        base = f"http://127.0.0.1:{page.port}/"
+        assert get(base)[0] == 403
+        assert get(base + "api/runs?token=wrong")[0] == 403
+        assert get(base + "api/runs", {"Cookie": f"agq-{page.port}=wrong"})[0] == 403
+        token = page.address.split("token=")[1]
+        assert len(token) >= 32
+        assert json.loads(get(f"{base}api/runs?token={token}")[1])
+        # The page itself leads to an address without the token; a cookie stands for it.
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with opener.open(f"{base}?token={token}", timeout=20) as answer:
+            assert answer.url == base
+        with opener.open(base + "api/runs", timeout=20) as answer:
+            assert json.loads(answer.read())
+
+
+def test_other_host_names_are_refused_on_loopback(run: RunFolder) -> None:
+    with serving(Runs([run.path])) as page:
+        assert page.token is None
+        assert get(page.address + "api/runs", {"Host": "evil.example:80"})[0] == 403
+        assert get(page.address + "api/runs", {"Host": f"localhost:{page.port}"})[0] == 200
+
+
+def test_all_runs_of_a_folder(run: RunFolder) -> None:
+    other = RunFolder(run.path.parent / "second")
+    with other.lock():
+        other.create({}, {"grid": GRID.to_dict()})
+    (run.path.parent / "broken").mkdir()
+    (run.path.parent / "broken" / "run.json").write_text("{")
+    names = [line["name"] for line in Runs([], run.path.parent).listing()]
+    assert names == ["second", "my <b>run"]
+    with pytest.raises(InputError, match=r"no run\.json"):
+        Runs([run.path.parent / "nothing"])
+
+
+def test_a_run_that_only_the_ledger_knows(run: RunFolder, mongo_uri: str) -> None:
+    settings = LedgerSettings(uri=mongo_uri, database="dashboard")
+    ledger = connect(settings)
+    assert ledger is not None
+    record = run.record()
+    about = {"name": record["name"], "run_dir": "/elsewhere/r", "grid": record["identity"]["grid"]}
+    feeder = LedgerFeeder(ledger, record["id"], {"predict": run.journal("predict")}, about)
+    feeder.start()
+    feeder.update_stage("predict", **record["stages"]["predict"])
+    assert feeder.stop().complete
+    try:
+        runs = Runs([], None, ledger)
+        (line,) = [r for r in runs.listing() if r["key"] == record["id"]]
+        assert (line["source"], line["done"], line["failed"]) == ("ledger", 10, 3)
+        found = runs.view(record["id"]).overview()
+        assert (found["source"], found["states"]) == ("ledger", [0, 2, 8, 46, 1, 3])
+        assert found["failed"] == 3
+        image = runs.view(record["id"]).image("labels", 0, 0)
+        assert (image.low, image.high) == pytest.approx((0.07, 6.93), abs=0.01)
+    finally:
+        ledger.remove_run(record["id"])
+        ledger.close()
+
+
+def test_command_without_a_run(tmp_path: Path) -> None:
+    done = agq("dashboard", "--all", tmp_path)
+    assert (done.returncode, "no run in" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_command_serves_until_interrupted(run: RunFolder, everything: bool) -> None:
+    port = free_port()
+    wanted = ["--all", run.path.parent, "--viewer-port", free_port(), "--token"]
+    words = command("dashboard", *(wanted if everything else [run.path]), "--port", port)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=environment(), cwd=ROOT, **pipes) as process:
+        try:
+            address = process.stdout.readline().strip()
+            assert address.startswith(f"http://127.0.0.1:{port}/")
+            base, _, token = address.partition("?")
+            assert bool(token) == everything
+            assert get(base + "api/runs")[0] == (403 if everything else 200)
+            (line,) = json.loads(get(f"{base}api/runs?{token}")[1])
+            assert line["name"] == "my <b>run"
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+SHOT = os.environ.get("AGQ_SHOTS")
+
+
+@pytest.mark.slow
+def test_a_real_browser_shows_the_run_and_follows_it(run: RunFolder, tmp_path: Path) -> None:
+    asked: list[tuple[Path, tuple[int, int, int]]] = []
+
+    def viewer(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
+        asked.append((run_dir, at))
+        return f"http://{host}:{page_port}/page.css"
+
+    with serving(Runs([run.path]), viewer=viewer) as server, browser_page() as page:
+        page_port = server.port
+        other_hosts: list[str] = []
+        page.on(
+            "request",
+            lambda r: (
+                other_hosts.append(r.url)
+                if not r.url.startswith((server.address, "data:"))
+                else None
+            ),
+        )
+        page.goto(server.address)
+        page.wait_for_selector("body[data-ready]")
+        assert page.inner_text("#name") == "my <b>run"
+        assert page.inner_text("#state") == "running"
+        assert SCRIPT in page.inner_text("#failures")
+        assert page.locator("script").count() == 1
+        assert page.locator("img").count() == 0
+        # The middle layer of blocks along z is the one with the failures.
+        assert _colours(page) == _expected(
+            page, {22: "failed", 23: "failed", 24: "failed", 30: "running"}, 20
+        )
+        page.fill("#index", "0")
+        page.wait_for_function("document.getElementById('layer').value.startsWith('1 ')")
+        page.wait_for_timeout(300)
+        marks = {**dict.fromkeys(DONE, "done"), **dict.fromkeys(SKIPPED, "skipped")}
+        assert _colours(page) == _expected(page, marks, 0)
+        # A block that ends meanwhile appears by itself.
+        writer = JournalWriter(run.journal("predict"), replace(WORKER, name="worker-1"))
+        now = time.time()
+        writer.finish(BlockRecord(12, "done", started=now - 1, finished=now, voxels=400))
+        wait_until(lambda: _colours(page) == _expected(page, marks | {12: "done"}, 0))
+        page.select_option("#by", "labels")
+        page.wait_for_selector(".ramp")
+        page.click("#map", position={"x": 5, "y": 5})
+        page.wait_for_selector("#block:not([hidden])")
+        assert page.inner_text("#block").startswith("Block 0 at 0, 0, 0: done")
+        page.click("text=end of the log of worker-0 >> nth=0")
+        page.wait_for_selector(f"text=the end {SCRIPT[:8]}")
+        with page.expect_popup() as popup:
+            page.click("text=open in the viewer >> nth=1")
+        popup.value.wait_for_load_state()
+        assert asked == [(run.path, (6, 5, 25))]
+        assert other_hosts == []
+        if SHOT:
+            page.screenshot(path=f"{SHOT}/dashboard-test.png", full_page=True)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline, "the page did not change by itself"
+        time.sleep(0.2)
+
+
+def _colours(page: Any) -> list[list[int]]:
+    """Colour in the middle of each cell of the map."""
+    return page.evaluate(
+        """() => {
+          const c = document.getElementById('map'), d = c.getContext('2d'), found = [];
+          const h = c.height / 4, w = c.width / 5;
+          for (let k = 0; k < 20; k++) {
+            const p = d.getImageData((k % 5 + 0.4) * w, (Math.floor(k / 5) + 0.4) * h, 1, 1).data;
+            found.push([p[0], p[1], p[2]]);
+          }
+          return found;
+        }"""
+    )
+
+
+def _expected(page: Any, marks: dict[int, str], first: int) -> list[list[int]]:
+    names = [marks.get(first + k, "waiting") for k in range(20)]
+    css = {
+        name: page.evaluate(
+            "n => getComputedStyle(document.documentElement).getPropertyValue('--' + n).trim()",
+            name,
+        )
+        for name in set(names)
+    }
+    return [[int(v, 16) for v in re.findall("..", css[name].lstrip("#"))] for name in names]
+
+
+def test_all_runs_are_those_of_the_database_of_the_environment(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("agq.blockwise.ledger.database.connect", asked.append)
+    monkeypatch.setenv("AGQ_MONGO_DATABASE", "ours")
+    for file in (None, tmp_path / "uri"):
+        _sources(tmp_path, True, file)
+        assert (asked[-1].database, asked[-1].uri_file) == ("ours", file)
+
+
+def test_page_and_status_group_failures_alike():
+    failures = [
+        Failure(block=k, attempt=1, reason=f"OSError: took {t} s")
+        for k, t in enumerate(["1", "2.5", "3"])
+    ]
+    total, groups = group_failures(failures, None)
+    assert total == 3
+    assert [group["count"] for group in groups] == [3]
+
+
+@pytest.mark.parametrize(
+    "roi",
+    [
+        {"offset": [1, 10, 10], "shape": [4, 5, 15]},
+        {"offset": [90, 60, 60], "shape": [120, 30, 90], "units": "world"},
+    ],
+)
+def test_blocks_outside_the_roi_are_told_apart(tmp_path, roi):
+    folder = RunFolder(tmp_path / "run")
+    config = {"run_dir": str(folder.path), "input": {"raw": {"path": "x"}, "roi": roi}}
+    folder.create(config, {"grid": GRID.to_dict()})
+    view = RunView(folder.path)
+    view.overview(None)
+    waiting = np.flatnonzero(view._codes() == blockmap.WAITING)
+    assert waiting.tolist() == [6, 7, 26, 27]

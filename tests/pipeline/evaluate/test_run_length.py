@@ -1,0 +1,141 @@
+"""Skeletons, expected run length, scores of blocks and plots."""
+
+import json
+from pathlib import Path
+
+import cc3d
+import numpy as np
+import pytest
+from skimage.metrics import adapted_rand_error, variation_of_information
+
+from agq.blockwise.volumes.create import open_volume
+from agq.errors import InputError
+from agq.pipeline.evaluate.block_scores import score_blocks
+from agq.pipeline.evaluate.evaluate import evaluate
+from agq.pipeline.evaluate.plot import plot_curves, plot_report
+from agq.pipeline.evaluate.skeletons import (
+    Skeletons,
+    expected_run_length,
+    read_skeletons,
+    segments_at,
+    skeletonize,
+)
+from agq.pipeline.evaluate.sweep import Point
+from agq.pipeline.run.folder import RunFolder
+from tests.helpers.fragments import GRID, box, make_run, write_run
+from tests.helpers.runs import stored
+
+
+def line(owner: int, nodes: int, step: float, y: float) -> Skeletons:
+    """A straight skeleton along x."""
+    places = np.array([[0.0, y, k * step] for k in range(nodes)])
+    edges = np.array([[k, k + 1] for k in range(nodes - 1)])
+    return Skeletons(places, edges, np.full(nodes, owner, np.uint64))
+
+
+def test_run_length_by_hand() -> None:
+    """Three neurites of length 10, 10 and 5: one cut in two, two joined."""
+    three = Skeletons.merge([line(1, 11, 1.0, 0), line(2, 11, 1.0, 9), line(3, 6, 1.0, 20)])
+    perfect = expected_run_length(three, three.owner)
+    assert perfect.expected == perfect.possible == pytest.approx((100 + 100 + 25) / 25)
+    assert (perfect.correct, perfect.mergers, perfect.skeletons) == (1.0, 0, 3)
+    segments = three.owner.copy()
+    segments[:5] = 7  # nodes 0-4 of the first: edges 0-3 are in 7, 4-5 is cut, 5-9 are in 1
+    report = expected_run_length(three, segments)
+    assert report.expected == pytest.approx((4**2 + 5**2 + 100 + 25) / 25)
+    assert (report.split, report.merged, report.omitted) == (1 / 25, 0, 0)
+    segments[22:] = 2  # the third joins the second: both count nothing
+    segments[7] = 0  # a node in background: two edges of the first
+    report = expected_run_length(three, segments)
+    # A run is what a segment holds of a skeleton, as published: the gap does not cut it.
+    assert report.expected == pytest.approx((4**2 + 3**2) / 25)
+    assert report.mergers == 1
+    assert report.merged == 15 / 25
+    assert report.omitted == 2 / 25
+    assert report.correct + report.split + report.merged + report.omitted == pytest.approx(1)
+    json.dumps(report.to_dict())
+    assert "60.0% in 1 mergers" in report.line("nm")
+
+
+def test_a_few_nodes_of_another_skeleton_are_tolerated_if_asked() -> None:
+    two = Skeletons.merge([line(1, 11, 1.0, 0), line(2, 11, 1.0, 9)])
+    segments = two.owner.copy()
+    segments[10] = 2
+    assert expected_run_length(two, segments).mergers == 1
+    report = expected_run_length(two, segments, tolerance=1)
+    assert report.mergers == 0
+    assert report.expected == pytest.approx((81 + 100) / 20)
+
+
+def test_skeletons_of_labels_are_trees_inside_their_objects(tmp_path: Path) -> None:
+    labels = np.zeros((10, 40, 44), np.uint64)
+    labels[2:7, 5:10, 4:40] = 2**60  # a bar along x
+    labels[1:9, 20:35, 20:35] = 5  # a ring
+    labels[1:9, 25:30, 25:30] = 0
+    labels[0, 0, 0] = 9
+    truth = stored(tmp_path / "t", labels, (60, 12, 18))
+    found = skeletonize(truth)
+    assert set(found.owner.tolist()) == {2**60, 5}
+    assert (segments_at(truth, found.nodes, (4, 16, 16)) == found.owner).all()
+    for owner in np.unique(found.owner):
+        nodes, edges = np.count_nonzero(found.owner == owner), found.owner[found.edges[:, 0]]
+        assert np.count_nonzero(edges == owner) == nodes - 1
+    bar = found.lengths[found.owner[found.edges[:, 0]] == 2**60].sum()
+    assert 25 * 6 <= bar <= 45 * 6
+    found.save(tmp_path / "s.npz")
+    again = read_skeletons(tmp_path / "s.npz")
+    assert all(np.array_equal(getattr(again, k), v) for k, v in vars(found).items())
+    assert (segments_at(truth, np.array([[0.0, 0, 0], [1e9, 0, 0]])) == 0).all()
+
+
+def test_swc_files_are_read_in_their_order_of_axes(tmp_path: Path) -> None:
+    (tmp_path / "a.swc").write_text("# made by hand\n1 2 10 20 30 1 -1\n5 2 13 24 30 1 1\n")
+    found = read_skeletons(tmp_path)
+    assert found.nodes.tolist() == [[30, 20, 10], [30, 24, 13]]
+    assert found.lengths.tolist() == [5]
+    for name, text, message in (
+        ("b.swc", "1 2 x y z\n", "not an npz or SWC file"),
+        ("c.swc", "1 2 10 20 30 1 -1\n", "no edges"),
+        ("d.npz", "no", "cannot be read|not an npz|damaged"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_skeletons(tmp_path / name)
+    with pytest.raises(InputError, match="No such file"):
+        read_skeletons(tmp_path / "none.swc")
+
+
+def test_blocks_are_scored_alone_against_pieces(tmp_path: Path) -> None:
+    made = make_run(GRID, seed=3, absent=[4])
+    run = RunFolder(tmp_path / "run")
+    run.create({}, {"grid": GRID.to_dict()})
+    # Fragments that are wrong in places: every block joins some and has background.
+    wrong = made.fragments.copy()
+    wrong[wrong % 5 == 1] = 0
+    wrong[wrong % 5 == 2] -= 1
+    made.fragments[:] = wrong
+    write_run(made, run.path)
+    truth = stored(tmp_path / "t", made.truth + 1, GRID.offset)
+    report = score_blocks(run, truth)
+    assert [b.number for b in report.blocks] == [n for n in range(GRID.n_blocks) if n != 4]
+    for block in report.blocks:
+        where = box(*GRID.write_box(block.number))
+        pieces = cc3d.connected_components((made.truth + 1)[where], connectivity=26)
+        labels = np.unique(made.fragments[where], return_inverse=True)[1].reshape(pieces.shape)
+        split, merge = variation_of_information(pieces, labels)
+        assert block.as_is.voi_split == pytest.approx(split, abs=1e-12)
+        assert block.as_is.voi_merge == pytest.approx(merge, abs=1e-12)
+        error = adapted_rand_error(pieces, labels)[0]
+        assert block.as_is.adapted_rand_error == pytest.approx(error, abs=1e-12)
+        assert block.at == GRID.write_box(block.number)[0]
+    mean = report.mean()["as_is"]["voi_sum"]
+    assert mean == pytest.approx(np.mean([b.as_is.voi_sum for b in report.blocks]))
+    assert report.worst(1)[0].filled.voi_sum == max(b.filled.voi_sum for b in report.blocks)
+    json.dumps(report.to_dict())
+    assert report.table()
+    scores = evaluate(open_volume(run.container, "fragments", kind="labels"), truth)
+    plot_report(tmp_path / "plots" / "a.png", scores, report)
+    curve = [Point("m", {"affinity": t}, 3, scores.scores()) for t in (0.1, 0.2)]
+    plot_curves(tmp_path / "b.png", curve, curve[:1])
+    for file in (tmp_path / "plots" / "a.png", tmp_path / "b.png"):
+        assert file.read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,373 @@
+"""Batch scripts, checks and secrets of a submission, without a cluster (tests/cluster has one)."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from dask_jobqueue.slurm import SLURMJob
+from pydantic import SecretStr
+
+from agq.blockwise.ledger.database import LedgerSettings
+from agq.errors import InputError, RunStoppedError
+from agq.pipeline.cli import slurm as commands
+from agq.pipeline.config.schema import Config
+from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.slurm import check as check_module
+from agq.pipeline.slurm import client, dask_jobs, jobs
+from agq.pipeline.slurm.check import Cluster, Partition, check, grace_s
+from agq.pipeline.slurm.client import QueueEntry
+from agq.pipeline.slurm.scripts import coordinator_script, worker_script
+from agq.pipeline.slurm.settings import SlurmSection
+from tests.helpers.runs import environment, make_config
+
+ODD = "a ü 'q\" $(touch pwned) `x`; #y & z"
+
+
+def config(run_dir: Path, **sections) -> Config:
+    return Config.model_validate(
+        {"run_dir": str(run_dir), "input": {"raw": {"path": "x.zarr"}}, **sections}
+    )
+
+
+def run_script(folder: Path, text: str, **environment: str) -> subprocess.Popen:
+    """Run a batch script with stand-ins for the program and for scontrol."""
+    tools = folder / "bin"
+    tools.mkdir(parents=True, exist_ok=True)
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {folder}/scontrol.txt\n')
+    (tools / "scontrol").chmod(0o755)
+    path = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", **environment}
+    return subprocess.Popen(["bash", "-c", text], env={**os.environ, **path}, cwd=folder)
+
+
+def program(folder: Path, text: str) -> str:
+    file = folder / "program"
+    file.write_text("#!/bin/bash\n" + text)
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_odd_names_reach_the_program_as_they_are(tmp_path):
+    run_dir = tmp_path / ODD
+    (tmp_path / ODD).mkdir()
+    section = SlurmSection(
+        python=program(tmp_path, f'printf "%s\\n" "$PWD" "$@" > {tmp_path}/said')
+    )
+    script = worker_script(section, run_dir, run_dir)
+    assert run_script(tmp_path, script.text).wait(20) == 0
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said == [str(run_dir), "-P", "-m", "agq.pipeline.slurm.worker", str(run_dir)]
+    assert not list(tmp_path.rglob("pwned"))
+    directives = [line for line in script.text.splitlines() if line.startswith("#SBATCH")]
+    assert all(line.isascii() and ODD not in line for line in directives)
+
+
+def test_a_container_gets_gpus_and_options(tmp_path):
+    section = SlurmSection(
+        container="apptainer:///my images/agq.sif", container_options=("--bind=/scratch",)
+    )
+    text = worker_script(section, tmp_path, tmp_path).text
+    expected = "apptainer exec --nv --bind=/scratch '/my images/agq.sif' python -P -m"
+    assert expected in text
+    assert "--nv" not in coordinator_script(section, tmp_path, tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("ends", "restarts", "requeued"),
+    [("exit 75", "0", True), ("exit 1", "0", False), ("kill -9 $$", "0", True),
+     ("kill -9 $$", "5", False)],
+)  # fmt: skip
+def test_a_job_is_requeued_when_its_program_asks_or_was_killed(tmp_path, ends, restarts, requeued):
+    section = SlurmSection(python=program(tmp_path, ends))
+    text = coordinator_script(section, tmp_path, tmp_path).text
+    code = run_script(tmp_path, text, SLURM_RESTART_COUNT=restarts).wait(20)
+    assert (tmp_path / "scontrol.txt").exists() == requeued
+    assert code == (75 if requeued else 137 if "kill" in ends else 1)
+    if requeued:
+        assert (tmp_path / "scontrol.txt").read_text().split() == ["requeue", "17"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_reach_the_program_and_its_end_is_waited_for(tmp_path, number):
+    body = f"""
+trap 'sleep 0.3; echo got > {tmp_path}/got; exit 7' {number.name[3:]}
+echo ready > {tmp_path}/ready
+while :; do sleep 0.05; done
+"""
+    text = coordinator_script(SlurmSection(python=program(tmp_path, body)), tmp_path, tmp_path).text
+    job = run_script(tmp_path, text)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(number)
+    assert job.wait(20) == 7
+    assert (tmp_path / "got").exists()
+
+
+def test_the_password_is_in_one_file_for_its_owner_only(tmp_path, monkeypatch):
+    uri = "mongodb://me:s3cr3t@db/"
+    run_dir = tmp_path / "run"
+    for given in ({"ledger": {"uri": uri, "database": "d"}}, {}):
+        if not given:
+            monkeypatch.setenv("AGQ_MONGO_URI", uri)
+        made = config(run_dir, **given)
+        jobs.save_config(made)
+        for script in jobs.scripts(made, ["predict", "stitch"], tmp_path):
+            assert "s3cr3t" not in script.text
+        holders = [f for f in run_dir.rglob("*") if f.is_file() and "s3cr3t" in f.read_text()]
+        assert holders == [run_dir / "slurm" / "ledger-uri"]
+        assert stat.S_IMODE(holders[0].stat().st_mode) == 0o600
+        ledger = jobs.load_config(run_dir).ledger
+        assert ledger.resolve() == SecretStr(uri)
+        assert ledger.database == ("d" if given else LedgerSettings().database)
+
+
+def test_a_job_whose_coordinator_never_comes_waits_and_ends_with_0(tmp_path):
+    made = config(tmp_path / "run", slurm={"wait_s": 2, "gpus": 2})
+    jobs.save_config(made)
+    record = jobs.Jobs(here=str(tmp_path), grace_s=2, workers=1)
+    jobs.record_path(tmp_path / "run").write_text(record.model_dump_json())
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "agq.pipeline.slurm.worker", str(tmp_path / "run")],
+        env={**environment(), "SLURM_JOB_ID": "17", "CUDA_VISIBLE_DEVICES": "2,3"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began >= 2
+    assert "no coordinator for 2 s: leaving" in done.stderr
+    assert not (tmp_path / "run" / "logs" / "predict").exists(), "no worker was started"
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    """A stand-in for SLURM's queue: the ids of the jobs in it."""
+    waiting: list[int] = []
+    monkeypatch.setattr(check_module, "read_cluster", lambda: CLUSTER)
+    monkeypatch.setattr(check_module, "check", lambda *_: [])
+    monkeypatch.setattr(
+        client,
+        "queue",
+        lambda ids: [QueueEntry(n, "", "RUNNING", "", "", "", "") for n in ids if n in waiting],
+    )
+
+    def submit(_arguments):
+        waiting.append(next(numbers))
+        return waiting[-1]
+
+    numbers = itertools.count(1)
+    monkeypatch.setattr(client, "submit", submit)
+    return waiting
+
+
+def test_a_stitch_behind_a_prediction_leaves_its_settings_alone(tmp_path, queue, monkeypatch):
+    uri = "mongodb://me:s3cr3t@127.0.0.1:9/"
+    monkeypatch.setenv("AGQ_MONGO_URI", uri)
+    file = make_config(tmp_path, slurm={"gpus": 0, "lead_s": 77})
+    commands.submit(file, stage="predict")
+    run_dir = tmp_path / "run"
+    before = jobs.load_config(run_dir)
+    scripts = {
+        name: (run_dir / "slurm" / f"{name}.sh").read_bytes() for name in ("coordinator", "workers")
+    }
+    # Later, from another shell, while the coordinator waits or runs.
+    monkeypatch.delenv("AGQ_MONGO_URI")
+    changes = ["slurm.gpus=1", "slurm.lead_s=50", "slurm.stitch.cpus=3", "stitch.across=0.6",
+               "workers.timeout_s=5"]  # fmt: skip
+    for held in (False, True):
+        with RunFolder(run_dir).lock() if held else contextlib.nullcontext():
+            commands.submit(file, stage="stitch", after="predict", settings=changes)
+        now = jobs.load_config(run_dir)
+        assert now.ledger == before.ledger
+        assert now.ledger.resolve() == SecretStr(uri)
+        assert now.workers == before.workers
+        assert now.slurm.model_copy(update={"stitch": before.slurm.stitch}) == before.slurm
+        assert (now.slurm.stitch.cpus, now.stitch.across) == (3, 0.6)
+        assert "--cpus-per-task=3" in (run_dir / "slurm" / "stitch.sh").read_text()
+        for name, text in scripts.items():
+            assert (run_dir / "slurm" / f"{name}.sh").read_bytes() == text
+        queue.pop()  # the stitch has left the queue
+    roi = "input.roi={offset: [0, 0, 0], shape: [9, 9, 9]}"
+    with pytest.raises(InputError, match=r"input\.roi"):
+        commands.submit(file, stage="stitch", after="predict", settings=[roi])
+    with pytest.raises(InputError, match="--overwrite would delete"):
+        commands.submit(file, stage="stitch", after="predict", overwrite=True)
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_a_stitch_behind_a_prediction_that_is_not_in_the_queue(tmp_path, queue, submitted):
+    """As while `agq predict` works on the run: refused before anything is written."""
+    file = make_config(tmp_path, slurm={"gpus": 0})
+    if submitted:
+        commands.submit(file, stage="predict")
+        queue.clear()
+    folder = tmp_path / "run" / "slurm"
+    before = {path: path.read_bytes() for path in folder.glob("*")}
+    with RunFolder(tmp_path / "run").lock(), pytest.raises(InputError, match="no prediction of"):
+        commands.submit(file, stage="stitch", after="predict", settings=["stitch.across=0.6"])
+    assert {path: path.read_bytes() for path in folder.glob("*")} == before
+
+
+CLUSTER = Cluster(
+    {
+        "gpu": Partition("gpu", True, True, 60.0, 5, ((8, 4000, {"a100": 2}, frozenset({"ib"})),)),
+        "cpu": Partition("cpu", False, True, None, 0, ((64, 256000, {}, frozenset()),)),
+        "old": Partition("old", False, False, None, 0, ()),
+    },
+    max_array=100,
+    kill_wait_s=30,
+)
+SMALL = {"mem": "2G", "coordinator": {"mem": "1G"}, "stitch": {"partition": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"partition": "gup"}, ["slurm.partition", "'gup'", "cpu, gpu, old"]),
+        ({"partition": "old"}, ["old takes no jobs"]),
+        ({"workers": 101}, ["slurm.workers", "MaxArraySize", "100"]),
+        ({"gpus": 3}, ["slurm.gpus", "gpu:a100:2"]),
+        ({"gres": "gpu:v100"}, ["gpu:v100", "gpu:a100:2"]),
+        ({"cpus": 9}, ["slurm.cpus", "8"]),
+        ({"mem": "5G"}, ["slurm.mem", "4000M"]),
+        ({"time": "2:00:00"}, ["slurm.time", "60 minutes"]),
+        ({"constraint": "v100"}, ["slurm.constraint", "'v100'", "ib"]),
+        ({"coordinator": {"partition": "x"}}, ["slurm.coordinator.partition"]),
+        ({"stitch": {"mem": "32G"}}, ["slurm.stitch.mem"]),
+    ],
+)
+def test_what_the_cluster_lacks_is_named_with_what_it_has(wrong, words):
+    section = SlurmSection.model_validate(SMALL | wrong)
+    with pytest.raises(InputError) as raised:
+        check(section, CLUSTER)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_what_fits_is_accepted():
+    section = SlurmSection.model_validate(
+        SMALL | {"gpus": 2, "gres": "gpu:a100", "time": "1:00:00", "constraint": "ib"}
+    )
+    assert check(section, CLUSTER) == []
+    # The shorter of KillWait and GraceTime, less a margin.
+    assert grace_s(section, CLUSTER) == 4
+    assert grace_s(section.model_copy(update={"grace_s": 9}), CLUSTER) == 9
+
+
+@pytest.mark.parametrize("time", [None, "2:00:00"])
+def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/scratch/of-this-job-alone")
+    stitch = {"jobs": 2, "cpus": 3, "mem": "900000K", "partition": "cpu", "time": time}
+    section = SlurmSection(qos="low", account="lab", python="/my python", stitch=stitch)
+    options = dask_jobs.jobqueue_options(section, tmp_path / "run")
+    lines = SLURMJob("tls://node:1", name="x", **options).job_script().splitlines()
+    asked = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
+    assert {"-p cpu", "-A lab", "--qos=low", "--mem=900000K", "--cpus-per-task=3"} <= asked
+    # Without a time, the partition's limit: not dask-jobqueue's half an hour.
+    assert {line for line in asked if line.startswith("-t")} == ({f"-t {time}"} if time else set())
+    words = shlex.split(lines[-1])
+    assert words[:4] == ["/my python", "-P", "-m", "distributed.cli.dask_worker"]
+    assert words[words.index("--nworkers") + 1] == "3"
+    # Each job spills to its own temporary folder: that of the stitch's job is not for others.
+    assert "of-this-job-alone" not in SLURMJob("tls://node:1", name="x", **options).job_script()
+    # The last one counts: no worker is killed while the job still has memory.
+    assert words[len(words) - words[::-1].index("--memory-limit")] == "0"
+
+
+class _DaskCluster:
+    """As much of dask-jobqueue's cluster as is asked here; jobs are numbered from 100."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, SimpleNamespace] = {}
+        self.worker_spec: dict[str, dict] = {}
+        self.scheduler_info: dict = {"workers": {}}
+        self.submitted = 0
+
+    def scale(self, jobs: int) -> None:
+        while len(self.workers) < jobs:
+            name = f"SLURMCluster-{self.submitted}"
+            self.worker_spec[name] = {}
+            self.workers[name] = SimpleNamespace(job_id=str(100 + self.submitted))
+            self.submitted += 1
+
+    def sync(self, function, *arguments):
+        return asyncio.run(function(*arguments))
+
+
+def test_a_lost_dask_job_is_replaced_with_pauses_and_others_work_on(tmp_path, monkeypatch):
+    now, queued = 0.0, {100, 101}
+    monkeypatch.setattr(dask_jobs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(
+        dask_jobs.slurm,
+        "queue",
+        lambda jobs: [QueueEntry(j, "", "RUNNING", "", "", "", "") for j in jobs if j in queued],
+    )
+    cluster = _DaskCluster()
+    cluster.scale(2)
+    watched = dask_jobs.WorkerJobs(cluster, 2, tmp_path)
+    # Two processes of the first job; the second job and all that follow it end before they join.
+    cluster.scheduler_info["workers"] = {i: {"name": f"SLURMCluster-0-{i}"} for i in range(2)}
+    watched.check()
+    assert cluster.submitted == 2
+    queued.remove(101)
+
+    def check_for(minutes: int) -> None:
+        nonlocal now
+        for _ in range(4 * minutes):
+            watched.check()
+            now += 15
+
+    check_for(60)
+    # A bad node: ever longer pauses, and no end of the run.
+    assert 12 < cluster.submitted < 30
+    assert set(cluster.workers) == {"SLURMCluster-0", f"SLURMCluster-{cluster.submitted - 1}"}
+    assert set(cluster.worker_spec) == set(cluster.workers)
+    # When a worker of a new job joins, the count starts again.
+    queued.add(100 + cluster.submitted - 1)
+    cluster.scheduler_info["workers"][2] = {"name": f"SLURMCluster-{cluster.submitted - 1}-0"}
+    watched.check()
+    assert watched.in_vain == 0
+    # Nobody is left: three times as many jobs as wanted may fail, then it ends.
+    cluster.scheduler_info["workers"] = {}
+    queued.clear()
+    with pytest.raises(RunStoppedError, match="6 dask worker jobs were refused, or ended"):
+        check_for(60)
+
+
+@pytest.mark.parametrize(
+    ("task", "count"), [("", 1), ("3", 1), ("[4-7%2]", 4), ("[1,3-4]", 3), ("[9%2]", 1)]
+)
+def test_pending_array_tasks_are_counted(task, count):
+    assert QueueEntry(1, task, "PENDING", "", "", "0:00", "x").count == count
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"partition": "a b"},
+        {"partition": "a\n#SBATCH --wrap=x"},
+        {"qos": "$(x)"},
+        {"mem": "lots"},
+        {"time": "soon"},
+        {"prologue": ["a\nb"]},
+        {"container": "docker://x"},
+        {"container": "apptainer://x.sif", "stitch": {"jobs": 1}},
+        {"lead_s": 1},
+    ],
+)
+def test_values_that_would_break_a_script_are_refused(section):
+    with pytest.raises(ValueError, match="validation error"):
+        SlurmSection.model_validate(section)

@@ -1,0 +1,428 @@
+"""The neuroglancer viewer of a run."""
+
+import functools
+import http.server
+import io
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.volumes.create import (
+    chunk_file,
+    create_affinities,
+    create_array,
+    open_array,
+    open_volume,
+)
+from agq.errors import InputError
+from agq.pipeline.config.schema import load_config
+from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.view import state as view_state
+from agq.pipeline.view import viewer as view
+from agq.pipeline.view.marks import run_marks
+from agq.pipeline.view.viewer import LazyVolume, build_viewer, run_layers, volume_layer
+from tests.helpers.browser import CHROMIUM, FLAGS
+
+neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
+
+AGQ = [sys.executable, "-u", "-c", "from agq.pipeline.cli.main import main; main()"]
+SHAPE = (8, 60, 70)
+PLACE: dict[str, Any] = {"voxel_size": (30, 6, 6), "offset": (60, 12, -5)}
+
+
+def fill(array: Any, data: np.ndarray) -> None:
+    array[...] = data
+
+
+@pytest.fixture
+def raw() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
+
+
+@pytest.fixture
+def labels() -> np.ndarray:
+    data = np.zeros(SHAPE, np.uint64)
+    data[:, :30] = 5
+    data[:, 30:, 35:] = 2**40 + 7
+    return data
+
+
+@pytest.fixture
+def folder(tmp_path: Path, raw: np.ndarray, labels: np.ndarray) -> Path:
+    options: Any = {"shape": SHAPE, "chunks": (4, 16, 16), **PLACE}
+    fill(create_array(tmp_path / "in.zarr", "raw", dtype=np.uint8, **options), raw)
+    truth = labels.astype(np.int32)
+    fill(create_array(tmp_path / "in.zarr", "labels", dtype=np.int32, **options), truth)
+    for name in ("fragments", "segmentation/s0"):
+        fill(create_array(tmp_path / "data.zarr", name, dtype=np.uint64, **options), labels)
+    affinities = create_affinities(tmp_path / "data.zarr", "affinities", **options)
+    fill(affinities, np.stack([raw // 2, raw // 3, raw // 4]))
+    return tmp_path
+
+
+@pytest.fixture
+def layers(folder: Path) -> list[view.Layer]:
+    truth = open_volume(folder / "in.zarr", "labels", kind="labels")
+    return [
+        volume_layer("raw", open_volume(folder / "in.zarr", "raw"), "image"),
+        *run_layers(folder / "data.zarr"),
+        volume_layer("truth", truth, "segmentation", visible=False),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _server_stops() -> Iterator[None]:
+    yield
+    neuroglancer.stop()
+
+
+def get(url: str) -> bytes:
+    assert url.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        return bytes(answer.read())
+
+
+def test_state_has_the_layers_in_place(layers: list[view.Layer]) -> None:
+    state = build_viewer(layers, at=(1, 2, 3)).state.to_json()
+    shown = {layer["name"]: layer for layer in state["layers"]}
+    assert list(shown) == ["raw", "affinities", "fragments", "segmentation", "truth"]
+    assert [layer["type"] for layer in state["layers"]] == ["image"] * 2 + ["segmentation"] * 3
+    visible = [name for name, layer in shown.items() if layer.get("visible", True)]
+    assert visible == ["raw", "segmentation"]
+    scales = {"z": [3e-8, "m"], "y": [6e-9, "m"], "x": [6e-9, "m"]}
+    assert state["dimensions"] == scales
+    assert list(state["dimensions"]) == ["x", "y", "z"]
+    assert state["position"] == pytest.approx([-5 / 6 + 3.5, 12 / 6 + 2.5, 60 / 30 + 1.5])
+    for name, layer in shown.items():
+        transform = layer["source"][0]["transform"]
+        dimensions = dict(transform["outputDimensions"])
+        dimensions.pop("c^", None)
+        assert dimensions == scales
+        moved = [row[-1] for row in transform["matrix"]]
+        assert moved[-3:] == pytest.approx([2, 2, -5 / 6])
+        assert len(moved) == (4 if name == "affinities" else 3)
+
+
+def test_browser_gets_the_page_and_the_voxels(
+    layers: list[view.Layer], raw: np.ndarray, labels: np.ndarray
+) -> None:
+    viewer = build_viewer(layers)
+    base = str(viewer).split("/v/")[0]
+    assert b"<html" in get(str(viewer)).lower()
+    for layer in viewer.state.to_json()["layers"]:
+        token = layer["source"][0]["url"].removeprefix("python://volume/")
+        info = json.loads(get(f"{base}/neuroglancer/info/{token}"))
+        four = layer["name"] == "affinities"
+        box = "0,1,30,20/3,5,50,60" if four else "1,30,20/5,50,60"
+        scale = "1,1,1,1" if four else "1,1,1"
+        data = get(f"{base}/neuroglancer/npz/{token}/{scale}/{box}")
+        voxels = np.load(io.BytesIO(zlib.decompress(data)))
+        expected = {
+            "raw": raw,
+            "affinities": np.stack([raw // 2, raw // 3, raw // 4]),
+            "truth": labels.astype(np.int32).astype(np.uint32),
+        }.get(layer["name"], labels)
+        assert info["shape"] == list(expected.shape)
+        assert info["dataType"] == expected.dtype.name
+        assert info["volumeType"] == layer["type"]
+        np.testing.assert_array_equal(voxels, expected[..., 1:5, 30:50, 20:60])
+
+
+def test_only_what_is_looked_at_is_read(folder: Path, labels: np.ndarray) -> None:
+    array = open_array(folder / "data.zarr", "fragments")
+    for index in np.ndindex(2, 4, 5):
+        if index != (0, 0, 0):
+            chunk_file(array, index).write_bytes(b"damaged")
+    volume = open_volume(folder / "data.zarr", "fragments", kind="labels")
+    viewer = build_viewer([volume_layer("fragments", volume, "segmentation")])
+    lazy = LazyVolume(volume)
+    np.testing.assert_array_equal(lazy[0:4, 0:16, 0:16], labels[:4, :16, :16])
+    with pytest.raises(Exception, match=r"[Zz]std|decompress"):
+        lazy[0:4, 0:16, 0:17]
+    assert get(str(viewer))
+
+
+def test_large_volumes_refuse_meshes_before_reading(
+    layers: list[view.Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    viewer = build_viewer(layers)
+    base = str(viewer).split("/v/")[0]
+    url = viewer.state.to_json()["layers"][3]["source"][0]["url"]
+    address = f"{base}/neuroglancer/mesh/{url.removeprefix('python://volume/')}/5"
+    assert len(get(address)) > 100
+    monkeypatch.setattr(view, "MESH_VOXELS", 10)
+    with pytest.raises(urllib.error.HTTPError, match="405"):
+        get(address)
+
+
+def test_a_run_that_has_only_begun(folder: Path) -> None:
+    shutil.rmtree(folder / "data.zarr" / "segmentation")
+    shutil.rmtree(folder / "data.zarr" / "affinities")
+    (fragments,) = run_layers(folder / "data.zarr")
+    assert fragments.name == "fragments"
+    assert fragments.visible
+    assert run_layers(folder / "nothing.zarr") == []
+    with pytest.raises(InputError, match="nothing to show yet"):
+        build_viewer([])
+
+
+@pytest.mark.parametrize("unit", ["nm", "angstrom", "pm"])
+def test_units(folder: Path, unit: str) -> None:
+    volume = open_volume(folder / "in.zarr", "raw", unit=unit)
+    state = build_viewer([volume_layer("raw", volume, "image")]).state.to_json()
+    assert [v[0] for v in state["dimensions"].values()] == pytest.approx([6e-9, 6e-9, 3e-8])
+
+
+def test_contrast_of_deep_images(tmp_path: Path) -> None:
+    array = create_array(
+        tmp_path / "in.zarr", "raw", shape=SHAPE, chunks=(4, 16, 16), dtype=np.uint16, **PLACE
+    )
+    fill(array, np.random.default_rng(0).integers(3000, 4000, SHAPE).astype(np.uint16))
+    layer = volume_layer("raw", open_volume(tmp_path / "in.zarr", "raw"), "image")
+    state = build_viewer([layer]).state.to_json()
+    low, high = state["layers"][0]["shaderControls"]["normalized"]["range"]
+    assert 3000 <= low < 3050
+    assert 3950 < high <= 4000
+
+
+def test_lower_resolutions_are_read_where_the_browser_is_zoomed_out(
+    folder: Path, labels: np.ndarray
+) -> None:
+    # Contents that a shrunk full resolution would not give.
+    size, offset = (30, 12, 12), PLACE["offset"]
+    array = create_array(
+        folder / "data.zarr",
+        "segmentation/s1",
+        shape=(8, 30, 35),
+        chunks=(4, 16, 16),
+        dtype=np.uint64,
+        voxel_size=size,
+        offset=offset,
+    )
+    fill(array, np.full((8, 30, 35), 99, np.uint64))
+    (layer,) = [y for y in run_layers(folder / "data.zarr") if y.name == "segmentation"]
+    assert [f.tolist() for f, _ in layer.data.coarser] == [[1, 2, 2]]
+    viewer = build_viewer([layer])
+    base = str(viewer).split("/v/")[0]
+    token = viewer.state.to_json()["layers"][0]["source"][0]["url"].removeprefix("python://volume/")
+    for scale, stop, value in (
+        ("1,1,1", "2,4,4", 5),
+        ("1,2,2", "2,4,4", 99),
+        ("2,4,4", "2,4,4", 99),
+    ):
+        data = get(f"{base}/neuroglancer/npz/{token}/{scale}/0,0,0/{stop}")
+        voxels = np.load(io.BytesIO(zlib.decompress(data)))
+        assert voxels.shape == (2, 4, 4)
+        assert (voxels == value).all()
+
+
+def test_marks_of_a_run(folder: Path, layers: list[view.Layer]) -> None:
+    grid = BlockGrid(SHAPE, (30, 6, 6), (4, 16, 16), offset=(60, 12, -6))
+    run = RunFolder(folder / "marked")
+    with run.lock():
+        run.create({}, {"grid": grid.to_dict()})
+    assert run_marks(RunFolder(folder / "none"), "nm") == []
+    journal = JournalWriter(run.journal("predict"), WorkerInfo("worker-0", "node", 1))
+    journal.finish(BlockRecord(21, "failed", error="ValueError: bad"))
+    worst = {"label": 5, "bits": 0.5, "largest": [{"label": 1, "voxels": 9, "at": [120, 60, 60]}]}
+    report = {"worst_mergers": [worst], "worst_splits": []}
+    run.update_stage("evaluate", state="done", report=report)
+    marks = run_marks(run, "nm")
+    assert [m.name for m in marks] == ["blocks", "failed blocks", "mergers"]
+    assert len(marks[0].items) == grid.n_blocks == 40
+    assert marks[0].items[21] == ("block 21", ((6.0, 2.0, 15.0), (10.0, 18.0, 31.0)))
+    assert marks[1].items == (("block 21: ValueError: bad", ((8.0, 10.0, 23.0),)),)
+    assert marks[2].items == (("merger 5 (0.5000 bits): 1", ((4.5, 10.5, 10.5),)),)
+    state = build_viewer(layers, marks=marks).state.to_json()
+    assert [y["type"] for y in state["layers"][-3:]] == ["annotation"] * 3
+    assert state["layers"][-2]["annotations"][0]["point"] == [8, 10, 23]
+
+
+def test_borders_of_the_nearest_blocks_of_a_million(tmp_path: Path) -> None:
+    grid = BlockGrid((400, 400, 400), (1, 1, 1), (4, 4, 4))
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        run.create({}, {"grid": grid.to_dict()})
+    (blocks,) = run_marks(run, "nm", at=(399, 0, 200))
+    assert 200 < len(blocks.items) <= 2000
+    assert f"block {grid.number((99, 0, 50))}" in [text for text, _ in blocks.items]
+    assert blocks.name == f"blocks (nearest {len(blocks.items)})"
+
+
+def test_position_outside(layers: list[view.Layer]) -> None:
+    with pytest.raises(InputError, match=r"--at \(8, 0, 0\) is outside .* \(8, 60, 70\)"):
+        build_viewer(layers, at=(8, 0, 0))
+
+
+def test_port(layers: list[view.Layer]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port} cannot be used"):
+            build_viewer(layers, port=port)
+    assert str(build_viewer(layers, port=port)).startswith(f"http://127.0.0.1:{port}/")
+
+
+def test_without_neuroglancer(layers: list[view.Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "neuroglancer", None)
+    with pytest.raises(InputError, match=r"pip install 'agq-pipeline\[view\]'"):
+        build_viewer(layers)
+
+
+@pytest.fixture
+def config_file(folder: Path) -> Path:
+    """Configuration of a run whose folder holds the results of `folder`."""
+    (folder / "run").mkdir()
+    (folder / "data.zarr").rename(folder / "run" / "data.zarr")
+    file = folder / "run.yaml"
+    file.write_text(
+        f"run_dir: {folder}/run\n"
+        f"input: {{raw: {{path: {folder}/in.zarr, dataset: raw}}}}\n"
+        f"evaluate: {{truth: {{path: {folder}/in.zarr, dataset: labels}}}}\n"
+    )
+    return file
+
+
+def test_layers_of_a_configuration(config_file: Path) -> None:
+    layers = view.config_layers(load_config(config_file))
+    names = ["raw", "affinities", "fragments", "segmentation", "truth"]
+    assert [layer.name for layer in layers] == names
+
+
+def test_command_prints_the_state_and_ends(config_file: Path) -> None:
+    command = [*AGQ, "view", str(config_file), "--print-state"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, "--base-url" in done.stderr) == (2, True)
+    command += ["--base-url", "https://lab.example/run", "--raw-url", "s3://bucket/raw"]
+    wrong = [*command, "--segmentation-url", "www/seg"]
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, "--segmentation-url" in done.stderr) == (2, True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    sources = {layer["name"]: layer["source"] for layer in json.loads(done.stdout)["layers"]}
+    assert {name: source[0]["url"] for name, source in sources.items()} == {
+        "raw": "zarr3://s3://bucket/raw",
+        "affinities": "zarr3://https://lab.example/run/data.zarr/affinities/",
+        "fragments": "zarr3://https://lab.example/run/data.zarr/fragments/",
+        "segmentation": "zarr3://https://lab.example/run/data.zarr/segmentation/s0/",
+    }
+
+
+def test_command_serves_until_interrupted(config_file: Path) -> None:
+    command = [*AGQ, "view", str(config_file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert b"<html" in get(address).lower()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def screenshot(viewer: Any, tmp_path: Path) -> np.ndarray:
+    """Open a viewer in a real browser and return the picture (height, width, 3)."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-first-run", *FLAGS]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    browser = subprocess.Popen(
+        [*command, profile, "--window-size=900,700", str(viewer)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        taken: dict[str, Any] = {}
+
+        def take() -> None:
+            taken["answer"] = viewer.screenshot(size=[800, 600])
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        thread.join(90)
+        assert "answer" in taken, "the browser took no screenshot in 90 s"
+    finally:
+        browser.terminate()
+        browser.wait(20)
+    (tmp_path / "view.png").write_bytes(taken["answer"].screenshot.image)
+    return taken["answer"].screenshot.image_pixels[..., :3].astype(int)
+
+
+class _Readable(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, for pages of any origin, as a lab's web server would give them."""
+
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")
+        super().end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_printed_state_shows_the_segments_by_their_address(
+    tmp_path: Path, config_file: Path, exported: bool
+) -> None:
+    if exported:
+        # The format wants whole voxels; this volume begins a sixth of one further on.
+        made = open_array(tmp_path / "run" / "data.zarr", "segmentation/s0", "r")
+        placed = {"voxel_size": (30, 6, 6), "offset": (60, 12, -6)}
+        shape = tuple(made.shape)
+        plain = create_array(
+            tmp_path / "plain.zarr", "s", shape=shape, chunks=shape, dtype="uint64", **placed
+        )
+        plain[:] = made[:]
+        export = ["export", "precomputed", f"{tmp_path / 'plain.zarr'}::s", str(tmp_path / "www")]
+        subprocess.run([*AGQ, *export], check=True, timeout=120, capture_output=True)
+    handler = functools.partial(_Readable, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        state = view_state.portable_state(
+            load_config(config_file),
+            f"{base}/run",
+            raw_url=f"{base}/in.zarr/raw/",
+            segmentation_url=f"precomputed://{base}/www" if exported else None,
+        )
+        assert "python://" not in json.dumps(state)
+        assert (f"precomputed://{base}/www" in json.dumps(state)) == exported
+        viewer = neuroglancer.Viewer()
+        viewer.set_state(state)
+        pixels = screenshot(viewer, tmp_path)
+        server.shutdown()
+    first = pixels[122:148, 170:230].mean(axis=(0, 1))
+    second = pixels[152:178, 203:230].mean(axis=(0, 1))
+    assert np.ptp(first) > 30
+    assert np.ptp(second) > 30
+    assert np.abs(first - second).max() > 30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[view.Layer]) -> None:
+    pixels = screenshot(build_viewer([layers[0], layers[3]]), tmp_path)
+    # The x-y panel is the upper left one; one voxel is one pixel, the middle is in the middle.
+    first = pixels[122:148, 170:230].mean(axis=(0, 1))
+    second = pixels[152:178, 203:230].mean(axis=(0, 1))
+    background = pixels[152:178, 170:197].mean(axis=(0, 1))
+    assert np.ptp(background) < 10
+    assert np.ptp(first) > 30
+    assert np.ptp(second) > 30
+    assert np.abs(first - second).max() > 30
