@@ -24,7 +24,7 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.compact import SNAPSHOT
 from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import BlockRecord, encode
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 
 def make_run(folder: Path, side: tuple[int, int, int]) -> RunFolder:

@@ -33,7 +33,7 @@ from agq.blockwise.ledger.database import (
     connect,
     worker_update,
 )
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 BAR_S = 1.0
 WORKERS = 1000

@@ -14,16 +14,16 @@ from stitch_memory import peak_mib
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable
-from agq.blockwise.stitch.evidence.tasks import (
+from agq.blockwise.stitch.files import StitchFiles
+from agq.blockwise.stitch.merge.components import connected_components
+from agq.blockwise.stitch.merge.rule import Thresholds, scores
+from agq.blockwise.stitch.superblocks import SuperblockTree
+from agq.blockwise.stitch.tasks import (
     PARTS,
     contract_superblocks,
     load_contacts,
     save_evidence,
 )
-from agq.blockwise.stitch.files import StitchFiles
-from agq.blockwise.stitch.merge.components import connected_components
-from agq.blockwise.stitch.merge.rule import Thresholds, scores
-from agq.blockwise.stitch.superblocks import SuperblockTree
 from agq.blockwise.storage.npz import load_arrays
 
 FRAGMENTS = 100

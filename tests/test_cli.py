@@ -13,7 +13,7 @@ import yaml
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.pipeline.cli import main as cli
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from tests.helpers.runs import ROOT, blobs, make_config, write_volume
 
 

@@ -52,7 +52,10 @@ def test_rooms_do_not_import_what_is_above_or_beside_them(room, other):
 
 
 def rooms(depth: int) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
-    """Return which folders of this depth import which others of the same parent."""
+    """Return which folders of this depth import which others of the same parent.
+
+    A module `settings` counts for nobody: the configuration embeds those of the rooms that read it.
+    """
     edges: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for package in PACKAGES:
         for file in (ROOT / package).rglob("*.py"):
@@ -62,6 +65,8 @@ def rooms(depth: int) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
                 if not name.startswith("agq.") or not path.with_suffix(".py").is_file():
                     continue
                 there = path.parent.relative_to(ROOT).parts[:depth]
+                if path.name in ("settings", "folder"):
+                    continue
                 if there != here and len(here) == len(there) == depth and there[:-1] == here[:-1]:
                     edges.setdefault(here, set()).add(there)
     return edges

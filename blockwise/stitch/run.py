@@ -29,7 +29,6 @@ from agq.blockwise.blocks import sidecar as sidecar_module
 from agq.blockwise.journal.records import STATE_RANK
 from agq.blockwise.stitch.cluster import local_client
 from agq.blockwise.stitch.evidence import contacts as contacts_module
-from agq.blockwise.stitch.evidence.tasks import collect_leaves, contract_superblocks
 from agq.blockwise.stitch.files import StitchFiles, groups, leaf_shape
 from agq.blockwise.stitch.output.write import Writer
 from agq.blockwise.stitch.segments.ids import cut_superblocks, map_leaves, name_superblocks
@@ -45,6 +44,7 @@ from agq.blockwise.stitch.steps import (
     wait_for_stragglers,
 )
 from agq.blockwise.stitch.superblocks import Superblock, SuperblockTree
+from agq.blockwise.stitch.tasks import collect_leaves, contract_superblocks
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.storage.npz import save_array
 from agq.errors import InputError

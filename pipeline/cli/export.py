@@ -118,7 +118,7 @@ def version_of(run_dir: Path) -> str:
 def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
     """Open what is exported; return it with what changes when a run is stitched again."""
     from agq.blockwise.volumes.open import open_levels
-    from agq.pipeline.run.folder import RunFolder
+    from agq.pipeline.folder import RunFolder
 
     path, _, dataset = source.partition("::")
     run = RunFolder(Path(path))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agq.errors import InputError
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from agq.blockwise.volumes.create import Kind, Volume

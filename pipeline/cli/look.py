@@ -114,7 +114,7 @@ def snapshot(
     """Draw raw, fragments, segmentation and truth of a run side by side, xy and xz."""
     from agq.pipeline.cli.locations import parse_triple
     from agq.pipeline.cli.targets import read_target
-    from agq.pipeline.view.report import write_snapshot
+    from agq.pipeline.dashboard.report import write_snapshot
 
     position = None if at is None else parse_triple("--at", at)
     write_snapshot(read_target(target), _writable(out), position, size)
@@ -129,7 +129,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML file about a run: settings, speed, block map, scores."""
     from agq.pipeline.cli.targets import read_target
-    from agq.pipeline.view.report import write_report
+    from agq.pipeline.dashboard.report import write_report
 
     config = read_target(target)
     file = _writable(out or Path(config.run_dir) / "report.html")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from agq.errors import InputError
 from agq.pipeline.cli.options import AsJson
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from agq.blockwise.volumes.create import Volume
@@ -39,7 +39,7 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     from agq.blockwise.blocks.grid import BlockGrid
     from agq.pipeline.cli.locations import open_location
     from agq.pipeline.config.schema import parse_config
-    from agq.pipeline.run.prepare import open_section, roi_box, world_roi
+    from agq.pipeline.data.inputs import open_section, roi_box, world_roi
 
     record = run.record()
     config = parse_config({**record["config"], "ledger": None}, source=str(run.record_path))

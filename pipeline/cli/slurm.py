@@ -219,7 +219,7 @@ def attach(
     from agq.pipeline.status.text import render
 
     run_dir = run_dir.absolute()
-    monitor = Monitor(*watched(run_dir))
+    monitor = Monitor(*watched(run_dir), queue=jobs.queue_status)
     try:
         with Live(console=out, auto_refresh=False) as view:
             while True:

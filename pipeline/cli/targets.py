@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from agq.blockwise.ledger.settings import URI_VARIABLE, LedgerError, LedgerSettings
 from agq.errors import InputError
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger

@@ -9,11 +9,11 @@ import typer
 
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.cli.options import AsJson, RunDir, Target
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger, LedgerSettings
-    from agq.pipeline.status.run_status import RunStatus
+    from agq.pipeline.status.run_status import QueueStatus, RunStatus
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of block progress.")
 
@@ -44,13 +44,20 @@ def status(
     Console(highlight=False).print(render(found))
 
 
+def _queue(run_dir: Path) -> "tuple[QueueStatus, ...] | None":
+    # Imported only for a run that was submitted.
+    from agq.pipeline.slurm.jobs import queue_status
+
+    return queue_status(run_dir)
+
+
 def _status_of(target: Path) -> "RunStatus":
     from agq.pipeline.cli.targets import watched
     from agq.pipeline.status.monitor import load_status
 
     run_dir, ledger = watched(target)
     try:
-        return load_status(run_dir, ledger)
+        return load_status(run_dir, ledger, _queue)
     finally:
         if ledger is not None:
             ledger.leave()
@@ -64,7 +71,7 @@ def watch(
     from agq.pipeline.cli.targets import watched
     from agq.pipeline.status import monitor
 
-    monitor.watch(*watched(target), interval_s=interval)
+    monitor.watch(*watched(target), queue=_queue, interval_s=interval)
 
 
 def open_ledger(settings: "LedgerSettings | None" = None) -> "Ledger":

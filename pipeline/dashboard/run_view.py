@@ -34,8 +34,9 @@ from agq.pipeline.dashboard.details import (
     settings,
     worker_rows,
 )
-from agq.pipeline.run.folder import RunFolder
-from agq.pipeline.run.prepare import roi_box
+from agq.pipeline.data.inputs import roi_box
+from agq.pipeline.folder import RunFolder
+from agq.pipeline.slurm.jobs import queue_status
 from agq.pipeline.status.failures import failure_of_document, failure_of_record
 from agq.pipeline.status.monitor import Monitor
 from agq.pipeline.status.run_status import Failure, RunStatus
@@ -66,7 +67,7 @@ class RunView:
         self._here = self._run.exists()
         self._ledger = None if self._here else ledger
         # The block map needs every row.
-        self._monitor = Monitor(run_dir, self._ledger, lazy=False)
+        self._monitor = Monitor(run_dir, self._ledger, lazy=False, queue=queue_status)
         self._lock = threading.Lock()
         self._polled = 0.0
         self._status: RunStatus | None = None

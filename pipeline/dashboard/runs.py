@@ -10,7 +10,7 @@ from pymongo.errors import PyMongoError
 from agq.blockwise.ledger.database import Ledger
 from agq.errors import InputError
 from agq.pipeline.dashboard.run_view import STAGE, RunView
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.stages import coordinator_alive, run_state_of
 
 _OPEN_RUNS: Final = 4

@@ -25,7 +25,7 @@ from agq.blockwise.volumes.create import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BorderRule, Table
 from agq.pipeline.evaluate.scores import Scores
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 NUMBERS = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")
 

@@ -17,7 +17,8 @@ from agq.blockwise.storage.files import format_bytes, free_space
 from agq.blockwise.volumes.create import open_volume
 from agq.blockwise.volumes.mask import mask_blocks
 from agq.errors import InputError
-from agq.pipeline.run.prepare import Prepared, triple
+from agq.pipeline.data.inputs import triple
+from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.stages import reopen_options, worker_count
 
 

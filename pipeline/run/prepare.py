@@ -4,33 +4,22 @@ Everything that can be found out before a block runs is found out here: `agq pla
 the other commands start with it.
 """
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.ledger.database import connect
 from agq.blockwise.predict.predictor import resolve_factory
 from agq.blockwise.storage.files import require_free_space, require_writable
-from agq.blockwise.volumes.create import Kind, Volume, open_volume
+from agq.blockwise.volumes.create import Volume
 from agq.errors import InputError
-from agq.pipeline.config.schema import (
-    DEFAULT_FACTORY,
-    EARLIER_FACTORY,
-    Config,
-    RoiSection,
-    VolumeSection,
-)
-from agq.pipeline.data.importer import import_volume, is_importable
-from agq.pipeline.run.folder import RunFolder
-
-Triple = tuple[int, int, int]
+from agq.pipeline.config.schema import DEFAULT_FACTORY, EARLIER_FACTORY, Config
+from agq.pipeline.data.inputs import Triple, open_section, roi_box, triple, world_roi
+from agq.pipeline.folder import RunFolder
 
 # Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
 _FRAGMENT_BYTES = 0.25
@@ -164,59 +153,11 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
     return prepared
 
 
-def open_section(section: VolumeSection, run: RunFolder, kind: Kind, field: str) -> Volume:
-    """Open a configured volume; image files are imported into the run folder first.
-
-    Raises
-    ------
-    InputError
-        With the configuration field in front.
-    """
-    path, dataset = section.path, section.dataset
-    try:
-        if is_importable(path):
-            path, dataset = str(_import_once(section, run, kind)), kind
-        return open_volume(
-            path,
-            dataset,
-            voxel_size=section.voxel_size,
-            offset=section.offset,
-            level=section.level,
-            kind=kind,
-            unit=section.unit,
-        )
-    except InputError as error:
-        raise InputError(f"{field}: {error}") from error.__cause__
-
-
 def _same_unit(volume: Volume, raw: Volume, field: str) -> None:
     if volume.unit != raw.unit:
         raise InputError(
             f"{field}.unit: {volume.unit} differs from input.raw.unit {raw.unit}; use one unit"
         )
-
-
-def _import_once(section: VolumeSection, run: RunFolder, kind: Kind) -> Path:
-    """Import image files into the run folder; returns at once if that was done before."""
-    if section.voxel_size is None:
-        raise InputError(
-            f"{section.path} holds no voxel size; give voxel_size (z, y, x) in {section.unit}"
-        )
-    place = Path(section.path).expanduser().absolute()
-    key = repr((str(place), section.dataset, section.voxel_size, section.offset, section.unit))
-    name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zarr"
-    target = run.path / "imported" / name
-    import_volume(
-        section.path,
-        target,
-        kind,
-        section.voxel_size,
-        key=section.dataset,
-        offset=section.offset or (0, 0, 0),
-        kind=kind,
-        unit=section.unit,
-    )
-    return target
 
 
 def _model(
@@ -308,46 +249,3 @@ def _grid(config: Config, raw: Volume, trained: Triple | None) -> BlockGrid:
         after=blocks.after,
         offset=raw.offset,
     )
-
-
-def roi_box(roi: RoiSection | None, grid: BlockGrid) -> tuple[Triple, Triple] | None:
-    """Return the ROI of a configuration as voxels of the volume; None for the whole volume.
-
-    Raises
-    ------
-    InputError
-        If it is not on the voxel grid, or outside the volume.
-    """
-    if roi is None:
-        return None
-    size, offset = np.array(tuple(grid.voxel_size)), np.array(tuple(grid.offset))
-    if roi.units == "voxels":
-        start = np.array(roi.offset)
-        shape = np.array(roi.shape)
-    else:
-        start, odd_start = np.divmod(np.array(roi.offset) - offset, size)
-        shape, odd_shape = np.divmod(np.array(roi.shape), size)
-        if odd_start.any() or odd_shape.any():
-            raise InputError(
-                f"input.roi: offset {roi.offset} and shape {roi.shape} are not on the voxel grid "
-                f"(voxel size {triple(size)}, volume offset {triple(offset)})"
-            )
-    stop = start + shape
-    if (start < 0).any() or (stop > np.array(grid.volume_shape)).any():
-        raise InputError(
-            f"input.roi: voxels {start.tolist()} to {stop.tolist()} are outside the volume of "
-            f"{list(grid.volume_shape)} voxels"
-        )
-    return triple(start), triple(stop)
-
-
-def world_roi(box: tuple[Triple, Triple] | None, grid: BlockGrid) -> Roi:
-    """Return a voxel box of the volume in world units; None is the whole volume."""
-    start, stop = (Coordinate(corner) for corner in box or ((0, 0, 0), grid.volume_shape))
-    return Roi(grid.offset + start * grid.voxel_size, (stop - start) * grid.voxel_size)
-
-
-def triple(values: Iterable[int]) -> Triple:
-    """Return three values (z, y, x), of whatever kind of integers, as a tuple of int."""
-    z, y, x = (int(v) for v in values)
-    return z, y, x

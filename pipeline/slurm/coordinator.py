@@ -20,8 +20,8 @@ from agq.blockwise.predict.coordinator import PredictProgress
 from agq.blockwise.predict.spec import FATAL_ERRNOS, Session
 from agq.blockwise.storage.files import require_writable
 from agq.errors import InputError, RunStoppedError
+from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages
-from agq.pipeline.run.folder import RunLockedError
 from agq.pipeline.run.prepare import prepare
 from agq.pipeline.run.session import open_session
 from agq.pipeline.slurm import client

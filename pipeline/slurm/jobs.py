@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from agq.blockwise.predict.paths import session_path
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.errors import InputError
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm import client
 from agq.pipeline.slurm.scripts import (
     Script,

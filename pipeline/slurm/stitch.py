@@ -14,8 +14,8 @@ from typing import Any
 
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.config.schema import Config
+from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages
-from agq.pipeline.run.folder import RunLockedError
 from agq.pipeline.run.prepare import prepare
 from agq.pipeline.run.session import open_session
 from agq.pipeline.slurm.dask_jobs import jobqueue_client

@@ -6,13 +6,14 @@ the journal files, those are read.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from agq.errors import InputError
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.failures import failures_of_journal, failures_of_ledger
-from agq.pipeline.status.run_status import RunState, RunStatus, StageStatus
+from agq.pipeline.status.run_status import QueueStatus, RunState, RunStatus, StageStatus
 from agq.pipeline.status.stages import (
     Record,
     coordinator_alive,
@@ -37,7 +38,13 @@ _JOURNALS: Final = ("predict", "relabel", "pyramid")
 _BEHIND_S: Final = 10.0
 
 
-def load_status(run_dir: Path, ledger: "Ledger | None" = None) -> RunStatus:
+Queue = Callable[[Path], tuple[QueueStatus, ...] | None]
+"""Counts the jobs of a run folder in the batch system's queue; None where it cannot be asked."""
+
+
+def load_status(
+    run_dir: Path, ledger: "Ledger | None" = None, queue: Queue | None = None
+) -> RunStatus:
     """Say how far a run is.
 
     Parameters
@@ -46,19 +53,22 @@ def load_status(run_dir: Path, ledger: "Ledger | None" = None) -> RunStatus:
         Run folder. With a ledger that knows it, it need not be on this machine.
     ledger : Ledger, optional
         Ask it first.
+    queue : callable, optional
+        Asked for the jobs of a submitted run.
 
     Raises
     ------
     InputError
         If the folder holds no run and the ledger does not know it either.
     """
-    return Monitor(run_dir, ledger).poll()
+    return Monitor(run_dir, ledger, queue=queue).poll()
 
 
 def watch(
     run_dir: Path,
     ledger: "Ledger | None" = None,
     *,
+    queue: Queue | None = None,
     interval_s: float = 2.0,
     console: "Console | None" = None,
 ) -> RunStatus:
@@ -70,6 +80,8 @@ def watch(
         Run folder.
     ledger : Ledger, optional
         Ask it first.
+    queue : callable, optional
+        Asked for the jobs of a submitted run.
     interval_s : float
         Seconds between updates.
     console : Console, optional
@@ -90,7 +102,7 @@ def watch(
 
     from agq.pipeline.status.text import render
 
-    monitor = Monitor(run_dir, ledger)
+    monitor = Monitor(run_dir, ledger, queue=queue)
     status = monitor.poll()
     over = 0
     with Live(render(status), console=console or Console(), auto_refresh=False) as live:
@@ -114,13 +126,23 @@ class Monitor:
     ledger : Ledger, optional
         Ask it first.
     lazy : bool
-        Read no more of a journal than a status needs; for who does not ask for all of it anyway.
+        Read no more of a journal than a status needs; off for callers that ask for all of it.
+    queue : callable, optional
+        Asked for the jobs of a submitted run.
     """
 
-    def __init__(self, run_dir: Path, ledger: "Ledger | None" = None, *, lazy: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        ledger: "Ledger | None" = None,
+        *,
+        lazy: bool = True,
+        queue: Queue | None = None,
+    ) -> None:
         self._run = RunFolder(Path(run_dir))
         self._ledger = ledger
         self._lazy = lazy
+        self._queue = queue
         self._journals: dict[str, Journal] = {}
         self._ended: dict[str, tuple[Record, StageStatus]] = {}
 
@@ -133,11 +155,9 @@ class Monitor:
             If the folder holds no run and the ledger does not know it either.
         """
         status = self._poll()
-        if not (self._run.path / "slurm").is_dir():
+        if self._queue is None or not (self._run.path / "slurm").is_dir():
             return status
-        from agq.pipeline.slurm.jobs import queue_status
-
-        return status.model_copy(update={"queue": queue_status(self._run.path)})
+        return status.model_copy(update={"queue": self._queue(self._run.path)})
 
     def _poll(self) -> RunStatus:
         here = self._run.exists()

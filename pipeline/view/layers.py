@@ -12,7 +12,7 @@ from funlib.geometry import Coordinate
 from agq.blockwise.volumes.create import Volume, open_array, open_volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 _MAX_LEVELS = 20
 
@@ -195,7 +195,7 @@ def config_layers(config: Config) -> list[Layer]:
         Configuration of the run.
     """
     from agq.pipeline.data.importer import is_importable
-    from agq.pipeline.run.prepare import open_section
+    from agq.pipeline.data.inputs import open_section
 
     run = RunFolder(Path(config.run_dir))
     section = config.input.raw

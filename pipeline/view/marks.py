@@ -9,7 +9,7 @@ import numpy as np
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
 from agq.errors import InputError
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.failures import failure_of_record
 
 NANOMETRES: Final = {"nm": 1.0, "angstrom": 0.1, "pm": 0.001}

@@ -10,7 +10,7 @@ from typing import Any
 from agq.blockwise.volumes.create import Volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.view.layers import config_layers
 from agq.pipeline.view.marks import annotation_layer, run_marks
 

@@ -17,7 +17,7 @@ from funlib.geometry import Coordinate
 
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.view.layers import Layer, LazyVolume, config_layers, run_layers, volume_layer
 from agq.pipeline.view.marks import NANOMETRES, Marks, annotation_layer, run_marks
 

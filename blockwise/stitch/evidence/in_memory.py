@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from agq.blockwise.blocks.label_pairs import PairTable
 from agq.blockwise.blocks.sidecar import measure
 from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable, merge_contacts
-from agq.blockwise.stitch.evidence.tasks import PARTS, load_contacts, load_nodes
 from agq.blockwise.stitch.files import StitchFiles
+from agq.blockwise.stitch.tasks import PARTS, load_contacts, load_nodes
 from agq.errors import InputError
 
 

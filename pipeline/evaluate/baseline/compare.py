@@ -35,7 +35,7 @@ from agq.pipeline.evaluate.baseline.watershed import WatershedRun, WatershedSett
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule
 from agq.pipeline.evaluate.evaluate import count, evaluate
 from agq.pipeline.evaluate.sweep import Criterion, Point, best, one_threshold, point, points_table
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 MEAN, QUANTILE = "watershed + mean", "watershed + 75% quantile"
 METHODS = (MEAN, QUANTILE)

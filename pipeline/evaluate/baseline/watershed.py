@@ -33,7 +33,7 @@ from agq.blockwise.volumes.create import create_array, open_array, write_chunk
 from agq.errors import InputError
 from agq.model.decode.inference import connected_labels
 from agq.model.decode.supervoxels import block_fragments
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from agq.blockwise.journal import pages as journal_pages
 from agq.blockwise.journal.compact import SNAPSHOT
 from agq.blockwise.journal.lazy import LazyBlockTable, SnapshotError
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo, compact
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.monitor import Monitor, load_status
 from tests.helpers.runs import kill_after
 

@@ -17,7 +17,7 @@ from pymongo import MongoClient
 from agq.blockwise.journal.writer import Journal, JournalWriter
 from agq.blockwise.ledger.database import LedgerError, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from tests.helpers.ledgers import (
     PASSWORD,
     QUOTED,

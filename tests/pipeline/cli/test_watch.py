@@ -15,7 +15,7 @@ from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
 from agq.blockwise.ledger.database import LedgerSettings, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.pipeline.cli.watch import prometheus
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.run_status import RunStatus, StageStatus, WorkerStatus
 from tests.helpers.runs import agq, environment, make_config
 from tests.helpers.services import mongo_uri  # noqa: F401

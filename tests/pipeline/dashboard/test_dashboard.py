@@ -31,7 +31,7 @@ from agq.pipeline.dashboard.details import group_failures, history
 from agq.pipeline.dashboard.run_view import RunView
 from agq.pipeline.dashboard.runs import Runs
 from agq.pipeline.dashboard.server import Dashboard, serve
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.run_status import Failure
 from tests.helpers.browser import browser_page
 from tests.helpers.runs import ROOT, agq, command, environment

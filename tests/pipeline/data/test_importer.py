@@ -22,8 +22,8 @@ from agq.errors import InputError
 from agq.pipeline.config.schema import VolumeSection
 from agq.pipeline.data import importer, sections
 from agq.pipeline.data.importer import import_volume, is_importable
-from agq.pipeline.run.folder import RunFolder
-from agq.pipeline.run.prepare import open_section
+from agq.pipeline.data.inputs import open_section
+from agq.pipeline.folder import RunFolder
 
 SHAPE = (11, 20, 30)
 SIZE = (30, 6, 6)

@@ -35,7 +35,7 @@ from agq.pipeline.evaluate.baseline.watershed import (
 )
 from agq.pipeline.evaluate.evaluate import evaluate
 from agq.pipeline.evaluate.sweep import one_threshold, point, two_thresholds
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from tests.helpers.fragments import GRID, box, make_run, same_partition, write_run
 
 SMALL = WatershedSettings(seed_distance=3, context=4)

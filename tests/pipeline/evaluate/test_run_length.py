@@ -21,7 +21,7 @@ from agq.pipeline.evaluate.skeletons import (
     skeletonize,
 )
 from agq.pipeline.evaluate.sweep import Point
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from tests.helpers.fragments import GRID, box, make_run, write_run
 from tests.helpers.runs import stored
 

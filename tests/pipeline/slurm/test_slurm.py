@@ -21,7 +21,7 @@ from agq.blockwise.ledger.database import LedgerSettings
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.cli import slurm as commands
 from agq.pipeline.config.schema import Config
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm import check as check_module
 from agq.pipeline.slurm import client, dask_jobs, jobs
 from agq.pipeline.slurm.check import Cluster, Partition, check, grace_s

@@ -20,7 +20,7 @@ from agq.blockwise.ledger.database import LedgerSettings, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.predict.coordinator import PredictProgress
 from agq.errors import InputError
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.failures import failures_of_ledger
 from agq.pipeline.status.monitor import Monitor, load_status, watch
 from agq.pipeline.status.progress import RunProgress
@@ -141,7 +141,7 @@ def test_interrupted_run_is_stopped_not_running(run):
     """The coordinator was killed: run.json still says running."""
     code = (
         "import sys, os, signal; from pathlib import Path; "
-        "from agq.pipeline.run.folder import RunFolder\n"
+        "from agq.pipeline.folder import RunFolder\n"
         "run = RunFolder(Path(sys.argv[1]))\n"
         "with run.lock():\n"
         "    run.update_stage('predict', state='running', blocks_total=20)\n"

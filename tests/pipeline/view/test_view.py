@@ -31,7 +31,7 @@ from agq.blockwise.volumes.create import (
 )
 from agq.errors import InputError
 from agq.pipeline.config.schema import load_config
-from agq.pipeline.run.folder import RunFolder
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.view import state as view_state
 from agq.pipeline.view import viewer as view
 from agq.pipeline.view.marks import run_marks

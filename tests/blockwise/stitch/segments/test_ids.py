@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
 from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable
-from agq.blockwise.stitch.evidence.tasks import contract_superblocks, save_evidence
 from agq.blockwise.stitch.files import StitchFiles, groups, leaf_shape
 from agq.blockwise.stitch.merge.rule import Thresholds
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.segments.ids import cut_superblocks, map_leaves, name_superblocks
 from agq.blockwise.stitch.segments.table import write_segments
 from agq.blockwise.stitch.superblocks import SuperblockTree
+from agq.blockwise.stitch.tasks import contract_superblocks, save_evidence
 from tests.blockwise.stitch.merge.test_superblocks import block_graphs
 from tests.helpers.agglomeration_reference import greedy
 

@@ -16,8 +16,8 @@ from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
 from agq.blockwise.volumes.create import create_array
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config, parse_config
-from agq.pipeline.run.folder import RunFolder
-from agq.pipeline.view.report import write_report, write_snapshot
+from agq.pipeline.dashboard.report import write_report, write_snapshot
+from agq.pipeline.folder import RunFolder
 
 SHAPE = (8, 60, 70)
 PLACE: dict[str, Any] = {"voxel_size": (30, 6, 6), "offset": (60, 12, -6)}

@@ -9,7 +9,7 @@ import pytest
 from agq.errors import InputError
 from agq.pipeline.cli.targets import read_target, watched
 from agq.pipeline.config.schema import masked
-from agq.pipeline.run.folder import RunFolder, identity_hash
+from agq.pipeline.folder import RunFolder, identity_hash
 
 IDENTITY = {"raw": {"shape": [4, 4, 4]}, "model": {"sha": "a"}}
 
@@ -73,7 +73,7 @@ def test_second_process_is_refused_while_the_first_lives(tmp_path):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from agq.pipeline.run.folder import RunFolder\n"
+        "from agq.pipeline.folder import RunFolder\n"
         "with RunFolder(Path(sys.argv[1])).lock():\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
