@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from tests.helpers import ROOT
+from tests.helpers.services import mongo_server, mongo_uri
+
+__all__ = ["mongo_server", "mongo_uri"]
 
 # One process a core: with a thread a core each they would wait for one another, four times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -45,3 +49,20 @@ def open_ledger() -> Iterator[Callable[..., Any]]:
 
     with contextlib.ExitStack() as stack:
         yield lambda settings: stack.enter_context(contextlib.closing(connect(settings)))
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run the command line in this process; return exit code, stdout and stderr."""
+    from agq.pipeline.cli.main import main
+
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["agq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run

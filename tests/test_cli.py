@@ -14,22 +14,7 @@ import yaml
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.pipeline.cli import main as cli
 from agq.pipeline.folder import RunFolder
-from tests.helpers.runs import ROOT, blobs, make_config, write_volume
-
-
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """Run the command line in this process; return exit code, stdout and stderr."""
-    monkeypatch.chdir(ROOT)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["agq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
+from tests.helpers.runs import blobs, make_config, write_volume
 
 
 def refused(main, config: Path, expected: str, command: str = "run") -> str:

@@ -22,8 +22,7 @@ from agq.blockwise.volumes.create import open_array
 from agq.model.network.agq import AGQ
 from tests.helpers.pages import ROOT, commands, fences, page_commands
 from tests.helpers.runs import blobs, make_config, write_volume
-from tests.helpers.services import mongo_uri  # noqa: F401
-from tests.model.training.test_loop import NETWORK, config_of, volume  # noqa: F401
+from tests.helpers.training import NETWORK, config_of, volume  # noqa: F401
 
 # Pages whose shell blocks are run here, in this order, in one folder.
 IN_ORDER = (

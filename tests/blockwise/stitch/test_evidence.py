@@ -13,7 +13,7 @@ from agq.blockwise.stitch.run import run_stitch
 from agq.errors import InputError
 from tests.blockwise.stitch.evidence.test_contacts import OVERLAP, files, from_sidecars, grid, rows
 from tests.helpers.fragments import GRID, make_run, same_partition, write_run
-from tests.helpers.stitch_runs import client, expected_segments, results, segmentation  # noqa: F401
+from tests.helpers.stitch_runs import expected_segments, results, segmentation
 
 
 def plain_overlap(run, lower, upper, axis):

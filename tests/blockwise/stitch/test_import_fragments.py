@@ -21,7 +21,6 @@ from agq.pipeline.cli.stitch import stitch_table
 from tests.helpers.fragments import same_partition
 from tests.helpers.runs import agq
 from tests.helpers.stitch_runs import segmentation
-from tests.test_cli import main  # noqa: F401
 
 
 @pytest.fixture(scope="module")

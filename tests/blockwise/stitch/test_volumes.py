@@ -17,7 +17,7 @@ from agq.pipeline.data.synthetic.volume import write
 from tests.blockwise.stitch.merge.test_oracles import by_waterz, needs_compiler
 from tests.blockwise.stitch.output.test_pyramid import PLAIN
 from tests.helpers.fragments import make_run, make_truth, same_partition, write_run
-from tests.helpers.stitch_runs import STEPS, client, expected_segments, results, segmentation  # noqa: F401
+from tests.helpers.stitch_runs import STEPS, expected_segments, results, segmentation
 
 SHAPE = (14, 56, 45)
 BLOCKS = [(4, 12, 10), (5, 29, 45), (14, 9, 16)]

@@ -17,7 +17,7 @@ from agq.model.training.distributed import Ranks
 from agq.model.training.loop import train
 from agq.model.training.state import load_state
 from tests.helpers.runs import ROOT
-from tests.model.training.test_loop import config_of, losses_of, volume  # noqa: F401
+from tests.helpers.training import config_of, losses_of
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from agq.pipeline.cli.main import app
 from agq.pipeline.data.synthetic import volume as synthetic
 from agq.pipeline.run.train_data import make, ready
 from tests.helpers.fragments import folder_bytes
-from tests.model.training.test_loop import NETWORK, config_of, volume  # noqa: F401
+from tests.helpers.training import NETWORK, config_of
 
 
 def call(*arguments: object) -> str:

@@ -18,7 +18,6 @@ from agq.pipeline.cli.watch import prometheus
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.run_status import RunStatus, StageStatus, WorkerStatus
 from tests.helpers.runs import agq, environment, make_config
-from tests.helpers.services import mongo_uri  # noqa: F401
 
 
 def worker(name: str, state: str) -> WorkerStatus:

@@ -26,7 +26,7 @@ from agq.pipeline.status.monitor import Monitor, load_status, watch
 from agq.pipeline.status.progress import RunProgress
 from agq.pipeline.status.run_status import QueueStatus, RunStatus
 from agq.pipeline.status.text import duration, render
-from tests.helpers.services import free_port, mongo_uri  # noqa: F401
+from tests.helpers.services import free_port
 
 WORKER = WorkerInfo(name="worker-0", host="node1", pid=12, device="cuda:0", job="77", started=1.0)
 ROI = ((0.0, 6168.0, 1542.0), (510.0, 1542.0, 1542.0))
