@@ -20,7 +20,14 @@ import yaml
 
 from agq.blockwise.volumes.create import open_array
 from agq.model.network.agq import AGQ
-from tests.helpers.pages import ROOT, commands, fences, page_commands
+from tests.helpers.pages import (
+    CLUSTER_PAGES,
+    ROOT,
+    commands,
+    fences,
+    page_commands,
+    section_commands,
+)
 from tests.helpers.runs import blobs, make_config, write_volume
 from tests.helpers.training import NETWORK, config_of, volume  # noqa: F401
 
@@ -71,7 +78,6 @@ ELSEWHERE = {
         "ssh's own"
     ),
 }
-CLUSTER_PAGES = {"README.md": "## Your cluster", "docs/cluster.md": "## A first run"}
 
 
 def elsewhere(page: str, line: str) -> str | None:
@@ -93,15 +99,6 @@ def elsewhere(page: str, line: str) -> str | None:
     if page in CLUSTER_PAGES and line in section_commands(page, CLUSTER_PAGES[page]):
         return CLUSTER
     return None
-
-
-def section_commands(page: str, heading: str) -> list[str]:
-    """Return the command lines of one section of a page."""
-    text = (ROOT / page).read_text(encoding="utf-8").partition(heading + "\n")[2]
-    body = text.partition("\n## ")[0].partition("```sh\n")[2].partition("```")[0]
-    found = commands("sh", body)
-    assert found, (page, heading)
-    return found
 
 
 README_SECTIONS = ("## Your data", "## Watch it, look at it", "## Only the stitch")

@@ -13,8 +13,8 @@ import yaml
 
 from agq.blockwise.journal.writer import Journal
 from tests.cluster.runs import ClusterRun, chunks, wait_for
+from tests.helpers.pages import CLUSTER_PAGES, section_commands
 from tests.helpers.runs import ROOT, agq, blobs, command, environment, results, write_volume
-from tests.test_docs_run import CLUSTER_PAGES, section_commands
 
 
 def test_all_stages_with_odd_names(quiet, tmp_path, segmented):

@@ -1,10 +1,16 @@
-"""A real browser for tests: the system's chromium, headless, driven by playwright."""
+"""A real browser for tests: the system's chromium, headless; and a web server of files for it."""
 
+import functools
+import http.server
 import shutil
+import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -38,3 +44,51 @@ def browser_page(width: int = 1300, height: int = 900) -> Iterator[Any]:
             assert errors == []
         finally:
             browser.close()
+
+
+def screenshot(viewer: Any, tmp_path: Path) -> np.ndarray:
+    """Open a neuroglancer viewer in a real browser and return the picture (height, width, 3)."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-first-run", *FLAGS]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    browser = subprocess.Popen(
+        [*command, profile, "--window-size=900,700", str(viewer)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        taken: dict[str, Any] = {}
+
+        def take() -> None:
+            taken["answer"] = viewer.screenshot(size=[800, 600])
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        thread.join(90)
+        assert "answer" in taken, "the browser took no screenshot in 90 s"
+    finally:
+        browser.terminate()
+        browser.wait(20)
+    (tmp_path / "view.png").write_bytes(taken["answer"].screenshot.image)
+    return taken["answer"].screenshot.image_pixels[..., :3].astype(int)
+
+
+class _Readable(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, for pages of any origin, as a lab's web server would give them."""
+
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")
+        super().end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def file_server(folder: Path) -> Iterator[str]:
+    """Serve a folder; yield its address."""
+    handler = functools.partial(_Readable, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -8,6 +8,9 @@ from tests.helpers import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "docker" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+CLUSTER_PAGES = {"README.md": "## Your cluster", "docs/cluster.md": "## A first run"}
+"""The sections whose commands need a SLURM cluster."""
+
 
 def fences(file: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (line before, language, text) of every fenced block."""
@@ -40,3 +43,12 @@ def page_commands() -> Iterator[tuple[str, str]]:
             if kind in ("sh", "console", "bash", "shell"):
                 for line in commands(kind, body):
                     yield str(file.relative_to(ROOT)), line
+
+
+def section_commands(page: str, heading: str) -> list[str]:
+    """Return the command lines of one section of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition(heading + "\n")[2]
+    body = text.partition("\n## ")[0].partition("```sh\n")[2].partition("```")[0]
+    found = commands("sh", body)
+    assert found, (page, heading)
+    return found

@@ -1,5 +1,6 @@
 """What a stitch should give, and the runs, clusters and results that its tests share."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,25 @@ def results(run_dir: Path) -> dict[str, bytes]:
         for name, data in files.items()
         if name.startswith(("lut/s", "data.zarr/segmentation/"))
     }
+
+
+def plain_mode(labels: np.ndarray, step) -> np.ndarray:
+    shape = [-(-n // f) for n, f in zip(labels.shape, step, strict=True)]
+    out = np.zeros(shape, np.uint64)
+    for index in np.ndindex(*shape):
+        window = tuple(slice(i * f, (i + 1) * f) for i, f in zip(index, step, strict=True))
+        votes = Counter(labels[window].ravel().tolist())
+        # Most votes, then foreground before background, then the smallest id.
+        out[index] = min(votes, key=lambda label: (-votes[label], label == 0, label))
+    return out
+
+
+def plain_stride(labels: np.ndarray, step) -> np.ndarray:
+    shape = [-(-n // f) for n, f in zip(labels.shape, step, strict=True)]
+    out = np.zeros(shape, np.uint64)
+    for index in np.ndindex(*shape):
+        out[index] = labels[tuple(i * f for i, f in zip(index, step, strict=True))]
+    return out
+
+
+PLAIN_DOWNSAMPLE = {"majority": plain_mode, "stride": plain_stride}

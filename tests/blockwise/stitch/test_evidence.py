@@ -11,7 +11,7 @@ from agq.blockwise.stitch.evidence.in_memory import read_evidence
 from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate, scores
 from agq.blockwise.stitch.run import run_stitch
 from agq.errors import InputError
-from tests.blockwise.stitch.evidence.test_contacts import OVERLAP, files, from_sidecars, grid, rows
+from tests.helpers.contacts import OVERLAP, files, from_sidecars, grid, rows
 from tests.helpers.fragments import GRID, make_run, same_partition, write_run
 from tests.helpers.stitch_runs import expected_segments, results, segmentation
 

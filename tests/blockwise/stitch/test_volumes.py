@@ -14,10 +14,15 @@ from agq.blockwise.stitch.output.pyramid import plan_levels
 from agq.blockwise.stitch.run import local_client, run_stitch
 from agq.blockwise.volumes.create import open_array
 from agq.pipeline.data.synthetic.volume import write
-from tests.blockwise.stitch.merge.test_oracles import by_waterz, needs_compiler
-from tests.blockwise.stitch.output.test_pyramid import PLAIN
+from tests.helpers.agglomeration import by_waterz, needs_compiler
 from tests.helpers.fragments import make_run, make_truth, same_partition, write_run
-from tests.helpers.stitch_runs import STEPS, expected_segments, results, segmentation
+from tests.helpers.stitch_runs import (
+    PLAIN_DOWNSAMPLE,
+    STEPS,
+    expected_segments,
+    results,
+    segmentation,
+)
 
 SHAPE = (14, 56, 45)
 BLOCKS = [(4, 12, 10), (5, 29, 45), (14, 9, 16)]
@@ -108,7 +113,7 @@ def test_pyramids_of_a_stitch_are_valid_and_redone_alone(truth, tmp_path, client
         levels = plan_levels(SHAPE, (4, 12, 10), (30, 6, 6))
         expected = segmentation(tmp_path)
         for i, level in enumerate(levels[1:], 1):
-            expected = PLAIN[how](expected, level.step)
+            expected = PLAIN_DOWNSAMPLE[how](expected, level.step)
             assert np.array_equal(segmentation(tmp_path, i), expected)
     assert report.reused == STEPS[:-1]
 

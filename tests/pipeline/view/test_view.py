@@ -1,7 +1,5 @@
 """The neuroglancer viewer of a run."""
 
-import functools
-import http.server
 import io
 import json
 import shutil
@@ -9,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 import zlib
@@ -36,7 +33,7 @@ from agq.pipeline.view import state as view_state
 from agq.pipeline.view import viewer as view
 from agq.pipeline.view.marks import run_marks
 from agq.pipeline.view.viewer import LazyVolume, build_viewer, run_layers, volume_layer
-from tests.helpers.browser import CHROMIUM, FLAGS
+from tests.helpers.browser import CHROMIUM, file_server, screenshot
 
 neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
 
@@ -336,44 +333,6 @@ def test_command_serves_until_interrupted(config_file: Path) -> None:
             process.kill()
 
 
-def screenshot(viewer: Any, tmp_path: Path) -> np.ndarray:
-    """Open a viewer in a real browser and return the picture (height, width, 3)."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-first-run", *FLAGS]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    browser = subprocess.Popen(
-        [*command, profile, "--window-size=900,700", str(viewer)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        taken: dict[str, Any] = {}
-
-        def take() -> None:
-            taken["answer"] = viewer.screenshot(size=[800, 600])
-
-        thread = threading.Thread(target=take, daemon=True)
-        thread.start()
-        thread.join(90)
-        assert "answer" in taken, "the browser took no screenshot in 90 s"
-    finally:
-        browser.terminate()
-        browser.wait(20)
-    (tmp_path / "view.png").write_bytes(taken["answer"].screenshot.image)
-    return taken["answer"].screenshot.image_pixels[..., :3].astype(int)
-
-
-class _Readable(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, for pages of any origin, as a lab's web server would give them."""
-
-    def end_headers(self) -> None:
-        self.send_header("Access-Control-Allow-Origin", "*")
-        super().end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
 @pytest.mark.parametrize("exported", [False, True])
@@ -391,10 +350,7 @@ def test_a_printed_state_shows_the_segments_by_their_address(
         plain[:] = made[:]
         export = ["export", "precomputed", f"{tmp_path / 'plain.zarr'}::s", str(tmp_path / "www")]
         subprocess.run([*AGQ, *export], check=True, timeout=120, capture_output=True)
-    handler = functools.partial(_Readable, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        base = f"http://127.0.0.1:{server.server_port}"
+    with file_server(tmp_path) as base:
         state = view_state.portable_state(
             load_config(config_file),
             f"{base}/run",
@@ -406,7 +362,6 @@ def test_a_printed_state_shows_the_segments_by_their_address(
         viewer = neuroglancer.Viewer()
         viewer.set_state(state)
         pixels = screenshot(viewer, tmp_path)
-        server.shutdown()
     first = pixels[122:148, 170:230].mean(axis=(0, 1))
     second = pixels[152:178, 203:230].mean(axis=(0, 1))
     assert np.ptp(first) > 30

@@ -1,6 +1,5 @@
 """The agglomeration of whole volumes against waterz and against the published results."""
 
-import shutil
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -12,13 +11,8 @@ from skimage.metrics import variation_of_information
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
 from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate, scores
+from tests.helpers.agglomeration import by_waterz, needs_compiler
 from tests.helpers.fragments import GRID, make_run, make_truth, same_partition
-
-SCORING = "OneMinus<MeanAffinity<RegionGraphType, ScoreValue>>"
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="waterz compiles its scoring function with g++"
-)
 
 
 def ours(fragments, half_units, border):
@@ -28,21 +22,6 @@ def ours(fragments, half_units, border):
     names = dict(zip(result.ids.tolist(), result.representatives.tolist(), strict=True)) | {0: 0}
     table = np.array([names[i] for i in ids.tolist()], np.uint64)
     return table[inverse].reshape(fragments.shape), evidence.contacts
-
-
-def by_waterz(fragments, affinities, border, bins=0):
-    """Apply the published rule as published: thresholds by a shift of the affinities."""
-    import waterz
-
-    _, dense = np.unique(fragments, return_inverse=True)
-    dense = np.where(fragments > 0, dense.reshape(fragments.shape) + 1, 0).astype(np.uint64)
-    shifted = np.ascontiguousarray((affinities + 0.3 * border) / 2, dtype=np.float32)
-    # waterz works in place and yields the same array for every threshold.
-    return next(
-        waterz.agglomerate(
-            shifted, [0.5], fragments=dense, scoring_function=SCORING, discretize_queue=bins
-        )
-    ).copy()
 
 
 @needs_compiler

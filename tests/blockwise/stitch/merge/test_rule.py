@@ -11,7 +11,7 @@ from agq.blockwise.stitch.evidence.contacts import ContactTable
 from agq.blockwise.stitch.merge.kernel import compare_fractions
 from agq.blockwise.stitch.merge.rule import MergeTable, Thresholds, agglomerate, scores
 from agq.errors import InputError
-from tests.helpers.agglomeration_reference import greedy
+from tests.helpers.agglomeration import greedy
 
 COLUMNS = ("u", "v", "across_sum", "across_count", "within_sum", "within_count")
 

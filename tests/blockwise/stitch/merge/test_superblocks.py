@@ -12,9 +12,7 @@ from agq.blockwise.stitch.evidence.contacts import ContactTable, merge_contacts
 from agq.blockwise.stitch.merge.graph import Graph, MergeTable, ScoreTable, contract
 from agq.blockwise.stitch.superblocks import Superblock, SuperblockTree, join
 from agq.errors import InputError
-from tests.helpers.agglomeration_reference import greedy, greedy_pooled
-
-SCORES = [-300, -20, -1, 0, 1, 20, 20, 20, 150]
+from tests.helpers.agglomeration import SCORES, block_graphs, greedy, greedy_pooled
 
 
 def score_table(rows) -> ScoreTable:
@@ -107,37 +105,6 @@ def check(grid_shape, leaf_shape, nodes, rows, shuffle=None):
     found, merges = hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle)
     assert found == expected
     assert sorted(merges) == sorted(order)
-
-
-@st.composite
-def block_graphs(draw):
-    """Fragments of a few blocks; contacts inside a block or across a face, often of equal score."""
-    shape = draw(
-        st.tuples(*[st.integers(1, 4)] * 3).filter(lambda s: 2 <= s[0] * s[1] * s[2] <= 16)
-    )
-    blocks = list(np.ndindex(shape))
-    counts = draw(st.lists(st.integers(0, 3), min_size=len(blocks), max_size=len(blocks)))
-    nodes = {
-        place: [(int(np.ravel_multi_index(place, shape)) << LOCAL_BITS) | (i + 1) for i in range(n)]
-        for place, n in zip(blocks, counts, strict=True)
-    }
-    pairs = []
-    for place in blocks:
-        pairs += itertools.combinations(nodes[place], 2)
-        for axis in range(3):
-            other = tuple(p + (d == axis) for d, p in enumerate(place))
-            pairs += itertools.product(nodes[place], nodes.get(other, []))
-    score = st.tuples(st.sampled_from(SCORES), st.sampled_from([1, 1, 2, 3]))
-    chosen = draw(
-        st.lists(st.one_of(st.none(), score, score), min_size=len(pairs), max_size=len(pairs))
-    )
-    rows = [
-        (u, v, s[0] * s[1] if s[0] != 150 else 150, s[1])
-        for (u, v), s in zip(pairs, chosen, strict=True)
-        if s is not None
-    ]
-    leaf = draw(st.tuples(*[st.integers(1, 4)] * 3))
-    return shape, leaf, [n for own in nodes.values() for n in own], rows
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,10 +1,7 @@
 """Export as neuroglancer precomputed: read back by tensorstore, and by a plain reader."""
 
-import functools
-import http.server
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from agq.blockwise.stitch.run import local_client, run_stitch
 from agq.blockwise.volumes.create import create_array, open_array
 from agq.blockwise.volumes.open import open_levels
 from agq.errors import InputError
-from tests.helpers.browser import CHROMIUM
+from tests.helpers.browser import CHROMIUM, file_server, screenshot
 from tests.helpers.fragments import GRID, folder_bytes, make_run, write_run
 from tests.helpers.runs import agq
 
@@ -310,16 +307,12 @@ def test_command_line(stitched, tmp_path):
 def test_neuroglancer_shows_the_export_in_place(tmp_path, client):
     """A real browser reads info and chunks over http; one voxel is one pixel of the picture."""
     neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
-    from tests.pipeline.view.test_view import _Readable, screenshot
-
     data = np.zeros((8, 200, 200), np.uint64)
     data[:, :100, :100], data[:, 100:, 100:] = 5, 2**40 + 7
     write_array(tmp_path / "in", data, offset=(60, 12, -6))
     levels = open_levels(tmp_path / "in", "a", kind="labels")
     export_precomputed(levels, plan_export(levels), tmp_path / "out", client)
-    handler = functools.partial(_Readable, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with file_server(tmp_path) as address:
         viewer = neuroglancer.Viewer()
         with viewer.txn() as state:
             state.dimensions = neuroglancer.CoordinateSpace(
@@ -330,12 +323,11 @@ def test_neuroglancer_shows_the_export_in_place(tmp_path, client):
             state.layout = "xy"
             state.show_axis_lines = False
             state.layers["export"] = neuroglancer.SegmentationLayer(
-                source=f"precomputed://http://127.0.0.1:{server.server_port}/out",
+                source=f"precomputed://{address}/out",
                 segment_colors={5: "#ff0000", 2**40 + 7: "#0000ff"},
                 selected_alpha=1,
             )
         pixels = screenshot(viewer, tmp_path)
-        server.shutdown()
     height, width = (n // 2 for n in pixels.shape[:2])
     for y, x, colour in ((-50, -50, "red"), (50, 50, "blue"), (-50, 50, ""), (50, -50, "")):
         red, _, blue = pixels[height + y - 5 : height + y + 5, width + x - 5 : width + x + 5].mean(

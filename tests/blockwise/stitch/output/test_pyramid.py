@@ -1,7 +1,6 @@
 """Pyramid: levels, the tie rule, metadata, and chunks."""
 
 import warnings
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -23,31 +22,10 @@ from agq.blockwise.stitch.output.pyramid import (
     write_metadata,
 )
 from agq.blockwise.volumes.create import create_array, open_array, open_volume
+from tests.helpers.stitch_runs import PLAIN_DOWNSAMPLE
 
 
-def plain_mode(labels: np.ndarray, step) -> np.ndarray:
-    shape = [-(-n // f) for n, f in zip(labels.shape, step, strict=True)]
-    out = np.zeros(shape, np.uint64)
-    for index in np.ndindex(*shape):
-        window = tuple(slice(i * f, (i + 1) * f) for i, f in zip(index, step, strict=True))
-        votes = Counter(labels[window].ravel().tolist())
-        # Most votes, then foreground before background, then the smallest id.
-        out[index] = min(votes, key=lambda label: (-votes[label], label == 0, label))
-    return out
-
-
-def plain_stride(labels: np.ndarray, step) -> np.ndarray:
-    shape = [-(-n // f) for n, f in zip(labels.shape, step, strict=True)]
-    out = np.zeros(shape, np.uint64)
-    for index in np.ndindex(*shape):
-        out[index] = labels[tuple(i * f for i, f in zip(index, step, strict=True))]
-    return out
-
-
-PLAIN = {"majority": plain_mode, "stride": plain_stride}
-
-
-@pytest.mark.parametrize("how", sorted(PLAIN))
+@pytest.mark.parametrize("how", sorted(PLAIN_DOWNSAMPLE))
 @settings(max_examples=150, deadline=None)
 @given(
     st.tuples(*[st.integers(1, 5)] * 3),
@@ -59,7 +37,7 @@ def test_downsample_equals_the_plain_rule(how, shape, step, seed, labels):
     rng = np.random.default_rng(seed)
     values = np.array([0, 2**63 + 7, 3, 2**40, 5], np.uint64)[: labels + 1]
     volume = rng.choice(values, shape)
-    assert np.array_equal(downsample(volume, step, how), PLAIN[how](volume, step))
+    assert np.array_equal(downsample(volume, step, how), PLAIN_DOWNSAMPLE[how](volume, step))
 
 
 def test_ties():
@@ -128,7 +106,7 @@ def build(folder, volume, chosen=None, how="majority"):
     return levels, numbers
 
 
-@pytest.mark.parametrize("how", sorted(PLAIN))
+@pytest.mark.parametrize("how", sorted(PLAIN_DOWNSAMPLE))
 def test_chunks_give_the_levels_of_the_whole_volume(tmp_path, how):
     rng = np.random.default_rng(0)
     volume = rng.integers(0, 3, (10, 23, 17)).astype(np.uint64)
@@ -136,7 +114,7 @@ def test_chunks_give_the_levels_of_the_whole_volume(tmp_path, how):
     assert sorted(numbers) == list(range(pyramid_size(levels, CHUNKS)))
     assert Journal(tmp_path / "journal").done(len(numbers)).all()
     for level in levels[1:]:
-        volume = PLAIN[how](volume, level.step)
+        volume = PLAIN_DOWNSAMPLE[how](volume, level.step)
         assert np.array_equal(open_array(tmp_path, f"segmentation/{level.name}", "r")[:], volume)
 
 
@@ -146,11 +124,11 @@ def test_only_chunks_over_data_are_written(tmp_path):
     levels, numbers = build(tmp_path, volume, chosen=[(1, 1, 1)])
     assert len(numbers) == len(levels) - 1
     for level in levels[1:]:
-        volume = plain_mode(volume, level.step)
+        volume = PLAIN_DOWNSAMPLE["majority"](volume, level.step)
         assert np.array_equal(open_array(tmp_path, f"segmentation/{level.name}", "r")[:], volume)
 
 
-@pytest.mark.parametrize("how", sorted(PLAIN))
+@pytest.mark.parametrize("how", sorted(PLAIN_DOWNSAMPLE))
 def test_metadata_is_valid_and_in_place(tmp_path, how):
     volume = np.zeros((10, 23, 17), np.uint64)
     volume[5, 11, 9] = 4

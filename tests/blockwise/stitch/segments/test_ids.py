@@ -17,8 +17,7 @@ from agq.blockwise.stitch.segments.ids import cut_superblocks, map_leaves, name_
 from agq.blockwise.stitch.segments.table import write_segments
 from agq.blockwise.stitch.superblocks import SuperblockTree
 from agq.blockwise.stitch.tasks import contract_superblocks, save_evidence
-from tests.blockwise.stitch.merge.test_superblocks import block_graphs
-from tests.helpers.agglomeration_reference import greedy
+from tests.helpers.agglomeration import block_graphs, greedy
 
 
 def contacts(rows) -> ContactTable:
