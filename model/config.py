@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from agq.errors import InputError
+from agq.settings import Settings
 
 SeedOrder = Literal["label", "largest"]
 Flips = Literal["none", "inplane", "all"]
 Pieces = Literal["masks", "supervoxels"]
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Settings):
     """Architecture and inference constants of one AGQ network.
 
     The defaults are the published network. The configuration is stored inside our checkpoints,
     so that a checkpoint alone is enough to run it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     filters: tuple[int, ...] = Field(default=(32, 64, 96, 128, 160), min_length=2)
     """Channels of the backbone levels, full resolution first."""
@@ -136,38 +135,8 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "model configuration") -> ModelConfig:
-        """Parse a configuration from a JSON object; see `from_values`."""
+        """Read a configuration from a JSON object; see `from_values`."""
         try:
             return cls.from_values(json.loads(text), source)
         except ValueError as error:
             raise InputError(f"{source} is not JSON: {error}") from None
-
-    @classmethod
-    def from_values(cls, values: object, source: str = "model configuration") -> ModelConfig:
-        """Validate a configuration.
-
-        Parameters
-        ----------
-        values : mapping
-            Some of the fields above; absent ones take the published values.
-        source : str
-            Where the values come from, for the error message.
-
-        Returns
-        -------
-        ModelConfig
-            The validated configuration.
-
-        Raises
-        ------
-        InputError
-            If a field is unknown or a value cannot be used.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}"
-                for e in error.errors(include_url=False)
-            )
-            raise InputError(f"{source} is not a valid ModelConfig: {problems}") from None

@@ -6,14 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
 from agq.errors import InputError
 from agq.model import checkpoint as checkpoints
-from agq.model.config import Flips, ModelConfig, Pieces, SeedOrder
 from agq.model.cpu.lean import LeanNetwork
 from agq.model.decode.flips import flipped_affinities
 from agq.model.decode.inference import (
@@ -31,8 +30,8 @@ from agq.model.decode.split import split_at_membranes
 from agq.model.decode.supervoxels import memberships, supervoxels
 from agq.model.network.agq import AGQ
 from agq.model.network.queries import Seeds
+from agq.model.settings import PredictorSettings
 
-Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -119,28 +118,8 @@ class AGQPredictor:
     ----------
     checkpoint : path-like
         Checkpoint file, or ``"demo"`` for the bundled one.
-    device : str
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"``: the first there is of
-        cuda, mps and cpu.
-    precision : {"fp32", "bf16", "fp16"}
-        Of the convolutions; queries, decoder and softmax are always float32. fp32 is the
-        reference, without TF32.
-    batch_size : int
-        How many blocks a caller should hand over at once.
-    seed_order : {"label", "largest"}, optional
-        Overrides the checkpoint's configuration.
-    max_seeds : int, optional
-        Overrides the checkpoint's configuration.
-    threads : int, optional
-        Threads torch uses on the CPU, in the whole process. By default torch's own choice.
-    min_affinity : float, optional
-        Overrides the checkpoint's configuration.
-    flips : {"none", "inplane", "all"}, optional
-        Overrides the checkpoint's configuration.
-    pieces : {"masks", "supervoxels"}, optional
-        Overrides the checkpoint's configuration.
-    mask_weight : float, optional
-        Overrides the checkpoint's configuration.
+    **settings
+        The other fields of `agq.model.settings.PredictorSettings`.
 
     Raises
     ------
@@ -149,43 +128,14 @@ class AGQPredictor:
         precision, or a setting is invalid.
     """
 
-    def __init__(
-        self,
-        checkpoint: str | os.PathLike[str],
-        device: str = "auto",
-        precision: Precision = "fp32",
-        batch_size: int = 1,
-        seed_order: SeedOrder | None = None,
-        max_seeds: int | None = None,
-        threads: int | None = None,
-        min_affinity: float | None = None,
-        flips: Flips | None = None,
-        pieces: Pieces | None = None,
-        mask_weight: float | None = None,
-    ) -> None:
-        if precision not in get_args(Precision):
-            raise InputError(
-                f"precision {precision!r}: give one of {', '.join(get_args(Precision))}"
-            )
-        for name, value in (("batch_size", batch_size), ("threads", threads)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value}: give at least 1")
-        self.device = resolve_device(device)
-        self.precision = precision
-        self.batch_size = batch_size
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, checkpoint: str | os.PathLike[str], **settings: Any) -> None:
+        values = {"checkpoint": os.fspath(checkpoint), **settings}
+        self.settings = PredictorSettings.from_values(values, "predictor settings")
+        self.device = resolve_device(self.settings.device)
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
         loaded = checkpoints.load(checkpoint)
-        changes = {
-            "seed_order": seed_order,
-            "max_seeds": max_seeds,
-            "min_affinity": min_affinity,
-            "flips": flips,
-            "pieces": pieces,
-            "mask_weight": mask_weight,
-        }
-        settings = loaded.config.model_dump() | {k: v for k, v in changes.items() if v is not None}
-        self.config = ModelConfig.from_values(settings, "predictor settings")
+        self.config = self.settings.network(loaded.config)
         self.sha256 = loaded.sha256
         self.provenance = loaded.provenance
         with torch.device("meta"):
@@ -193,8 +143,13 @@ class AGQPredictor:
         network.load_state_dict(loaded.state_dict, assign=True)
         self.network = network.eval().requires_grad_(False).to(self.device)
         # The reference arithmetic on the CPU has a path of its own, with the same results.
-        lean = self.device.type == "cpu" and precision == "fp32"
+        lean = self.device.type == "cpu" and self.settings.precision == "fp32"
         self.lean = LeanNetwork(self.network) if lean else None
+
+    @property
+    def batch_size(self) -> int:
+        """Blocks that a caller should hand over at once."""
+        return self.settings.batch_size
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -296,14 +251,14 @@ class AGQPredictor:
     def _check_finite(self, finite: bool) -> None:
         if not finite:
             raise InputError(
-                f"the network's features overflow at precision {self.precision} on this "
+                f"the network's features overflow at precision {self.settings.precision} on this "
                 "block: use bf16 or fp32"
             )
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.precision == "fp32":
+        if self.settings.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AUTOCAST[self.precision])
+        return torch.autocast(self.device.type, dtype=AUTOCAST[self.settings.precision])
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from agq.blockwise.ledger.database import LedgerSettings
+from agq.blockwise.ledger.settings import LedgerSettings
+from agq.model.settings import NetworkSettings
 from agq.pipeline.config.yaml_settings import load_yaml, parse_values
 from agq.pipeline.slurm.settings import SlurmSection
+from agq.settings import File, Margin, Settings, Size
 
 DEFAULT_FACTORY = "agq.model.predictor:AGQPredictor"
 EARLIER_FACTORY = "model.predictor:AGQPredictor"
@@ -18,22 +20,8 @@ def _present_factory(name: object) -> object:
     return DEFAULT_FACTORY if name == EARLIER_FACTORY else name
 
 
-def _absolute(path: Path) -> Path:
-    return path.absolute()
-
-
-# A record of a setting is read later, in another folder.
-File = Annotated[Path, AfterValidator(_absolute)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
-Margin = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, attribute docstrings are the schema."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+Triple = Size
+Section = Settings
 
 
 class VolumeSection(Section):
@@ -87,43 +75,8 @@ class InputSection(Section):
     """Optional part of the volume."""
 
 
-class ModelSection(Section):
+class ModelSection(NetworkSettings):
     """The network that labels one block."""
-
-    checkpoint: str = "demo"
-    """A safetensors file of ours, a published .pth.tar, or `demo` for the packaged weights."""
-
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` (one GPU per worker) or `mps`."""
-
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32 is the reference; the others are faster on GPUs and may move a few voxels."""
-
-    batch_size: PositiveInt = 1
-    """Blocks per forward pass; does not change the result."""
-
-    seed_order: Literal["label", "largest"] | None = None
-    """Which components become queries when there are more than the limit; default: as trained."""
-
-    max_seeds: PositiveInt | None = None
-    """Limit of affinity-guided queries per block; default: as trained. What it drops is counted."""
-
-    min_affinity: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Cut masks where the mean affinity of a voxel is below this; default: as the checkpoint says
-    (published: 0, never). Helps a network whose masks are less mature than its affinities,
-    together with `stitch.within` below 1."""
-
-    flips: Literal["none", "inplane", "all"] | None = None
-    """Average affinities over 1, 4 or 8 mirror images of a block; default: as trained."""
-
-    pieces: Literal["masks", "supervoxels"] | None = None
-    """What a block is cut into: its `masks`, as published, or `supervoxels` by affinities alone, of
-    which the masks say what belongs together. Helps a network whose masks are vague; needs
-    `stitch.within` below 1. Default: as the checkpoint says."""
-
-    mask_weight: Annotated[float, Field(ge=0, le=1)] | None = None
-    """For supervoxels: weight of the masks against the affinities; default: as the checkpoint says
-    (0.3)."""
 
     factory: Annotated[str, BeforeValidator(_present_factory)] = DEFAULT_FACTORY
     """`module:callable` that makes the predictor; another model can be put here. Its module is

@@ -174,44 +174,20 @@ def _model(
     # torch takes seconds to load, and stitching another model's labels never needs it.
     from agq.model import checkpoint as checkpoints
     from agq.model.predictor import resolve_device
+    from agq.model.settings import PredictorSettings
 
-    path = checkpoints.resolve(section.checkpoint)
+    settings = PredictorSettings(
+        **section.model_dump(exclude={"factory", "options"}), threads=config.workers.threads
+    )
+    path = checkpoints.resolve(settings.checkpoint)
     loaded = checkpoints.load(path)
     if workers_here:
-        resolve_device(section.device)
-    options = {
-        "checkpoint": str(path),
-        "device": section.device,
-        "precision": section.precision,
-        "batch_size": section.batch_size,
-        "seed_order": section.seed_order,
-        "max_seeds": section.max_seeds,
-        "min_affinity": section.min_affinity,
-        "flips": section.flips,
-        "pieces": section.pieces,
-        "mask_weight": section.mask_weight,
-        "threads": config.workers.threads,
-    }
-    identity = {
-        "factory": EARLIER_FACTORY,  # what runs of earlier releases have recorded; they go on
-        "checkpoint_sha256": loaded.sha256,
-        "device": section.device,
-        "precision": section.precision,
-        "seed_order": section.seed_order or loaded.config.seed_order,
-        "max_seeds": section.max_seeds or loaded.config.max_seeds,
-        "min_affinity": (
-            loaded.config.min_affinity if section.min_affinity is None else section.min_affinity
-        ),
-        "threads": config.workers.threads,
-    }
-    flips = section.flips or loaded.config.flips
-    if flips != "none":  # absent otherwise, so that runs of earlier releases go on
-        identity["flips"] = flips
-    if (section.pieces or loaded.config.pieces) == "supervoxels":
+        resolve_device(settings.device)
+    if settings.network(loaded.config).pieces == "supervoxels":
         _check_supervoxels(config)
-        weight = section.mask_weight
-        identity["pieces"] = "supervoxels"
-        identity["mask_weight"] = loaded.config.mask_weight if weight is None else weight
+    options = settings.model_copy(update={"checkpoint": str(path)}).model_dump()
+    # Runs of earlier releases have recorded this name of the factory; they go on.
+    identity = {"factory": EARLIER_FACTORY, **settings.identity(loaded)}
     return options, identity, loaded.config.input_shape
 
 

@@ -39,7 +39,7 @@ def test_json_round_trip() -> None:
 )
 def test_what_cannot_work_is_named(values: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ModelConfig.from_values(values)
+        ModelConfig.from_values(values, "configuration")
 
 
 def test_text_that_is_not_json() -> None:

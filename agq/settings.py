@@ -1,0 +1,56 @@
+"""What the settings of every room are made of: strict, frozen, described."""
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
+
+from agq.errors import InputError
+
+Size = tuple[PositiveInt, PositiveInt, PositiveInt]
+"""Three positive whole numbers, (z, y, x)."""
+
+Margin = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
+"""Three whole numbers from 0 on, (z, y, x)."""
+
+# A record of a setting is read later, in another folder.
+File = Annotated[Path, AfterValidator(Path.absolute)]
+"""A file, by its absolute path."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, attribute docstrings are the schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def from_values(cls, values: Any, source: str) -> Self:
+        """Check values.
+
+        Parameters
+        ----------
+        values
+            A mapping of some of the fields; absent ones take their defaults.
+        source
+            Where the values come from, for the message.
+
+        Raises
+        ------
+        InputError
+            If a field is unknown or a value cannot be used; the message names every such field.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'all'}: {e['msg']}"
+                for e in error.errors(include_url=False)
+            )
+            raise InputError(f"{source}: {problems}") from None
