@@ -184,6 +184,28 @@ class BlockGrid:
         """Return the read box of block `number` in world units."""
         return self.to_world(*self.read_box(number))
 
+    def number_at(self, write_roi: Roi) -> int:
+        """Return the number of the block whose write box, not clipped to the volume, is a ROI.
+
+        Raises
+        ------
+        ValueError
+            If no block has it.
+        """
+        write = Coordinate(self.write_shape) * self.voxel_size
+        begin = write_roi.offset - self.offset
+        if write_roi.shape != write or any(b % w for b, w in zip(begin, write, strict=True)):
+            raise ValueError(f"{write_roi} is not the write ROI of a block")
+        return self.number(begin // write)
+
+    def place(self, number: int) -> dict[str, Any]:
+        """Return `roi` and `voxels` of a block as its journal record has them."""
+        roi = self.write_roi(number)
+        return {
+            "roi": (tuple(roi.offset), tuple(roi.shape)),
+            "voxels": math.prod(roi.shape // self.voxel_size),
+        }
+
     def to_world(self, start: Sequence[int], stop: Sequence[int]) -> Roi:
         """Return the voxel box `start`:`stop` as a ROI in world units."""
         begin, end = Coordinate(start), Coordinate(stop)

@@ -1,4 +1,6 @@
-"""Count touching pairs of labels: run-length caching and a hash table, in numba.
+"""Touching pairs of labels: how often they touch, and what speaks for joining them.
+
+They are counted in numba, by run-length caching and a hash table.
 
 The hash table grows outside the compiled loop. Rebinding arrays inside it makes numba count
 references in every iteration, which was measured 20 to 40 times slower. All keys are uint64
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from agq.errors import InputError
 
 _MIX_U = np.uint64(0x9E3779B97F4A7C15)
 _MIX_V = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -144,3 +148,65 @@ class PairTable:
         keys, sums = self._keys[: self._rows], self._sums[: self._rows]
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         return PairColumns(keys[order, 0], keys[order, 1], sums[order, 0], sums[order, 1])
+
+
+@dataclass(frozen=True)
+class MaskAgreement:
+    """What speaks for joining two labels of a block besides their affinities.
+
+    A predictor may give every label a row of coordinates (`predict.predictor.Prediction`). The
+    agreement of two labels is the cosine of the angle between their rows, from 0 to 1 because
+    coordinates are not negative. Where they touch inside the block, each contact counts as
+    (1 - weight) affinity + weight agreement: the same range and the same units, so the stitch
+    needs to know nothing of it.
+
+    Parameters
+    ----------
+    memberships
+        Non-negative integers (1 + labels, coordinates); row 0 is the background's. A row of zeros
+        agrees and disagrees with nothing: its contacts count by their affinities alone.
+    weight
+        From 0 (affinities alone) to 1 (agreement alone).
+
+    Raises
+    ------
+    InputError
+        If the table is no two-dimensional one of non-negative integers, or the weight is out of
+        range.
+    """
+
+    memberships: NDArray[np.integer]
+    weight: float
+
+    def __post_init__(self) -> None:
+        table = self.memberships
+        if table.ndim != 2 or table.dtype.kind not in "iu" or (table.size and table.min() < 0):
+            raise InputError(
+                f"memberships of shape {table.shape} and dtype {table.dtype}: expected "
+                "non-negative integers (1 + labels, coordinates)"
+            )
+        if not 0 <= self.weight <= 1:
+            raise InputError(f"weight of memberships: {self.weight} is not between 0 and 1")
+
+    def mixed(self, pairs: PairColumns) -> NDArray[np.int64]:
+        """Return the sums of pairs of labels in 1/255, with the agreement mixed in.
+
+        Raises
+        ------
+        InputError
+            If a label has no row.
+        """
+        u, v = pairs.u.astype(np.int64), pairs.v.astype(np.int64)
+        if len(v) and int(v.max()) >= len(self.memberships):
+            raise InputError(
+                f"memberships have {len(self.memberships)} rows, but there is a label {v.max()}"
+            )
+        rows = self.memberships.astype(np.float64)
+        length = np.sqrt((rows * rows).sum(axis=1))
+        lengths = length[u] * length[v]
+        has_cosine = lengths > 0
+        cosine = (rows[u] * rows[v]).sum(axis=1) / np.where(has_cosine, lengths, 1)
+        # Rounding may leave a cosine a little above 1.
+        agreement = 255 * np.minimum(cosine, 1) * pairs.count
+        mixed = np.rint((1 - self.weight) * pairs.total + self.weight * agreement)
+        return np.where(has_cosine, mixed, pairs.total).astype(np.int64)

@@ -29,8 +29,7 @@ import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
 
-from agq.blockwise.blocks.label_pairs import PairTable
-from agq.blockwise.blocks.mask_agreement import Agreement
+from agq.blockwise.blocks.label_pairs import MaskAgreement, PairTable
 from agq.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,12 +39,15 @@ FORMAT_VERSION = 2
 
 _MAGIC = b"AGQS"
 _LEVEL = 1
-_TABLES = ("nodes", "sizes", "boxes", "u", "v", "aff_sum", "count", "names")
+_TABLES = ("nodes", "sizes", "boxes", "u", "v", "aff_sum", "count", "original_labels")
 _SIDES = {
     "low": ("low_labels", "low_affinity"),
     "high": ("high_labels", "after_affinity"),
     "outer": ("after_labels", "before_labels"),
 }
+# An array that has another name in the file.
+_STORED = {"original_labels": "names"}
+_ATTRIBUTES = {stored: attribute for attribute, stored in _STORED.items()}
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,31 @@ class AxisPlanes:
     low_labels: NDArray
     low_affinity: NDArray[np.uint8]
     high_labels: NDArray
-    after_affinity: NDArray[np.uint8] | None
-    after_labels: NDArray | None
-    before_labels: NDArray | None
+    after_affinity: NDArray[np.uint8] | None = None
+    after_labels: NDArray | None = None
+    before_labels: NDArray | None = None
+
+    @classmethod
+    def cut(
+        cls, labels: NDArray, affinity: NDArray[np.uint8], inner: tuple[slice, ...], axis: int
+    ) -> AxisPlanes:
+        """Copy the planes on an axis out of a read box, in which the write box is `inner`."""
+
+        def plane(array: NDArray, index: int) -> Any:
+            if not 0 <= index < array.shape[axis]:
+                return None
+            place: tuple[slice | int, ...] = (*inner[:axis], index, *inner[axis + 1 :])
+            return array[place].copy()
+
+        first, last = inner[axis].start, inner[axis].stop - 1
+        return cls(
+            low_labels=plane(labels, first),
+            low_affinity=plane(affinity, first),
+            high_labels=plane(labels, last),
+            after_affinity=plane(affinity, last + 1),
+            after_labels=plane(labels, last + 1),
+            before_labels=plane(labels, first - 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -90,13 +114,13 @@ class Sidecar:
     u, v, aff_sum, count
         Contacts inside the write box: 6-connected pairs of different labels, ``u < v``
         (uint32), sorted by (u, v); sum of the block's own uint8 affinities (or of them and an
-        `Agreement`) and number of touching voxel pairs (int64).
+        `MaskAgreement`) and number of touching voxel pairs (int64).
     planes
         Face planes on z, y, x.
-    names
+    original_labels
         For fragments that were not made block by block: the label of each in the original volume
-        (uint64). Pieces of one name that touch across a face are one fragment. None: every label
-        ends at the border of its block.
+        (uint64). Pieces with one original label that touch across a face are one fragment. None:
+        every label ends at the border of its block.
     """
 
     number: int
@@ -108,7 +132,7 @@ class Sidecar:
     aff_sum: NDArray[np.int64]
     count: NDArray[np.int64]
     planes: tuple[AxisPlanes, AxisPlanes, AxisPlanes]
-    names: NDArray[np.uint64] | None = None
+    original_labels: NDArray[np.uint64] | None = None
 
     def to_bytes(self) -> bytes:
         """Return the file contents: the same bytes for the same evidence."""
@@ -117,7 +141,10 @@ class Sidecar:
             present = {name: array for name, array in arrays.items() if array is not None}
             data = b"".join(array.tobytes() for array in present.values())
             blobs.append(zstd.compress(data, _LEVEL, True) if data else b"")
-            described = [[name, a.dtype.str, list(a.shape)] for name, a in present.items()]
+            described = [
+                [_STORED.get(name, name), array.dtype.str, list(array.shape)]
+                for name, array in present.items()
+            ]
             frames.append([frame, len(blobs[-1]), described])
         header = json.dumps(
             {"version": FORMAT_VERSION, "number": self.number, "frames": frames},
@@ -140,27 +167,21 @@ class Sidecar:
         InputError
             If the data are damaged or of another format version.
         """
-        file = SidecarFile(data)
-        planes = []
-        for axis in range(3):
-            found: dict[str, NDArray] = {}
-            for side in _SIDES:
-                found |= file.frame(f"{side}_{axis}")
-            try:
-                planes.append(
-                    AxisPlanes(
-                        found["low_labels"],
-                        found["low_affinity"],
-                        found["high_labels"],
-                        found.get("after_affinity"),
-                        found.get("after_labels"),
-                        found.get("before_labels"),
-                    )
-                )
-            except KeyError as error:
-                raise _damaged(error) from None
+        return cls.from_file(SidecarFile(data))
+
+    @classmethod
+    def from_file(cls, file: SidecarFile) -> Sidecar:
+        """Decode all frames of a file; errors as in `from_bytes`."""
+        planes = [
+            {name: array for side in _SIDES for name, array in file.frame(f"{side}_{axis}").items()}
+            for axis in range(3)
+        ]
         tables = file.frame("tables")
-        return cls(number=file.number, planes=(planes[0], planes[1], planes[2]), **tables)
+        try:
+            z, y, x = (AxisPlanes(**arrays) for arrays in planes)
+            return cls(number=file.number, planes=(z, y, x), **tables)
+        except TypeError as error:  # an array is missing
+            raise _damaged(error) from None
 
 
 class SidecarFile:
@@ -187,6 +208,7 @@ class SidecarFile:
             frames = header["frames"] if version == FORMAT_VERSION else []
             offset, self._frames = 8 + length, {}
             for name, size, arrays in frames:
+                arrays = [(_ATTRIBUTES.get(array, array), *form) for array, *form in arrays]
                 self._frames[name] = (offset, size, arrays)
                 offset += size
         except (ValueError, KeyError, TypeError, struct.error) as error:
@@ -218,8 +240,8 @@ class SidecarFile:
             arrays, at = {}, 0
             for array, dtype, shape in described:
                 count = math.prod(shape)
-                found = np.frombuffer(raw, dtype, count, at) if count else np.zeros(0, dtype)
-                arrays[array] = found.reshape(shape)
+                values = np.frombuffer(raw, dtype, count, at) if count else np.zeros(0, dtype)
+                arrays[array] = values.reshape(shape)
                 at += arrays[array].nbytes
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise _damaged(error) from None
@@ -264,9 +286,7 @@ def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
 
 def read_sidecar(run_dir: Path, number: int) -> Sidecar:
     """Read the whole sidecar of a block; errors as in `open_sidecar`."""
-    file = sidecar_path(run_dir, number)
-    open_sidecar(run_dir, number)
-    return Sidecar.from_bytes(file.read_bytes())
+    return Sidecar.from_file(open_sidecar(run_dir, number))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -298,8 +318,8 @@ def build_sidecar(
     affinities: NDArray[np.uint8],
     grid: BlockGrid,
     number: int,
-    names: NDArray[np.uint64] | None = None,
-    agreement: Agreement | None = None,
+    original_labels: NDArray[np.uint64] | None = None,
+    agreement: MaskAgreement | None = None,
 ) -> Sidecar:
     """Collect the evidence of one block.
 
@@ -313,7 +333,7 @@ def build_sidecar(
         Grid of the whole volume.
     number
         Block number.
-    names
+    original_labels
         Label of local labels 0, 1, 2, ... in the original volume, where fragments were not made
         block by block.
     agreement
@@ -336,55 +356,35 @@ def build_sidecar(
             f" {affinities.dtype} (need uint8)"
         )
     inner = grid.write_in_read(number)
-    own = np.ascontiguousarray(labels[inner])
+    written = np.ascontiguousarray(labels[inner])
 
-    counts, boxes = measure(own, int(own.max()) + 1)
+    counts, boxes = measure(written, int(written.max()) + 1)
     counts[0] = 0
     nodes = np.flatnonzero(counts)
 
-    pairs = PairTable()
+    table = PairTable()
     for axis in range(3):
-        lower, upper = _shifted(axis)
-        pairs.add(own[lower], own[upper], affinities[axis][inner][upper])
-    columns = pairs.columns()
-    total = columns.total if agreement is None else agreement.mixed(columns)
+        lower, upper = _neighbours(axis)
+        table.add(written[lower], written[upper], affinities[axis][inner][upper])
+    pairs = table.columns()
 
-    def plane(array: NDArray, axis: int, index: int) -> NDArray | None:
-        if not 0 <= index < shape[axis]:
-            return None
-        return array[_at(inner, axis, index)].copy()
-
-    def face(axis: int) -> AxisPlanes:
-        first, last = inner[axis].start, inner[axis].stop - 1
-        return AxisPlanes(
-            low_labels=labels[_at(inner, axis, first)].copy(),
-            low_affinity=affinities[axis][_at(inner, axis, first)].copy(),
-            high_labels=labels[_at(inner, axis, last)].copy(),
-            after_affinity=plane(affinities[axis], axis, last + 1),
-            after_labels=plane(labels, axis, last + 1),
-            before_labels=plane(labels, axis, first - 1),
-        )
-
+    z, y, x = (AxisPlanes.cut(labels, affinities[axis], inner, axis) for axis in range(3))
     return Sidecar(
         number=number,
         nodes=nodes.astype(np.uint32),
         sizes=counts[nodes],
         boxes=boxes[nodes],
-        u=columns.u.astype(np.uint32),
-        v=columns.v.astype(np.uint32),
-        aff_sum=total,
-        count=columns.count,
-        planes=(face(0), face(1), face(2)),
-        names=None if names is None else names[nodes],
+        u=pairs.u.astype(np.uint32),
+        v=pairs.v.astype(np.uint32),
+        aff_sum=pairs.total if agreement is None else agreement.mixed(pairs),
+        count=pairs.count,
+        planes=(z, y, x),
+        original_labels=None if original_labels is None else original_labels[nodes],
     )
 
 
-def _at(box: tuple[slice, ...], axis: int, index: int) -> tuple[slice | int, ...]:
-    return (*box[:axis], index, *box[axis + 1 :])
-
-
-def _shifted(axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Index pairs of neighbouring voxels on an axis: (all but the last, all but the first)."""
+def _neighbours(axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Return indices of all voxels but the last on an axis, and of all but the first."""
     lower = [slice(None)] * 3
     upper = [slice(None)] * 3
     lower[axis], upper[axis] = slice(None, -1), slice(1, None)

@@ -29,11 +29,9 @@ from typing import Any
 import daisy.v2 as daisy
 import numpy.typing as npt
 
-from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
 from agq.blockwise.predict.auth_proxy import enter
 from agq.blockwise.predict.block_io import BlockError, BlockFiles
-from agq.blockwise.predict.dispatcher import block_number
 from agq.blockwise.predict.paths import TASK, journal_folder, retry_path
 from agq.blockwise.predict.predictor import Prediction, Predictor
 from agq.blockwise.predict.spec import FATAL_ERRNOS, PredictSpec, Session
@@ -261,7 +259,7 @@ class BlockLoop:
         """Take one block through all its steps; False if it failed."""
         number, attempt, started = -1, 1, time.time()
         try:
-            number = block_number(self.files.grid, block.write_roi)
+            number = self.files.grid.number_at(block.write_roi)
             attempt = 1 + self._failures(number)
             self.journal.begin(number, attempt)
             record = self._predict(number, attempt, started, slot)
@@ -286,7 +284,7 @@ class BlockLoop:
             "attempt": attempt,
             "started": started,
             "read_s": read_s,
-            **block_place(self.files.grid, number),
+            **self.files.grid.place(number),
         }
         if raw.min() == raw.max():
             slot.release()
@@ -322,7 +320,7 @@ class BlockLoop:
                     finished=time.time(),
                     reason=f"{type(error).__name__}: {error}".splitlines()[0],
                     error="".join(traceback.format_exception(error)),
-                    **block_place(self.files.grid, number),
+                    **self.files.grid.place(number),
                 )
                 self.journal.finish(record)
                 self._count_failure(number)
@@ -369,15 +367,6 @@ def _connect(session: Session) -> Any:
             resource_tracking=0,
         )
     )
-
-
-def block_place(grid: BlockGrid, number: int) -> dict[str, Any]:
-    """Return the journal's `roi` and `voxels` of a block."""
-    roi = grid.write_roi(number)
-    return {
-        "roi": (tuple(roi.offset), tuple(roi.shape)),
-        "voxels": math.prod(roi.shape // grid.voxel_size),
-    }
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

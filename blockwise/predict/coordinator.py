@@ -23,14 +23,14 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.records import STATE_RANK
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
-from agq.blockwise.predict.block_io import clean_up_killed
-from agq.blockwise.predict.block_threads import block_place
 from agq.blockwise.predict.local_processes import Dispatcher, LocalWorkers, WorkerEnd
 from agq.blockwise.predict.paths import journal_folder, retry_path, session_path
 from agq.blockwise.predict.report import PredictProgress, PredictReport
@@ -42,6 +42,7 @@ from agq.blockwise.predict.spec import (
     Session,
 )
 from agq.blockwise.processes import describe_exit, this_worker
+from agq.blockwise.storage.leftovers import remove_temporaries
 from agq.errors import InputError, RunStoppedError
 
 __all__ = ["PredictProgress", "PredictReport", "PredictSpec", "run_predict"]
@@ -160,9 +161,18 @@ class _Run:
             self._workers.stop(grace_s=_LEAVE_S if ended else 0.0)
 
     def clean_up(self) -> None:
-        """Remove what killed workers left half written, those of earlier runs too."""
+        """Remove what killed workers left half written, those of earlier runs too.
+
+        The journal knows the blocks: a killed worker began them and never wrote how they ended.
+        No worker writes any more.
+        """
         self._journal.refresh()
-        clean_up_killed(self.spec, self._journal)
+        blocks = {block for worker in self._journal.workers.values() for block in worker.current}
+        if blocks:
+            writer = BlockWriter.open(
+                Path(self.spec.run_dir), self.grid, affinities=self.spec.affinities
+            )
+            remove_temporaries(file for block in blocks for file in writer.files(block))
 
     def _run_sessions(self) -> None:
         pending, alone, crashes, idle = self.numbers, self.numbers[:0], 0, 0
@@ -326,7 +336,7 @@ class _Run:
                     started=now,
                     finished=now,
                     reason=self._last_loss.get(number, "every worker that took it was lost"),
-                    **block_place(self.grid, number),
+                    **self.grid.place(number),
                 )
                 for number in numbers.tolist()
             )

@@ -30,7 +30,6 @@ import psutil
 from daisy import logging as daisy_logging
 from funlib.geometry import Coordinate, Roi
 
-from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.predict.auth_proxy import Gate
 from agq.blockwise.predict.paths import TASK
 from agq.blockwise.predict.spec import PredictSpec, Session
@@ -81,21 +80,6 @@ def make_task(spec: PredictSpec, numbers: npt.NDArray[np.int64]) -> Any:
     if tuple(task.block_grid_shape) != skip.shape:
         raise RuntimeError(f"daisy sees {task.block_grid_shape} blocks, expected {skip.shape}")
     return task
-
-
-def block_number(grid: BlockGrid, write_roi: Roi) -> int:
-    """Return the number of the block that daisy describes by its write ROI.
-
-    Raises
-    ------
-    ValueError
-        If the ROI is not the (unclipped) write ROI of a block.
-    """
-    write = Coordinate(grid.write_shape) * grid.voxel_size
-    begin = write_roi.offset - grid.offset
-    if write_roi.shape != write or any(b % w for b, w in zip(begin, write, strict=True)):
-        raise ValueError(f"{write_roi} is not the write ROI of a block")
-    return grid.number(begin // write)
 
 
 def serve(run_dir: Path, numbers: npt.NDArray[np.int64], *, alone: bool) -> bool:

@@ -21,11 +21,6 @@ def journal_folder(run_dir: str | Path) -> Path:
     return Path(run_dir) / "journal" / TASK
 
 
-def container_path(run_dir: str | Path) -> Path:
-    """Return the zarr container of the run's outputs."""
-    return Path(run_dir) / "data.zarr"
-
-
 def log_path(run_dir: str | Path, name: str) -> Path:
     """Return the path of the log of one process."""
     return Path(run_dir) / "logs" / TASK / f"{name}.log"

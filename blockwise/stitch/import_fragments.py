@@ -23,13 +23,12 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
-from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
 from agq.blockwise.processes import this_worker
 from agq.blockwise.stitch.steps import Progress, cores, run_tasks, wait_for_stragglers
-from agq.blockwise.storage.files import checksum, write_atomic
+from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities
-from agq.blockwise.volumes.create import create_array, open_array, write_chunk
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 
@@ -116,16 +115,7 @@ def import_fragments(
     elif any(run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty; choose another --output")
     write_atomic(marker, json.dumps(made_of, indent=1).encode())
-    create_array(
-        run_dir / "data.zarr",
-        "fragments",
-        shape=grid.volume_shape,
-        chunks=grid.write_shape,
-        dtype=np.uint64,
-        voxel_size=grid.voxel_size,
-        offset=grid.offset,
-        unit=source.volume.unit,
-    )
+    BlockWriter.create(run_dir, grid, source.volume.unit)
     every = np.arange(grid.n_blocks)
     todo = every[~Journal(run_dir / "journal" / "predict").done(grid.n_blocks)]
     size = max(1, min(_BATCH, -(-len(todo) // (4 * cores(client)))))
@@ -157,27 +147,24 @@ def imported_grid(run_dir: Path) -> BlockGrid | None:
 def import_batch(source: Fragments, run_dir: str, numbers: Sequence[int]) -> int:
     """Import some blocks; one task. Return how many."""
     folder, grid = Path(run_dir), source.grid()
-    target = open_array(folder / "data.zarr", "fragments")
+    writer = BlockWriter.open(folder, grid)
     with JournalWriter(folder / "journal" / "predict", this_worker()) as journal:
         for number in numbers:
             started = time.time()
             start, stop = grid.read_box(number)
-            labels, names = local_labels(source.volume.read(start, stop))
-            if len(names) > 2**LOCAL_BITS:
-                raise InputError(f"fragments: block {number} has {len(names)} of them, too many")
+            labels, original = local_labels(source.volume.read(start, stop))
+            if len(original) > 2**LOCAL_BITS:
+                raise InputError(f"fragments: block {number} has {len(original)} of them, too many")
             window = _uint8(source.affinities.read(start, stop), number)
-            sidecar = build_sidecar(labels, window, grid, number, names).to_bytes()
-            ids = grid.fragment_ids(number, labels[grid.write_in_read(number)])
-            write_chunk(target, grid.index(number), ids)
-            write_atomic(sidecar_path(folder, number), sidecar)
+            sums = writer.write(number, labels, window, original_labels=original)
             journal.finish(
                 BlockRecord(
                     block=number,
                     state="done",
                     started=started,
                     finished=time.time(),
-                    voxels=ids.size,
-                    sums={"fragments": checksum(ids), "sidecar": checksum(sidecar)},
+                    sums=sums,
+                    **grid.place(number),
                 )
             )
     return len(numbers)
@@ -195,12 +182,12 @@ def local_labels(fragments: NDArray) -> tuple[NDArray[np.uint32], NDArray[np.uin
         raise InputError(f"fragments: id {fragments.min()} is below 0; 0 is background")
     flat = fragments.reshape(-1)
     begins = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
-    names, label = np.unique(flat[begins], return_inverse=True)
-    if names[0] != 0:  # label 0 must be background, also where there is none
-        names, label = np.concatenate((names[:1] * 0, names)), label + 1
+    original, label = np.unique(flat[begins], return_inverse=True)
+    if original[0] != 0:  # label 0 must be background, also where there is none
+        original, label = np.concatenate((original[:1] * 0, original)), label + 1
     lengths = np.diff(np.append(begins, flat.size))
     labels = np.repeat(label.astype(np.uint32), lengths).reshape(fragments.shape)
-    return labels, names.astype(np.uint64)
+    return labels, original.astype(np.uint64)
 
 
 def _uint8(affinities: NDArray, number: int) -> NDArray[np.uint8]:

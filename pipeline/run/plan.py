@@ -11,11 +11,11 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.predict.predictor import load_predictor
 from agq.blockwise.storage.files import format_bytes, free_space
 from agq.blockwise.volumes.create import open_volume
-from agq.blockwise.volumes.mask import mask_blocks
 from agq.errors import InputError
 from agq.pipeline.data.inputs import triple
 from agq.pipeline.run.prepare import Prepared

@@ -15,9 +15,10 @@ import psutil
 from distributed import Client
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.mask import mask_blocks
+from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter
-from agq.blockwise.predict.block_threads import block_place
 from agq.blockwise.predict.coordinator import (
     PredictProgress,
     PredictReport,
@@ -28,8 +29,7 @@ from agq.blockwise.processes import this_worker
 from agq.blockwise.stitch.cluster import TlsFiles
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
 from agq.blockwise.storage.files import write_atomic
-from agq.blockwise.volumes.create import Volume, create_affinities, create_array, open_volume
-from agq.blockwise.volumes.mask import mask_blocks
+from agq.blockwise.volumes.create import Volume, open_volume
 from agq.pipeline.config.schema import DaskSection, PyramidSection, StitchSection
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.run.prepare import Prepared
@@ -82,7 +82,12 @@ def predict(
         Its `failed` lists the blocks that failed in the end.
     """
     prepared = session.prepared
-    _create_arrays(prepared)
+    BlockWriter.create(
+        prepared.run.path,
+        prepared.grid,
+        prepared.raw.unit,
+        affinities=prepared.config.output.affinities,
+    )
     folder = prepared.run.journal("predict")
     compact(folder)
     journal = Journal(folder)
@@ -109,30 +114,6 @@ def predict(
     return report
 
 
-def _create_arrays(prepared: Prepared) -> None:
-    grid, container = prepared.grid, prepared.run.container
-    create_array(
-        container,
-        "fragments",
-        shape=grid.volume_shape,
-        chunks=grid.write_shape,
-        dtype="uint64",
-        voxel_size=grid.voxel_size,
-        offset=grid.offset,
-        unit=prepared.raw.unit,
-    )
-    if prepared.config.output.affinities:
-        create_affinities(
-            container,
-            "affinities",
-            shape=grid.volume_shape,
-            chunks=grid.write_shape,
-            voxel_size=grid.voxel_size,
-            offset=grid.offset,
-            unit=prepared.raw.unit,
-        )
-
-
 def _skip_masked(prepared: Prepared, todo: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Record blocks without tissue as skipped; return the others."""
     if prepared.mask is None or not todo.size:
@@ -147,7 +128,7 @@ def _skip_masked(prepared: Prepared, todo: npt.NDArray[np.int64]) -> npt.NDArray
                 reason="mask",
                 started=now,
                 finished=now,
-                **block_place(prepared.grid, number),
+                **prepared.grid.place(number),
             )
             for number in todo[~tissue].tolist()
         )

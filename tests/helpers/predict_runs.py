@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.predict.coordinator import PredictSpec
-from agq.blockwise.volumes.create import create_affinities, create_array
+from agq.blockwise.volumes.create import create_array
 from tests.helpers import ROOT
 from tests.helpers.runs import blobs
 
@@ -80,10 +81,7 @@ def make_run(
             **changes,
         },
     )
-    size = {"shape": grid.volume_shape, "chunks": grid.write_shape}
-    create_array(run / "data.zarr", "fragments", dtype=np.uint64, **size, **placed)
-    if spec.affinities:
-        create_affinities(run / "data.zarr", "affinities", **size, **placed)
+    BlockWriter.create(run, grid, affinities=spec.affinities)
     return spec
 
 

@@ -65,9 +65,10 @@ def face_contacts(
         u, v, (total, count), counted = _with_overlap(
             lower, upper, axis, found.u, found.v, total, count
         )
-    if lower.has("tables", "names") and upper.has("tables", "names"):
-        names, others = lower.frame("tables")["names"], upper.frame("tables")["names"]
-        same = names[_rows(lower, u)] == others[_rows(upper, v)]
+    if lower.has("tables", "original_labels") and upper.has("tables", "original_labels"):
+        below_u = lower.frame("tables")["original_labels"][_rows(lower, u)]
+        above_v = upper.frame("tables")["original_labels"][_rows(upper, v)]
+        same = below_u == above_v
         total = np.where(same, SAME * count, total)
     # The upper block has the larger number, so u < v holds for the global ids.
     table = ContactTable.across(_ids(lower.number, u), _ids(upper.number, v), total, count)

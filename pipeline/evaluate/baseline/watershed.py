@@ -21,15 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import STATE_RANK
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter
-from agq.blockwise.predict.block_threads import block_place
 from agq.blockwise.processes import this_worker
-from agq.blockwise.storage.files import checksum, write_atomic
 from agq.blockwise.volumes.boxes import unordered
-from agq.blockwise.volumes.create import create_array, open_array, write_chunk
+from agq.blockwise.volumes.create import open_array
 from agq.errors import InputError
 from agq.model.decode.inference import connected_labels
 from agq.model.decode.supervoxels import block_fragments
@@ -117,10 +115,7 @@ def do_block(job: WatershedRun, number: int) -> BlockRecord:
     labels, n = connected_labels(fragments_of(window, job.settings)[inner])
     compute_s = time.perf_counter() - begun - read_s
     affinities = np.ascontiguousarray(window[(slice(None), *inner)])
-    sidecar = build_sidecar(labels, affinities, grid, number).to_bytes()
-    ids = grid.fragment_ids(number, labels[grid.write_in_read(number)])
-    write_chunk(open_array(job.folder / "data.zarr", "fragments"), grid.index(number), ids)
-    write_atomic(sidecar_path(job.folder, number), sidecar)
+    sums = BlockWriter.open(job.folder, grid).write(number, labels, affinities)
     return BlockRecord(
         block=number,
         state="done",
@@ -130,8 +125,8 @@ def do_block(job: WatershedRun, number: int) -> BlockRecord:
         compute_s=compute_s,
         write_s=time.perf_counter() - begun - read_s - compute_s,
         labels=n,
-        sums={"fragments": checksum(ids), "sidecar": checksum(sidecar)},
-        **block_place(grid, number),
+        sums=sums,
+        **grid.place(number),
     )
 
 
@@ -176,16 +171,7 @@ def make_fragments(
     if not done.any():
         raise InputError(f"{run.path}: no block is done yet; finish `agq predict` first")
     units: Any = open_array(run.container, "fragments", "r").attrs["units"]
-    create_array(
-        job.folder / "data.zarr",
-        "fragments",
-        shape=grid.volume_shape,
-        chunks=grid.write_shape,
-        dtype="uint64",
-        voxel_size=grid.voxel_size,
-        offset=grid.offset,
-        unit=str(units[0]),
-    )
+    BlockWriter.create(job.folder, grid, str(units[0]))
     folder = job.folder / "journal" / "predict"
     folder.mkdir(parents=True, exist_ok=True)
     ours = Journal(folder).done(grid.n_blocks)
@@ -200,7 +186,7 @@ def make_fragments(
                 reason="skipped by predict",
                 started=now,
                 finished=now,
-                **block_place(grid, number),
+                **grid.place(number),
             )
             for number in np.flatnonzero(skipped & ~ours).tolist()
         )

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.label_pairs import PairColumns
-from agq.blockwise.blocks.mask_agreement import Agreement
+from agq.blockwise.blocks.label_pairs import MaskAgreement, PairColumns
 from agq.blockwise.blocks.sidecar import build_sidecar, read_sidecar
 from agq.blockwise.predict.block_io import BlockError, BlockFiles
 from agq.errors import InputError
@@ -37,7 +36,7 @@ def test_mixed_against_the_definition(seed, weight, labels, coordinates):
     count = rng.integers(1, 10**6, len(u))
     total = (count * rng.integers(0, 256, len(u))).astype(np.int64)
     pairs = PairColumns((u + 1).astype(np.uint64), (v + 1).astype(np.uint64), total, count)
-    found = Agreement(table, weight).mixed(pairs)
+    found = MaskAgreement(table, weight).mixed(pairs)
     assert found.dtype == np.int64
     for i, (a, b) in enumerate(zip(u + 1, v + 1, strict=True)):
         one, two = [int(x) for x in table[a]], [int(x) for x in table[b]]
@@ -56,9 +55,9 @@ def test_weight_0_changes_nothing_and_1_forgets_affinities():
     labels, affinities = _block()
     table = np.array([[0, 0], [5, 0], [0, 5], [3, 3]])
     plain = build_sidecar(labels, affinities, GRID, 0)
-    none = build_sidecar(labels, affinities, GRID, 0, agreement=Agreement(table, 0.0))
+    none = build_sidecar(labels, affinities, GRID, 0, agreement=MaskAgreement(table, 0.0))
     assert none.to_bytes() == plain.to_bytes()
-    alone = build_sidecar(labels, affinities, GRID, 0, agreement=Agreement(table, 1.0))
+    alone = build_sidecar(labels, affinities, GRID, 0, agreement=MaskAgreement(table, 1.0))
     found = dict(zip(zip(alone.u, alone.v, strict=True), alone.aff_sum / alone.count, strict=True))
     assert found[1, 2] == 0
     assert found[1, 3] == pytest.approx(255 / 2**0.5, abs=0.1)
@@ -81,12 +80,12 @@ def test_weight_0_changes_nothing_and_1_forgets_affinities():
 )
 def test_tables_that_cannot_be_used(table, weight, message):
     with pytest.raises(InputError, match=message):
-        Agreement(table, weight)
+        MaskAgreement(table, weight)
 
 
 def test_a_label_without_a_row_is_an_error():
     labels, affinities = _block()
-    few = Agreement(np.ones((3, 2), np.int64), 0.5)
+    few = MaskAgreement(np.ones((3, 2), np.int64), 0.5)
     with pytest.raises(InputError, match="3 rows, but there is a label 3"):
         build_sidecar(labels, affinities, GRID, 0, agreement=few)
 

@@ -118,7 +118,7 @@ def test_boxes_and_names():
         where = np.argwhere(inner == label)
         assert box == [*where.min(axis=0), *(where.max(axis=0) + 1)]
     again = Sidecar.from_bytes(sidecar.to_bytes())
-    assert np.array_equal(again.names, names[sidecar.nodes])
+    assert np.array_equal(again.original_labels, names[sidecar.nodes])
 
 
 def _write(path, data):

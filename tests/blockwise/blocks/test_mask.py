@@ -10,8 +10,8 @@ import zarr
 from funlib.geometry import Coordinate
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.volumes.create import Volume, create_array, open_volume
-from agq.blockwise.volumes.mask import mask_blocks
 from agq.errors import InputError
 
 

@@ -1,0 +1,143 @@
+"""The one way a block becomes durable: fragments, affinities, sidecar, and a checksum of each.
+
+Prediction, import and watershed baseline all keep their blocks in a folder of this form::
+
+    data.zarr/fragments     uint64, one chunk per block
+    data.zarr/affinities    uint8, (3, z, y, x), one chunk per block; optional
+    sidecars/               one file per block (`blocks.sidecar`)
+
+Each file is written atomically and synced. Whoever keeps a journal writes the block's line after
+`BlockWriter.write` has returned, with the checksums that it returns.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.label_pairs import MaskAgreement
+from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.storage.files import checksum, write_atomic
+from agq.blockwise.volumes.create import (
+    chunk_file,
+    create_affinities,
+    create_array,
+    open_array,
+    write_chunk,
+)
+from agq.errors import InputError
+
+_CONTAINER = "data.zarr"
+
+
+@dataclass(frozen=True)
+class BlockWriter:
+    """The outputs of blocks, open for writing; threads may share it.
+
+    Attributes
+    ----------
+    folder
+        Holds the container and the sidecars.
+    grid
+        The blocks of the whole volume.
+    fragments, affinities
+        The arrays; no affinities: they are not kept.
+    """
+
+    folder: Path
+    grid: BlockGrid
+    fragments: "zarr.Array[Any]"
+    affinities: "zarr.Array[Any] | None" = None
+
+    @classmethod
+    def create(
+        cls, folder: Path, grid: BlockGrid, unit: str = "nm", *, affinities: bool = False
+    ) -> "BlockWriter":
+        """Create the arrays, or open those of an earlier call.
+
+        Raises
+        ------
+        InputError
+            If an array exists and was made for other blocks.
+        """
+        layout: dict[str, Any] = {
+            "shape": grid.volume_shape,
+            "chunks": grid.write_shape,
+            "voxel_size": grid.voxel_size,
+            "offset": grid.offset,
+            "unit": unit,
+        }
+        container = folder / _CONTAINER
+        fragments = create_array(container, "fragments", dtype=np.uint64, **layout)
+        kept = create_affinities(container, "affinities", **layout) if affinities else None
+        return cls(folder, grid, fragments, kept)
+
+    @classmethod
+    def open(cls, folder: Path, grid: BlockGrid, *, affinities: bool = False) -> "BlockWriter":
+        """Open the arrays, which must exist.
+
+        Raises
+        ------
+        InputError
+            If one is missing, or does not fit the grid.
+        """
+        container = folder / _CONTAINER
+        kept = open_array(container, "affinities") if affinities else None
+        writer = cls(folder, grid, open_array(container, "fragments"), kept)
+        for array in (writer.fragments, writer.affinities):
+            # A chunk with two writers loses blocks silently.
+            if array is not None and (
+                array.chunks[-3:] != grid.write_shape or array.shape[-3:] != grid.volume_shape
+            ):
+                raise InputError(
+                    f"{container}: array {array.name} has shape {array.shape} and chunks "
+                    f"{array.chunks}, which do not fit the block grid; start over with --overwrite"
+                )
+        return writer
+
+    def write(
+        self,
+        number: int,
+        labels: npt.NDArray[Any],
+        affinities: npt.NDArray[np.uint8],
+        *,
+        original_labels: npt.NDArray[np.uint64] | None = None,
+        agreement: MaskAgreement | None = None,
+    ) -> dict[str, str]:
+        """Write the outputs of a block durably; return the journal's `sums`, a checksum of each.
+
+        Parameters
+        ----------
+        number, labels, affinities, original_labels, agreement
+            As for `build_sidecar`: arrays over the block's read box.
+
+        Raises
+        ------
+        InputError
+            If an array does not have the shape or type of the block; nothing is written then.
+        """
+        sidecar = build_sidecar(
+            labels, affinities, self.grid, number, original_labels, agreement
+        ).to_bytes()
+        crop, index = self.grid.write_in_read(number), self.grid.index(number)
+        ids = self.grid.fragment_ids(number, labels[crop])
+        sums = {"fragments": checksum(ids), "sidecar": checksum(sidecar)}
+        write_chunk(self.fragments, index, ids)
+        if self.affinities is not None:
+            written = np.ascontiguousarray(affinities[(slice(None), *crop)])
+            sums["affinities"] = checksum(written)
+            write_chunk(self.affinities, (0, *index), written)
+        write_atomic(sidecar_path(self.folder, number), sidecar)
+        return sums
+
+    def files(self, number: int) -> list[Path]:
+        """Return the paths of all files of a block, written or not."""
+        index = self.grid.index(number)
+        files = [chunk_file(self.fragments, index), sidecar_path(self.folder, number)]
+        if self.affinities is not None:
+            files.append(chunk_file(self.affinities, (0, *index)))
+        return files
