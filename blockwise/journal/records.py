@@ -11,7 +11,10 @@ do not know, so that a newer writer may add some.
 
 import hashlib
 import json
+import os
 import re
+import socket
+import time
 import zlib
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
@@ -95,6 +98,21 @@ class WorkerInfo:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadLineError(f"worker: {error}") from error
+
+
+def this_worker(name: str | None = None, device: str = "cpu") -> WorkerInfo:
+    """Describe this process for its journal; the default name is host and process id."""
+    # The name that a cluster's users know; several emulated nodes may share one machine, too.
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return WorkerInfo(
+        name=name or f"{host}-{os.getpid()}",
+        host=host,
+        pid=os.getpid(),
+        device=device,
+        job=f"{job}_{task}" if job and task else os.environ.get("SLURM_JOB_ID"),
+        started=time.time(),
+    )
 
 
 @dataclass(frozen=True, slots=True)

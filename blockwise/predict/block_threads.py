@@ -34,8 +34,8 @@ from agq.blockwise.predict.auth_proxy import enter
 from agq.blockwise.predict.block_io import BlockError, BlockFiles
 from agq.blockwise.predict.paths import TASK, journal_folder, retry_path
 from agq.blockwise.predict.predictor import Prediction, Predictor
-from agq.blockwise.predict.spec import FATAL_ERRNOS, PredictSpec, Session
-from agq.blockwise.storage.files import require_writable
+from agq.blockwise.predict.spec import PredictSpec, Session
+from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
 
 _IDLE_S = 0.2
 _MAX_IDLE_S = 2.0

@@ -29,19 +29,20 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.writer import BlockWriter
-from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.records import STATE_RANK, this_worker
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
-from agq.blockwise.predict.local_processes import Dispatcher, LocalWorkers, WorkerEnd
-from agq.blockwise.predict.paths import journal_folder, retry_path, session_path
-from agq.blockwise.predict.report import PredictProgress, PredictReport
-from agq.blockwise.predict.spec import (
+from agq.blockwise.predict.local_processes import (
     DRAINED,
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
-    PredictSpec,
-    Session,
+    Dispatcher,
+    LocalWorkers,
+    WorkerEnd,
+    describe_exit,
 )
-from agq.blockwise.processes import describe_exit, this_worker
+from agq.blockwise.predict.paths import journal_folder, retry_path, session_path
+from agq.blockwise.predict.report import PredictProgress, PredictReport
+from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.leftovers import remove_temporaries
 from agq.errors import InputError, RunStoppedError
 

@@ -31,9 +31,9 @@ from daisy import logging as daisy_logging
 from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.predict.auth_proxy import Gate
+from agq.blockwise.predict.local_processes import die_with_parent
 from agq.blockwise.predict.paths import TASK
 from agq.blockwise.predict.spec import PredictSpec, Session
-from agq.blockwise.processes import die_with_parent
 
 _LOOPBACK = "127.0.0.1"
 

@@ -1,11 +1,17 @@
-"""The processes that a coordinator starts on its own machine: one dispatcher, several workers."""
+"""The processes that a coordinator starts on its own machine: one dispatcher, several workers.
+
+How they start, that they end with it, and what their end means.
+"""
 
 import contextlib
+import ctypes
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +23,21 @@ import numpy.typing as npt
 from agq.blockwise.predict.paths import log_path
 from agq.blockwise.storage.files import make_folder
 
+EXIT_START_FAILED = 70
+"""Exit status of a worker whose predictor or input cannot be loaded."""
+
+EXIT_STOP_RUN = 71
+"""Exit status of a worker that met a condition no other worker or attempt could pass."""
+
+EXIT_DRAINED = 72
+"""Exit status of a worker that can no longer compute what was computed before."""
+
+DRAINED = "drained"
+"""Reason in the journal's exit line of such a worker."""
+
 _STOP_S = 3.0
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -197,3 +217,37 @@ def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def die_with_parent(parent: int) -> None:
+    """Make this process end when process `parent`, which started it, ends.
+
+    Linux sends SIGKILL at once (``PR_SET_PDEATHSIG``). Elsewhere, and should the parent have ended
+    before this call, a thread that looks every second does it.
+
+    Parameters
+    ----------
+    parent
+        Process id that the starter passed on; not read here, because a starter that died early
+        has already been replaced by init.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def describe_exit(code: int) -> str:
+    """Return what an exit status (negative: signal) means, for people."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"{name}{' (out of memory?)' if name == 'SIGKILL' else ''}"

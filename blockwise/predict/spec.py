@@ -7,7 +7,6 @@ machine, at any time, is told nothing but that folder:
 - ``session.json``: `Session`, where the dispatcher listens now; replaced by every new dispatcher.
 """
 
-import errno
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -27,21 +26,6 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.predict.paths import session_path, spec_path
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import InputError
-
-EXIT_START_FAILED = 70
-"""Exit status of a worker whose predictor or input cannot be loaded."""
-
-EXIT_STOP_RUN = 71
-"""Exit status of a worker that met a condition no other worker or attempt could pass."""
-
-EXIT_DRAINED = 72
-"""Exit status of a worker that can no longer compute what was computed before."""
-
-DRAINED = "drained"
-"""Reason in the journal's exit line of such a worker."""
-
-FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
-"""A full, over-quota or read-only disk fails every block alike, so it stops the run."""
 
 
 class PredictSpec(BaseModel):

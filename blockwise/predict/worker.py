@@ -19,20 +19,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.block_io import BlockFiles
 from agq.blockwise.predict.block_threads import BlockLoop
-from agq.blockwise.predict.paths import journal_folder
-from agq.blockwise.predict.predictor import load_predictor
-from agq.blockwise.predict.spec import (
+from agq.blockwise.predict.local_processes import (
     DRAINED,
     EXIT_DRAINED,
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
-    PredictSpec,
-    Session,
+    die_with_parent,
 )
-from agq.blockwise.processes import die_with_parent, this_worker
+from agq.blockwise.predict.paths import journal_folder
+from agq.blockwise.predict.predictor import load_predictor
+from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.errors import InputError
 
 _POLL_S = 0.2

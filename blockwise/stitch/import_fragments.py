@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.blocks.writer import BlockWriter
+from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
-from agq.blockwise.processes import this_worker
 from agq.blockwise.stitch.steps import Progress, cores, run_tasks, wait_for_stragglers
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PathLike: TypeAlias = str | os.PathLike[str]
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
+FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""A full, over-quota or read-only disk fails every block alike, so it stops the run."""
+
 TEMPORARY_SUFFIX = ".tmp"
 """Ending of the files that a killed `write_atomic` may leave behind; safe to delete."""
 

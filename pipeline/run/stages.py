@@ -18,6 +18,7 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal, compact
+from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter
 from agq.blockwise.predict.coordinator import (
     PredictProgress,
@@ -25,7 +26,6 @@ from agq.blockwise.predict.coordinator import (
     PredictSpec,
     run_predict,
 )
-from agq.blockwise.processes import this_worker
 from agq.blockwise.stitch.cluster import TlsFiles
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
 from agq.blockwise.storage.files import write_atomic

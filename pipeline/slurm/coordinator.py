@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from agq.blockwise.predict.coordinator import PredictProgress
-from agq.blockwise.predict.spec import FATAL_ERRNOS, Session
-from agq.blockwise.storage.files import require_writable
+from agq.blockwise.predict.spec import Session
+from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages

@@ -21,9 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agq.blockwise.predict.local_processes import (
+    EXIT_DRAINED,
+    EXIT_START_FAILED,
+    EXIT_STOP_RUN,
+    describe_exit,
+)
 from agq.blockwise.predict.paths import log_path
-from agq.blockwise.predict.spec import EXIT_DRAINED, EXIT_START_FAILED, EXIT_STOP_RUN, Session
-from agq.blockwise.processes import describe_exit
+from agq.blockwise.predict.spec import Session
 from agq.blockwise.storage.files import make_folder, require_writable, write_atomic
 from agq.errors import InputError
 from agq.pipeline.slurm.jobs import load, load_config, section_of

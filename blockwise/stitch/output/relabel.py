@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
+from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter
-from agq.blockwise.processes import this_worker
 from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.storage.npz import load_arrays, save_arrays
 from agq.blockwise.volumes.create import open_array, write_chunk
