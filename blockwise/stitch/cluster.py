@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny, Status
 from distributed.security import Security
 
+from agq.blockwise.spawn import spawning_apart
 from agq.errors import InputError
 
 
@@ -51,6 +52,14 @@ class TlsFiles:
             tls_client_key=str(self.key_file),
             require_encryption=True,
         )
+
+
+class _Nanny(Nanny):
+    """Starts, and restarts, a worker process that does not import the main script."""
+
+    async def instantiate(self) -> Status:
+        with spawning_apart():
+            return await super().instantiate()
 
 
 @contextmanager
@@ -107,6 +116,7 @@ def local_client(
             n_workers=count if processes else 1,
             threads_per_worker=1 if processes else count,
             processes=processes,
+            worker_class=_Nanny if processes else None,
             # Threads talk inside the process, without a port.
             host="127.0.0.1" if processes else None,
             dashboard_address="127.0.0.1:0",

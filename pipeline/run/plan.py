@@ -14,6 +14,7 @@ from rich.table import Table
 from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.predict.predictor import load_predictor
+from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.storage.files import format_bytes, free_space
 from agq.blockwise.volumes.create import open_volume
 from agq.errors import InputError
@@ -138,7 +139,7 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
 def _time_one(prepared: Prepared, number: int) -> tuple[float, int]:
     # A process of its own: its peak memory is that of a worker, and CUDA stays out of this one.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with spawning_apart(), ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(
                 _measure,
