@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from agq.errors import InputError
+from agq.pipeline.cli.arguments import parse_triple
 
 export_app = typer.Typer(no_args_is_help=True, help="Write results in formats of other programs.")
 
@@ -55,7 +56,6 @@ def precomputed(
     """
     from agq.blockwise.stitch.cluster import local_client
     from agq.blockwise.stitch.output.precomputed import export_precomputed, plan_export
-    from agq.pipeline.cli.locations import parse_triple
     from agq.pipeline.status.progress import RunProgress
 
     options: dict[str, Any] = {"kind": "raw" if image else "labels", "unit": unit}

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from agq.errors import InputError
-from agq.pipeline.cli.options import Target
+from agq.pipeline.cli.arguments import Target, parse_triple
+from agq.pipeline.config.recorded import read_target
 
 DEFAULT_RUNS = Path("runs")
 
@@ -36,8 +37,6 @@ def view(
     ] = None,
 ) -> None:
     """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
-    from agq.pipeline.cli.locations import parse_triple
-    from agq.pipeline.cli.targets import read_target
     from agq.pipeline.view.state import portable_state
     from agq.pipeline.view.viewer import view_run
 
@@ -93,7 +92,6 @@ def dashboard(
     viewers: deque[Any] = deque(maxlen=8)
 
     def show(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
-        from agq.pipeline.cli.targets import read_target
         from agq.pipeline.view.viewer import run_viewer
 
         viewers.append(run_viewer(read_target(run_dir), port=viewer_port, at=at, host=host))
@@ -112,8 +110,6 @@ def snapshot(
     size: Annotated[int, typer.Option(min=1, help="Voxels along y and x to show at most.")] = 1024,
 ) -> None:
     """Draw raw, fragments, segmentation and truth of a run side by side, xy and xz."""
-    from agq.pipeline.cli.locations import parse_triple
-    from agq.pipeline.cli.targets import read_target
     from agq.pipeline.dashboard.report import write_snapshot
 
     position = None if at is None else parse_triple("--at", at)
@@ -128,7 +124,6 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML file about a run: settings, speed, block map, scores."""
-    from agq.pipeline.cli.targets import read_target
     from agq.pipeline.dashboard.report import write_report
 
     config = read_target(target)
@@ -148,7 +143,6 @@ def _sources(
 ) -> tuple[list[Path], Path | None, Any]:
     """Return run folders, a folder of run folders, and the ledger."""
     from agq.blockwise.ledger.database import LedgerSettings, connect
-    from agq.pipeline.cli.targets import read_target
 
     settings = LedgerSettings.of_environment().model_copy(update={"uri_file": uri_file})
     if everything:

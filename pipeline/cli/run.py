@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from agq.pipeline.cli.arguments import AsJson, parse_triple
 from agq.pipeline.cli.main import EXIT_FAILED
-from agq.pipeline.cli.options import AsJson
 from agq.pipeline.cli.stitch import largest_segments
 from agq.pipeline.config.schema import Config, load_config
 
@@ -107,7 +107,6 @@ def import_(
     unit: Annotated[str, typer.Option(help="World unit: nm, angstrom or pm.")] = "nm",
 ) -> None:
     """Turn an image stack into a zarr volume that knows its voxel size."""
-    from agq.pipeline.cli.locations import parse_triple
     from agq.pipeline.data.importer import import_volume
     from agq.pipeline.status.progress import step_progress
 
@@ -128,7 +127,6 @@ def synthetic(
     seed: Annotated[int, typer.Option(help="The same seed gives the same volume.")] = 0,
 ) -> None:
     """Make an EM-like volume with ground truth."""
-    from agq.pipeline.cli.locations import parse_triple
     from agq.pipeline.data.synthetic import volume as generator
     from agq.pipeline.status.progress import step_progress
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from agq.errors import InputError
-from agq.pipeline.cli.options import AsJson
+from agq.pipeline.cli.arguments import AsJson, open_location
 from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ By = Annotated[
 def truth_of(run: RunFolder, location: str | None) -> "Volume":
     """Open the truth named, or that of a run's configuration; only what lies in the run's ROI."""
     from agq.blockwise.blocks.grid import BlockGrid
-    from agq.pipeline.cli.locations import open_location
     from agq.pipeline.config.schema import parse_config
     from agq.pipeline.data.inputs import open_section, roi_box, world_roi
 
@@ -83,7 +82,6 @@ def evaluate(
 ) -> None:
     """Score a segmentation against ground truth: variation of information, Rand, run length."""
     from agq.blockwise.storage.files import write_atomic
-    from agq.pipeline.cli.locations import open_location
     from agq.pipeline.evaluate import evaluate as scoring
     from agq.pipeline.evaluate.block_scores import score_blocks
     from agq.pipeline.evaluate.contingency import BorderRule
@@ -143,7 +141,6 @@ def skeletons(
     output: Annotated[Path, typer.Argument(help="npz file to write.")],
 ) -> None:
     """Thin the objects of a truth to skeletons, for the expected run length."""
-    from agq.pipeline.cli.locations import open_location
     from agq.pipeline.evaluate.skeletons import skeletonize
 
     found = skeletonize(open_location(groundtruth, "labels"))

@@ -14,7 +14,7 @@ from agq.blockwise.journal.writer import Journal, JournalTail
 from agq.blockwise.predict.paths import log_name, log_path
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.errors import InputError
-from agq.pipeline.cli.options import RunDir
+from agq.pipeline.cli.arguments import RunDir, watched
 from agq.pipeline.config.schema import Config, masked
 from agq.pipeline.config.schema import load_config as read_config
 from agq.pipeline.slurm import check, client, jobs
@@ -214,7 +214,6 @@ def attach(
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 5.0,
 ) -> None:
     """Follow a submitted run until its jobs have left the queue; Ctrl-C only stops looking."""
-    from agq.pipeline.cli.targets import watched
     from agq.pipeline.status.monitor import Monitor
     from agq.pipeline.status.text import render
 

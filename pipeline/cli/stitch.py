@@ -11,7 +11,8 @@ from rich.table import Table
 
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import InputError
-from agq.pipeline.cli.locations import parse_triple
+from agq.pipeline.cli.arguments import parse_triple
+from agq.pipeline.config.recorded import read_target
 from agq.pipeline.config.schema import PyramidSection, Section, StitchSection
 from agq.pipeline.config.yaml_settings import parse_values
 
@@ -159,7 +160,6 @@ def _refuse(options: dict[str, Any], reason: str) -> None:
 
 
 def _stitch_run(target: Path, changes: list[str], allow_missing: bool) -> None:
-    from agq.pipeline.cli.targets import read_target
     from agq.pipeline.run import stages
     from agq.pipeline.run.prepare import prepare
     from agq.pipeline.run.session import open_session

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agq.errors import InputError, RunStoppedError
-from agq.pipeline.cli.options import AsJson, RunDir, Target
+from agq.pipeline.cli.arguments import AsJson, RunDir, Target, watched
+from agq.pipeline.config.recorded import read_target
 from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ def _queue(run_dir: Path) -> "tuple[QueueStatus, ...] | None":
 
 
 def _status_of(target: Path) -> "RunStatus":
-    from agq.pipeline.cli.targets import watched
     from agq.pipeline.status.monitor import load_status
 
     run_dir, ledger = watched(target)
@@ -68,7 +68,6 @@ def watch(
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 2.0,
 ) -> None:
     """Follow a run until it ends."""
-    from agq.pipeline.cli.targets import watched
     from agq.pipeline.status import monitor
 
     monitor.watch(*watched(target), queue=_queue, interval_s=interval)
@@ -212,7 +211,6 @@ def sync(
 ) -> None:
     """Bring the database to what the journal of a run says, whatever it says now."""
     from agq.blockwise.ledger.feeder import LedgerFeeder
-    from agq.pipeline.cli.targets import read_target
     from agq.pipeline.run.session import STAGES
 
     run = RunFolder(run_dir)

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from agq.errors import InputError
-from agq.pipeline.cli.targets import read_target, watched
+from agq.pipeline.cli.arguments import watched
+from agq.pipeline.config.recorded import read_target
 from agq.pipeline.config.schema import masked
 from agq.pipeline.folder import RunFolder, identity_hash
 

@@ -1,37 +1,62 @@
-"""What the target of a command stands for: a configuration, a run folder, the ledger that knows it.
+"""What users type after a command: runs, volumes, positions, and what these stand for."""
 
-A run that is only looked at needs little of its configuration, so little of it is read.
-"""
-
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
 
-from agq.blockwise.ledger.settings import URI_VARIABLE, LedgerError, LedgerSettings
+from agq.blockwise.ledger.settings import LedgerError, LedgerSettings
 from agq.errors import InputError
+from agq.pipeline.config.recorded import read_target, recorded_ledger
 from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger
-    from agq.pipeline.config.schema import Config
+    from agq.blockwise.volumes.create import Kind, Volume
+
+Triple = tuple[int, int, int]
+
+Target = Annotated[
+    Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
+]
+RunDir = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def read_target(target: Path, settings: list[str] | None = None) -> "Config":
-    """Return the configuration of a run folder, or of a file."""
-    from agq.pipeline.config.schema import load_config, parse_config
-    from agq.pipeline.config.yaml_settings import apply_override
+def open_location(location: str, kind: "Kind", unit: str = "nm") -> "Volume":
+    """Open ``path``, ``path::dataset`` or a run folder (its segmentation), in a world unit.
 
-    if not target.is_dir():
-        return load_config(target, settings)
-    recorded = RunFolder(target).record()["config"]
-    recorded["run_dir"] = str(target)
-    recorded["ledger"] = _recorded_ledger(target, recorded.get("ledger"))
-    for setting in settings or []:
-        apply_override(recorded, setting)
-    return parse_config(recorded, source=str(target / "run.json"))
+    Raises
+    ------
+    InputError
+        If there is no such volume.
+    """
+    from agq.blockwise.volumes.create import open_volume  # slow to load
+
+    path, _, dataset = location.partition("::")
+    if not dataset and RunFolder(Path(path)).exists():
+        return open_volume(
+            RunFolder(Path(path)).container, "segmentation", level=0, kind=kind, unit=unit
+        )
+    return open_volume(path, dataset or None, kind=kind, unit=unit)
+
+
+def parse_triple(name: str, text: str, least: int | None = None) -> Triple:
+    """Read ``z,y,x``.
+
+    Raises
+    ------
+    InputError
+        If it is not three whole numbers, or one is below `least`.
+    """
+    try:
+        z, y, x = (int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{name} {text}: expected three whole numbers z,y,x") from None
+    if least is not None and min(z, y, x) < least:
+        raise InputError(f"{name} {text}: every number must be at least {least}")
+    return z, y, x
 
 
 def watched(target: Path) -> "tuple[Path, Ledger | None]":
@@ -70,22 +95,9 @@ def _folder_and_ledger(target: Path) -> tuple[Path, LedgerSettings]:
     if target.is_dir():
         recorded = RunFolder(target).record()["config"]
         try:
-            ledger = _recorded_ledger(target, recorded.get("ledger"))
+            ledger = recorded_ledger(target, recorded.get("ledger"))
             return target, LedgerSettings.model_validate(ledger or {})
         except ValidationError:
             pass  # reading all of it says what is wrong
     config = read_target(target)
     return Path(config.run_dir), config.ledger or LedgerSettings()
-
-
-def _recorded_ledger(run_dir: Path, ledger: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the ledger's settings with a URI that can be used: a recorded one is masked."""
-    recorded = (ledger or {}).get("uri_file")
-    # What was submitted keeps it in a file, which moves with the run.
-    files = [*([] if recorded is None else [recorded]), run_dir / "slurm" / "ledger-uri"]
-    file = next((str(f) for f in files if os.access(Path(f).expanduser(), os.R_OK)), None)
-    if file is None and not os.environ.get(URI_VARIABLE):
-        file = recorded  # to say that it cannot be read; else, as for colleagues, the variable
-    if ledger is None and file is None:
-        return None
-    return {**(ledger or {}), "uri": None, "uri_file": file}
