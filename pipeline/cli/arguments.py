@@ -21,6 +21,11 @@ Target = Annotated[
     Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
 ]
 RunDir = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Replace a value of the file: section.field=value (repeatable)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
 
@@ -55,6 +55,15 @@ def lazy_group(places: Mapping[str, str]) -> type[TyperGroup]:
 
         def list_commands(self, ctx: Any) -> list[str]:
             return list(self.commands)
+
+        def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+            # The shell shows names, and waits: no command is imported for its help.
+            lazy = self.commands
+            self.commands = {name: TyperCommand(name) for name in lazy}
+            try:
+                return super().shell_complete(ctx, incomplete)
+            finally:
+                self.commands = lazy
 
     return LazyGroup
 

@@ -42,23 +42,36 @@ COMMANDS: Final = {
     "checkpoint": "agq.pipeline.cli.train:checkpoint_app",
     "export": "agq.pipeline.cli.export:export_app",
     "ledger": "agq.pipeline.cli.watch:ledger_app",
-    "config": "agq.pipeline.cli.run:config_app",
+    "config": "agq.pipeline.cli.config:config_app",
 }
 
 app = typer.Typer(
     cls=lazy_group(COMMANDS),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Segment neurons in large EM volumes: predict blocks, stitch them, watch and evaluate.",
 )
 _shown = {"tracebacks": False}
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        import agq
+
+        typer.echo(f"agq {agq.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _main(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks instead of one-line errors.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
     ] = False,
 ) -> None:
     _shown["tracebacks"] = debug
@@ -67,7 +80,7 @@ def _main(
 def main() -> None:
     """Run the command line; wrong input becomes one line and exit code 2."""
     try:
-        app()
+        app(prog_name="agq")
     except BrokenPipeError:
         # A reader that has seen enough (agq status | head). The interpreter must not flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

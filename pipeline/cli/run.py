@@ -1,4 +1,4 @@
-"""Commands that make: a whole run, a prediction, a plan, an input volume; and `agq config`."""
+"""Commands that make: a whole run, a prediction, a plan, an input volume."""
 
 import json
 from functools import partial
@@ -10,25 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agq.pipeline.cli.arguments import AsJson, parse_triple
+from agq.pipeline.cli.arguments import AsJson, ConfigFile, Settings, parse_triple
 from agq.pipeline.cli.main import EXIT_FAILED
 from agq.pipeline.cli.stitch import largest_segments
-from agq.pipeline.config.schema import Config, load_config
+from agq.pipeline.config.schema import load_config
 
 if TYPE_CHECKING:
     from agq.pipeline.evaluate.evaluate import EvaluationReport
     from agq.pipeline.run.prepare import Prepared
 
-config_app = typer.Typer(no_args_is_help=True, help="Check a configuration or print its schema.")
-
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Replace a value of the file: section.field=value (repeatable)."),
-]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
 ]
@@ -134,19 +127,6 @@ def synthetic(
         size = parse_triple("--shape", shape, least=1)
         generator.write(container, size, seed=seed, on_progress=report)
     out.print(f"wrote {container}/raw and {container}/labels", markup=False)
-
-
-@config_app.command("check")
-def config_check(config: ConfigFile, settings: Settings = None) -> None:
-    """Check names and values of a configuration (`agq plan` also opens the files)."""
-    load_config(config, settings)
-    out.print(f"{config}: ok", markup=False)
-
-
-@config_app.command("schema")
-def config_schema() -> None:
-    """Print the JSON schema of the configuration, every field described."""
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
 
 
 def _explain_failures(run_dir: Path, config: Path, failed: tuple[int, ...]) -> None:

@@ -1,0 +1,63 @@
+"""Commands about configurations: `agq config init`, `check` and `schema`."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+
+from agq.errors import InputError
+from agq.pipeline.cli.arguments import ConfigFile, Settings
+
+config_app = typer.Typer(
+    no_args_is_help=True, help="Start a configuration, check one, or print its schema."
+)
+
+_NEXT: Final = {
+    "local": "set input.raw and run_dir in it, then: agq plan {file}",
+    "slurm": "set input.raw, run_dir and slurm in it, then: agq submit {file} --dry-run",
+    "demo": (
+        "agq synthetic runs/demo-input.zarr --shape 40,768,768 --seed 7, then: agq run {file}"
+    ),
+}
+"""What to do with each template."""
+
+
+@config_app.command("init")
+def init(
+    template: Annotated[
+        Literal["local", "slurm", "demo"],
+        typer.Argument(help="For one machine, for a SLURM cluster, or the demo of `make demo`."),
+    ] = "local",
+    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write.")] = Path(
+        "my.yaml"
+    ),
+) -> None:
+    """Write a configuration to start from, every setting explained."""
+    text = (files("agq") / "configs" / f"{template}.yaml").read_text(encoding="utf-8")
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(f"{output} exists; name another file with -o") from None
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}") from None
+    typer.echo(f"wrote {output}; next: {_NEXT[template].format(file=output)}")
+
+
+@config_app.command("check")
+def check(config: ConfigFile, settings: Settings = None) -> None:
+    """Check names and values of a configuration (`agq plan` also opens the files)."""
+    from agq.pipeline.config.schema import load_config
+
+    load_config(config, settings)
+    typer.echo(f"{config}: ok")
+
+
+@config_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of the configuration, every field described."""
+    from agq.pipeline.config.schema import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
