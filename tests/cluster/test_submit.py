@@ -128,7 +128,7 @@ def test_pages_line_by_line(quiet, tmp_path, monkeypatch, page):
             os.killpg(process.pid, signal.SIGINT)
         said, errors = process.communicate(timeout=300)
         assert process.returncode == 0, f"{line}: {errors}"
-        if line.startswith("cp "):
+        if " init " in line:
             config = yaml.safe_load(my.read_text())
             config["model"] = {
                 "factory": "tests.helpers.fakes:threshold",
