@@ -1,0 +1,132 @@
+"""Volumes in object stores and on web servers."""
+
+import pickle
+import threading
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agq.blockwise.volumes.open import open_volume
+from agq.errors import InputError
+from tests.helpers.volumes import PLACE, check, ome_group, put, put_n5, voxels
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An S3 server on loopback with one bucket; yields a function that uploads a folder."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+    client.create_bucket(Bucket="em-data")
+
+    def upload(folder: Path, prefix: str) -> None:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                key = f"{prefix}/{file.relative_to(folder)}"
+                client.put_object(Bucket="em-data", Key=key, Body=file.read_bytes())
+
+    yield upload
+    server.stop()
+    from agq.blockwise.volumes import location
+
+    location._object_store.cache_clear()
+
+
+def test_s3(tmp_path: Path, s3: Callable[[Path, str], None]) -> None:
+    data = voxels((9, 20, 30), "uint16")
+    put(tmp_path / "a.zarr", "volumes/raw", data, chunks=(5, 10, 16), **PLACE)
+    put(tmp_path / "b.zarr", "raw", data, 2, chunks=(5, 10, 16), **PLACE)
+    ome_group(tmp_path / "a.zarr", "img", [data], [[30, 6, 6]], version="0.5")
+    put_n5(tmp_path / "c.n5" / "raw", data, (16, 10, 5), resolution=[6, 6, 30])
+    for name in ("a.zarr", "b.zarr", "c.n5"):
+        s3(tmp_path / name, f"deep/{name}")
+    for name, dataset in (
+        ("a.zarr", "volumes/raw"),
+        ("b.zarr", "raw"),
+        ("b.zarr/raw", None),
+        ("b.zarr", None),
+        ("a.zarr", "img"),
+        ("c.n5", "raw"),
+    ):
+        volume = open_volume(f"s3://em-data/deep/{name}", dataset)
+        np.testing.assert_array_equal(volume.read((1, 2, 3), (9, 19, 28)), data[1:, 2:19, 3:28])
+        assert tuple(volume.voxel_size) == (30, 6, 6)
+    assert volume.path == "s3://em-data/deep/c.n5"
+    with pytest.raises(InputError, match=r"no dataset 'raww'; it holds: raw \(9, 20, 30\) <u2"):
+        open_volume("s3://em-data/deep/b.zarr", "raww")
+    with pytest.raises(InputError, match="no zarr or N5 metadata found"):
+        open_volume("s3://em-data/deep/nothing.zarr")
+    with pytest.raises(InputError, match=r"s3://no-such-bucket/a\.zarr"):
+        open_volume("s3://no-such-bucket/a.zarr", "raw")
+    pickled = pickle.loads(pickle.dumps(open_volume("s3://em-data/deep/a.zarr", "volumes/raw")))
+    np.testing.assert_array_equal(pickled.read((0, 0, 0), (2, 3, 4)), data[:2, :3, :4])
+
+
+def test_s3_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "do-not-show",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"s3://other/a\.zarr: cannot be read") as caught:
+        open_volume("s3://other/a.zarr", "raw")
+    assert "do-not-show" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """A web server that does not talk on stderr and gives no listings."""
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+    def list_directory(self, path: Any) -> None:
+        self.send_error(404)
+
+    def send_error(self, code: int, *args: Any) -> None:
+        # As buckets do that may not be listed: what is not there is forbidden.
+        super().send_error(403 if code == 404 else code, *args)
+
+
+class QuietServer(ThreadingHTTPServer):
+    request_queue_size = 64  # the default of 5 makes parallel reads wait for TCP retries
+
+
+def test_http(tmp_path: Path) -> None:
+    put(tmp_path / "a.zarr", "raw", voxels(), **PLACE)
+    put(tmp_path / "b.zarr", "raw", voxels(), 2, **PLACE)
+    put_n5(tmp_path / "c.n5" / "raw", voxels(), resolution=[6, 6, 30])
+    server = QuietServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        base = f"http://127.0.0.1:{server.server_port}"
+        for name in ("a.zarr", "b.zarr", "c.n5"):
+            check(open_volume(f"{base}/{name}", "raw"), voxels())
+        with pytest.raises(InputError, match=r"a\.zarr has no dataset 'raww'"):
+            open_volume(f"{base}/a.zarr", "raww")
+        with pytest.raises(InputError, match="correct the path, or the credentials if it is priv"):
+            open_volume(f"{base}/nothing.zarr")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
