@@ -1,4 +1,4 @@
-"""The layers of a viewer: volumes that are read only where somebody looks."""
+"""The layers of a viewer: volumes that are read only where the browser looks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Layer:
     name
         Shown in the browser.
     kind
-        How it is drawn.
+        Decides how it is drawn.
     data
         Anything with ``shape``, ``dtype`` and slices: (z, y, x), affinities (3, z, y, x).
     voxel_size, offset
@@ -47,16 +47,16 @@ class Layer:
 
 
 class LazyVolume:
-    """Gives a `Volume` the look of an array, for neuroglancer: slices are read when asked for.
+    """A `Volume` with the interface of an array, for neuroglancer; slicing reads it.
 
     Parameters
     ----------
     volume
         The volume.
     unsigned
-        Show signed and boolean labels as unsigned ones, which is what the browser can draw.
+        Show signed and boolean labels as unsigned ones: the browser draws no others.
     coarser
-        The same volume at lower resolutions, read instead where the browser is zoomed out.
+        The same volume at lower resolutions, which are read if the browser is zoomed out.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class LazyVolume:
 
 
 def _factor(volume: Volume, level: Volume) -> npt.NDArray[np.int64] | None:
-    """Whole factor between two resolutions of a volume; None where they do not fit together."""
+    """Return the whole factor between two resolutions of a volume; None if they do not fit."""
     factor = np.array([a // b for a, b in zip(level.voxel_size, volume.voxel_size, strict=True)])
     shape = tuple(-(-n // int(f)) for n, f in zip(volume.shape, factor, strict=True) if f)
     exact = tuple(volume.voxel_size * Coordinate(factor.tolist())) == tuple(level.voxel_size)
@@ -101,12 +101,12 @@ def _factor(volume: Volume, level: Volume) -> npt.NDArray[np.int64] | None:
 
 
 def volume_levels(open_level: Callable[[int], Volume]) -> list[Volume]:
-    """Open the lower resolutions of a volume, as many as there are.
+    """Open all lower resolutions of a volume.
 
     Parameters
     ----------
     open_level
-        Opens level 1, 2, ...; raises `InputError` where there is no such level.
+        Opens level 1, 2, ...; raises `InputError` after the last level.
     """
     levels: list[Volume] = []
     for level in range(1, _MAX_LEVELS):
@@ -141,7 +141,7 @@ def volume_layer(
 
 
 def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
-    """Return the layers of what a run has written so far.
+    """Return the layers that a run has written so far.
 
     Parameters
     ----------
@@ -153,23 +153,14 @@ def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
     Returns
     -------
     list of Layer
-        Affinities, fragments, segmentation: those that exist.
+        Affinities, fragments and segmentation, if they exist.
     """
     layers: list[Layer] = []
     if (container / "affinities" / "zarr.json").is_file():
         array = open_array(container, "affinities", "r")
         attributes: dict[str, Any] = dict(array.attrs)
-        layers.append(
-            Layer(
-                "affinities",
-                "affinities",
-                array,
-                Coordinate(attributes["voxel_size"]),
-                Coordinate(attributes["offset"]),
-                unit,
-                visible=False,
-            )
-        )
+        size, offset = Coordinate(attributes["voxel_size"]), Coordinate(attributes["offset"])
+        layers.append(Layer("affinities", "affinities", array, size, offset, unit, visible=False))
     finished = (container / "segmentation" / "s0" / "zarr.json").is_file()
     for name, dataset in (("fragments", "fragments"), ("segmentation", "segmentation/s0")):
         if (container / dataset / "zarr.json").is_file():
@@ -202,7 +193,7 @@ def config_layers(config: Config) -> list[Layer]:
     raw = open_section(section, run, "raw", "input.raw")
 
     def open_level(level: int) -> Volume:
-        # The voxel size that a configuration gives is that of its own level.
+        # The configuration gives the voxel size of the level that it names.
         finer = {"level": (section.level or 0) + level, "voxel_size": None, "offset": None}
         return open_section(section.model_copy(update=finer), run, "raw", "input.raw")
 

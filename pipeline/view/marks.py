@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -13,11 +13,11 @@ from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.failures import failure_of_record
 
 NANOMETRES: Final = {"nm": 1.0, "angstrom": 0.1, "pm": 0.001}
-"""Length of a world unit."""
+"""Nanometres per world unit."""
 
 MAX_BOXES: Final = 2000
-"""Block borders are drawn for the blocks nearest to the start position: the state of a viewer
-travels to the browser as a whole."""
+"""Borders are drawn for this many blocks nearest to the start position: the browser loads the
+state of a viewer as a whole."""
 
 MAX_POINTS: Final = 1000
 
@@ -49,12 +49,12 @@ class Marks:
 
 
 def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> list[Marks]:
-    """Return what can be marked of a run.
+    """Return the marks of a run.
 
     Parameters
     ----------
     run
-        Run folder; without a run there is nothing to mark.
+        Run folder; without a run in it there are no marks.
     unit
         World unit of the run.
     at
@@ -63,7 +63,7 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
     Returns
     -------
     list of Marks
-        ``blocks``, and ``failed blocks``, ``mergers`` and ``splits`` where there are any.
+        ``blocks``; ``failed blocks``, ``mergers`` and ``splits`` if the run has any.
     """
     try:
         record = run.record()
@@ -84,27 +84,8 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
     return [layer for layer in marks if layer.items]
 
 
-def annotation_layer(neuroglancer: Any, marks: Marks) -> Any:
-    """Make the neuroglancer layer of some marks."""
-    dimensions = neuroglancer.CoordinateSpace(
-        names=["z", "y", "x"], units=["nm"] * 3, scales=marks.voxel_size
-    )
-    annotations = []
-    for k, (text, corners) in enumerate(marks.items):
-        if len(corners) == 1:
-            made = neuroglancer.PointAnnotation(id=str(k), point=corners[0], description=text)
-        else:
-            made = neuroglancer.AxisAlignedBoundingBoxAnnotation(
-                id=str(k), point_a=corners[0], point_b=corners[1], description=text
-            )
-        annotations.append(made)
-    return neuroglancer.LocalAnnotationLayer(
-        dimensions=dimensions, annotations=annotations, annotation_color=marks.colour
-    )
-
-
 def _blocks(grid: BlockGrid, size: tuple[float, ...], at: Sequence[int] | None) -> Marks:
-    """Write boxes of the blocks around a voxel."""
+    """Mark the blocks around a voxel with boxes."""
     middle = [n // 2 for n in grid.volume_shape] if at is None else list(at)
     home = np.array([m // w for m, w in zip(middle, grid.write_shape, strict=True)])
     # Widen a window of blocks around the home block until it would hold too many.

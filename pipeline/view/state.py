@@ -1,4 +1,4 @@
-"""The state of a viewer as JSON for a neuroglancer of one's own: sources are addresses, not files.
+"""The state of a viewer as JSON for any neuroglancer: its sources are addresses, not files.
 
 A browser reads the arrays itself, so a web server or bucket that allows it (CORS) must serve them.
 """
@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import neuroglancer
+
 from agq.blockwise.volumes.create import Volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.view.layers import config_layers
-from agq.pipeline.view.marks import annotation_layer, run_marks
+from agq.pipeline.view.layers import Layer, config_layers
+from agq.pipeline.view.marks import run_marks
+from agq.pipeline.view.viewer import drawn_layer, fill_state, layer_transform
 
 _SCHEMES = ("http://", "https://", "s3://", "gs://")
 _DRIVERS = {"zarr3": "zarr3", "zarr2": "zarr2", "n5": "n5", "precomputed": "precomputed"}
@@ -33,88 +36,72 @@ def portable_state(
     config
         Configuration of the run.
     base_url
-        Where the run folder is served: http(s)://, s3:// or gs://.
+        Address of the run folder: http(s)://, s3:// or gs://.
     raw_url
-        Where the raw array is served, if its own path is not such an address:
-        ``[driver://]address``, for example ``precomputed://gs://bucket/em``; without it, a local
-        raw volume is left out.
+        Address of the raw array, if its path is not one: ``[driver://]address``, for example
+        ``precomputed://gs://bucket/em``; without it, a local raw volume is left out.
     segmentation_url
-        Where the segmentation is served instead, once `agq export precomputed` has written it:
-        ``[precomputed://]address``.
+        Address of the output of `agq export precomputed`, instead of the segmentation in the run
+        folder: ``[precomputed://]address``.
     at
         Voxel (z, y, x) to start at; the middle by default.
 
     Returns
     -------
     dict
-        The state; its sources are zarr v3 arrays, or whatever the raw volume is.
+        The state. Its sources are zarr v3 arrays; the raw volume keeps its own format.
 
     Raises
     ------
     InputError
-        If an address is none, neuroglancer is not installed, or an input cannot be opened.
+        If an address is not one, or an input cannot be opened.
     """
-    from agq.pipeline.view.viewer import require_neuroglancer, start_view
-
-    neuroglancer = require_neuroglancer()
-    _require_address("--base-url", base_url)
-    base = base_url.rstrip("/")
+    base = _address("--base-url", base_url).rstrip("/")
     run = RunFolder(Path(config.run_dir))
     layers = config_layers(config)
+    raw = layers[0].data.volume
+    container = f"zarr3://{base}/{run.container.name}"
+    urls = {
+        "raw": _raw_url(raw, raw_url),
+        "affinities": f"{container}/affinities/",
+        "fragments": f"{container}/fragments/",
+        "segmentation": f"{container}/segmentation/s0/",
+        "truth": None,
+    }
+    if segmentation_url is not None:
+        address = segmentation_url.removeprefix("precomputed://")
+        urls["segmentation"] = f"precomputed://{_address('--segmentation-url', address)}"
     state = neuroglancer.ViewerState()
-    start_view(neuroglancer, state, layers[0], at)
-    for layer in layers:
-        if layer.name == "raw":
-            url = raw_url or _address_of(layer.data.volume)
-            if url is None:
-                continue
-            if raw_url is not None and not raw_url.startswith(tuple(f"{d}://" for d in _DRIVERS)):
-                _require_address("--raw-url", raw_url)
-                url = f"{_driver(layer.data.volume)}://{raw_url}"
-        elif layer.name == "truth":
-            continue
-        elif layer.name == "segmentation" and segmentation_url is not None:
-            address = segmentation_url.removeprefix("precomputed://")
-            _require_address("--segmentation-url", address)
-            url = f"precomputed://{address}"
-        else:
-            dataset = "segmentation/s0" if layer.name == "segmentation" else layer.name
-            url = f"zarr3://{base}/{run.container.name}/{dataset}/"
-        state.layers.append(
-            name=layer.name,
-            layer=_layer(neuroglancer, layer, url),
-            visible=layer.visible,
-        )
-    for marks in run_marks(run, layers[0].unit, at):
-        made = annotation_layer(neuroglancer, marks)
-        state.layers.append(name=marks.name, layer=made, visible=marks.visible)
+    drawn = [(layer, _layer(layer, urls[layer.name])) for layer in layers]
+    fill_state(state, drawn, run_marks(run, raw.unit, at), at)
     return dict(state.to_json())
 
 
-def _layer(neuroglancer: Any, layer: Any, url: str) -> Any:
-    from agq.pipeline.view.viewer import drawn_layer, layer_transform
-
-    if url.startswith("precomputed://"):
-        # It knows its own voxel size and offset.
-        source = neuroglancer.LayerDataSource(url=url)
-    else:
-        source = neuroglancer.LayerDataSource(
-            url=url, transform=layer_transform(neuroglancer, layer, sized=True)
-        )
-    return drawn_layer(neuroglancer, layer, source)
-
-
-def _address_of(volume: Volume) -> str | None:
-    if not volume.path.startswith(_SCHEMES):
+def _layer(layer: Layer, url: str | None) -> Any:
+    """Return a layer with an address as its source; None without an address."""
+    if url is None:
         return None
-    inside = "/".join(part for part in (volume.path.rstrip("/"), volume.dataset or "") if part)
-    return f"{_driver(volume)}://{inside}/"
+    # A precomputed volume knows its own voxel size and offset.
+    placed = url.startswith("precomputed://")
+    transform = None if placed else layer_transform(layer, sized=True)
+    return drawn_layer(layer, neuroglancer.LayerDataSource(url=url, transform=transform))
 
 
-def _driver(volume: Volume) -> str:
-    return _DRIVERS.get(volume.format, "zarr")
+def _raw_url(raw: Volume, given: str | None) -> str | None:
+    """Return the address of the raw volume; None if it lies in a local file."""
+    driver = _DRIVERS.get(raw.format, "zarr")
+    if given is not None:
+        if given.startswith(tuple(f"{d}://" for d in _DRIVERS)):
+            return given
+        return f"{driver}://{_address('--raw-url', given)}"
+    if not raw.path.startswith(_SCHEMES):
+        return None
+    inside = "/".join(part for part in (raw.path.rstrip("/"), raw.dataset or "") if part)
+    return f"{driver}://{inside}/"
 
 
-def _require_address(option: str, url: str) -> None:
+def _address(option: str, url: str) -> str:
+    """Return an address after checking that it is one."""
     if not url.startswith(_SCHEMES):
-        raise InputError(f"{option} {url}: expected an address ({', '.join(_SCHEMES)}...)")
+        raise InputError(f"{option} {url}: give an address that begins with {', '.join(_SCHEMES)}")
+    return url

@@ -1,8 +1,7 @@
 """Look at a run in neuroglancer: raw, affinities, fragments, segmentation and ground truth.
 
-The viewer's server runs in this process, on the loopback interface only, and reads the voxels that
-the browser asks for when it asks: nothing is loaded as a whole, so a volume of any size opens at
-once, and so does a run that is still going on.
+The viewer's server runs in this process, on the loopback interface only. It reads only the voxels
+that the browser asks for, so a volume of any size opens at once, and so does a run that goes on.
 """
 
 import socket
@@ -18,19 +17,15 @@ from funlib.geometry import Coordinate
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.view.layers import Layer, LazyVolume, config_layers, run_layers, volume_layer
-from agq.pipeline.view.marks import NANOMETRES, Marks, annotation_layer, run_marks
+from agq.pipeline.view.layers import Layer, LazyVolume, config_layers
+from agq.pipeline.view.marks import NANOMETRES, Marks, run_marks
 
-__all__ = [
-    "Layer",
-    "LazyVolume",
-    "build_viewer",
-    "config_layers",
-    "run_layers",
-    "run_viewer",
-    "view_run",
-    "volume_layer",
-]
+try:
+    import neuroglancer
+except ImportError:
+    raise InputError(
+        "agq view needs neuroglancer; install it with: pip install 'agq-pipeline[view]'"
+    ) from None
 
 LOOPBACK = "127.0.0.1"
 
@@ -61,7 +56,7 @@ def build_viewer(
     Parameters
     ----------
     layers
-        What to show; the first one decides the coordinates and the start position.
+        Volumes to show; the first one decides the coordinates and the start position.
     port
         TCP port; 0 takes any free one.
     at
@@ -70,7 +65,7 @@ def build_viewer(
         Boxes and points over the volumes.
     host
         Interface to listen on. All viewers of a process share one server: the first decides host
-        and port. A viewer is only served while something refers to it.
+        and port. The server forgets a viewer that has been garbage-collected.
 
     Returns
     -------
@@ -80,44 +75,58 @@ def build_viewer(
     Raises
     ------
     InputError
-        If neuroglancer is not installed, the port is taken, or the position is outside.
+        If the port is taken, or the position is outside.
     """
-    neuroglancer = require_neuroglancer()
     if not layers:
-        raise InputError("there is nothing to show yet")
+        raise InputError("the viewer has no volume to show")
     _start_voxel(layers[0], at)
     if not neuroglancer.server.is_server_running():
         _require_port(host, port)
         neuroglancer.set_server_bind_address(host, port)
     viewer = neuroglancer.Viewer()
     with viewer.txn() as state:
-        start_view(neuroglancer, state, layers[0], at)
-        for layer in layers:
-            state.layers.append(
-                name=layer.name, layer=_viewer_layer(neuroglancer, layer), visible=layer.visible
-            )
-        for layer_of_marks in marks:
-            state.layers.append(
-                name=layer_of_marks.name,
-                layer=annotation_layer(neuroglancer, layer_of_marks),
-                visible=layer_of_marks.visible,
-            )
+        fill_state(state, [(layer, _served(layer)) for layer in layers], marks, at)
     return viewer
 
 
-def start_view(neuroglancer: Any, state: Any, first: Layer, at: Sequence[int] | None) -> None:
+def fill_state(
+    state: Any,
+    layers: Sequence[tuple[Layer, Any]],
+    marks: Sequence[Marks],
+    at: Sequence[int] | None,
+) -> None:
+    """Fill a viewer's state.
+
+    Parameters
+    ----------
+    state
+        The state.
+    layers
+        Layers with neuroglancer's layer of each; one with None only counts as the first.
+    marks, at
+        As for `build_viewer`.
+    """
+    _start_view(state, layers[0][0], at)
+    for layer, drawn in layers:
+        if drawn is not None:
+            state.layers.append(name=layer.name, layer=drawn, visible=layer.visible)
+    for group in marks:
+        state.layers.append(name=group.name, layer=_annotations(group), visible=group.visible)
+
+
+def _start_view(state: Any, first: Layer, at: Sequence[int] | None) -> None:
     """Set coordinates, position, scale and layout of a state from its first layer."""
     middle = _start_voxel(first, at)
     offset, size = _nanometres(first, first.offset), _nanometres(first, first.voxel_size)
-    # Before anything that is counted in these units: the scale of the view is one of them.
-    # x and y first, so that the first panel shows sections as they were imaged.
+    # The dimensions come first: position and scales count in their units. The order x, y lets the
+    # first panel show sections as they were imaged.
     state.dimensions = neuroglancer.CoordinateSpace(
         names=["x", "y", "z"], units="nm", scales=size[::-1]
     )
     position = [o / s + a + 0.5 for o, s, a in zip(offset, size, middle, strict=True)]
     state.position = position[::-1]
     state.cross_section_scale = 1.0
-    # The whole volume fits into the 3-D panel.
+    # Let the whole volume fit into the 3-D panel.
     extent = [n * s for n, s in zip(first.data.shape[-3:], size, strict=True)]
     state.projection_scale = 1.5 * max(extent) / size[-1]
     state.layout = "4panel"
@@ -146,7 +155,6 @@ def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) 
     InputError
         If an input cannot be opened, or as for `build_viewer`.
     """
-    neuroglancer = require_neuroglancer()
     viewer = run_viewer(config, port=port, at=at)
     try:
         typer.echo(f"{viewer}\nOpen this address in a browser on this machine; Ctrl-C ends.")
@@ -169,25 +177,8 @@ def run_viewer(
     return build_viewer(layers, port=port, at=at, host=host, marks=marks)
 
 
-def require_neuroglancer() -> Any:
-    """Import neuroglancer.
-
-    Raises
-    ------
-    InputError
-        If it is not installed.
-    """
-    try:
-        import neuroglancer
-    except ImportError:
-        raise InputError(
-            "agq view needs neuroglancer; install it with: pip install 'agq-pipeline[view]'"
-        ) from None
-    return neuroglancer
-
-
 def _require_port(host: str, port: int) -> None:
-    """Find out by itself whether a port is free: the server leaves a thread behind if it is not."""
+    """Refuse a taken port before the server starts: it would leave a thread behind."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family) as probe:
@@ -201,14 +192,14 @@ def _nanometres(layer: Layer, values: Coordinate) -> list[float]:
     return [float(value) * NANOMETRES[layer.unit] for value in values]
 
 
-def layer_transform(neuroglancer: Any, layer: Layer, *, sized: bool = False) -> Any:
-    """Place the voxels of a layer; `sized`: say their size, which the source does not know."""
+def layer_transform(layer: Layer, *, sized: bool = False) -> Any:
+    """Return the place of a layer's voxels; `sized` for a source that does not know their size."""
     place = [float(o) / float(v) for o, v in zip(layer.offset, layer.voxel_size, strict=True)]
     if layer.kind == "affinities":
         place = [0.0, *place]
-    # The offset goes into a transform: the server's own voxel offset would be cut to whole voxels.
+    # The offset goes into a transform: the server would cut its own voxel offset to whole voxels.
     matrix = np.concatenate([np.eye(len(place)), np.array(place)[:, None]], axis=1)
-    dimensions = _dimensions(neuroglancer, layer)
+    dimensions = _dimensions(layer)
     return neuroglancer.CoordinateSpaceTransform(
         output_dimensions=dimensions,
         input_dimensions=dimensions if sized else None,
@@ -216,8 +207,8 @@ def layer_transform(neuroglancer: Any, layer: Layer, *, sized: bool = False) -> 
     )
 
 
-def drawn_layer(neuroglancer: Any, layer: Layer, source: Any) -> Any:
-    """Say how a layer is drawn."""
+def drawn_layer(layer: Layer, source: Any) -> Any:
+    """Return neuroglancer's layer: an image, colours or segments."""
     if layer.kind == "segmentation":
         return neuroglancer.SegmentationLayer(source=source)
     if layer.kind == "affinities":
@@ -227,61 +218,78 @@ def drawn_layer(neuroglancer: Any, layer: Layer, source: Any) -> Any:
     )
 
 
-def _dimensions(neuroglancer: Any, layer: Layer) -> Any:
+def _dimensions(layer: Layer) -> Any:
     names, scales, units = ["z", "y", "x"], _nanometres(layer, layer.voxel_size), ["nm"] * 3
     if layer.kind == "affinities":
         names, scales, units = ["c^", *names], [1.0, *scales], ["", *units]
     return neuroglancer.CoordinateSpace(names=names, units=units, scales=scales)
 
 
-def _viewer_layer(neuroglancer: Any, layer: Layer) -> Any:
-    volume = _local_volume(neuroglancer, layer, _dimensions(neuroglancer, layer))
-    source = neuroglancer.LayerDataSource(
-        url=volume, transform=layer_transform(neuroglancer, layer)
+def _annotations(marks: Marks) -> Any:
+    dimensions = neuroglancer.CoordinateSpace(
+        names=["z", "y", "x"], units=["nm"] * 3, scales=marks.voxel_size
     )
-    return drawn_layer(neuroglancer, layer, source)
-
-
-def _local_volume(neuroglancer: Any, layer: Layer, dimensions: Any) -> Any:
-    class Served(neuroglancer.LocalVolume):
-        """A volume whose meshes are refused, before anything is loaded, where it is large."""
-
-        def get_object_mesh(self, object_id: int) -> Any:
-            if np.prod(self.shape) > MESH_VOXELS:
-                raise neuroglancer.local_volume.MeshesNotSupportedForVolume
-            return super().get_object_mesh(object_id)
-
-        def get_encoded_subvolume(
-            self, data_format: str, start: Any, end: Any, scale_key: str
-        ) -> Any:
-            """Read a lower resolution where there is one, and shrink only what is left to do."""
-            wanted = np.array(scale_key.split(","), np.int64)
-            level = None
-            if isinstance(layer.data, LazyVolume) and wanted.size == 3 and (wanted > 0).all():
-                level = layer.data.level_for(wanted)
-            if level is None:
-                return super().get_encoded_subvolume(data_format, start, end, scale_key)
-            factor, coarse = level
-            volume = neuroglancer.LocalVolume(
-                coarse, dimensions=dimensions, volume_type=self.volume_type
+    annotations = []
+    for k, (text, corners) in enumerate(marks.items):
+        common = {"id": str(k), "description": text}
+        if len(corners) == 1:
+            annotation = neuroglancer.PointAnnotation(point=corners[0], **common)
+        else:
+            annotation = neuroglancer.AxisAlignedBoundingBoxAnnotation(
+                point_a=corners[0], point_b=corners[1], **common
             )
-            rest = ",".join(str(n) for n in wanted // factor)
-            return volume.get_encoded_subvolume(data_format, start, end, rest)
-
-    volume_type = "segmentation" if layer.kind == "segmentation" else "image"
-    # The browser asks for factors up to this; each request reads a few million voxels at most.
-    levels = layer.data.coarser if isinstance(layer.data, LazyVolume) else []
-    coarsest = max((int(np.prod(factor)) for factor, _ in levels), default=1)
-    return Served(
-        layer.data,
-        dimensions=dimensions,
-        volume_type=volume_type,
-        max_downsampling=_READ_AT_ONCE * coarsest,
+        annotations.append(annotation)
+    return neuroglancer.LocalAnnotationLayer(
+        dimensions=dimensions, annotations=annotations, annotation_color=marks.colour
     )
+
+
+class _ServedVolume(neuroglancer.LocalVolume):
+    """The voxels of a layer, read from lower resolutions if possible; no meshes if it is large."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layered = layer.data if isinstance(layer.data, LazyVolume) else None
+        # The browser asks for factors up to this; each request reads a few million voxels at most.
+        levels = self.layered.coarser if self.layered else []
+        coarsest = max((int(np.prod(factor)) for factor, _ in levels), default=1)
+        super().__init__(
+            layer.data,
+            dimensions=_dimensions(layer),
+            volume_type="segmentation" if layer.kind == "segmentation" else "image",
+            max_downsampling=_READ_AT_ONCE * coarsest,
+        )
+
+    def get_object_mesh(self, object_id: int) -> Any:
+        """Refuse the mesh of a large volume before anything is loaded."""
+        if np.prod(self.shape) > MESH_VOXELS:
+            raise neuroglancer.local_volume.MeshesNotSupportedForVolume
+        return super().get_object_mesh(object_id)
+
+    def get_encoded_subvolume(self, data_format: str, start: Any, end: Any, scale_key: str) -> Any:
+        """Read the lowest resolution that is fine enough, and shrink only what remains."""
+        wanted = np.array(scale_key.split(","), np.int64)
+        level = None
+        if self.layered is not None and wanted.size == 3 and (wanted > 0).all():
+            level = self.layered.level_for(wanted)
+        if level is None:
+            return super().get_encoded_subvolume(data_format, start, end, scale_key)
+        factor, coarse = level
+        volume = neuroglancer.LocalVolume(
+            coarse, dimensions=self.dimensions, volume_type=self.volume_type
+        )
+        rest = ",".join(str(n) for n in wanted // factor)
+        return volume.get_encoded_subvolume(data_format, start, end, rest)
+
+
+def _served(layer: Layer) -> Any:
+    """Return a layer whose voxels this process serves."""
+    volume = _ServedVolume(layer)
+    source = neuroglancer.LayerDataSource(url=volume, transform=layer_transform(layer))
+    return drawn_layer(layer, source)
 
 
 def _contrast(data: Any) -> list[float]:
-    """Return the grey values that become black and white, from one piece in the middle."""
+    """Return the grey values to draw black and white, from a sample in the middle."""
     if data.dtype == np.uint8:
         return [0, 255]
     middle = [n // 2 for n in data.shape]

@@ -1,5 +1,11 @@
 """The neuroglancer viewer of a run."""
 
+<<<<<<< HEAD
+=======
+import functools
+import http.server
+import importlib
+>>>>>>> 9d6783a (Import neuroglancer once in the viewer, and fill viewer states in one place)
 import io
 import json
 import shutil
@@ -31,9 +37,15 @@ from agq.pipeline.config.schema import load_config
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.view import state as view_state
 from agq.pipeline.view import viewer as view
+from agq.pipeline.view.layers import Layer, LazyVolume, config_layers, run_layers, volume_layer
 from agq.pipeline.view.marks import run_marks
+<<<<<<< HEAD
 from agq.pipeline.view.viewer import LazyVolume, build_viewer, run_layers, volume_layer
 from tests.helpers.browser import CHROMIUM, file_server, screenshot
+=======
+from agq.pipeline.view.viewer import build_viewer
+from tests.helpers.browser import CHROMIUM, FLAGS
+>>>>>>> 9d6783a (Import neuroglancer once in the viewer, and fill viewer states in one place)
 
 neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
 
@@ -73,7 +85,7 @@ def folder(tmp_path: Path, raw: np.ndarray, labels: np.ndarray) -> Path:
 
 
 @pytest.fixture
-def layers(folder: Path) -> list[view.Layer]:
+def layers(folder: Path) -> list[Layer]:
     truth = open_volume(folder / "in.zarr", "labels", kind="labels")
     return [
         volume_layer("raw", open_volume(folder / "in.zarr", "raw"), "image"),
@@ -94,7 +106,7 @@ def get(url: str) -> bytes:
         return bytes(answer.read())
 
 
-def test_state_has_the_layers_in_place(layers: list[view.Layer]) -> None:
+def test_state_has_the_layers_in_place(layers: list[Layer]) -> None:
     state = build_viewer(layers, at=(1, 2, 3)).state.to_json()
     shown = {layer["name"]: layer for layer in state["layers"]}
     assert list(shown) == ["raw", "affinities", "fragments", "segmentation", "truth"]
@@ -116,7 +128,7 @@ def test_state_has_the_layers_in_place(layers: list[view.Layer]) -> None:
 
 
 def test_browser_gets_the_page_and_the_voxels(
-    layers: list[view.Layer], raw: np.ndarray, labels: np.ndarray
+    layers: list[Layer], raw: np.ndarray, labels: np.ndarray
 ) -> None:
     viewer = build_viewer(layers)
     base = str(viewer).split("/v/")[0]
@@ -155,7 +167,7 @@ def test_only_what_is_looked_at_is_read(folder: Path, labels: np.ndarray) -> Non
 
 
 def test_large_volumes_refuse_meshes_before_reading(
-    layers: list[view.Layer], monkeypatch: pytest.MonkeyPatch
+    layers: list[Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     viewer = build_viewer(layers)
     base = str(viewer).split("/v/")[0]
@@ -174,7 +186,7 @@ def test_a_run_that_has_only_begun(folder: Path) -> None:
     assert fragments.name == "fragments"
     assert fragments.visible
     assert run_layers(folder / "nothing.zarr") == []
-    with pytest.raises(InputError, match="nothing to show yet"):
+    with pytest.raises(InputError, match="no volume to show"):
         build_viewer([])
 
 
@@ -228,7 +240,7 @@ def test_lower_resolutions_are_read_where_the_browser_is_zoomed_out(
         assert (voxels == value).all()
 
 
-def test_marks_of_a_run(folder: Path, layers: list[view.Layer]) -> None:
+def test_marks_of_a_run(folder: Path, layers: list[Layer]) -> None:
     grid = BlockGrid(SHAPE, (30, 6, 6), (4, 16, 16), offset=(60, 12, -6))
     run = RunFolder(folder / "marked")
     with run.lock():
@@ -261,12 +273,12 @@ def test_borders_of_the_nearest_blocks_of_a_million(tmp_path: Path) -> None:
     assert blocks.name == f"blocks (nearest {len(blocks.items)})"
 
 
-def test_position_outside(layers: list[view.Layer]) -> None:
+def test_position_outside(layers: list[Layer]) -> None:
     with pytest.raises(InputError, match=r"--at \(8, 0, 0\) is outside .* \(8, 60, 70\)"):
         build_viewer(layers, at=(8, 0, 0))
 
 
-def test_port(layers: list[view.Layer]) -> None:
+def test_port(layers: list[Layer]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -276,10 +288,11 @@ def test_port(layers: list[view.Layer]) -> None:
     assert str(build_viewer(layers, port=port)).startswith(f"http://127.0.0.1:{port}/")
 
 
-def test_without_neuroglancer(layers: list[view.Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_neuroglancer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "neuroglancer", None)
+    monkeypatch.delitem(sys.modules, view.__name__)
     with pytest.raises(InputError, match=r"pip install 'agq-pipeline\[view\]'"):
-        build_viewer(layers)
+        importlib.import_module(view.__name__)
 
 
 @pytest.fixture
@@ -297,7 +310,7 @@ def config_file(folder: Path) -> Path:
 
 
 def test_layers_of_a_configuration(config_file: Path) -> None:
-    layers = view.config_layers(load_config(config_file))
+    layers = config_layers(load_config(config_file))
     names = ["raw", "affinities", "fragments", "segmentation", "truth"]
     assert [layer.name for layer in layers] == names
 
@@ -371,7 +384,7 @@ def test_a_printed_state_shows_the_segments_by_their_address(
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
-def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[view.Layer]) -> None:
+def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[Layer]) -> None:
     pixels = screenshot(build_viewer([layers[0], layers[3]]), tmp_path)
     # The x-y panel is the upper left one; one voxel is one pixel, the middle is in the middle.
     first = pixels[122:148, 170:230].mean(axis=(0, 1))
