@@ -1,4 +1,4 @@
-"""The commands for a cluster: submit, resume, scale, cancel, attach, logs."""
+"""The commands for a SLURM cluster: submit, resume, scale, cancel, attach, logs."""
 
 import re
 import shlex
@@ -60,7 +60,7 @@ def submit(
             "._-+@: in it (dask-jobqueue does not quote paths); rename it, or set stitch.jobs to 0"
         )
     if after is not None and stage != "stitch":
-        raise InputError("--after predict goes with --stage stitch")
+        raise InputError("--after predict needs --stage stitch")
     if after is not None and overwrite:
         raise InputError("--overwrite would delete the prediction that --after predict waits for")
     stages: list[jobs.Stage] = [stage] if stage else ["predict", "stitch"]
@@ -76,7 +76,7 @@ def _show_scripts(config: Config, stages: list[jobs.Stage]) -> None:
         many = script.name == "workers"
         section = jobs.section_of(config)
         array = jobs.array(section.workers, section.limit) if many else None
-        words = submit_arguments(script, run_dir, array=array)
+        words = submit_arguments(script.name, run_dir, array=array)
         typer.echo(f"# {script.path(run_dir)}")
         typer.echo(f"# sbatch {shlex.join(str(word) for word in words)}")
         typer.echo(script.text)
@@ -100,7 +100,7 @@ def _submit(
     behind = after_predict and jobs.prediction_in_queue(run_dir) is not None
     prepared = prepare(config, workers_here=False)
     if behind:
-        # The run, its record, its lock and its scripts belong to the prediction.
+        # The prediction holds the lock of the run and owns its record and scripts.
         prepared.run.require_identity(prepared.identity)
         jobs.save_stitch_config(config)
         _write_scripts(config, ["stitch"])
@@ -112,9 +112,9 @@ def _submit(
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)
             _write_scripts(config, ["predict", "stitch"])
-    known = len(jobs.load(run_dir).jobs)
+    before = len(jobs.load(run_dir).jobs)
     submitted = jobs.submit_all(config, stages, after_predict=after_predict)
-    _tell(run_dir, submitted, known)
+    _print_submitted(run_dir, submitted.jobs[before:])
 
 
 def _start_record(config: Config, grace_s: int) -> None:
@@ -136,10 +136,10 @@ def _write_scripts(config: Config, stages: list[jobs.Stage]) -> None:
         write_atomic(script.path(run_dir), script.text.encode())
 
 
-def _tell(run_dir: Path, record: jobs.Jobs, known: int) -> None:
-    for job in record.jobs[known:]:
-        many = f", {job.count} of them" if job.role == "workers" else ""
-        out.print(f"submitted {job.role}: job {job.id}{many}")
+def _print_submitted(run_dir: Path, submitted: list[jobs.Job]) -> None:
+    for job in submitted:
+        count = f", {job.count} array tasks" if job.role == "workers" else ""
+        out.print(f"submitted {job.role}: job {job.id}{count}")
     quoted = shlex.quote(str(run_dir))
     for command in ("attach", "scale", "cancel", "logs"):
         tail = " N" if command == "scale" else ""
@@ -153,7 +153,7 @@ def resume(
         int | None, typer.Option(min=1, help="Worker jobs; default: as before.")
     ] = None,
 ) -> None:
-    """Submit what is left of a run; jobs that are in the queue already are left alone."""
+    """Submit the unfinished stages of a run; jobs in the queue go on."""
     run_dir = run_dir.absolute()
     config = jobs.load_config(run_dir)
     record = jobs.load(run_dir)
@@ -165,18 +165,18 @@ def resume(
         out.print(f"{run_dir} is in the queue: {coordinator[0].state}", markup=False)
         if not jobs.live(record, "workers"):
             _, now = jobs.scale(run_dir, workers or record.workers)
-            out.print(f"its workers had left; submitted {now}")
+            out.print(f"no worker job was left; submitted {now}")
         return
-    # Workers without a coordinator wait for one; the new one will find them.
+    # Workers of an earlier submission wait for a coordinator; new ones replace them.
     client.cancel([str(n) for n in record.ids("workers")], "--state=PENDING")
     _wait_until_gone(record)
     stages: list[jobs.Stage] = [stage] if stage else ["predict", "stitch"]
     submitted = jobs.submit_all(config, stages)
-    _tell(run_dir, submitted, len(record.jobs))
+    _print_submitted(run_dir, submitted.jobs[len(record.jobs) :])
 
 
 def _wait_until_gone(record: jobs.Jobs, seconds: float = 20.0) -> None:
-    """Let workers of an earlier submission end; those that wait for a coordinator are told to."""
+    """Terminate the jobs of an earlier submission, and wait until they have left the queue."""
     deadline = time.monotonic() + seconds
     told = False
     while entries := jobs.live(record, "workers", "stitch"):
@@ -193,7 +193,7 @@ def scale(
     run_dir: RunDir,
     count: Annotated[int, typer.Argument(min=0, help="Worker jobs.", show_default=False)],
 ) -> None:
-    """Change the number of worker jobs of a run that goes on."""
+    """Change the number of worker jobs of a run in the queue."""
     before, now = jobs.scale(run_dir.absolute(), count)
     out.print(f"worker jobs: {before} -> {now}")
 
@@ -204,16 +204,17 @@ def cancel(
         float, typer.Option(min=0, help="Seconds for workers to finish the blocks in hand.")
     ] = 30.0,
 ) -> None:
-    """End all jobs of a run, gracefully, then hard. What is done stays done: agq resume goes on."""
+    """Let the jobs of a run finish their blocks, then kill them; agq resume goes on."""
     killed = jobs.cancel(run_dir.absolute(), wait_s=wait)
-    out.print(f"cancelled{f', {killed} jobs the hard way' if killed else ''}")
+    after = f"; {killed} jobs did not end within {wait:g} s and were killed" if killed else ""
+    out.print(f"cancelled{after}")
 
 
 def attach(
     run_dir: RunDir,
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 5.0,
 ) -> None:
-    """Follow a submitted run until its jobs have left the queue; Ctrl-C only stops looking."""
+    """Follow a submitted run until its jobs have left the queue; Ctrl-C ends only this command."""
     from agq.pipeline.status.monitor import Monitor
     from agq.pipeline.status.text import render
 
@@ -236,11 +237,11 @@ def attach(
 
 def logs(
     run_dir: RunDir,
-    block: Annotated[int | None, typer.Option(help="What happened to this block.")] = None,
-    worker: Annotated[str | None, typer.Option(help="The log of this worker (or job).")] = None,
+    block: Annotated[int | None, typer.Option(help="Print all attempts at this block.")] = None,
+    worker: Annotated[str | None, typer.Option(help="Print the log of this worker or job.")] = None,
     lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="Last lines to print.")] = 40,
 ) -> None:
-    """Print logs: of a block, of a worker, or the list of all."""
+    """Print the log of a worker or the attempts at a block; without options list all logs."""
     run_dir = run_dir.absolute()
     if block is not None:
         _block_log(run_dir, block, lines)
@@ -250,12 +251,14 @@ def logs(
         name = worker.removeprefix("worker-").removeprefix("workers-")
         files = [f for f in files if f.stem.partition("-")[2] == name or f.stem == worker]
         if not files:
-            raise InputError(f"no log of worker {worker} in {run_dir}/logs; agq logs lists them")
+            raise InputError(
+                f"--worker {worker}: {run_dir}/logs has no such log; agq logs {run_dir} lists all"
+            )
         for file in files:
             _print_tail(file, lines)
         return
     if not files:
-        raise InputError(f"no logs in {run_dir}/logs yet")
+        raise InputError(f"{run_dir}/logs has no log yet; jobs write it when they start")
     for file in files:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(file.stat().st_mtime))
         typer.echo(f"{when}  {file.stat().st_size:>9}  {file}")
@@ -264,12 +267,12 @@ def logs(
 def _block_log(run_dir: Path, block: int, lines: int) -> None:
     journal = Journal(run_dir / "journal" / "predict")
     tail = JournalTail(run_dir / "journal" / "predict")
-    found = []
+    of_block = []
     while events := tail.poll():
-        found += [e for e in events if e.kind in ("begin", "block") and e.data["block"] == block]
-    if not found:
-        raise InputError(f"block {block}: nothing in the journal of {run_dir}")
-    for event in sorted(found, key=lambda e: e.time):
+        of_block += [e for e in events if e.kind in ("begin", "block") and e.data["block"] == block]
+    if not of_block:
+        raise InputError(f"--block {block}: the journal of {run_dir} has no line about this block")
+    for event in sorted(of_block, key=lambda e: e.time):
         state = journal.workers.get(event.token)
         name = state.info.name if state else event.token
         where = f"{name} on {state.info.host}" if state else name

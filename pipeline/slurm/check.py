@@ -1,13 +1,25 @@
-"""What the configuration asks for, against what the cluster has: before anything is submitted."""
+"""Compare the `slurm` settings with the cluster before anything is submitted."""
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from agq.errors import InputError
 from agq.pipeline.slurm.client import call, fields_of
 from agq.pipeline.slurm.settings import SlurmSection
 
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+
+
+class Node(NamedTuple):
+    """One kind of node."""
+
+    cpus: int
+    memory: int
+    """In MiB."""
+    gpus: dict[str, int]
+    """Number of GPUs by type."""
+    features: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -19,11 +31,11 @@ class Partition:
     name, default, up
         Name; whether it is the cluster's default; whether it takes jobs.
     max_minutes
-        Longest time limit; None: none.
+        Longest time limit; None for no limit.
     grace_s
-        Seconds that a pre-empted job gets.
+        Seconds between SIGTERM and SIGKILL when a job is pre-empted.
     nodes
-        Of each kind of node: cores, memory in MiB, GPUs by type, features.
+        Its kinds of nodes.
     """
 
     name: str
@@ -31,12 +43,12 @@ class Partition:
     up: bool
     max_minutes: float | None
     grace_s: int
-    nodes: tuple[tuple[int, int, dict[str, int], frozenset[str]], ...]
+    nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the checks need to know of a cluster."""
+    """The parts of a cluster that the checks read."""
 
     partitions: dict[str, Partition]
     max_array: int
@@ -49,13 +61,13 @@ def read_cluster() -> Cluster:
     Raises
     ------
     SlurmError
-        If SLURM is not here or does not answer.
+        If SLURM is missing or does not answer.
     """
-    nodes: dict[str, list[tuple[int, int, dict[str, int], frozenset[str]]]] = {}
+    nodes: dict[str, list[Node]] = {}
     for line in call(["sinfo", "--noheader", "--format=%R|%c|%m|%G|%f"]).splitlines():
         name, cpus, memory, gres, features = (part.strip() for part in line.split("|"))
-        has = frozenset(re.findall(r"[^,()&|]+", features.replace("(null)", "")))
-        kind = (int(cpus.rstrip("+")), int(memory.rstrip("+")), _gpus(gres), has)
+        words = frozenset(re.findall(r"[^,()&|]+", features.replace("(null)", "")))
+        kind = Node(int(cpus.rstrip("+")), int(memory.rstrip("+")), _gpus(gres), words)
         nodes.setdefault(name, []).append(kind)
     partitions = {}
     for line in call(["scontrol", "--oneliner", "show", "partition"]).splitlines():
@@ -78,19 +90,19 @@ def read_cluster() -> Cluster:
 
 
 def _number(config: str, name: str, default: int) -> int:
-    found = re.search(rf"^{name}\s*=\s*(\d+)", config, re.MULTILINE)
-    return int(found[1]) if found else default
+    match = re.search(rf"^{name}\s*=\s*(\d+)", config, re.MULTILINE)
+    return int(match[1]) if match else default
 
 
 def _gpus(gres: str) -> dict[str, int]:
     """GPUs by type from ``gpu:a100:4(S:0-1),gpu:2``."""
-    found: dict[str, int] = {}
+    gpus: dict[str, int] = {}
     for part in re.sub(r"\([^)]*\)", "", gres).split(","):
         words = part.split(":")
         if words[0] == "gpu" and words[-1].isdigit():
             kind = words[1] if len(words) > 2 else ""
-            found[kind] = found.get(kind, 0) + int(words[-1])
-    return found
+            gpus[kind] = gpus.get(kind, 0) + int(words[-1])
+    return gpus
 
 
 def _minutes(text: str) -> float | None:
@@ -109,22 +121,22 @@ def _minutes(text: str) -> float | None:
 
 
 def check(section: SlurmSection, cluster: Cluster) -> list[str]:
-    """Compare a configuration with the cluster.
+    """Compare the settings with the cluster.
 
     Returns
     -------
     warnings
-        What will work, but perhaps not as meant.
+        About settings that work, but perhaps not as meant.
 
     Raises
     ------
     InputError
-        Naming the field, what it says and what is allowed.
+        Naming the field, its value and what the cluster allows.
     """
     if section.workers - 1 >= cluster.max_array:
         raise InputError(
-            f"slurm.workers: {section.workers} is more than this cluster's MaxArraySize allows "
-            f"({cluster.max_array}); ask for fewer with more GPUs each (slurm.gpus)"
+            f"slurm.workers: {section.workers} is over this cluster's limit (MaxArraySize "
+            f"{cluster.max_array}); ask for fewer with more GPUs each (slurm.gpus)"
         )
     where = "slurm."
     worker = _partition(where, section.partition, cluster)
@@ -139,7 +151,10 @@ def check(section: SlurmSection, cluster: Cluster) -> list[str]:
         _time(where, job.time, partition)
         _fits(where, partition, job.cpus, job.mem, job.constraint)
         if name == "coordinator" and partition.grace_s and not section.requeue:
-            warnings.append(f"{partition.name} is pre-emptible and slurm.requeue is off")
+            warnings.append(
+                f"partition {partition.name} is pre-emptible and slurm.requeue is off: a "
+                "coordinator that is pre-empted does not come back"
+            )
     limit = _minutes(section.time) if section.time else worker.max_minutes
     if limit is not None and limit * 60 <= 2 * section.lead_s:
         warnings.append(
@@ -159,22 +174,22 @@ def grace_s(section: SlurmSection, cluster: Cluster) -> int:
 
 def _partition(where: str, names: str | None, cluster: Cluster) -> Partition:
     if names is None:
-        found = [p for p in cluster.partitions.values() if p.default]
-        if not found:
+        defaults = [p for p in cluster.partitions.values() if p.default]
+        if not defaults:
             raise InputError(
-                f"{where}partition is needed: the cluster has no default; it has "
+                f"{where}partition is missing, and the cluster has no default; name one of "
                 f"{', '.join(sorted(cluster.partitions))}"
             )
-        return found[0]
+        return defaults[0]
     for name in names.split(","):
         if name not in cluster.partitions:
             raise InputError(
-                f"{where}partition: there is no {name!r}; the cluster has "
+                f"{where}partition: the cluster has no {name!r}; name one of "
                 f"{', '.join(sorted(cluster.partitions))}"
             )
     first = cluster.partitions[names.split(",")[0]]
     if not first.up:
-        raise InputError(f"{where}partition: {first.name} takes no jobs now")
+        raise InputError(f"{where}partition: {first.name} takes no jobs now (sinfo); name another")
     return first
 
 
@@ -191,23 +206,24 @@ def _time(where: str, asked: str | None, partition: Partition) -> None:
 def _fits(where: str, partition: Partition, cpus: int, mem: str, constraint: str | None) -> None:
     if not partition.nodes:
         return
-    most = max(node[0] for node in partition.nodes)
+    most = max(node.cpus for node in partition.nodes)
     if cpus > most:
         raise InputError(
             f"{where}cpus: a job would need {cpus} cores, nodes of {partition.name} have at most "
             f"{most}"
         )
-    memory = max(node[1] for node in partition.nodes)
+    memory = max(node.memory for node in partition.nodes)
     wanted = float(mem.rstrip("KMGT")) * _UNITS[mem[-1] if mem[-1] in _UNITS else "M"]
     if wanted > memory:
         raise InputError(
             f"{where}mem: {mem} is more than a node of {partition.name} has, {memory}M"
         )
-    features = frozenset().union(*(node[3] for node in partition.nodes))
+    features = frozenset().union(*(node.features for node in partition.nodes))
     if constraint and re.fullmatch(r"[\w.-]+", constraint) and constraint not in features:
-        known = ", ".join(sorted(features)) or "none"
+        listed = ", ".join(sorted(features)) or "none"
         raise InputError(
-            f"{where}constraint: no node of {partition.name} has {constraint!r}; features: {known}"
+            f"{where}constraint: no node of {partition.name} has the feature {constraint!r}; its "
+            f"features: {listed}"
         )
 
 
@@ -215,16 +231,12 @@ def _gpus_fit(section: SlurmSection, partition: Partition) -> None:
     if not section.gpus or not partition.nodes:
         return
     kind = (section.gres or "gpu").partition(":")[2]
-    have = [sum(g.values()) if not kind else g.get(kind, 0) for _, _, g, _ in partition.nodes]
+    have = [n.gpus.get(kind, 0) if kind else sum(n.gpus.values()) for n in partition.nodes]
     if max(have) < section.gpus:
-        kinds = sorted(
-            {
-                f"gpu:{k}:{n}".replace("::", ":")
-                for _, _, g, _ in partition.nodes
-                for k, n in g.items()
-            }
-        )
+        counts = {count for node in partition.nodes for count in node.gpus.items()}
+        kinds = sorted(f"gpu:{k}:{n}".replace("::", ":") for k, n in counts)
         raise InputError(
-            f"slurm.gpus: {section.gpus} of {section.gres or 'gpu'} on one node; partition "
-            f"{partition.name} has {', '.join(kinds) or 'no GPUs'} per node (0: CPU workers)"
+            f"slurm.gpus: {section.gpus} of {section.gres or 'gpu'} is more than a node of "
+            f"partition {partition.name} has ({', '.join(kinds) or 'no GPUs'}); "
+            "0 asks for CPU workers"
         )

@@ -1,4 +1,4 @@
-"""SLURM's commands, called with argument lists; what they say, as plain data."""
+"""Call SLURM's commands with argument lists and return their answers as plain data."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ _SEPARATOR = "\x1f"
 
 
 class SlurmError(InputError):
-    """SLURM is not here or refuses; the message has its own words."""
+    """A command of SLURM is missing or refuses; the message quotes it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class QueueEntry:
     node
         Where it runs.
     elapsed
-        How long.
+        How long it has run.
     name
         Job name.
     """
@@ -46,19 +46,24 @@ class QueueEntry:
 
     @property
     def target(self) -> str:
-        """What scancel is told."""
+        """The entry as an argument of scancel."""
         return f"{self.job}_{self.task}" if self.task else str(self.job)
 
     @property
-    def count(self) -> int:
-        """How many tasks this entry stands for."""
+    def targets(self) -> list[str]:
+        """Each task of the entry as an argument of scancel."""
         if not self.task.startswith("["):
-            return 1
-        total = 0
+            return [self.target]
+        tasks: list[int] = []
         for part in self.task.strip("[]").partition("%")[0].split(","):
             first, _, last = part.partition("-")
-            total += int(last or first) - int(first) + 1
-        return total
+            tasks += range(int(first), int(last or first) + 1)
+        return [f"{self.job}_{task}" for task in tasks]
+
+    @property
+    def count(self) -> int:
+        """Number of tasks that the entry stands for."""
+        return len(self.targets)
 
 
 def call(
@@ -87,9 +92,13 @@ def call(
             check=False,
         )
     except FileNotFoundError:
-        raise SlurmError(f"{name} is not here: run this on a login node of the cluster") from None
+        raise SlurmError(
+            f"{name} is not installed here: run this on a login node of the cluster"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{name} does not answer; is slurmctld up? (scontrol ping)") from None
+        raise SlurmError(
+            f"{name} gave no answer for {_TIMEOUT_S:.0f} s; check with: scontrol ping"
+        ) from None
     if check and done.returncode != 0:
         text = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise SlurmError(f"{name}: {text}")
@@ -97,7 +106,7 @@ def call(
 
 
 def queue(jobs: Iterable[int]) -> list[QueueEntry]:
-    """Return what is still in the queue of some jobs.
+    """Return the entries of some jobs that are still in the queue.
 
     Raises
     ------
@@ -110,7 +119,7 @@ def queue(jobs: Iterable[int]) -> list[QueueEntry]:
     # Asked by user, not by id: squeue fails altogether if one id is too old.
     columns = ["%F", "%K", "%T", "%r", "%N", "%M", "%j"]
     text = call(["squeue", "--noheader", "--me", f"--format={_SEPARATOR.join(columns)}"])
-    found = []
+    entries = []
     for line in text.splitlines():
         fields = line.split(_SEPARATOR)
         if len(fields) != len(columns) or not fields[0].isdigit() or int(fields[0]) not in wanted:
@@ -118,8 +127,8 @@ def queue(jobs: Iterable[int]) -> list[QueueEntry]:
         task = "" if fields[1] == "N/A" else fields[1]
         if "-" in task or "," in task or "%" in task:
             task = f"[{task.strip('[]')}]"
-        found.append(QueueEntry(int(fields[0]), task, *fields[2:]))
-    return sorted(found, key=lambda e: (e.job, e.state != "RUNNING", e.task))
+        entries.append(QueueEntry(int(fields[0]), task, *fields[2:]))
+    return sorted(entries, key=lambda e: (e.job, e.state != "RUNNING", e.task))
 
 
 def submit(arguments: Sequence[str | Path]) -> int:
@@ -128,21 +137,21 @@ def submit(arguments: Sequence[str | Path]) -> int:
     Raises
     ------
     SlurmError
-        With sbatch's words.
+        If sbatch refuses; the message quotes it.
     """
-    # A URI with a password goes by file, not through SLURM's copy of the environment.
+    # SLURM copies the environment; a URI with a password travels in a file instead.
     text = call(["sbatch", "--parsable", *arguments], environment={"AGQ_MONGO_URI": ""})
     return int(text.strip().split(";")[0])
 
 
 def cancel(targets: Sequence[str], *options: str) -> None:
-    """Run scancel; jobs that are over are no error."""
+    """Run scancel, which ignores jobs that have ended."""
     if targets:
         call(["scancel", *options, *targets], check=False)
 
 
 def node_address(node: str) -> str | None:
-    """Return the address by which SLURM knows a node; None where it cannot be asked."""
+    """Return the address by which SLURM knows a node; None if scontrol does not answer."""
     try:
         text = call(["scontrol", "--oneliner", "show", "node", node])
     except SlurmError:

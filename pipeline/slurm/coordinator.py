@@ -1,8 +1,8 @@
-"""What runs in the coordinator job: hands out blocks to the worker jobs until all are done.
+"""The program of the coordinator job: it hands out blocks to the worker jobs until all are done.
 
 It may be killed, pre-empted or requeued at any time; the next one goes on from the journal, and
-the workers wait for it (``slurm.wait_s``). Ends with 75 before its time limit (SIGUSR1): the batch
-script then requeues the job.
+the workers wait for it (``slurm.wait_s``). It ends with 75 before its time limit (SIGUSR1): the
+batch script then requeues the job.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _WorkerWatch:
-    """Submits workers again where none is left, and stops the run where that does not help."""
+    """Submits workers again if none is left, and stops the run if they do no block either."""
 
     def __init__(self, run_dir: Path, section: SlurmSection) -> None:
         self._run_dir = run_dir
@@ -56,9 +56,9 @@ class _WorkerWatch:
         try:
             entries = live(load(self._run_dir), "workers")
         except InputError as error:
-            _logger.warning("cannot ask for the worker jobs: %s", error)
+            _logger.warning("the state of the worker jobs is not known: %s", error)
             return
-        # Once may be a requeue that squeue does not show for a moment.
+        # squeue does not show a job for a moment while it is requeued: ask twice.
         self._missed = 0 if entries else self._missed + 1
         if self._missed < 2:
             return
@@ -67,7 +67,7 @@ class _WorkerWatch:
         with changing(self._run_dir) as jobs:
             if self._vain > _MAX_VAIN or not jobs.workers:
                 raise RunStoppedError(
-                    f"no worker job is left, {progress.total - ended} blocks are to do"
+                    f"no worker job is left, and {progress.total - ended} blocks remain"
                     f"{self._last_end()}; agq resume {self._run_dir} starts workers again"
                 )
             _logger.warning("no worker job is left: submitting %d", jobs.workers)
@@ -88,7 +88,7 @@ def listen_address(section: SlurmSection) -> str:
     Raises
     ------
     InputError
-        If it cannot be found out.
+        If the node has no such address.
     """
     node = os.environ.get("SLURMD_NODENAME")
     name = section.address or (node and client.node_address(node)) or node or socket.gethostname()
@@ -149,7 +149,7 @@ def _predict(run_dir: Path) -> int:
             if error.errno not in FATAL_ERRNOS:
                 raise
             wait_for_storage(run_dir, section.wait_s, error)
-    # Where scancel is missing (in a container), they find the run closed when they start, and end.
+    # Without scancel (in a container) these jobs find the run closed when they start, and end.
     with contextlib.suppress(client.SlurmError):
         client.cancel([str(n) for n in load(run_dir).ids("workers")], "--state=PENDING")
     for number in report.failed[:20]:
@@ -166,10 +166,10 @@ def main(arguments: list[str]) -> int:
         return _predict(run_dir)
     except SystemExit as end:
         if load(run_dir).cancelled:
-            # Nobody will come back: workers need not wait.
+            # SLURM does not start this job again: workers need not wait for it.
             Session(id="", state="closed").save(run_dir)
             return 0
-        _logger.info("told to end; what is done is in the journal")
+        _logger.info("a signal ends this job; blocks that are done are in the journal")
         return end.code if isinstance(end.code, int) else 1
     except (InputError, RunStoppedError) as error:
         Session(id="", state="closed").save(run_dir)

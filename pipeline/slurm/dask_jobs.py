@@ -1,4 +1,4 @@
-"""dask workers of the stitch as SLURM jobs of their own (dask-jobqueue); lost ones are replaced."""
+"""Run dask workers of the stitch as SLURM jobs (dask-jobqueue), and replace lost jobs."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 
 def jobqueue_options(section: SlurmSection, run_dir: Path) -> dict[str, Any]:
-    """Return what dask-jobqueue needs to know to submit worker jobs of the stitch."""
+    """Return dask-jobqueue's options for the worker jobs of the stitch."""
     job, qos = section.stitch, section.stitch.qos or section.qos
     extra = ["--open-mode=append", *([f"--qos={qos}"] if qos else [])]
     if job.constraint:
@@ -48,7 +48,7 @@ def jobqueue_options(section: SlurmSection, run_dir: Path) -> dict[str, Any]:
         # As in `stitch.cluster`: a task near the root may need more than an equal share.
         "worker_extra_args": ["--memory-limit", "0"],
         "walltime": job.time,
-        # Its default of half an hour is for nobody: without a time, the partition's.
+        # Without a time, the limit of the partition instead of dask-jobqueue's half hour.
         "job_directives_skip": [] if job.time else ["#SBATCH -t "],
         "python": f"{shlex.quote(section.python or sys.executable)} -P",
         "job_extra_directives": extra,
@@ -61,16 +61,16 @@ class WorkerJobs:
     """Keeps a number of worker jobs in the queue.
 
     dask-jobqueue submits a job once: after a time limit, an ``scancel`` or a crash the stitch would
-    wait for workers that never come. (What SLURM requeues stays in the queue and is left alone.)
+    wait for workers that never come. (A job that SLURM requeues stays in the queue.)
 
     Parameters
     ----------
     cluster
-        Whose jobs they are.
+        The dask cluster whose workers the jobs are.
     count
-        How many.
+        Number of jobs.
     logs
-        Folder of the jobs' logs, for what is said of them.
+        Folder of the jobs' logs, which messages name.
     """
 
     def __init__(self, cluster: "SLURMCluster", count: int, logs: Path) -> None:
@@ -83,17 +83,17 @@ class WorkerJobs:
         self._not_before = 0.0
 
     def check(self) -> None:
-        """Submit a job for each that has left the queue; say so if nobody works.
+        """Submit a job for each that has left the queue; warn if no worker is connected.
 
         Raises
         ------
         RunStoppedError
-            If nobody works, and job after job ended before one of its workers was here.
+            If no worker is connected, and job after job ended before its workers connected.
         SlurmError
             If squeue cannot be asked.
         """
         jobs, here = self.cluster.sync(self._seen)
-        # Several processes of one job are called by its name and a number.
+        # A job of several processes names its workers by its own name and a number.
         joined = {n for n in jobs if any(w == n or w.startswith(f"{n}-") for w in here)}
         if joined - self._joined:
             self._joined |= joined
@@ -120,13 +120,13 @@ class WorkerJobs:
                 f"{self.in_vain} dask worker jobs were refused, or ended before their workers "
                 f"joined; see {self.logs} (stitch-*.log, dask-worker-*.err), then resume"
             )
-        # Where others work, jobs that fail on one bad node are not submitted in a tight loop.
+        # A pause: other workers may go on while jobs fail at once on one bad node.
         self._not_before = time.monotonic() + min(_PAUSE_S * self.in_vain, _TELL_S)
         self.cluster.sync(self._forget, lost)
         self.cluster.scale(jobs=self.count)
 
     def close(self) -> None:
-        """Forget jobs that were refused: closing the cluster fails over them."""
+        """Forget jobs that were refused: closing the cluster would fail because of them."""
         jobs, _ = self.cluster.sync(self._seen)
         self.cluster.sync(self._forget, [name for name, job in jobs.items() if job is None])
 
@@ -139,8 +139,8 @@ class WorkerJobs:
         return jobs, {str(worker["name"]) for worker in workers}
 
     async def _forget(self, names: Collection[str]) -> None:
-        # Out of both: the next job gets a name of its own, since the scheduler refuses a worker by
-        # the name of one that it has not yet given up.
+        # Out of both, so that the next job gets a new name: the scheduler refuses a worker with the
+        # name of one that it has not yet given up.
         for name in [key for key in self.cluster.workers if str(key) in names]:
             self.cluster.worker_spec.pop(name, None)
             self.cluster.workers.pop(name).status = Status.closed
@@ -148,7 +148,7 @@ class WorkerJobs:
 
 @contextmanager
 def _watched(jobs: WorkerJobs) -> Iterator[None]:
-    """Check the jobs now and then; stop the main thread if they all end in vain."""
+    """Check the jobs every `_CHECK_S`; raise in the main thread if all end without working."""
     over = threading.Event()
     errors: list[RunStoppedError] = []
 
@@ -182,13 +182,13 @@ def _watched(jobs: WorkerJobs) -> Iterator[None]:
 def jobqueue_client(section: SlurmSection, run_dir: Path) -> Iterator[Client]:
     """Yield a dask client whose workers are SLURM jobs, on TLS with certificates of this run.
 
-    dask's protocol runs what it is sent, so a scheduler on a network without TLS would let anybody
-    run programs as this user. Only for the main thread.
+    dask runs the code that it is sent, so a scheduler on a network without TLS would let any other
+    user run programs as this one. Only for the main thread.
 
     Raises
     ------
     RunStoppedError
-        In the block, if the worker jobs end before their workers join, one after the other.
+        In the block, if job after job ends before its workers connect.
     """
     from dask_jobqueue import SLURMCluster
 

@@ -1,4 +1,4 @@
-"""The jobs of a run: which were submitted, which are in the queue; submit, scale, cancel."""
+"""The jobs of a run: the record of all submissions; submit, scale and cancel."""
 
 import fcntl
 import json
@@ -27,7 +27,7 @@ from agq.pipeline.slurm.scripts import (
 )
 from agq.pipeline.status.run_status import QueueStatus
 
-# Whoever only asks for the queue, such as a status, needs no configuration.
+# `queue_status` needs no configuration: agq status does not wait for its import.
 if TYPE_CHECKING:
     from agq.pipeline.config.schema import Config
     from agq.pipeline.slurm.settings import SlurmSection
@@ -50,7 +50,7 @@ class Job(BaseModel):
 
 
 class Jobs(BaseModel):
-    """``slurm/jobs.json``: what the run has asked of SLURM."""
+    """``slurm/jobs.json``: the submissions of a run."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -64,7 +64,7 @@ class Jobs(BaseModel):
     """How many worker jobs the user wants."""
 
     cancelled: bool = False
-    """The user has ended the run: a coordinator that is terminated does not expect to come back."""
+    """Whether the user ended the run; its coordinator then does not come back."""
 
     jobs: list[Job] = []
     """Every submission, the oldest first."""
@@ -74,7 +74,7 @@ class Jobs(BaseModel):
         return [job.id for job in self.jobs if not roles or job.role in roles]
 
     def latest(self, role: Role) -> int | None:
-        """Return the last job of a role."""
+        """Return the last job of a role; None if there is none."""
         return next((job.id for job in reversed(self.jobs) if job.role == role), None)
 
 
@@ -89,20 +89,24 @@ def load(run_dir: Path) -> Jobs:
     Raises
     ------
     InputError
-        If nothing was, or the file is damaged.
+        If nothing was submitted, or the file is damaged.
     """
     path = record_path(run_dir)
     try:
         return Jobs.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise InputError(f"{run_dir} was not submitted to SLURM (no {path})") from None
+        raise InputError(
+            f"{run_dir} was not submitted to SLURM ({path} does not exist); start it: agq submit"
+        ) from None
     except ValidationError:
-        raise InputError(f"{path} is damaged or of another release") from None
+        raise InputError(
+            f"{path} is damaged, or another release wrote it; submit the run again: agq submit"
+        ) from None
 
 
 @contextmanager
 def changing(run_dir: Path) -> Iterator[Jobs]:
-    """Load the record, alone, and save what was changed."""
+    """Lock and load the record; save it at the end of the block."""
     make_folder(folder(run_dir))
     with (folder(run_dir) / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -112,7 +116,7 @@ def changing(run_dir: Path) -> Iterator[Jobs]:
 
 
 def live(jobs: Jobs, *roles: Role) -> list[client.QueueEntry]:
-    """Return what is in the queue of some roles (none given: all).
+    """Return the entries in the queue of some roles (none given: all).
 
     Raises
     ------
@@ -123,7 +127,7 @@ def live(jobs: Jobs, *roles: Role) -> list[client.QueueEntry]:
 
 
 def queue_status(run_dir: Path) -> tuple[QueueStatus, ...] | None:
-    """Count the jobs of a run in the queue; None where there is no submission or no SLURM."""
+    """Count the jobs of a run in the queue; None without a submission or without SLURM."""
     try:
         jobs = load(run_dir)
         entries = live(jobs)
@@ -148,8 +152,8 @@ def config_path(run_dir: Path) -> Path:
 def save_config(config: "Config") -> None:
     """Write the resolved configuration for the jobs.
 
-    A database URI may hold a password: it goes into a file of its own that only its owner can
-    read, and is needed there because jobs may start hours later, from any environment.
+    Jobs may start hours later, from any environment, so the URI of the database is saved too. It
+    may hold a password: it goes into a separate file that only its owner can read.
     """
     run_dir = Path(config.run_dir)
     data: dict[str, Any] = config.model_dump(mode="json")
@@ -170,24 +174,24 @@ def save_config(config: "Config") -> None:
 def save_stitch_config(config: "Config") -> None:
     """Write the configuration for a stitch that waits for a prediction in the queue.
 
-    The prediction's jobs read the same file, and those that start later or are requeued have not
-    done so yet: only what the stitch alone needs is taken from the new configuration.
+    Jobs of the prediction read the same file when they start or are requeued, so the new
+    configuration replaces only the settings that the stitch alone uses.
 
     Raises
     ------
     InputError
-        If the stitch is to be of another part of the volume.
+        If the new configuration names another part of the volume.
     """
     run_dir = Path(config.run_dir)
     kept = load_config(run_dir)
     if config.input.roi != kept.input.roi:
         raise InputError(
-            "input.roi: the prediction in the queue has another one; submit the stitch with that, "
-            "or when the prediction has ended"
+            "input.roi: the prediction in the queue has another one; give the stitch the same, or "
+            "submit it when the prediction has ended"
         )
     slurm = section_of(kept).model_copy(update={"stitch": section_of(config).stitch})
-    own = {name: getattr(config, name) for name in ("stitch", "pyramid", "evaluate")}
-    data = kept.model_copy(update={**own, "slurm": slurm}).model_dump(mode="json")
+    of_stitch = {name: getattr(config, name) for name in ("stitch", "pyramid", "evaluate")}
+    data = kept.model_copy(update=of_stitch | {"slurm": slurm}).model_dump(mode="json")
     write_atomic(config_path(run_dir), json.dumps(data, indent=1).encode())
 
 
@@ -218,12 +222,15 @@ def section_of(config: "Config") -> "SlurmSection":
 def scripts(config: "Config", stages: Sequence[Stage], here: Path) -> list[Script]:
     """Return the scripts of some stages in the order in which they are submitted."""
     section, run_dir = section_of(config), Path(config.run_dir)
-    found = []
+    chosen = []
     if "predict" in stages:
-        found += [coordinator_script(section, run_dir, here), worker_script(section, run_dir, here)]
+        chosen += [
+            coordinator_script(section, run_dir, here),
+            worker_script(section, run_dir, here),
+        ]
     if "stitch" in stages:
-        found.append(stitch_script(section, run_dir, here))
-    return found
+        chosen.append(stitch_script(section, run_dir, here))
+    return chosen
 
 
 def array(count: int, limit: int | None) -> str:
@@ -232,12 +239,12 @@ def array(count: int, limit: int | None) -> str:
 
 
 def refuse_live(run_dir: Path, jobs: Jobs, stages: Sequence[Stage]) -> None:
-    """Refuse a submission that would do what jobs in the queue do already.
+    """Refuse a submission whose stages jobs in the queue do already.
 
     Raises
     ------
     InputError
-        Naming them; a stitch may be added to a prediction.
+        Naming those jobs. A stitch may be submitted beside a prediction.
     """
     waiting = live(jobs) if "predict" in stages else live(jobs, "stitch")
     if waiting:
@@ -253,7 +260,7 @@ def prediction_in_queue(run_dir: Path) -> int | None:
     Raises
     ------
     InputError
-        If it is neither.
+        If the prediction is neither in the queue nor done.
     """
     job = load(run_dir).latest("coordinator") if record_path(run_dir).exists() else None
     if job is not None and client.queue([job]):
@@ -261,20 +268,23 @@ def prediction_in_queue(run_dir: Path) -> int | None:
     run = RunFolder(run_dir)
     if run.exists() and run.record()["stages"].get("predict", {}).get("state") == "done":
         return None
-    raise InputError("--after predict: no prediction of this run is in the queue")
+    raise InputError(
+        f"--after predict: no prediction of {run_dir} is in the queue or done; to submit both, "
+        "leave out --after and --stage"
+    )
 
 
 def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool = False) -> Jobs:
-    """Submit the scripts that lie in the run folder, chained by dependencies.
+    """Submit the scripts in the run folder, chained by dependencies.
 
     Parameters
     ----------
     config
         The run.
     stages
-        What to do.
+        Stages to submit.
     after_predict
-        Let the stitch wait for a prediction that is in the queue already.
+        Let the stitch wait for the prediction that is in the queue already.
 
     Raises
     ------
@@ -292,7 +302,7 @@ def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool
         if "predict" in stages:
             session = Session.load(run_dir)
             if session is not None and session.state == "closed":
-                # Workers would take the end of the last submission for that of this one.
+                # Workers would read the end of the last submission as the end of this one.
                 session_path(run_dir).unlink(missing_ok=True)
             before = _submit(jobs, run_dir, "coordinator")
             submit_workers(jobs, run_dir, section, jobs.workers, after=f"after:{before}")
@@ -320,10 +330,9 @@ def _submit(
     after: str | None = None,
     n: int = 1,
 ) -> int:
-    script = Script(role, "")
-    number = client.submit(submit_arguments(script, run_dir, array=array, after=after))
+    number = client.submit(submit_arguments(role, run_dir, array=array, after=after))
     jobs.jobs.append(Job(id=number, role=role, count=n, submitted=time.time()))
-    # At once: a job that nobody knows of could not be cancelled.
+    # Saved at once: agq cancel ends only the jobs in this record.
     write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode())
     return number
 
@@ -331,8 +340,8 @@ def _submit(
 def scale(run_dir: Path, count: int) -> tuple[int, int]:
     """Change the number of worker jobs.
 
-    Workers that are too many take no more blocks, finish those in hand and end; waiting ones are
-    cancelled first.
+    Surplus jobs that wait are cancelled first; surplus workers that run finish the blocks in hand
+    and end.
 
     Returns
     -------
@@ -350,8 +359,8 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
         coordinator = live(jobs, "coordinator")
         if not coordinator:
             raise InputError(f"no prediction of {run_dir} is in the queue; start it: agq resume")
-        entries = live(jobs, "workers")
-        entries = [e for e in entries if e.state not in ("COMPLETING", "CANCELLED", "COMPLETED")]
+        ending = ("COMPLETING", "CANCELLED", "COMPLETED")
+        entries = [e for e in live(jobs, "workers") if e.state not in ending]
         before = sum(e.count for e in entries)
         jobs.workers = count
         if count > before:
@@ -360,7 +369,7 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
             )
         surplus = before - count
         for entry in sorted(entries, key=lambda e: (e.state == "RUNNING", -e.job)):
-            for target in reversed(_tasks(entry)):
+            for target in reversed(entry.targets):
                 if surplus <= 0:
                     break
                 surplus -= 1
@@ -371,19 +380,8 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
     return before, count
 
 
-def _tasks(entry: client.QueueEntry) -> list[str]:
-    """Every array task of an entry as a target of its own."""
-    if not entry.task.startswith("["):
-        return [entry.target]
-    found = []
-    for part in entry.task.strip("[]").partition("%")[0].split(","):
-        first, _, last = part.partition("-")
-        found += [f"{entry.job}_{n}" for n in range(int(first), int(last or first) + 1)]
-    return found
-
-
 def cancel(run_dir: Path, *, wait_s: float = 30.0) -> int:
-    """End all jobs of a run: waiting ones at once, running ones gracefully, then hard.
+    """Cancel waiting jobs at once, let running ones finish their blocks, then kill the rest.
 
     Parameters
     ----------
@@ -395,14 +393,14 @@ def cancel(run_dir: Path, *, wait_s: float = 30.0) -> int:
     Returns
     -------
     killed
-        Jobs that had to be cancelled hard.
+        Jobs that had not ended after `wait_s`.
     """
     with changing(run_dir) as jobs:
         jobs.cancelled = True
-    everything = [str(n) for n in sorted({e.job for e in live(jobs)})]
-    client.cancel(everything, "--state=PENDING")
-    first = {str(e.job) for e in live(jobs, "coordinator", "stitch") if e.state == "RUNNING"}
-    client.cancel(sorted(first), "--batch", "--signal=TERM")
+    queued = [str(n) for n in sorted({e.job for e in live(jobs)})]
+    client.cancel(queued, "--state=PENDING")
+    leading = {str(e.job) for e in live(jobs, "coordinator", "stitch") if e.state == "RUNNING"}
+    client.cancel(sorted(leading), "--batch", "--signal=TERM")
     deadline = time.monotonic() + wait_s
     while (left := live(jobs)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)

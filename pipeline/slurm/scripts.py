@@ -1,11 +1,12 @@
-"""The batch scripts of a run: plain text that a person can read and submit by hand.
+"""The batch scripts of a run: plain text that a user can read and submit by hand.
 
-What can hold odd characters (paths) appears in shell words quoted by `shlex`, never in ``#SBATCH``
-lines; log files are named relative to the job's folder, which is an argument of sbatch. (SLURM
-itself cannot write into a folder with % or a backslash in its name.)
+Paths may hold odd characters: they appear in shell words quoted by `shlex`, never in ``#SBATCH``
+lines, and log files are named relative to the job's folder, which is an argument of sbatch. (SLURM
+cannot write into a folder with % or a backslash in its name.)
 
-No ``exec``: ``--signal=B:`` reaches only the batch shell, so it passes signals on, and it requeues
-the job when the program asks for it (exit status 75) or was killed, inside a container or not.
+The shell does not ``exec`` the program: ``--signal=B:`` reaches only the batch shell, which passes
+signals on. It requeues the job if the program asks for it (exit status 75) or was killed, inside a
+container or not.
 """
 
 import shlex
@@ -41,17 +42,22 @@ class Script:
     text: str
 
     def path(self, run_dir: Path) -> Path:
-        """Return where it lies in the run folder."""
-        return folder(run_dir) / f"{self.name}.sh"
+        """Return its file in a run folder."""
+        return script_path(run_dir, self.name)
 
 
 def folder(run_dir: Path) -> Path:
-    """Return the folder of all that concerns SLURM in a run folder."""
+    """Return the folder in a run folder for the scripts and the record of the jobs."""
     return run_dir / "slurm"
 
 
+def script_path(run_dir: Path, name: str) -> Path:
+    """Return the file of a script in a run folder."""
+    return folder(run_dir) / f"{name}.sh"
+
+
 def log_folder(run_dir: Path) -> Path:
-    """Return the folder of the jobs' own output."""
+    """Return the folder for the output of the jobs."""
     return run_dir / "logs" / "slurm"
 
 
@@ -61,7 +67,7 @@ def worker_script(section: "SlurmSection", run_dir: Path, here: Path) -> Script:
     Parameters
     ----------
     section
-        What the configuration asks for.
+        The `slurm` settings.
     run_dir
         Run folder, absolute.
     here
@@ -113,7 +119,7 @@ def _common(section: "SlurmSection", name: str, run_dir: Path) -> list[str]:
         *_asked(account=section.account),
         "--nodes=1",
         "--ntasks=1",
-        # Without it, the log of the first run is lost when a job is requeued.
+        # Otherwise a job that is requeued overwrites the log of its first run.
         "--open-mode=append",
         "--requeue" if section.requeue else "--no-requeue",
         f"--signal=B:USR1@{section.lead_s}",
@@ -121,8 +127,8 @@ def _common(section: "SlurmSection", name: str, run_dir: Path) -> list[str]:
 
 
 def _asked(**options: str | int | None) -> list[str]:
-    found = {name.replace("_", "-"): value for name, value in options.items()}
-    return [f"--{name}={value}" for name, value in found.items() if value is not None]
+    given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    return [f"--{name}={value}" for name, value in given.items()]
 
 
 def program(section: "SlurmSection", role: str, run_dir: Path, *, gpu: bool = False) -> list[str]:
@@ -145,7 +151,7 @@ def _text(
     gpu: bool = False,
 ) -> str:
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), ""]
-    lines += ["# SLURM's signals come here; they are for the program, once there is one."]
+    lines += ["# Pass SLURM's signals on to the program, once it runs."]
     lines += [
         f'trap \'[ -n "$!" ] || exit 143; kill -{name} "$!"\' {name}'
         for name in ("TERM", "USR1", "USR2")
@@ -160,14 +166,14 @@ def _text(
         '  wait "$child"; status=$?',
         '  [ "$status" -gt 128 ] && kill -0 "$child" 2>/dev/null || break',
         "done",
-        "# It may have ended just then: the shell still knows how.",
+        "# It may have ended just then: ask the shell again for its status.",
         'if [ "$status" -gt 128 ]; then',
         '  wait "$child"; again=$?; [ "$again" = 127 ] || status=$again',
         "fi",
     ]
     if section.requeue:
         lines += [
-            "# 137: killed (kill -9, out of memory); a few times that may help.",
+            "# 137: killed (kill -9, out of memory); run it again, a few times at most.",
             f'[ "$status" = 137 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {_MAX_KILLED} ] && '
             f"status={EXIT_REQUEUE}",
             f'if [ "$status" = {EXIT_REQUEUE} ]; then',
@@ -178,14 +184,14 @@ def _text(
 
 
 def submit_arguments(
-    script: Script, run_dir: Path, *, array: str | None = None, after: str | None = None
+    name: str, run_dir: Path, *, array: str | None = None, after: str | None = None
 ) -> list[str | Path]:
     """Return sbatch's arguments for a script in the run folder.
 
     Parameters
     ----------
-    script
-        The script, saved at `Script.path`.
+    name
+        Name of the script, as in `Script`.
     run_dir
         Run folder.
     array
@@ -198,4 +204,4 @@ def submit_arguments(
         arguments.append(f"--array={array}")
     if after is not None:
         arguments += [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
-    return [*arguments, script.path(run_dir)]
+    return [*arguments, script_path(run_dir, name)]

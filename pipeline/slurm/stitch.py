@@ -1,6 +1,6 @@
-"""What runs in the stitch job: stitch, pyramid, scores and picture.
+"""The program of the stitch job: stitch, pyramid, scores and picture.
 
-Steps that are done stay done, so a requeued job goes on. Ends with 75 before its time limit
+A requeued job goes on after the steps that are done. It ends with 75 before its time limit
 (SIGUSR1): the batch script then requeues the job.
 """
 
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _with_own_cores(config: Config) -> Config:
-    """Let the local cluster have the cores of the job, not those of the node."""
+    """Give the local dask cluster the cores of the job, not those of the node."""
     dask = config.stitch.dask
     cores = os.environ.get("SLURM_CPUS_PER_TASK")
     if dask.workers is not None or dask.address is not None or cores is None:

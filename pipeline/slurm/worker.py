@@ -1,12 +1,12 @@
-"""What runs in a worker job: keeps one prediction worker per GPU alive until the run has ended.
+"""The program of a worker job: it keeps one prediction worker per GPU alive until the run ends.
 
-A process of its own beside the workers, because a worker that is killed, runs out of memory or
-breaks its GPU can neither say so nor start again. It ends
+It is a separate process, because a worker that is killed, runs out of memory or breaks its GPU can
+neither report that nor start again. Its exit status is
 
-- with 0 when the run has ended, no coordinator has come for ``slurm.wait_s``, or it was told to
-  leave (SIGTERM, SIGUSR2);
-- with 75 before the time limit (SIGUSR1): the batch script then requeues the job;
-- with another status when workers cannot start here, or this machine computes nothing right.
+- 0 if the run has ended, no coordinator came for ``slurm.wait_s``, or it was told to leave
+  (SIGTERM, SIGUSR2);
+- 75 before the time limit (SIGUSR1): the batch script then requeues the job;
+- another one if workers cannot start on this node, or fail blocks that were computed before.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class _Place:
-    """One worker process after another, on one device."""
+    """One device and the worker process on it, which is started again when it ends."""
 
     name: str
     device: str | None
@@ -75,10 +75,10 @@ class _Host:
         self.patience = time.monotonic() + self.wait_s
 
     def _has_coordinator(self, now: float) -> bool:
-        """Whether the run has begun: until then, there is nothing that a worker could open."""
+        """Whether a coordinator has begun the run: until then a worker has nothing to open."""
         session = Session.load(self.run_dir)
         if session is None and now > self.patience:
-            _logger.warning("no coordinator for %.0f s: leaving", self.wait_s)
+            _logger.warning("no coordinator came for %.0f s: leaving", self.wait_s)
         return session is not None
 
     def start(self, place: _Place) -> None:
@@ -115,7 +115,7 @@ class _Host:
         place.started = time.monotonic()
 
     def look_after(self, place: _Place) -> None:
-        """Start, or start again, the worker of a place, or give the place up."""
+        """Start the worker of a place, start it again if it has ended, or give the place up."""
         now = time.monotonic()
         if place.result is not None:
             return
@@ -134,22 +134,22 @@ class _Host:
         elif code == EXIT_START_FAILED:
             self._give_up(place, code, "the worker cannot start")
         elif code == EXIT_STOP_RUN:
-            _logger.warning("%s: the run folder cannot be written; waiting", place.name)
+            _logger.warning("%s cannot write the run folder: waiting", place.name)
             place.blocked_since = place.blocked_since or now
             place.not_before = now + _PROBE_S
         elif code == EXIT_DRAINED:
             place.drains += 1
             if place.drains > _MAX_DRAINS:
-                self._give_up(place, code, "fails blocks that were computed before")
+                self._give_up(place, code, "it fails blocks that were computed before")
             else:
-                # What a broken GPU context cannot, a fresh process often can.
-                _logger.warning("%s: fails every block; trying a fresh process", place.name)
+                # A new process often works where a broken GPU context made the old one fail.
+                _logger.warning("%s fails every block: starting a new process", place.name)
         else:
             short = now - place.started < _SHORT_S
             place.crashes = place.crashes + 1 if short else 1
             _logger.warning("%s ended (%s)", place.name, describe_exit(code))
             if place.crashes > _MAX_CRASHES:
-                self._give_up(place, 1, f"keeps ending with {describe_exit(code)}")
+                self._give_up(place, 1, f"it keeps ending with {describe_exit(code)}")
             place.not_before = now + min(2.0 ** (place.crashes - 1), 30.0) - 1.0
 
     def _storage_is_there(self, place: _Place) -> bool:
@@ -183,7 +183,7 @@ class _Host:
             )
 
     def on_signal(self, signum: int, _frame: Any) -> None:
-        """Pass a signal on; what does not end in time is killed."""
+        """Pass a signal on; `run` kills workers that do not end in time."""
         self.signals.append(signum)
         soft = signum in (signal.SIGUSR1, signal.SIGUSR2)
         allowed = self.usr1_s if soft else self.term_s
@@ -212,13 +212,13 @@ class _Host:
 
 
 def _devices(gpus: int) -> list[str | None]:
-    """Devices that SLURM has bound to the job, one per worker."""
+    """Return the devices that SLURM has bound to the job, one per worker."""
     visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
     return list(visible[:gpus]) if gpus and visible else [None] * max(1, gpus)
 
 
 def main(arguments: list[str]) -> int:
-    """Look after the workers of this job; see the module."""
+    """Run the workers of this job; see the module."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     run_dir = Path(arguments[0])
     section = section_of(load_config(run_dir))
@@ -230,11 +230,11 @@ def main(arguments: list[str]) -> int:
         _logger.info("the run has ended")
         return 0
     devices = _devices(section.gpus)
-    # Some of the lead is for ending and requeueing.
+    # The rest of the lead is for ending and requeueing.
     usr1_s = section.lead_s - min(30, max(5, section.lead_s // 4))
     host = _Host(run_dir, section.wait_s, load(run_dir).grace_s, usr1_s)
     host.places = [
-        # A process that is shown one device knows it as its first.
+        # A process with one visible device calls it device 0.
         _Place(name if len(devices) == 1 else f"{name}.{i}", device, i if device is None else 0)
         for i, device in enumerate(devices)
     ]

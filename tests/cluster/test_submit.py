@@ -78,7 +78,7 @@ def test_scale_cancel_and_resume(quiet, tmp_path, undisturbed):
     wait_for(lambda: sum("RUNNING" in line for line in workers()) == 3)
     assert "3 -> 2" in run.agq("scale", run.run_dir, 2)
     wait_for(lambda: len(workers()) == 2)
-    assert "the hard way" not in run.agq("cancel", run.run_dir, "--wait", "120")
+    assert "killed" not in run.agq("cancel", run.run_dir, "--wait", "120")
     wait_for(lambda: not run.queue())
     done = run.done()
     assert 2 <= done < 60

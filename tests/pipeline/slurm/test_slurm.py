@@ -24,7 +24,7 @@ from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm import check as check_module
 from agq.pipeline.slurm import client, dask_jobs, jobs
-from agq.pipeline.slurm.check import Cluster, Partition, check, grace_s
+from agq.pipeline.slurm.check import Cluster, Node, Partition, check, grace_s
 from agq.pipeline.slurm.client import QueueEntry
 from agq.pipeline.slurm.scripts import coordinator_script, worker_script
 from agq.pipeline.slurm.settings import SlurmSection
@@ -148,7 +148,7 @@ def test_a_job_whose_coordinator_never_comes_waits_and_ends_with_0(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began >= 2
-    assert "no coordinator for 2 s: leaving" in done.stderr
+    assert "no coordinator came for 2 s: leaving" in done.stderr
     assert not (tmp_path / "run" / "logs" / "predict").exists(), "no worker was started"
 
 
@@ -223,8 +223,10 @@ def test_a_stitch_behind_a_prediction_that_is_not_in_the_queue(tmp_path, queue, 
 
 CLUSTER = Cluster(
     {
-        "gpu": Partition("gpu", True, True, 60.0, 5, ((8, 4000, {"a100": 2}, frozenset({"ib"})),)),
-        "cpu": Partition("cpu", False, True, None, 0, ((64, 256000, {}, frozenset()),)),
+        "gpu": Partition(
+            "gpu", True, True, 60.0, 5, (Node(8, 4000, {"a100": 2}, frozenset({"ib"})),)
+        ),
+        "cpu": Partition("cpu", False, True, None, 0, (Node(64, 256000, {}, frozenset()),)),
         "old": Partition("old", False, False, None, 0, ()),
     },
     max_array=100,

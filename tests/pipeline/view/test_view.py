@@ -1,11 +1,6 @@
 """The neuroglancer viewer of a run."""
 
-<<<<<<< HEAD
-=======
-import functools
-import http.server
 import importlib
->>>>>>> 9d6783a (Import neuroglancer once in the viewer, and fill viewer states in one place)
 import io
 import json
 import shutil
@@ -39,13 +34,8 @@ from agq.pipeline.view import state as view_state
 from agq.pipeline.view import viewer as view
 from agq.pipeline.view.layers import Layer, LazyVolume, config_layers, run_layers, volume_layer
 from agq.pipeline.view.marks import run_marks
-<<<<<<< HEAD
-from agq.pipeline.view.viewer import LazyVolume, build_viewer, run_layers, volume_layer
-from tests.helpers.browser import CHROMIUM, file_server, screenshot
-=======
 from agq.pipeline.view.viewer import build_viewer
-from tests.helpers.browser import CHROMIUM, FLAGS
->>>>>>> 9d6783a (Import neuroglancer once in the viewer, and fill viewer states in one place)
+from tests.helpers.browser import CHROMIUM, file_server, screenshot
 
 neuroglancer = pytest.importorskip("neuroglancer", reason="the extra `view` is not installed")
 
