@@ -16,22 +16,18 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
-    field_validator,
 )
 
-from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.spec import GridSpec
 from agq.blockwise.predict.paths import session_path, spec_path
+from agq.blockwise.predict.settings import AttemptSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import InputError
 
 
-class PredictSpec(BaseModel):
+class PredictSpec(AttemptSettings, GridSpec):
     """One prediction: what to read, how to cut it, what predicts, who works."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run_dir: str
     """Run folder. Workers use the folder they are given, which may be mounted elsewhere."""
@@ -39,13 +35,10 @@ class PredictSpec(BaseModel):
     raw: dict[str, Any]
     """Keyword arguments of `volumes.create.open_volume` (path, dataset, voxel_size, ...)."""
 
-    grid: dict[str, Any]
-    """`BlockGrid.to_dict` of the whole volume."""
-
     factory: str
     """``module:callable`` that makes the predictor."""
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the factory."""
 
     affinities: bool = False
@@ -54,19 +47,6 @@ class PredictSpec(BaseModel):
     workers: NonNegativeInt = 1
     """Worker processes that the coordinator starts on its own machine; 0: others will join."""
 
-    prefetch: PositiveInt = 1
-    """Blocks read ahead per worker while others are computed; at least one batch is."""
-
-    retries: NonNegativeInt = 2
-    """How often a failed block is tried again."""
-
-    timeout_s: PositiveFloat = 3600.0
-    """Seconds from handing a block to a worker until it is written, its wait behind the blocks
-    read ahead included; a worker that takes longer is killed and the block tried again."""
-
-    max_restarts: NonNegativeInt = 100
-    """Workers that may die in a row, with no block finished in between, before the run stops."""
-
     listen: str | None = None
     """Address of this machine, on the cluster's network, at which workers of other machines may
     join with the session's token (`predict.auth_proxy`); None: workers of this machine only."""
@@ -74,18 +54,6 @@ class PredictSpec(BaseModel):
     drain_after: NonNegativeInt = 0
     """Failures in a row after which a worker tries a block that was computed before, and leaves
     if it cannot: a broken device fails every block, bad data only their own. 0: never."""
-
-    @field_validator("grid")
-    @classmethod
-    def _grid_is_valid(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return BlockGrid.from_dict(value).to_dict()
-        except InputError as error:
-            raise ValueError(str(error)) from None
-
-    def block_grid(self) -> BlockGrid:
-        """Return the grid of the whole volume."""
-        return BlockGrid.from_dict(self.grid)
 
     def save(self) -> None:
         """Write ``predict.json`` into the run folder."""

@@ -9,81 +9,39 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import PositiveInt
 
-from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.spec import GridSpec
 from agq.blockwise.journal.records import STATE_RANK
 from agq.blockwise.journal.writer import Journal
-from agq.blockwise.stitch.merge.rule import EvidenceKind, Thresholds
-from agq.blockwise.stitch.output.pyramid import Downsampling
-from agq.blockwise.stitch.output.relabel import SegmentIds
+from agq.blockwise.stitch.merge.rule import Thresholds
+from agq.blockwise.stitch.settings import Downsampling, MergeSettings
 from agq.blockwise.stitch.steps import Step
 from agq.errors import InputError
 
 _NAMED = 10  # blocks listed in an error
 
 
-class StitchSpec(BaseModel):
-    """What to stitch; JSON round trip.
-
-    Attributes
-    ----------
-    run_dir
-        Run folder, after predict.
-    grid
-        ``BlockGrid.to_dict()`` of the run.
-    across, within, evidence, overlap, min_contact, margin
-        As in :class:`~agq.blockwise.stitch.merge.rule.Thresholds`.
-    margin_floor
-        Merge down to this margin, so that a later stitch may use any margin from here on without
-        another agglomeration; None: the margin itself.
-    segment_ids
-        ``consecutive``: 1, 2, ... in the order of the smallest fragment id; ``fragment``: that id.
-    min_size
-        Segments of fewer voxels become background; 0 keeps all.
-    start, stop
-        Voxel box (z, y, x) whose blocks are stitched; None: the whole volume.
-    allow_missing
-        Stitch although blocks failed or are missing; they stay background.
-    levels
-        Most levels of the pyramid, the full one included; None: down to one chunk.
-    downsampling
-        How its coarse voxels are chosen, see :mod:`agq.blockwise.stitch.output.pyramid`.
-    superblock
-        Blocks (z, y, x) of a leaf superblock; None: a compact box that keeps all workers busy.
-        The result does not depend on it.
-    batch_blocks
-        Most blocks per task. The result does not depend on it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class StitchSpec(MergeSettings, GridSpec):
+    """What to stitch; JSON round trip."""
 
     run_dir: Path
-    grid: dict[str, Any]
-    across: float = 0.7
-    within: float = 1.0
-    evidence: EvidenceKind = "affinity"
-    overlap: float = 0.5
-    min_contact: int = 0
-    margin: float = 0.0
-    margin_floor: float | None = None
-    segment_ids: SegmentIds = "consecutive"
-    min_size: int = Field(0, ge=0)
-    start: tuple[int, int, int] | None = None
-    stop: tuple[int, int, int] | None = None
-    allow_missing: bool = False
-    levels: int | None = Field(None, ge=1)
-    downsampling: Downsampling = "majority"
-    superblock: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    batch_blocks: int = Field(512, ge=1)
+    """Run folder, after predict."""
 
-    @field_validator("grid")
-    @classmethod
-    def _grid_is_valid(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return BlockGrid.from_dict(value).to_dict()
-        except InputError as error:
-            raise ValueError(str(error)) from None
+    start: tuple[int, int, int] | None = None
+    """First voxel (z, y, x) of a box: its blocks are stitched. None: the whole volume."""
+
+    stop: tuple[int, int, int] | None = None
+    """One past the last voxel of that box."""
+
+    levels: PositiveInt | None = None
+    """Most levels of the pyramid, the full one included; None: down to one chunk."""
+
+    downsampling: Downsampling = "majority"
+    """How its coarse voxels are chosen (`stitch.output.pyramid`)."""
+
+    batch_blocks: PositiveInt = 512
+    """Most blocks per task. The result does not depend on it."""
 
     def thresholds(self, margin: float | None = None) -> Thresholds:
         """Return the rule for merging, at the margin of this stitch or at another.
@@ -91,7 +49,7 @@ class StitchSpec(BaseModel):
         Raises
         ------
         InputError
-            If a value is out of range, or overlaps are asked for and blocks do not overlap.
+            If overlaps are asked for and blocks do not overlap.
         """
         if self.evidence != "affinity":
             grid = self.block_grid()
@@ -109,10 +67,6 @@ class StitchSpec(BaseModel):
             self.min_contact,
             self.margin if margin is None else margin,
         )
-
-    def block_grid(self) -> BlockGrid:
-        """Return the grid of the whole volume."""
-        return BlockGrid.from_dict(self.grid)
 
 
 @dataclass

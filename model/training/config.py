@@ -3,23 +3,20 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from agq.model.config import ModelConfig
+from agq.settings import Settings, Size
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SyntheticConfig(_Section):
+class SyntheticConfig(Settings):
     """A synthetic volume, as `agq synthetic` makes it."""
 
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="Voxels (z, y, x).")
+    shape: Size = Field(description="Voxels (z, y, x).")
     seed: int = Field(0, description="The same seed gives the same volume.")
 
 
-class VolumeConfig(_Section):
+class VolumeConfig(Settings):
     """One annotated volume: a zarr container with a raw and a label array, axes (z, y, x)."""
 
     container: Path = Field(description="Folder of the zarr container.")
@@ -37,7 +34,7 @@ class VolumeConfig(_Section):
     )
 
 
-class AugmentConfig(_Section):
+class AugmentConfig(Settings):
     """How crops are varied; every probability is per crop."""
 
     flips: bool = Field(True, description="Mirror along z, y and x.")
@@ -67,7 +64,7 @@ class AugmentConfig(_Section):
     cut_noise: float = Field(0.1, ge=0, le=1, description="Chance of a box of noise.")
 
 
-class LossWeights(_Section):
+class LossWeights(Settings):
     """Weights of the loss terms; the defaults are the published ones."""
 
     dice: float = Field(3.0, ge=0)
@@ -97,7 +94,7 @@ class LossWeights(_Section):
     )
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Settings):
     """Adam with linear warm-up, then a cosine to zero."""
 
     learning_rate: float = Field(1e-4, gt=0)
@@ -116,7 +113,7 @@ class OptimizerConfig(_Section):
     )
 
 
-class TrainConfig(_Section):
+class TrainConfig(Settings):
     """A training run."""
 
     output: Path = Field(description="Folder for the state, the metrics and the exported model.")
@@ -128,7 +125,7 @@ class TrainConfig(_Section):
     validation: list[VolumeConfig] = Field(
         default_factory=list, description="Held-out volumes that the export is chosen by."
     )
-    crop: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+    crop: Size | None = Field(
         None, description="Crop (z, y, x) in voxels; the network's input_shape if absent."
     )
     pad: tuple[int, int, int] = Field(

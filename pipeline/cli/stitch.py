@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import parse_triple
 from agq.pipeline.config.recorded import read_target
-from agq.pipeline.config.schema import PyramidSection, Section, StitchSection
 from agq.pipeline.config.yaml_settings import parse_values
+from agq.settings import Settings
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -25,13 +26,13 @@ _RECORD = "settings.json"
 _NONE_MISSING = "is for runs; of fragments of another model no block is missing"
 
 
-class VolumesSettings(Section):
+class VolumesSettings(Settings):
     """What `--set` may change where there is no run."""
 
-    stitch: StitchSection
+    stitch: StitchSettings
     """Agglomeration."""
 
-    pyramid: PyramidSection = PyramidSection()
+    pyramid: PyramidSettings = PyramidSettings()
     """Multiscale output."""
 
 

@@ -15,7 +15,7 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.table import ROW
 from agq.blockwise.ledger.database import Ledger
 from agq.errors import InputError
-from agq.pipeline.config.schema import RoiSection
+from agq.pipeline.config.schema import RoiSettings
 from agq.pipeline.dashboard.blockmap import (
     By,
     MapImage,
@@ -292,5 +292,5 @@ class RunView:
 def _selected(grid: BlockGrid, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:
     """Blocks that the configured ROI touches; None for all."""
     roi = (config.get("input") or {}).get("roi")
-    box = roi_box(RoiSection.model_validate(roi), grid) if roi else None
+    box = roi_box(RoiSettings.model_validate(roi), grid) if roi else None
     return None if box is None else grid.select(*box)

@@ -10,14 +10,14 @@ from funlib.geometry import Coordinate, Roi
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.volumes.create import Kind, Volume, open_volume
 from agq.errors import InputError
-from agq.pipeline.config.schema import RoiSection, VolumeSection
+from agq.pipeline.config.schema import RoiSettings, VolumeSettings
 from agq.pipeline.data.importer import import_volume, is_importable
 from agq.pipeline.folder import RunFolder
 
 Triple = tuple[int, int, int]
 
 
-def open_section(section: VolumeSection, run: RunFolder, kind: Kind, field: str) -> Volume:
+def open_section(section: VolumeSettings, run: RunFolder, kind: Kind, field: str) -> Volume:
     """Open a configured volume; image files are imported into the run folder first.
 
     Raises
@@ -42,7 +42,7 @@ def open_section(section: VolumeSection, run: RunFolder, kind: Kind, field: str)
         raise InputError(f"{field}: {error}") from error.__cause__
 
 
-def _import_once(section: VolumeSection, run: RunFolder, kind: Kind) -> Path:
+def _import_once(section: VolumeSettings, run: RunFolder, kind: Kind) -> Path:
     """Import image files into the run folder; returns at once if that was done before."""
     if section.voxel_size is None:
         raise InputError(
@@ -65,7 +65,7 @@ def _import_once(section: VolumeSection, run: RunFolder, kind: Kind) -> Path:
     return target
 
 
-def roi_box(roi: RoiSection | None, grid: BlockGrid) -> tuple[Triple, Triple] | None:
+def roi_box(roi: RoiSettings | None, grid: BlockGrid) -> tuple[Triple, Triple] | None:
     """Return the ROI of a configuration as voxels of the volume; None for the whole volume.
 
     Raises

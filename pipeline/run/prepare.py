@@ -18,7 +18,7 @@ from agq.blockwise.storage.files import require_free_space, require_writable
 from agq.blockwise.volumes.create import Volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import DEFAULT_FACTORY, EARLIER_FACTORY, Config
-from agq.pipeline.data.inputs import Triple, open_section, roi_box, triple, world_roi
+from agq.pipeline.data.inputs import Triple, open_section, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
 
 # Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
@@ -209,14 +209,10 @@ def _grid(config: Config, raw: Volume, trained: Triple | None) -> BlockGrid:
     read = blocks.read_shape or trained
     if read is None:
         raise InputError("blocks.read_shape is needed with a model.factory of your own")
-    write = triple(
-        r - low - high for r, low, high in zip(read, blocks.before, blocks.after, strict=True)
-    )
-    if min(write) <= 0:
-        raise InputError(
-            f"blocks: the context {blocks.before} + {blocks.after} leaves nothing of the read "
-            f"shape {read}"
-        )
+    try:
+        write = blocks.write_shape(read)
+    except ValueError as error:
+        raise InputError(f"blocks: {error}") from None
     return BlockGrid(
         volume_shape=raw.shape,
         voxel_size=raw.voxel_size,

@@ -26,11 +26,12 @@ from agq.blockwise.predict.coordinator import (
     PredictSpec,
     run_predict,
 )
+from agq.blockwise.predict.settings import AttemptSettings
 from agq.blockwise.stitch.cluster import TlsFiles
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings, PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.create import Volume, open_volume
-from agq.pipeline.config.schema import DaskSection, PyramidSection, StitchSection
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.session import Session
@@ -145,10 +146,7 @@ def _predict_spec(prepared: Prepared, cluster: Cluster | None) -> PredictSpec:
         options=prepared.predictor_options,
         affinities=config.output.affinities,
         workers=0 if cluster else worker_count(prepared),
-        prefetch=config.workers.prefetch,
-        retries=config.workers.retries,
-        timeout_s=config.workers.timeout_s,
-        max_restarts=config.workers.max_restarts,
+        **config.workers.model_dump(include=set(AttemptSettings.model_fields)),
         listen=cluster and cluster.listen,
         drain_after=cluster.drain_after if cluster else 0,
     )
@@ -185,8 +183,8 @@ def worker_count(prepared: Prepared) -> int:
 
 
 def stitch_spec(
-    section: StitchSection,
-    pyramid: PyramidSection,
+    section: StitchSettings,
+    pyramid: PyramidSettings,
     run_dir: Path,
     grid: BlockGrid,
     box: tuple[Any, Any] | None = None,
@@ -204,7 +202,7 @@ def stitch_spec(
     )
 
 
-def dask_client(section: DaskSection) -> AbstractContextManager[Client]:
+def dask_client(section: DaskSettings) -> AbstractContextManager[Client]:
     """Return a context with dask's client, as the configuration says."""
     tls = None
     if section.ca_file and section.cert_file and section.key_file:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from agq.errors import InputError
 from agq.pipeline.slurm.client import call, fields_of
-from agq.pipeline.slurm.settings import SlurmSection
+from agq.pipeline.slurm.settings import SlurmSettings
 
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
@@ -120,7 +120,7 @@ def _minutes(text: str) -> float | None:
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def check(section: SlurmSection, cluster: Cluster) -> list[str]:
+def check(section: SlurmSettings, cluster: Cluster) -> list[str]:
     """Compare the settings with the cluster.
 
     Returns
@@ -163,7 +163,7 @@ def check(section: SlurmSection, cluster: Cluster) -> list[str]:
     return warnings
 
 
-def grace_s(section: SlurmSection, cluster: Cluster) -> int:
+def grace_s(section: SlurmSettings, cluster: Cluster) -> int:
     """Return the seconds between SIGTERM and SIGKILL on a cluster, with a margin."""
     if section.grace_s is not None:
         return section.grace_s
@@ -227,7 +227,7 @@ def _fits(where: str, partition: Partition, cpus: int, mem: str, constraint: str
         )
 
 
-def _gpus_fit(section: SlurmSection, partition: Partition) -> None:
+def _gpus_fit(section: SlurmSettings, partition: Partition) -> None:
     if not section.gpus or not partition.nodes:
         return
     kind = (section.gres or "gpu").partition(":")[2]

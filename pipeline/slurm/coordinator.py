@@ -27,7 +27,7 @@ from agq.pipeline.run.session import open_session
 from agq.pipeline.slurm import client
 from agq.pipeline.slurm.jobs import changing, live, load, load_config, section_of, submit_workers
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
-from agq.pipeline.slurm.settings import SlurmSection
+from agq.pipeline.slurm.settings import SlurmSettings
 
 _WATCH_S = 15.0
 _LOCKED_S = 5.0
@@ -39,7 +39,7 @@ _logger = logging.getLogger(__name__)
 class _WorkerWatch:
     """Submits workers again if none is left, and stops the run if they do no block either."""
 
-    def __init__(self, run_dir: Path, section: SlurmSection) -> None:
+    def __init__(self, run_dir: Path, section: SlurmSettings) -> None:
         self._run_dir = run_dir
         self._section = section
         self._next = time.monotonic() + _WATCH_S
@@ -82,7 +82,7 @@ class _WorkerWatch:
         return f"; worker {end['worker']} on {end['node']}: {end['message']} ({end['log']})"
 
 
-def listen_address(section: SlurmSection) -> str:
+def listen_address(section: SlurmSettings) -> str:
     """Return the address of this node on the cluster's network.
 
     Raises

@@ -19,7 +19,7 @@ from agq.errors import RunStoppedError
 from agq.pipeline.slurm import client as slurm
 from agq.pipeline.slurm.coordinator import listen_address
 from agq.pipeline.slurm.scripts import folder, log_folder
-from agq.pipeline.slurm.settings import SlurmSection
+from agq.pipeline.slurm.settings import SlurmSettings
 
 if TYPE_CHECKING:
     from dask_jobqueue import SLURMCluster
@@ -31,7 +31,7 @@ _TELL_S = 300.0
 _logger = logging.getLogger(__name__)
 
 
-def jobqueue_options(section: SlurmSection, run_dir: Path) -> dict[str, Any]:
+def jobqueue_options(section: SlurmSettings, run_dir: Path) -> dict[str, Any]:
     """Return dask-jobqueue's options for the worker jobs of the stitch."""
     job, qos = section.stitch, section.stitch.qos or section.qos
     extra = ["--open-mode=append", *([f"--qos={qos}"] if qos else [])]
@@ -179,7 +179,7 @@ def _watched(jobs: WorkerJobs) -> Iterator[None]:
 
 
 @contextmanager
-def jobqueue_client(section: SlurmSection, run_dir: Path) -> Iterator[Client]:
+def jobqueue_client(section: SlurmSettings, run_dir: Path) -> Iterator[Client]:
     """Yield a dask client whose workers are SLURM jobs, on TLS with certificates of this run.
 
     dask runs the code that it is sent, so a scheduler on a network without TLS would let any other

@@ -30,7 +30,7 @@ from agq.pipeline.status.run_status import QueueStatus
 # `queue_status` needs no configuration: agq status does not wait for its import.
 if TYPE_CHECKING:
     from agq.pipeline.config.schema import Config
-    from agq.pipeline.slurm.settings import SlurmSection
+    from agq.pipeline.slurm.settings import SlurmSettings
 
 Role = Literal["coordinator", "workers", "stitch"]
 Stage = Literal["predict", "stitch"]
@@ -212,11 +212,11 @@ def load_config(run_dir: Path) -> "Config":
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
 
-def section_of(config: "Config") -> "SlurmSection":
+def section_of(config: "Config") -> "SlurmSettings":
     """Return the `slurm` section; its defaults where the configuration has none."""
-    from agq.pipeline.slurm.settings import SlurmSection
+    from agq.pipeline.slurm.settings import SlurmSettings
 
-    return config.slurm or SlurmSection()
+    return config.slurm or SlurmSettings()
 
 
 def scripts(config: "Config", stages: Sequence[Stage], here: Path) -> list[Script]:
@@ -314,7 +314,7 @@ def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool
 
 
 def submit_workers(
-    jobs: Jobs, run_dir: Path, section: "SlurmSection", count: int, *, after: str | None = None
+    jobs: Jobs, run_dir: Path, section: "SlurmSettings", count: int, *, after: str | None = None
 ) -> None:
     """Submit an array of worker jobs."""
     if count > 0:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agq.pipeline.slurm.settings import CpuJobSection, SlurmSection
+    from agq.pipeline.slurm.settings import CpuJobSettings, SlurmSettings
 
 EXIT_REQUEUE = 75
 """Exit status with which a program in a job asks to be started again (EX_TEMPFAIL)."""
@@ -61,7 +61,7 @@ def log_folder(run_dir: Path) -> Path:
     return run_dir / "logs" / "slurm"
 
 
-def worker_script(section: "SlurmSection", run_dir: Path, here: Path) -> Script:
+def worker_script(section: "SlurmSettings", run_dir: Path, here: Path) -> Script:
     """Return the script of the worker jobs.
 
     Parameters
@@ -85,19 +85,21 @@ def worker_script(section: "SlurmSection", run_dir: Path, here: Path) -> Script:
     return Script("workers", _text(section, options, "worker", run_dir, here, gpu=section.gpus > 0))
 
 
-def coordinator_script(section: "SlurmSection", run_dir: Path, here: Path) -> Script:
+def coordinator_script(section: "SlurmSettings", run_dir: Path, here: Path) -> Script:
     """Return the script of the job that hands out blocks; parameters as `worker_script`."""
     options = _cpu_job(section, section.coordinator, "coordinator", run_dir)
     return Script("coordinator", _text(section, options, "coordinator", run_dir, here))
 
 
-def stitch_script(section: "SlurmSection", run_dir: Path, here: Path) -> Script:
+def stitch_script(section: "SlurmSettings", run_dir: Path, here: Path) -> Script:
     """Return the script of the stitch job; parameters as `worker_script`."""
     options = _cpu_job(section, section.stitch, "stitch", run_dir)
     return Script("stitch", _text(section, options, "stitch", run_dir, here))
 
 
-def _cpu_job(section: "SlurmSection", job: "CpuJobSection", name: str, run_dir: Path) -> list[str]:
+def _cpu_job(
+    section: "SlurmSettings", job: "CpuJobSettings", name: str, run_dir: Path
+) -> list[str]:
     return [
         *_common(section, name, run_dir),
         *_asked(
@@ -112,7 +114,7 @@ def _cpu_job(section: "SlurmSection", job: "CpuJobSection", name: str, run_dir: 
     ]
 
 
-def _common(section: "SlurmSection", name: str, run_dir: Path) -> list[str]:
+def _common(section: "SlurmSettings", name: str, run_dir: Path) -> list[str]:
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in run_dir.name)
     return [
         f"--job-name=agq-{name}-{plain[:40]}",
@@ -131,7 +133,7 @@ def _asked(**options: str | int | None) -> list[str]:
     return [f"--{name}={value}" for name, value in given.items()]
 
 
-def program(section: "SlurmSection", role: str, run_dir: Path, *, gpu: bool = False) -> list[str]:
+def program(section: "SlurmSettings", role: str, run_dir: Path, *, gpu: bool = False) -> list[str]:
     """Return the command line that a job runs."""
     python = section.python or (sys.executable if section.container is None else "python")
     inner = [python, "-P", "-m", f"agq.pipeline.slurm.{role}", str(run_dir)]
@@ -142,7 +144,7 @@ def program(section: "SlurmSection", role: str, run_dir: Path, *, gpu: bool = Fa
 
 
 def _text(
-    section: "SlurmSection",
+    section: "SlurmSettings",
     options: Sequence[str],
     role: str,
     run_dir: Path,

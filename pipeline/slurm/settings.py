@@ -1,12 +1,11 @@
-"""The `slurm` section of a run's configuration."""
+"""The settings of a run on SLURM."""
 
 import re
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from agq.settings import Settings
 
 _WORD = re.compile(r"[^\s'\"\\#$`;]+")
 _MEMORY = re.compile(r"\d+[KMGT]?")
@@ -50,11 +49,7 @@ TimeLimit = Annotated[str, AfterValidator(_time)]
 Line = Annotated[str, AfterValidator(_line)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class CpuJobSection(_Section):
+class CpuJobSettings(Settings):
     """A job without GPUs; what is left out is as for the workers."""
 
     partition: Word | None = None
@@ -76,7 +71,7 @@ class CpuJobSection(_Section):
     """Time limit; the job is requeued before it is reached."""
 
 
-class StitchJobSection(CpuJobSection):
+class StitchJobSettings(CpuJobSettings):
     """The job that stitches, scores and draws."""
 
     cpus: PositiveInt = 8
@@ -90,7 +85,7 @@ class StitchJobSection(CpuJobSection):
     cores."""
 
 
-class SlurmSection(_Section):
+class SlurmSettings(Settings):
     """How `agq submit` asks SLURM for workers; it compares with what the cluster has."""
 
     workers: PositiveInt = 1
@@ -161,10 +156,10 @@ class SlurmSection(_Section):
     """Python that has agq-pipeline; default: the one that runs `agq submit`, or `python` in a
     container."""
 
-    coordinator: CpuJobSection = CpuJobSection()
+    coordinator: CpuJobSettings = CpuJobSettings()
     """The job that hands out the blocks."""
 
-    stitch: StitchJobSection = StitchJobSection()
+    stitch: StitchJobSettings = StitchJobSettings()
     """The job that stitches."""
 
     @model_validator(mode="after")

@@ -77,6 +77,7 @@ def make_run(
             "factory": "tests.helpers.fakes:threshold",
             "options": options or {},
             "affinities": True,
+            "prefetch": 1,
             "timeout_s": 60,
             **changes,
         },

@@ -19,7 +19,6 @@ The result is a function of the contacts alone:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +26,8 @@ from numpy.typing import NDArray
 from agq.blockwise.stitch.evidence.contacts import HALF_UNITS, ContactTable, merge_contacts
 from agq.blockwise.stitch.merge.components import connected_components
 from agq.blockwise.stitch.merge.graph import Graph, MergeTable, ScoreTable, contract, positions
+from agq.blockwise.stitch.settings import EvidenceKind
 from agq.errors import InputError
-
-EvidenceKind = Literal["affinity", "overlap", "both"]
-"""What speaks for a merge across a border: affinities, overlapping labels, or both."""
 
 
 @dataclass(frozen=True)

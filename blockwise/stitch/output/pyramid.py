@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numba
 import numpy as np
@@ -33,14 +33,12 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import Voxels
 from agq.blockwise.stitch.output.relabel import run_journalled
+from agq.blockwise.stitch.settings import Downsampling
 from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.volumes.create import chunk_box, create_array, open_array, write_chunk
 
 OME_UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
 """OME-NGFF names of the world units."""
-
-Downsampling = Literal["majority", "stride"]
-"""How a coarse voxel is chosen from those it covers."""
 
 _DESCRIPTIONS: dict[Downsampling, str] = {
     "majority": "most frequent label of the window; ties to foreground, then to the smallest id",

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numba
 import numpy as np
@@ -26,9 +26,6 @@ from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.storage.npz import load_arrays, save_arrays
 from agq.blockwise.volumes.create import open_array, write_chunk
 from agq.errors import InputError
-
-SegmentIds = Literal["consecutive", "fragment"]
-"""Segment ids: 1, 2, ... in the order of the smallest fragment id, or that fragment id itself."""
 
 _FLUSH_SECONDS = 0.5
 _BITS = np.uint64(LOCAL_BITS)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from agq.blockwise.stitch.files import StitchFiles
 from agq.blockwise.stitch.merge.components import connected_components
 from agq.blockwise.stitch.merge.graph import MergeTable, positions
-from agq.blockwise.stitch.output.relabel import BlockLut, SegmentIds
+from agq.blockwise.stitch.output.relabel import BlockLut
+from agq.blockwise.stitch.settings import SegmentIds
 from agq.blockwise.stitch.superblocks import Superblock
 from agq.blockwise.stitch.tasks import load_nodes
 from agq.blockwise.storage.npz import array_table, load_arrays, map_array, save_arrays, table_arrays

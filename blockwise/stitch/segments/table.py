@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from agq.blockwise.stitch.files import StitchFiles
-from agq.blockwise.stitch.output.relabel import SegmentIds
 from agq.blockwise.stitch.segments.ids import ClusterTable
+from agq.blockwise.stitch.settings import SegmentIds
 from agq.blockwise.stitch.superblocks import Superblock
 from agq.blockwise.storage.files import atomic_file
 from agq.blockwise.storage.npz import array_table, load_arrays

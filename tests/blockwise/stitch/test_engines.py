@@ -11,9 +11,9 @@ from distributed.security import Security
 
 from agq.blockwise.stitch.cluster import TlsFiles
 from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.stitch.steps import wait_for_stragglers
 from agq.errors import InputError
-from agq.pipeline.config.schema import DaskSection
 from agq.pipeline.run.stages import dask_client
 from tests.helpers.fragments import GRID, make_run, write_run
 from tests.helpers.stitch_runs import results
@@ -47,7 +47,7 @@ def test_scheduler_behind_tls(tmp_path, certificates):
     ) as cluster:  # fmt: skip
         address = cluster.scheduler_address
         assert address.startswith("tls://")
-        section = DaskSection(address=address, **files)
+        section = DaskSettings(address=address, **files)
         with dask_client(section) as client:
             run_stitch(run.spec(tmp_path / "tls"), client)
         with (
@@ -105,9 +105,9 @@ def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
 def test_certificates_are_checked_first(tmp_path, certificates):
     _, files = certificates
     with pytest.raises(ValueError, match="go together"):
-        DaskSection(address="tls://host:8786", ca_file=files["ca_file"])
+        DaskSettings(address="tls://host:8786", ca_file=files["ca_file"])
     with pytest.raises(ValueError, match="starts with tls://"):
-        DaskSection(address="tcp://host:8786", **files)
+        DaskSettings(address="tcp://host:8786", **files)
     absent = TlsFiles(**files | {"key_file": tmp_path / "none.pem"})
     with (
         pytest.raises(InputError, match=r"stitch\.dask\.key_file: .*none\.pem: No such file"),

@@ -245,8 +245,8 @@ def test_bad_input_is_one_clear_error(run, run_dir, client, tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"stitch\.superblock: \(1, 1, 1\) blocks cut 27"):
         run_stitch(run.spec(run_dir, superblock=(1, 1, 1)), client)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="threshold across"):
-        run_stitch(run.spec(run_dir, across=1.2), client)
+    with pytest.raises(ValidationError, match="across"):
+        run.spec(run_dir, across=1.2)
     with pytest.raises(ValidationError, match="write_shape"):
         StitchSpec(run_dir=run_dir, grid=GRID.to_dict() | {"write_shape": [0, 1, 1]})
     old = sidecar_path(run_dir, 7).with_suffix(".npz")

@@ -19,7 +19,7 @@ import zarr
 
 from agq.blockwise.volumes.create import Volume, open_volume
 from agq.errors import InputError
-from agq.pipeline.config.schema import VolumeSection
+from agq.pipeline.config.schema import VolumeSettings
 from agq.pipeline.data import importer, sections
 from agq.pipeline.data.importer import import_volume, is_importable
 from agq.pipeline.data.inputs import open_section
@@ -315,7 +315,7 @@ def test_a_run_imports_its_input_once(tmp_path: Path) -> None:
         (tmp_path / "em" / "s*.tif", "nm"),
         (tmp_path / "em", "pm"),
     ):
-        section = VolumeSection(path=str(path), voxel_size=SIZE, offset=(30, 0, 6), unit=unit)
+        section = VolumeSettings(path=str(path), voxel_size=SIZE, offset=(30, 0, 6), unit=unit)
         first = open_section(section, run_folder, "raw", "input.raw")
         check(first, stack())
         assert tuple(first.offset) == (30, 0, 6)
@@ -340,7 +340,7 @@ def test_a_run_imports_its_input_once(tmp_path: Path) -> None:
 )
 def test_input_of_a_run_that_cannot_be_imported(tmp_path: Path, change: Any, message: str) -> None:
     tifffile.imwrite(tmp_path / "a.tif", stack())
-    section = VolumeSection(**({"path": str(tmp_path / "a.tif"), "voxel_size": SIZE} | change))
+    section = VolumeSettings(**({"path": str(tmp_path / "a.tif"), "voxel_size": SIZE} | change))
     with pytest.raises(InputError, match=message):
         open_section(section, RunFolder(tmp_path / "run"), "raw", "input.raw")
 

@@ -27,7 +27,7 @@ from agq.pipeline.slurm import client, dask_jobs, jobs
 from agq.pipeline.slurm.check import Cluster, Node, Partition, check, grace_s
 from agq.pipeline.slurm.client import QueueEntry
 from agq.pipeline.slurm.scripts import coordinator_script, worker_script
-from agq.pipeline.slurm.settings import SlurmSection
+from agq.pipeline.slurm.settings import SlurmSettings
 from tests.helpers.runs import environment, make_config
 
 ODD = "a ü 'q\" $(touch pwned) `x`; #y & z"
@@ -59,7 +59,7 @@ def program(folder: Path, text: str) -> str:
 def test_odd_names_reach_the_program_as_they_are(tmp_path):
     run_dir = tmp_path / ODD
     (tmp_path / ODD).mkdir()
-    section = SlurmSection(
+    section = SlurmSettings(
         python=program(tmp_path, f'printf "%s\\n" "$PWD" "$@" > {tmp_path}/said')
     )
     script = worker_script(section, run_dir, run_dir)
@@ -72,7 +72,7 @@ def test_odd_names_reach_the_program_as_they_are(tmp_path):
 
 
 def test_a_container_gets_gpus_and_options(tmp_path):
-    section = SlurmSection(
+    section = SlurmSettings(
         container="apptainer:///my images/agq.sif", container_options=("--bind=/scratch",)
     )
     text = worker_script(section, tmp_path, tmp_path).text
@@ -87,7 +87,7 @@ def test_a_container_gets_gpus_and_options(tmp_path):
      ("kill -9 $$", "5", False)],
 )  # fmt: skip
 def test_a_job_is_requeued_when_its_program_asks_or_was_killed(tmp_path, ends, restarts, requeued):
-    section = SlurmSection(python=program(tmp_path, ends))
+    section = SlurmSettings(python=program(tmp_path, ends))
     text = coordinator_script(section, tmp_path, tmp_path).text
     code = run_script(tmp_path, text, SLURM_RESTART_COUNT=restarts).wait(20)
     assert (tmp_path / "scontrol.txt").exists() == requeued
@@ -103,7 +103,9 @@ trap 'sleep 0.3; echo got > {tmp_path}/got; exit 7' {number.name[3:]}
 echo ready > {tmp_path}/ready
 while :; do sleep 0.05; done
 """
-    text = coordinator_script(SlurmSection(python=program(tmp_path, body)), tmp_path, tmp_path).text
+    text = coordinator_script(
+        SlurmSettings(python=program(tmp_path, body)), tmp_path, tmp_path
+    ).text
     job = run_script(tmp_path, text)
     deadline = time.monotonic() + 20
     while not (tmp_path / "ready").exists():
@@ -252,7 +254,7 @@ SMALL = {"mem": "2G", "coordinator": {"mem": "1G"}, "stitch": {"partition": "cpu
     ],
 )
 def test_what_the_cluster_lacks_is_named_with_what_it_has(wrong, words):
-    section = SlurmSection.model_validate(SMALL | wrong)
+    section = SlurmSettings.model_validate(SMALL | wrong)
     with pytest.raises(InputError) as raised:
         check(section, CLUSTER)
     for word in words:
@@ -260,7 +262,7 @@ def test_what_the_cluster_lacks_is_named_with_what_it_has(wrong, words):
 
 
 def test_what_fits_is_accepted():
-    section = SlurmSection.model_validate(
+    section = SlurmSettings.model_validate(
         SMALL | {"gpus": 2, "gres": "gpu:a100", "time": "1:00:00", "constraint": "ib"}
     )
     assert check(section, CLUSTER) == []
@@ -273,7 +275,7 @@ def test_what_fits_is_accepted():
 def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/scratch/of-this-job-alone")
     stitch = {"jobs": 2, "cpus": 3, "mem": "900000K", "partition": "cpu", "time": time}
-    section = SlurmSection(qos="low", account="lab", python="/my python", stitch=stitch)
+    section = SlurmSettings(qos="low", account="lab", python="/my python", stitch=stitch)
     options = dask_jobs.jobqueue_options(section, tmp_path / "run")
     lines = SLURMJob("tls://node:1", name="x", **options).job_script().splitlines()
     asked = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
@@ -372,4 +374,4 @@ def test_pending_array_tasks_are_counted(task, count):
 )
 def test_values_that_would_break_a_script_are_refused(section):
     with pytest.raises(ValueError, match="validation error"):
-        SlurmSection.model_validate(section)
+        SlurmSettings.model_validate(section)

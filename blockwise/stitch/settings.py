@@ -1,0 +1,109 @@
+"""The settings of the stitch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from agq.settings import File, Settings, Size
+
+EvidenceKind = Literal["affinity", "overlap", "both"]
+"""What speaks for a merge across a border: affinities, overlapping labels, or both."""
+
+SegmentIds = Literal["consecutive", "fragment"]
+"""Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
+
+Downsampling = Literal["majority", "stride"]
+"""Which label a coarse voxel takes: the most frequent one, or that of its first voxel."""
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+MarginOfScore = Annotated[float, Field(ge=-1, le=1)]
+
+
+class DaskSettings(Settings):
+    """Where the stitch runs."""
+
+    address: str | None = None
+    """Address of a running scheduler (tcp:// or tls://); default: a local cluster. Its workers need
+    this package and the run folder under the same path."""
+
+    ca_file: File | None = None
+    """For a tls:// address: PEM file of the authority that signed the scheduler's certificate."""
+
+    cert_file: File | None = None
+    """For a tls:// address: PEM file of this client's certificate."""
+
+    key_file: File | None = None
+    """For a tls:// address: PEM file of this client's private key."""
+
+    workers: PositiveInt | None = None
+    """Processes of the local cluster, one thread each; default: one per core."""
+
+    @model_validator(mode="after")
+    def _certificates_are_whole(self) -> "DaskSettings":
+        files = (self.ca_file, self.cert_file, self.key_file)
+        if any(files) and not all(files):
+            raise ValueError("ca_file, cert_file and key_file go together")
+        if any(files) and not (self.address or "").startswith("tls://"):
+            raise ValueError("certificates are for an address that starts with tls://")
+        return self
+
+
+class MergeSettings(Settings):
+    """How fragments of different blocks become segments."""
+
+    across: Fraction = 0.7
+    """Affinity that a contact across a block border must exceed to count for a merge (published:
+    0.7)."""
+
+    within: Fraction = 1.0
+    """The same for contacts inside a block; at 1.0 (published) they only veto."""
+
+    evidence: EvidenceKind = "affinity"
+    """What speaks for a merge across a border: `affinity` (published); `overlap`: how well the
+    labels of two blocks agree where both predicted; `both`: affinities, but a contact whose own
+    overlap is below `overlap` only vetoes, like one inside a block."""
+
+    overlap: Fraction = 0.5
+    """Intersection over union that labels of two blocks must exceed (`overlap` and `both`)."""
+
+    min_contact: NonNegativeInt = 0
+    """Border contacts of fewer touching voxel pairs are left out."""
+
+    margin: MarginOfScore = 0.0
+    """Added to all thresholds of the score. A later stitch with a larger margin cuts the stored
+    merges again, in seconds, instead of merging anew."""
+
+    margin_floor: MarginOfScore | None = None
+    """Merge down to this margin, so that later stitches may use any margin from here on; default:
+    the margin itself."""
+
+    superblock: Size | None = None
+    """Blocks (z, y, x) of a leaf superblock of the hierarchical agglomeration; default: chosen from
+    the number of blocks and workers. Never changes the result."""
+
+    segment_ids: SegmentIds = "consecutive"
+    """Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
+
+    min_size: NonNegativeInt = 0
+    """Segments with fewer voxels become background (counted in the report); 0 keeps all."""
+
+    allow_missing: bool = False
+    """Stitch even when blocks failed or are missing; they stay background."""
+
+
+class StitchSettings(MergeSettings):
+    """How fragments of different blocks become segments."""
+
+    dask: DaskSettings = DaskSettings()
+    """Scheduler and workers."""
+
+
+class PyramidSettings(Settings):
+    """Lower resolutions of the segmentation."""
+
+    levels: Annotated[int, Field(ge=0, le=20)] | Literal["auto"] = "auto"
+    """Levels beyond full resolution; `auto` stops when a level fits into one block."""
+
+    downsampling: Downsampling = "majority"
+    """A coarse voxel takes the most frequent label of the voxels that it covers (`majority`), or
+    that of the first of them (`stride`: quicker, with rougher borders)."""
