@@ -1,1 +1,1 @@
-"""The web page of a run: block map, speed, workers and failures, from the journal or the ledger."""
+"""The web page of runs and the report of one: block map, speed, workers, failures, scores."""

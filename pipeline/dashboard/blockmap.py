@@ -1,7 +1,7 @@
-"""The block grid of a run as small images: one cell a block, or a few blocks where there are many.
+"""The block grid of a run as small images: a cell shows one block, or several of a large grid.
 
-Works on columns of all blocks (one byte or four a block), so that a grid of 10^6 blocks costs a
-few milliseconds a picture.
+It works on columns of all blocks (one or four bytes each): an image of 10^6 blocks takes a few
+milliseconds.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from agq.blockwise.blocks.grid import BlockGrid
 By = Literal["state", "seconds", "labels", "dropped"]
 
 STATES: Final = ("outside", "skipped", "done", "waiting", "running", "failed")
-"""Name of each state code. A cell that stands for several blocks shows the largest code: what
-wants attention hides what is done, never the reverse."""
+"""Name of each state code. A cell of several blocks shows the largest code, so that a failed block
+is never hidden by done ones."""
 
 OUTSIDE, SKIPPED, DONE, WAITING, RUNNING, FAILED = range(6)
 
@@ -33,8 +33,8 @@ class MapImage:
     Attributes
     ----------
     cells
-        Uint8 (rows, columns). By state: the codes of `STATES`. By a value: 0 where there is none,
-        else 1 (``low``) to 255 (``high``).
+        Uint8 (rows, columns). By state: the codes of `STATES`. By a value: 1 (``low``) to 255
+        (``high``), 0 without a value.
     step
         Blocks per cell along each side.
     blocks
@@ -84,7 +84,7 @@ def block_states(
 
 
 def block_values(n_blocks: int, rows: npt.NDArray[Any], by: By) -> npt.NDArray[np.float32]:
-    """Return a figure of every done block, NaN elsewhere.
+    """Return a value of every done block, NaN elsewhere.
 
     Parameters
     ----------
@@ -102,8 +102,7 @@ def block_values(n_blocks: int, rows: npt.NDArray[Any], by: By) -> npt.NDArray[n
     """
     values = np.full(n_blocks, np.nan, np.float32)
     done = rows[(rows["rank"] == 3) & (rows["block"] < n_blocks)]
-    figure = done["finished"] - done["started"] if by == "seconds" else done[by]
-    values[done["block"]] = figure
+    values[done["block"]] = done["finished"] - done["started"] if by == "seconds" else done[by]
     return values
 
 
@@ -144,10 +143,10 @@ def state_image(grid: BlockGrid, codes: npt.NDArray[np.uint8], axis: int, index:
 def value_image(
     grid: BlockGrid, values: npt.NDArray[np.float32], axis: int, index: int
 ) -> MapImage:
-    """Draw a figure of one layer of blocks; the colours span the 1st to 99th percentile of all."""
-    known = values[~np.isnan(values)]
+    """Draw the values of one layer of blocks; colours span the 1st to 99th percentile of all."""
+    measured = values[~np.isnan(values)]
     # A sample is enough for the ends of a colour scale, and keeps 10^7 blocks quick.
-    sample = known[:: max(1, known.size // 100_000)]
+    sample = measured[:: max(1, measured.size // 100_000)]
     low, high = (float(v) for v in np.percentile(sample, (1, 99))) if sample.size else (0.0, 1.0)
     cells, step = layer(grid, values, axis, index)
     scaled = np.clip((cells - low) / max(high - low, 1e-9), 0, 1) * 254 + 1

@@ -1,4 +1,4 @@
-"""What the page shows beyond a run's status: speed over time, worker rates, grouped failures."""
+"""Details on the page of a run: speed over time, rates of workers, grouped failures, logs."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def history(rows: npt.NDArray[Any], started: float | None, until: float) -> dict
     rows
         Rows of the journal's table.
     started
-        When the stage was started last; blocks before it are left out. None: the first block.
+        Last start of the stage; earlier blocks are left out. None: the first block.
     until
         End of the last bin, seconds since the epoch.
 
@@ -60,14 +60,14 @@ def history(rows: npt.NDArray[Any], started: float | None, until: float) -> dict
 def worker_rows(
     stage: StageStatus, begun: dict[str, float], usual_s: float, now: float
 ) -> list[dict[str, Any]]:
-    """Workers of a stage with their rate, and a word where one lags behind.
+    """Return the workers of a stage with their rates, and the reason why one lags behind.
 
     Parameters
     ----------
     stage
         The stage.
     begun
-        Start time of the oldest block in the hands of each worker, by name.
+        Start time of the oldest block that each worker holds, by its name.
     usual_s
         Median seconds of a block, 0 if unknown.
     now
@@ -78,10 +78,10 @@ def worker_rows(
         device: median(rates[w.name] for w in stage.workers if w.device == device and w.done > 4)
         for device in {w.device for w in stage.workers if w.done > 4}
     }
-    found = []
+    rows = []
     for worker in stage.workers:
         held = max(0.0, now - begun[worker.name]) if worker.name in begun else None
-        found.append(
+        rows.append(
             worker.model_dump(mode="json")
             | {
                 "rate": rates[worker.name],
@@ -89,7 +89,7 @@ def worker_rows(
                 "lags": _lags(worker, rates[worker.name], typical, held, usual_s),
             }
         )
-    return found
+    return rows
 
 
 def _lags(
@@ -113,20 +113,20 @@ def _lags(
 def group_failures(
     failures: Iterable[Failure], grid: BlockGrid | None
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Group failed blocks by their error, numbers in it aside.
+    """Group failed blocks by their error, ignoring numbers in it.
 
     Parameters
     ----------
     failures
         Failed blocks.
     grid
-        For the voxel to look at; None leaves it out.
+        Gives the voxel in the middle of a block; None leaves it out.
 
     Returns
     -------
     count, groups
-        Failed blocks in all; per group ``summary``, ``count``, ``error`` (traceback of the first)
-        and ``blocks`` (some of them), the largest group first.
+        Number of failed blocks, and the groups, the largest first: ``summary``, ``count``,
+        ``error`` (traceback of the first) and ``blocks`` (some of them).
     """
     counts: Counter[str] = Counter()
     groups: dict[str, dict[str, Any]] = {}
@@ -152,7 +152,7 @@ def group_failures(
 
 
 def middle_voxel(grid: BlockGrid, block: int) -> list[int] | None:
-    """Return the voxel (z, y, x) in the middle of what a block writes; None for no such block."""
+    """Return the voxel (z, y, x) in the middle of a block; None if the grid has no such block."""
     if not 0 <= block < grid.n_blocks:
         return None
     low, high = grid.write_box(block)
@@ -160,11 +160,9 @@ def middle_voxel(grid: BlockGrid, block: int) -> list[int] | None:
 
 
 def log_tail(run_dir: Path, worker: str) -> str | None:
-    """Return the end of a worker's log; None if the run folder holds none of that name."""
-    # A name from a journal line must not lead out of the folder.
-    folder = run_dir / "logs"
-    names = {file.stem: file for file in sorted(folder.rglob("*.log"))}
-    file = names.get(worker)
+    """Return the end of a worker's log; None if the run folder has no log of that name."""
+    # Names are compared, not joined: a name from a journal line must not lead out of the folder.
+    file = {file.stem: file for file in sorted((run_dir / "logs").rglob("*.log"))}.get(worker)
     if file is None:
         return None
     with file.open("rb") as handle:
@@ -187,11 +185,11 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def results(record: dict[str, Any]) -> dict[str, Any]:
-    """Say what the finished stages report: counts, largest segments, scores."""
+    """Return the reports of the finished stages: counts, largest segments, scores."""
     stages = record.get("stages", {})
     reports = {name: dict(entry.get("report") or {}) for name, entry in stages.items()}
     for report in reports.values():
-        # Block numbers; the page lists failures with their reasons.
+        # Only the number of blocks: the page lists the failures with their reasons.
         if isinstance(report.get("failed"), list):
             report["failed"] = len(report["failed"])
     stitch = reports.get("stitch", {})

@@ -1,7 +1,6 @@
-"""The report of a run: one HTML file that needs no network, no server and no other file."""
+"""The report of a run: one HTML file that needs no network, server or other file."""
 
 import base64
-import io
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from typing import Any, Final
 import jinja2
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -23,7 +21,8 @@ from agq.pipeline.config.schema import Config
 from agq.pipeline.dashboard.blockmap import STATES
 from agq.pipeline.dashboard.run_view import RunView
 from agq.pipeline.status.text import duration
-from agq.pipeline.view.picture import MAX_IN_PLANE, snapshot
+from agq.pipeline.view.layers import LazyVolume, config_layers
+from agq.pipeline.view.picture import MAX_IN_PLANE, figure_png, snapshot
 
 _COLOURS: Final = ("#eceff2", "#b6a7d8", "#3b7dd8", "#cfd5dc", "#f0a500", "#d1264f")
 _BLUE: Final = "#3b7dd8"
@@ -99,7 +98,7 @@ def write_snapshot(
     Raises
     ------
     InputError
-        If an input cannot be opened, nothing has been computed yet, or the place is outside.
+        If an input cannot be opened, the run has no labels yet, or the place is outside.
     """
     volumes = _volumes(config)
     snapshot(
@@ -114,14 +113,12 @@ def write_snapshot(
 
 
 def _volumes(config: Config) -> dict[str, Volume]:
-    from agq.pipeline.view.layers import LazyVolume, config_layers
-
     layers = config_layers(config)
     return {layer.name: layer.data.volume for layer in layers if isinstance(layer.data, LazyVolume)}
 
 
 def _pictures(config: Config, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
-    """Snapshots of the middle and of the worst mergers; none where the raw data are away."""
+    """Draw the middle and the worst mergers; nothing if the raw data cannot be opened."""
     try:
         raw = _volumes(config)["raw"]
     except InputError:
@@ -133,7 +130,7 @@ def _pictures(config: Config, evaluation: dict[str, Any]) -> list[tuple[str, str
             for w, o, v in zip(item["largest"][0]["at"], raw.offset, raw.voxel_size, strict=True)
         ]
         spots.append((f"Merger of segment {item['label']}, voxel {place}", place))
-    found = []
+    pictures = []
     with tempfile.TemporaryDirectory() as folder:
         for title, at in spots:
             file = Path(folder) / "picture.png"
@@ -141,8 +138,8 @@ def _pictures(config: Config, evaluation: dict[str, Any]) -> list[tuple[str, str
                 write_snapshot(config, file, at, MAX_IN_PLANE if at is None else _SPOT_VOXELS)
             except InputError:
                 continue
-            found.append((title, base64.b64encode(file.read_bytes()).decode()))
-    return found
+            pictures.append((title, _base64(file.read_bytes())))
+    return pictures
 
 
 def _block_map(view: RunView, run: dict[str, Any]) -> str:
@@ -165,7 +162,7 @@ def _block_map(view: RunView, run: dict[str, Any]) -> str:
         if count
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    return _png(figure)
+    return _base64(figure_png(figure))
 
 
 def _plots(rows: npt.NDArray[Any], history: dict[str, Any]) -> list[tuple[str, str]]:
@@ -178,7 +175,7 @@ def _plots(rows: npt.NDArray[Any], history: dict[str, Any]) -> list[tuple[str, s
     width = history["seconds"] / 60
     axes.bar(minutes, history["blocks_per_s"], width=width, color=_BLUE)
     axes.set(xlabel="minutes since the stage was started", ylabel="blocks/s")
-    speed = _png(figure)
+    speed = _base64(figure_png(figure))
     figure = _figure(11, 2.4)
     panels = (
         ("labels per block", done["labels"]),
@@ -188,19 +185,15 @@ def _plots(rows: npt.NDArray[Any], history: dict[str, Any]) -> list[tuple[str, s
     for axes, (title, values) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.hist(values, bins=40, color=_BLUE)
         axes.set(xlabel=title, ylabel="blocks")
-    return [("Speed", speed), ("Blocks", _png(figure))]
+    return [("Speed", speed), ("Blocks", _base64(figure_png(figure)))]
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return base64.b64encode(buffer.getvalue()).decode()
+def _base64(png: bytes) -> str:
+    return base64.b64encode(png).decode()
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:

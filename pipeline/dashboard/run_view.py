@@ -1,4 +1,4 @@
-"""One run as the page sees it: polled at most once a second, however many browsers look."""
+"""One run for the page: polled at most once a second, however many browsers ask."""
 
 import threading
 import time
@@ -42,7 +42,7 @@ from agq.pipeline.status.monitor import Monitor
 from agq.pipeline.status.run_status import Failure, RunStatus
 
 STAGE: Final = "predict"
-"""The stage whose blocks the map, the workers and the failures are of."""
+"""The stage whose blocks, workers and failures the page shows."""
 
 _POLL_S: Final = 1.0
 _PATIENCE_S: Final = 1.0
@@ -51,19 +51,18 @@ _RANKS: Final = {"failed": 1, "skipped": 2, "done": 3}
 
 
 class RunView:
-    """One run: its status and everything that is drawn of it. Safe to use from several threads.
+    """One run: its status and all data on its page. Safe to use from several threads.
 
     Parameters
     ----------
     run_dir
         Run folder.
     ledger
-        Where to look for a run whose folder is not on this machine.
+        Read if the run folder is not on this machine.
     """
 
     def __init__(self, run_dir: Path, ledger: Ledger | None = None) -> None:
         self._run = RunFolder(run_dir)
-        # The map needs the journal anyway where there is one.
         self._here = self._run.exists()
         self._ledger = None if self._here else ledger
         # The block map needs every row.
@@ -93,18 +92,18 @@ class RunView:
             return self._rows
 
     def overview(self, patience_s: float | None = _PATIENCE_S) -> dict[str, Any]:
-        """Return all that the page shows except the map, as plain data.
+        """Return the data of the page except the map, as plain data.
 
         Parameters
         ----------
         patience_s
-            Seconds to wait for the journal to be read; then the answer only says ``loading``.
-            None: as long as it takes.
+            Seconds to wait for the first read of the journal; after that the answer is only
+            ``loading``. None waits until it is read.
 
         Raises
         ------
         InputError
-            If there is no such run.
+            If the run does not exist.
         """
         if not self._opened.wait(patience_s):
             return {"loading": True, "name": self.path.name, "run_dir": str(self.path)}
@@ -144,7 +143,7 @@ class RunView:
         Raises
         ------
         InputError
-            If the grid is not known, or has no such layer.
+            If the run has no grid yet, or the grid no such layer.
         """
         with self._fresh_grid() as grid:
             if not 0 <= index < grid.shape[axis]:
@@ -154,12 +153,12 @@ class RunView:
             return value_image(grid, self._values(by), axis, index)
 
     def block(self, at: tuple[int, int, int], axis: int, step: int) -> dict[str, Any]:
-        """Return what is known of the block that a cell of the map shows.
+        """Return the state, place and record of the block that a cell of the map shows.
 
         Raises
         ------
         InputError
-            If the grid is not known, or has no such block.
+            If the run has no grid yet, or the grid no such block.
         """
         with self._fresh_grid() as grid:
             try:
@@ -187,7 +186,7 @@ class RunView:
     def _open(self) -> None:
         """Read the journal once in the background: 10^6 lines without a snapshot take a while."""
         with self._lock, suppress(InputError, PyMongoError, OSError):
-            # Whoever asks meets the error again and gets it as an answer.
+            # The next request meets the error again and answers with it.
             self._refresh()
         self._opened.set()
 
@@ -260,14 +259,14 @@ class RunView:
 
     @contextmanager
     def _fresh_grid(self) -> Iterator[BlockGrid]:
-        """Read what is new, alone, and give the grid that it lies on."""
+        """Lock and refresh the run; yield its grid."""
         with self._lock:
             self._refresh()
             yield self._known_grid()
 
     def _known_grid(self) -> BlockGrid:
         if self._grid is None:
-            raise InputError("the block grid of this run is not known")
+            raise InputError("the run has no block grid yet: its prediction has not begun")
         return self._grid
 
     def _failures(self) -> Iterator[Failure]:
@@ -290,7 +289,7 @@ class RunView:
 
 
 def _selected(grid: BlockGrid, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:
-    """Blocks that the configured ROI touches; None for all."""
+    """Return the blocks that the configured ROI touches; None for all."""
     roi = (config.get("input") or {}).get("roi")
     box = roi_box(RoiSettings.model_validate(roi), grid) if roi else None
     return None if box is None else grid.select(*box)

@@ -1,4 +1,4 @@
-"""The runs that the page may show: listed anew each time, the few looked at last kept open."""
+"""The runs that the page may show: each listing is new, and the last runs shown stay open."""
 
 import threading
 from collections import OrderedDict
@@ -25,7 +25,7 @@ class Runs:
     folders
         Run folders.
     parent
-        Folder whose subfolders are looked through for runs on every listing.
+        Folder whose subfolders each listing searches for runs.
     ledger
         Its runs are listed as well.
     """
@@ -47,43 +47,43 @@ class Runs:
         Raises
         ------
         InputError
-            If there is none.
+            If the only run folder has no readable run.
         """
         folders = list(self._folders)
         if self._parent is not None and self._parent.is_dir():
             folders += sorted(p.parent.absolute() for p in self._parent.glob("*/run.json"))
-        found: dict[str, dict[str, Any]] = {}
+        lines: dict[str, dict[str, Any]] = {}
         for folder in dict.fromkeys(folders):
             try:
                 record = RunFolder(folder).record()
-                found[record["id"]] = _line(record, folder, coordinator_alive(folder), "journal")
+                lines[record["id"]] = _line(record, folder, coordinator_alive(folder), "journal")
             except InputError:
                 # A damaged or foreign run.json among many must not hide the others.
                 if self._parent is None and self._ledger is None:
                     raise
         for record in self._ledger_runs():
-            if record["_id"] not in found:
+            if record["_id"] not in lines:
                 place = Path(record.get("run_dir", ""))
-                found[record["_id"]] = _line({"id": record["_id"], **record}, place, None, "ledger")
+                lines[record["_id"]] = _line({"id": record["_id"], **record}, place, None, "ledger")
         with self._lock:
-            self._places = {key: Path(line["run_dir"]) for key, line in found.items()}
-        alive = [line for line in found.values() if line["state"] == "running"]
+            self._places = {key: Path(line["run_dir"]) for key, line in lines.items()}
+        alive = [line for line in lines.values() if line["state"] == "running"]
         for line in alive[: _OPEN_RUNS - 1]:
             if line["source"] == "journal":
                 line |= self.view(line["key"]).progress()
-        return sorted(found.values(), key=lambda line: -(line["created"] or 0))
+        return sorted(lines.values(), key=lambda line: -(line["created"] or 0))
 
     def view(self, key: str) -> RunView:
-        """Return a run by its key; the few looked at last stay in memory.
+        """Return a run by its key; the last few runs stay in memory.
 
         Raises
         ------
         InputError
-            If there is no such run.
+            If the listing has no such run.
         """
         with self._lock:
             if key not in self._places:
-                raise InputError("no such run")
+                raise InputError(f"the listing has no run {key}")
             view = self._views.pop(key, None) or RunView(self._places[key], self._ledger)
             self._views[key] = view
             while len(self._views) > _OPEN_RUNS:

@@ -1,9 +1,9 @@
 """The web server of the page: static files, JSON and block maps, read only.
 
-Tornado, because dask and neuroglancer bring it along anyway: there is nothing more to install and
-nothing to build. The page is one HTML, one CSS and one JavaScript file that load nothing from other
-hosts, so it works on a login node without internet. Names, paths and errors travel as JSON and
-become text nodes in the browser; nothing is ever pasted into HTML.
+dask and neuroglancer need Tornado anyway, so the page adds nothing to install and nothing to build.
+It is one HTML, one CSS and one JavaScript file that load nothing from other hosts, so it works on a
+login node without internet. Names, paths and errors travel as JSON and become text nodes in the
+browser, never HTML.
 """
 
 import asyncio
@@ -40,23 +40,23 @@ Viewer = Callable[[Path, str, tuple[int, int, int]], str]
 
 
 class Dashboard:
-    """A running server; `address` is what to open.
+    """A running server; open its `address`.
 
     Parameters
     ----------
     runs
-        What it shows.
+        The runs to show.
     host, port
-        Where it listens; port 0 takes any free one.
+        Address to listen on; port 0 takes any free one.
     token
-        Ask for a token also on the loopback interface. Elsewhere it is always asked for.
+        Require a token on the loopback interface too; other interfaces always require it.
     viewer
-        Makes the viewer behind a link; None: links give the command instead.
+        Makes the viewer behind a link; without it, links show the command instead.
 
     Raises
     ------
     InputError
-        If it cannot listen there.
+        If the address cannot be used.
     """
 
     def __init__(
@@ -74,12 +74,14 @@ class Dashboard:
         try:
             sockets = tornado.netutil.bind_sockets(port, host)
         except (OSError, OverflowError) as error:
-            raise InputError(f"--host {host} --port {port} cannot be used ({error})") from None
+            raise InputError(
+                f"--host {host} --port {port} cannot be used ({error}); try --port 0"
+            ) from None
         self.port = int(sockets[0].getsockname()[1])
         shared = {"dashboard": self}
         self.runs = runs
         self.viewer = viewer
-        # A page elsewhere could make its own name point here; its requests carry that name.
+        # Another site could let its own name point here; its requests carry that name.
         self.names = {*_LOOPBACK, "[::1]"} if local else None
         application = tornado.web.Application(
             [
@@ -92,7 +94,7 @@ class Dashboard:
                 (r"/view/([0-9A-Za-z_-]+)", _View, shared),
                 (r"/(page\.js|page\.css)", _Static, shared | {"path": str(_FILES)}),
             ],
-            # Addresses may hold the token.
+            # Not logged: addresses may hold the token.
             log_function=lambda handler: None,
             compress_response=True,
         )
@@ -120,7 +122,7 @@ async def serve(runs: Runs, *, announce: Callable[[Dashboard], None], **options:
     runs, options
         As for `Dashboard`.
     announce
-        Called once it listens.
+        Called when the server listens.
     """
     dashboard = Dashboard(runs, **options)
     announce(dashboard)
@@ -150,7 +152,7 @@ class _Guarded(tornado.web.RequestHandler):
         cookie = f"agq-{self.dashboard.port}"
         given = self.get_query_argument("token", None)
         if given is not None and hmac.compare_digest(given.encode(), token.encode()):
-            # From here on the cookie does, and the address bar no longer shows the token.
+            # From now on the cookie is enough, and the address bar no longer shows the token.
             self.set_cookie(cookie, token, httponly=True, samesite="Strict")
             return
         kept = self.get_cookie(cookie) or ""
@@ -162,7 +164,7 @@ class _Guarded(tornado.web.RequestHandler):
         self.finish(f"{status_code}: {self._reason}\n")
 
     async def answer(self, work: Callable[[], Any]) -> Any:
-        """Do reading in a thread; an input error becomes a plain 404."""
+        """Run `work` in a thread; answer an input error with a plain 404."""
         try:
             return await asyncio.get_running_loop().run_in_executor(None, work)
         except InputError as error:
@@ -188,7 +190,7 @@ class _Guarded(tornado.web.RequestHandler):
         return z, y, x
 
     async def send_json(self, work: Callable[[], Any]) -> None:
-        # One byte order of keys and no NaN: browsers refuse it.
+        # Browsers refuse NaN.
         data = await self.answer(lambda: json.dumps(work(), allow_nan=False, default=str))
         self.set_header("Content-Type", "application/json; charset=utf-8")
         await self.finish(data)
@@ -259,16 +261,16 @@ class _Log(_Guarded):
         worker = self.get_query_argument("worker")
         text = await self.answer(lambda: self.dashboard.runs.view(key).log(worker))
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        await self.finish(text or "no log of that name on this machine\n")
+        await self.finish(text or "this machine has no log of that name\n")
 
 
 class _View(_Guarded):
     async def get(self, key: str) -> None:
         at, make = self.triple("at"), self.dashboard.viewer
         if make is None:
-            raise tornado.web.HTTPError(404, reason="No viewer here: use agq view")
+            raise tornado.web.HTTPError(404, reason="No viewer here: run agq view")
         host = self.dashboard.host
         address = await self.answer(lambda: make(self.dashboard.runs.view(key).path, host, at))
-        # The browser may know this machine by another name (a tunnel, a cluster's login node).
+        # The browser may reach this machine by another name (a tunnel, a cluster's login node).
         place = urlsplit(address)
         self.redirect(place._replace(netloc=f"{self.request.host_name}:{place.port}").geturl())

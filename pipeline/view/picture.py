@@ -1,7 +1,7 @@
 """A picture of a result: raw, segments over raw and ground truth, in the plane and across sections.
 
-Reads one plane (z) and one cross-section (y) of each volume, no more than a few million voxels of
-a volume of any size, and places volumes of different offset by their world units.
+It reads one plane (z) and one cross-section (y) of each volume, at most a few million voxels of a
+volume of any size. Volumes with different offsets are placed by their world units.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from agq.blockwise.volumes.create import Volume
 from agq.errors import InputError
 
 MAX_IN_PLANE = 1024
-"""Voxels shown along y and x at most, around the place asked for."""
+"""Voxels shown along y and x at most, around the given place."""
 MAX_SECTIONS = 256
 _PANEL_INCHES, _DPI = 4.4, 160
 _OPACITY = 0.5
@@ -65,7 +65,7 @@ def snapshot(
     at: Sequence[int] | None = None,
     most: int = MAX_IN_PLANE,
 ) -> None:
-    """Draw raw, fragments, segmentation and truth side by side, over one another's place.
+    """Draw the same place of raw, fragments, segmentation and truth side by side.
 
     Parameters
     ----------
@@ -78,56 +78,65 @@ def snapshot(
         object and a segment that are each other's largest overlap get one colour.
     at
         Voxel (z, y, x) of the raw volume to show; by default the middle of the segmentation, or of
-        the fragments where there is no segmentation yet. A place that is given is marked.
+        the fragments if there is no segmentation yet. A given place is marked.
     most
         Voxels shown along y and x at most.
 
     Raises
     ------
     InputError
-        If voxel sizes differ, the place is outside the raw volume, or there are no labels.
+        If voxel sizes differ, the place is outside the raw volume, or no labels are given.
     """
     labels = segmentation or fragments
     if labels is None:
-        raise InputError("picture: there are no fragments and no segmentation to show yet")
-    panels = [("raw", raw), ("fragments", fragments), ("segmentation", segmentation)]
-    panels.append(("ground truth", truth))
-    shown = [(title, volume) for title, volume in panels if volume is not None]
-    for title, volume in shown:
+        raise InputError("picture: the run has no fragments and no segmentation yet")
+    panels = {"raw": raw, "fragments": fragments, "segmentation": segmentation}
+    volumes = {t: v for t, v in (panels | {"ground truth": truth}).items() if v is not None}
+    for title, volume in volumes.items():
         if volume.voxel_size != raw.voxel_size or volume.unit != raw.unit:
             raise InputError(
                 f"picture: the voxel size of the {title}, {tuple(volume.voxel_size)} "
                 f"{volume.unit}, is not that of the raw volume, {tuple(raw.voxel_size)} {raw.unit}"
             )
     planes = _planes(raw, labels, at, most)
-    figure = Figure(dpi=_DPI, facecolor="white")
-    width = _PANEL_INCHES * len(shown)
-    ratios = [plane.height / plane.width for plane in planes]
-    figure.set_size_inches(width, _PANEL_INCHES * sum(ratios) + 0.45)
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(shown), squeeze=False, height_ratios=ratios)
-    top = 1 - 0.33 / figure.get_size_inches()[1]
-    figure.subplots_adjust(
-        left=0.004, right=0.996, bottom=0.008, top=top, wspace=0.015, hspace=0.03
-    )
-    images = [{title: plane.read(volume) for title, volume in shown} for plane in planes]
+    images = [{t: plane.read(volume) for t, volume in volumes.items()} for plane in planes]
     palette = _palettes(images)
-    for row, plane in enumerate(planes):
-        backdrop = _stretched(images[row]["raw"])
-        for axes, (title, _) in zip(grid[row], shown, strict=True):
+    figure, grid = _figure(list(volumes), planes)
+    for axes_of_row, plane, row in zip(grid, planes, images, strict=True):
+        backdrop = _stretched(row["raw"])
+        for axes, title in zip(axes_of_row, volumes, strict=True):
             image = backdrop
             if title != "raw":
-                image = _overlay(backdrop, images[row][title], palette[title])
+                image = _overlay(backdrop, row[title], palette[title])
             axes.imshow(image, extent=plane.extent, aspect="equal", interpolation="nearest")
-            axes.set_axis_off()
             if at is not None:
                 _mark(axes, plane, raw.offset + (Coordinate(at) * 2 + 1) * raw.voxel_size / 2)
-            if row == 0:
-                axes.set_title(title, fontsize=11)
-        _scale_bar(grid[row][0], plane, raw.unit)
+        _scale_bar(axes_of_row[0], plane, raw.unit)
+    write_atomic(out_png, figure_png(figure))
+
+
+def figure_png(figure: Figure) -> bytes:
+    """Return a figure as PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_atomic(out_png, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _figure(titles: Sequence[str], planes: Sequence[_Plane]) -> tuple[Figure, Any]:
+    """Make a figure with a row of axes for each plane and a column for each title."""
+    ratios = [plane.height / plane.width for plane in planes]
+    height = _PANEL_INCHES * sum(ratios) + 0.45
+    figure = Figure((_PANEL_INCHES * len(titles), height), dpi=_DPI, facecolor="white")
+    grid = figure.subplots(len(planes), len(titles), squeeze=False, height_ratios=ratios)
+    figure.subplots_adjust(
+        left=0.004, right=0.996, bottom=0.008, top=1 - 0.33 / height, wspace=0.015, hspace=0.03
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=11)
+    return figure, grid
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class _Plane:
         return (0.0, self.width, self.height, 0.0)
 
     def read(self, volume: Volume) -> npt.NDArray[Any]:
-        """Read the plane as a 2-D image; 0 where the volume does not reach."""
+        """Read the plane as a 2-D image; 0 outside the volume."""
         shape = tuple(int(n) for n in self.roi.shape / self.voxel_size)
         image = np.zeros(shape, volume.dtype)
         # Volumes off the raw volume's voxel grid are shown at the nearest voxel.
@@ -174,7 +183,9 @@ def _planes(
     size = raw.voxel_size
     common = raw.roi.intersect(segmentation.roi)
     if common.empty:
-        raise InputError("picture: the segmentation does not overlap the raw volume")
+        raise InputError(
+            "picture: the segmentation does not overlap the raw volume; check offset and voxel_size"
+        )
     if at is None:
         middle = (common.center - raw.offset) / size
     else:
@@ -201,7 +212,7 @@ def _planes(
 
 
 def _stretched(grey: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Grey values between their 0.5 and 99.5 percentiles as RGB in [0, 1]."""
+    """Return grey values between their 0.5 and 99.5 percentiles as RGB in [0, 1]."""
     values = np.nan_to_num(grey.astype(np.float64))
     low, high = np.percentile(values, (0.5, 99.5))
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
@@ -209,7 +220,7 @@ def _stretched(grey: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def _palettes(images: list[dict[str, npt.NDArray[Any]]]) -> dict[str, dict[int, Any]]:
-    """Colours of the ids of each panel in all planes."""
+    """Return the colours of the ids of each panel in all planes."""
     flat = {title: np.concatenate([i[title].ravel() for i in images]) for title in images[0]}
     palette = {}
     for title, labels in flat.items():
@@ -234,14 +245,13 @@ def _match(truth: Any, segmentation: Any, palette: dict[str, dict[int, Any]]) ->
     for k in order:
         row, column = int(rows[k]), int(columns[k])
         if row not in taken_rows and column not in taken_columns:
-            own = palette["segmentation"][int(s[column])]
-            palette["ground truth"][int(t[row])] = own
+            palette["ground truth"][int(t[row])] = palette["segmentation"][int(s[column])]
         taken_rows.add(row)
         taken_columns.add(column)
 
 
 def _overlay(backdrop: Any, labels: npt.NDArray[Any], palette: dict[int, Any]) -> Any:
-    """Colours over grey, stronger along the borders of segments; nothing over label 0."""
+    """Return colours over grey, stronger along the borders of segments; nothing over label 0."""
     ids, index = np.unique(labels, return_inverse=True)
     colour = np.array([palette[int(i)] for i in ids])[index.reshape(labels.shape)]
     border = np.zeros(labels.shape, bool)
