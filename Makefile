@@ -38,17 +38,21 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed .venv-services/.installed
 	$(BIN)/pytest $(PARALLEL) --dist worksteal --durations 12
 
-# Tests of one file stay together: what they share may be a container image.
+# A third process works while others wait. Tests of the container image stay together.
 test-slow: $(VENV)/.installed .venv-services/.installed
-	$(BIN)/pytest $(PARALLEL) --dist loadfile -m "slow and not cluster" --timeout 1200 --durations 12
+	$(BIN)/pytest -n 3 --dist loadgroup -m "slow and not cluster" --timeout 1200 --durations 12
 
 # A real SLURM with emulated GPU nodes on this machine: Debian or Ubuntu, as root (it installs
-# slurm and munge); elsewhere these tests say why they skip. However they end, no daemon stays.
+# slurm and munge); elsewhere these tests say why they skip. They mostly wait for it, so three run at
+# once, each on a cluster of its own; rates are measured alone. However they end, no daemon stays.
 test-cluster: $(VENV)/.installed .venv-services/.installed
 	@lab=$$(mktemp -d /tmp/agq-slurm-XXXXXX) || exit 1; \
-	trap 'SLURM_LAB=$$lab bash tests/cluster/slurm-down.sh; rm -rf "$$lab"' EXIT; \
+	trap 'for one in "$$lab"/gw*; do SLURM_LAB=$$one bash tests/cluster/slurm-down.sh; done; rm -rf "$$lab"' EXIT; \
 	trap 'exit 130' INT TERM HUP; \
-	AGQ_SLURM_LAB=$$lab $(BIN)/pytest -m cluster --timeout 1200 --durations 12
+	bash tests/cluster/slurm-install.sh; \
+	AGQ_SLURM_LAB=$$lab $(BIN)/pytest tests/cluster --ignore tests/cluster/test_rate.py -m cluster \
+	  -n 3 --dist worksteal --timeout 1200 --durations 12 && \
+	$(BIN)/pytest tests/cluster/test_rate.py -m cluster
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

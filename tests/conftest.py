@@ -27,6 +27,17 @@ os.environ["PYTHONPATH"] = str(ROOT)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with tests that are given most time: else one process ends long after the others."""
+
+    def limit(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("timeout")
+        return float(mark.args[0]) if mark else 0.0
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=limit, reverse=True)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder with real EM data and golden outputs that only developers have."""

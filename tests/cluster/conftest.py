@@ -1,8 +1,10 @@
 """A real SLURM of four emulated nodes with two emulated GPUs each, for the tests of this folder.
 
 Needs Debian or Ubuntu as root: `slurm-up.sh` installs what is missing. `AGQ_TEST_SLURM=1` makes its
-absence an error instead of a skip (CI). `AGQ_SLURM_LAB` names the folder of the cluster's files:
-who sets it (`make test-cluster`) takes the cluster down even if the tests are killed.
+absence an error instead of a skip (CI). Each process of pytest-xdist brings up a cluster of its
+own, so that a node killed by one test is none of another's. `AGQ_SLURM_LAB` names the folder of the
+clusters' files, one folder a cluster: `make test-cluster` sets it and takes the clusters down even
+if the tests are killed.
 """
 
 import contextlib
@@ -14,44 +16,58 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.cluster.runs import FAULTS, RATE, chunks
+from tests.cluster.runs import chunks
 from tests.helpers.runs import agq, make_config, results
 
 HERE = Path(__file__).parent
 NODES = 4
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(900))
+            if "quiet" in item.fixturenames:  # these submit jobs
+                item.add_marker(pytest.mark.timeout(900))
 
 
-_begun = []
+FAULT, RATE = "fault", "rate"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def tables() -> None:
-    """Start the tables that are printed at the end anew."""
-    for earlier in (FAULTS, RATE):
-        earlier.unlink(missing_ok=True)
-    _begun.append(True)
+@pytest.fixture
+def note(record_property) -> Callable[[str, str, float], None]:
+    """Return a function that adds a line to the table that is printed at the end."""
+
+    def add(case: str, what: str, since: float) -> None:
+        record_property(FAULT, f"| {case} | {what} | {time.monotonic() - since:.0f} |")
+
+    return add
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    if _begun and FAULTS.exists():
+@pytest.fixture
+def note_rate(record_property) -> Callable[[str], None]:
+    """Return a function that keeps what is printed about rates at the end."""
+    return lambda text: record_property(RATE, text)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [
+        report for group in ("passed", "failed") for report in terminalreporter.getreports(group)
+    ]
+    properties = [pair for r in reports if r.when == "call" for pair in r.user_properties]
+    faults = [text for name, text in properties if name == FAULT]
+    if faults:
         terminalreporter.write_line("\n| case | what happened | seconds to recover |")
         terminalreporter.write_line("| --- | --- | --- |")
-        for line in FAULTS.read_text(encoding="utf-8").splitlines():
-            terminalreporter.write_line(f"| {' | '.join(line.split(chr(9)))} |")
-    if _begun and RATE.exists():
-        terminalreporter.write_line("\n" + RATE.read_text(encoding="utf-8"))
+    for line in [*faults, *(f"\n{text}" for name, text in properties if name == RATE)]:
+        terminalreporter.write_line(line)
 
 
 class Slurm:
@@ -96,9 +112,13 @@ class Slurm:
 
 
 def free_ports(count: int) -> int:
-    """First of some ports in a row that are free, below those that the system gives out."""
+    """First of some ports in a row that are free, below those that the system gives out.
+
+    Processes of pytest-xdist look in ranges of their own.
+    """
+    process = int(WORKER.removeprefix("gw") or 0) % 6
     while True:
-        first = random.randrange(20000, 32000 - count)
+        first = random.randrange(20000 + 2000 * process, 22000 + 2000 * process - count)
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):
@@ -118,8 +138,10 @@ def slurm() -> Iterator[Slurm]:
             pytest.fail(reason)
         pytest.skip(reason)
     given = os.environ.get("AGQ_SLURM_LAB")
-    lab = Path(given or tempfile.mkdtemp(prefix="agq-slurm-", dir="/tmp"))
-    lab.chmod(0o755)  # munge wants a folder that others can enter
+    lab = Path(given or tempfile.mkdtemp(prefix="agq-slurm-", dir="/tmp")) / (WORKER or "gw0")
+    lab.mkdir()
+    for place in (lab.parent, lab):
+        place.chmod(0o755)  # munge wants a folder that others can enter
     cluster = Slurm(lab)
     before = os.environ.get("SLURM_CONF")
     try:
@@ -137,7 +159,7 @@ def slurm() -> Iterator[Slurm]:
         else:
             os.environ["SLURM_CONF"] = before
         if not given:
-            shutil.rmtree(lab, ignore_errors=True)
+            shutil.rmtree(lab.parent, ignore_errors=True)
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ from typing import Any, TypeVar
 import psutil
 
 from agq.blockwise.journal.writer import Journal
-from tests.helpers.runs import ROOT, agq, make_config, results
+from tests.helpers.runs import agq, make_config, results
 
 N_BLOCKS = 60
-FAULTS = ROOT / "build" / "cluster-faults.tsv"
-RATE = ROOT / "build" / "cluster-rate.txt"
 Found = TypeVar("Found")
 
 
@@ -132,16 +130,3 @@ class ClusterRun:
         for log in sorted((self.run_dir / "logs").rglob("*.log")):
             text.append(f"== {log}\n" + log.read_text(errors="replace")[-1500:])
         return "\n".join(text)
-
-
-def note(case: str, what: str, since: float) -> None:
-    """Add a line to the table that is printed at the end."""
-    FAULTS.parent.mkdir(exist_ok=True)
-    with FAULTS.open("a", encoding="utf-8") as file:
-        file.write(f"{case}\t{what}\t{time.monotonic() - since:.0f}\n")
-
-
-def note_rate(text: str) -> None:
-    """Keep what is printed about rates at the end."""
-    RATE.parent.mkdir(exist_ok=True)
-    RATE.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from agq.blockwise.journal.writer import Journal
-from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, note, wait_for
+from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, wait_for
 from tests.helpers.runs import results
 
 
@@ -124,7 +124,7 @@ def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, segmente
     assert {stage["name"]: stage["state"] for stage in status["stages"]}["stitch"] == "done"
 
 
-def test_a_lost_job_of_dask_workers_is_replaced(quiet, tmp_path, segmented):
+def test_a_lost_job_of_dask_workers_is_replaced(quiet, tmp_path, segmented, note):
     """dask-jobqueue submits a job once; without its only worker the stitch would wait for ever."""
     run = ClusterRun(tmp_path, slurm={"stitch": {"cpus": 1, "mem": "2G", "jobs": 1}})
     run.submit()

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from tests.cluster.runs import note_rate
 from tests.helpers.runs import ROOT, environment
 from tests.helpers.services import MISSING, SERVER
 
@@ -16,7 +15,7 @@ FLOOR = 0.6
 
 
 @pytest.mark.skipif(not SERVER.exists(), reason=MISSING)
-def test_two_hundred_workers():
+def test_two_hundred_workers(note_rate):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "cluster_rate.py", "--blocks=2000", "--rounds=1"],
         env=environment(),

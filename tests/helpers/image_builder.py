@@ -98,6 +98,11 @@ class Builder:
         self.torch_build = torch.name.split("-")[1].partition("+")[2]
         (self.folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
 
+    def leave_modules_uncompiled(self) -> None:
+        """Let pip inside compile no modules: that takes longer than to unpack them."""
+        with (self.folder / "pip.conf").open("a") as file:
+            file.write("[install]\ncompile = no\n")
+
     @property
     def mounts(self) -> list[str]:
         """Options that let pip inside find the wheels."""

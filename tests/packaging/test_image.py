@@ -30,7 +30,8 @@ from tests.helpers.image_builder import (
 )
 from tests.helpers.services import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+# One process builds the image for all of them.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("image")]
 LARGEST = 2.5e9
 
 
@@ -229,6 +230,7 @@ def test_steps_of_the_apptainer_definition_run(builder: Builder) -> None:
     for line in section_of_definition("files"):
         source, target = line.split()
         builder.buildah("copy", "--quiet", box, str(ROOT / source), target)
+    builder.leave_modules_uncompiled()
     clock = Clock()
     script = post_script("unused")
     call([*builder.run_words(box, *builder.mounts), "sh", "-c", script], 900)

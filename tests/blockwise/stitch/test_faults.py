@@ -60,6 +60,7 @@ def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
     assert results(run_dir) == undisturbed
 
 
+@pytest.fixture(scope="module")
 def moments(run, tmp_path_factory) -> list[tuple[str, int]]:
     """Return every call of the progress of a stitch: a step, and how much of it is done."""
     folder, seen = tmp_path_factory.mktemp("moments"), []
@@ -76,9 +77,8 @@ def moments(run, tmp_path_factory) -> list[tuple[str, int]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed, tmp_path_factory):
-    known = moments(run, tmp_path_factory)
-    step, done = known[np.random.default_rng(seed).integers(len(known))]
+def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed, moments):
+    step, done = moments[np.random.default_rng(seed).integers(len(moments))]
     with local_client(workers=2) as cluster:
         pids = list(cluster.run(lambda: __import__("os").getpid()).values())
         killed = []
@@ -98,11 +98,8 @@ def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_killed_scheduler_is_one_error_and_resumes(
-    run, run_dir, undisturbed, seed, tmp_path_factory
-):
-    known = moments(run, tmp_path_factory)
-    step, done = known[np.random.default_rng(100 + seed).integers(len(known))]
+def test_killed_scheduler_is_one_error_and_resumes(run, run_dir, undisturbed, seed, moments):
+    step, done = moments[np.random.default_rng(100 + seed).integers(len(moments))]
     script = ROOT / "tests/helpers/dask_process.py"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     spec = run.spec(run_dir, superblock=(1, 1, 1), batch_blocks=2)

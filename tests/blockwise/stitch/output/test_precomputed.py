@@ -11,7 +11,7 @@ import zarr
 
 from agq.blockwise.stitch.output.precomputed import ExportError, export_precomputed, plan_export
 from agq.blockwise.stitch.output.pyramid import plan_levels, write_metadata
-from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.volumes.create import create_array, open_array
 from agq.blockwise.volumes.open import open_levels
 from agq.errors import InputError
@@ -20,12 +20,6 @@ from tests.helpers.fragments import GRID, folder_bytes, make_run, write_run
 from tests.helpers.runs import agq
 
 CHUNK = (8, 16, 8)
-
-
-@pytest.fixture(scope="module")
-def client():
-    with local_client(processes=False, workers=2) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
