@@ -315,7 +315,7 @@ def test_make_demo(tmp_path: Path) -> None:
     (tools.parent / ".installed").write_text("")
     install_agq(tools)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    smaller = makefile.replace("--shape 40,768,768", "--shape 18,130,130")
+    smaller = makefile.replace("--shape 40,768,768", "--shape 16,130,130")
     assert smaller != makefile
     # What the environment depends on is older than its mark.
     smaller = re.sub(r"^(\$\(VENV\)/\.installed:).*", r"\1", smaller, flags=re.MULTILINE)

@@ -69,7 +69,7 @@ def runs(builder: Builder, box: str, tmp_path_factory: pytest.TempPathFactory) -
     # The container's user is nobody here.
     runs.chmod(0o777)
     agq = [*builder.run_words(box, f"--volume={runs}:/runs"), "agq"]
-    call([*agq, "synthetic", "/runs/in.zarr", "--shape", "18,120,120", "--seed", "7"])
+    call([*agq, "synthetic", "/runs/in.zarr", "--shape", "16,120,120", "--seed", "7"])
     settings = ["run_dir=/runs/demo", "input.raw.path=/runs/in.zarr"]
     settings += ["evaluate.truth.path=/runs/in.zarr"]
     options = [word for setting in settings for word in ("--set", setting)]
