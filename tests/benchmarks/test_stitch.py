@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-SCRIPT = ROOT / "benchmarks" / "stitch.py"
+SCRIPT = ROOT / "benchmarks" / "stitch" / "tables.py"
 OPTIONS = ["--edges", "3000", "--leaf", "1", "1", "1", "--blocks", "1", "1", "2", "--workers", "1"]
 
 

@@ -1,6 +1,6 @@
 """Print how long the stitch takes and what memory it needs, as tables.
 
-``python benchmarks/stitch.py [--edges 1e7 1e8] [--blocks 8 8 8] [--memory] [--waterz]``
+``python benchmarks/stitch/tables.py [--edges 1e7 1e8] [--blocks 8 8 8] [--memory] [--waterz]``
 
 ``--edges``: agglomeration alone, of contact graphs made without voxels, on one core, superblock by
 superblock, files included. ``--blocks``: the whole stitch of a volume of so many blocks of
@@ -14,8 +14,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from stitch_graphs import graphs
-from stitch_volumes import memory, print_sidecar, volume
+from graphs import graphs
+from volumes import memory, print_sidecar, volume
 
 SIZES = ((4, 4, 4), (8, 8, 8), (8, 16, 16))
 """Blocks of the volumes whose memory is measured."""
@@ -54,7 +54,7 @@ def main() -> None:
     if arguments.memory:
         memory(SIZES, arguments.workers, arguments.folder)
     if arguments.waterz:
-        from stitch_waterz import CELLS, against_waterz
+        from waterz import CELLS, against_waterz
 
         for size in CELLS:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as made:

@@ -1,4 +1,4 @@
-"""The stitch against waterz.agglomerate over the whole of a volume (see benchmarks/stitch.py)."""
+"""The stitch against waterz.agglomerate over the whole of a volume (see tables.py)."""
 
 import multiprocessing
 import time
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stitch_memory import peak_mib
-from stitch_volumes import STEPS, CpuTime, make_array, warm_up
+from memory import peak_mib
+from volumes import STEPS, CpuTime, make_array, warm_up
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path

@@ -1,4 +1,4 @@
-"""Stitch of made-up volumes against a plain copy, and its memory (see benchmarks/stitch.py)."""
+"""Stitch of made-up volumes against a plain copy, and its memory (see tables.py)."""
 
 import multiprocessing
 import shutil
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from distributed import Client
+from memory import peak_mib
 from scipy.ndimage import zoom
-from stitch_memory import peak_mib
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import Sidecar, SidecarFile, build_sidecar, sidecar_path

@@ -1,4 +1,4 @@
-"""Agglomeration of made-up contact graphs, without voxels (see benchmarks/stitch.py)."""
+"""Agglomeration of made-up contact graphs, without voxels (see tables.py)."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stitch_memory import peak_mib
+from memory import peak_mib
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable
