@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # A CPU-only torch is a tenth of the download: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 DEMO := runs/demo
-# One process a core.
-PARALLEL := -n auto --maxprocesses 4
+# One process more than cores, up to four: many tests wait.
+PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4)))
 
 .PHONY: demo test test-slow test-cluster lint docs format bench install clean
 .DELETE_ON_ERROR:
@@ -38,9 +38,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed .venv-services/.installed
 	$(BIN)/pytest $(PARALLEL) --dist worksteal --durations 12
 
-# A third process works while others wait. Tests of the container image stay together.
+# Tests of the container image stay together.
 test-slow: $(VENV)/.installed .venv-services/.installed
-	$(BIN)/pytest -n 3 --dist loadgroup -m "slow and not cluster" --timeout 1200 --durations 12
+	$(BIN)/pytest $(PARALLEL) --dist loadgroup -m "slow and not cluster" --timeout 1200 --durations 12
 
 # A real SLURM with emulated GPU nodes on this machine: Debian or Ubuntu, as root (it installs
 # slurm and munge); elsewhere these tests say why they skip. They mostly wait for it, so three run at
