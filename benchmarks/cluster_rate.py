@@ -1,8 +1,8 @@
-"""Whether scheduler, gate and ledger keep up with many workers.
+"""Whether scheduler, authenticating proxy and ledger keep up with many workers.
 
 The same number of clients take blocks, do nothing but wait, as a worker waits for its GPU, and
 write a journal line for each, synced to disk: once straight from a bare daisy server, once through
-the gate and with the ledger fed from their journal. Rounds take turns; the bar is 90 % of bare
+the proxy and with the ledger fed from their journal. Rounds take turns; the bar is 90 % of bare
 daisy's block rate.
 
 Clients are threads in a few processes and the same on both sides, because it is the coordinator's
@@ -15,7 +15,6 @@ without either there is no ledger.
 import argparse
 import contextlib
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -35,8 +34,7 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
 from agq.blockwise.ledger.database import LedgerSettings, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
-from agq.blockwise.predict.auth_proxy import GateError
-from agq.blockwise.predict.block_threads import _connect
+from agq.blockwise.predict.daisy import Blocks
 from agq.blockwise.predict.local_processes import Dispatcher
 from agq.blockwise.predict.paths import session_path
 from agq.blockwise.predict.spec import PredictSpec, Session
@@ -47,26 +45,21 @@ PROCESSES = 4
 
 def clients(folder: Path, count: int, seconds: float, first: int) -> None:
     """Be `count` workers until the dispatcher has gone."""
-    # A refused connection is how every run ends.
-    logging.getLogger("daisy").setLevel(logging.CRITICAL)
     while (session := Session.load(folder)) is None:
         time.sleep(0.01)
     writer = JournalWriter(folder / "journal" / "predict", WorkerInfo(f"w{first}", "node", 1))
+    grid = PredictSpec.load(folder).block_grid()
     numbers = iter(range(first, 10**9, PROCESSES))
 
     def work() -> None:
-        client: Any = None
+        blocks = Blocks(session, grid)
         idle = 0.2
         while True:
+            took = False
             try:
-                if client is None:
-                    client = _connect(session)
-                    if not client.connected:
-                        return
-                with client.acquire_block() as block:
-                    if block is None:
-                        client = None
-                    else:
+                with blocks.take() as block:
+                    if block is not None:
+                        took = True
                         idle = 0.2
                         begun = time.time()
                         number = next(numbers)
@@ -74,9 +67,9 @@ def clients(folder: Path, count: int, seconds: float, first: int) -> None:
                         time.sleep(seconds)
                         record = BlockRecord(number, "done", started=begun, finished=time.time())
                         writer.finish(record)
-            except (GateError, OSError, RuntimeError):
+            except (OSError, RuntimeError):
                 return
-            if client is None:  # as a lane does
+            if not took:  # as a block thread does
                 time.sleep(idle)
                 idle = min(1.5 * idle, 2.0)
 
@@ -121,7 +114,7 @@ def one_round(
         while dispatcher.poll() is None and not session_path(name).exists():
             time.sleep(0.001)
         parts = {
-            "daisy and gate" if ours else "daisy": [psutil.Process(dispatcher._process.pid)],
+            "daisy and proxy" if ours else "daisy": [psutil.Process(dispatcher._process.pid)],
             "clients": [psutil.Process(process.pid) for process in processes],
             "ledger feeder": [psutil.Process()],
         }

@@ -1,13 +1,13 @@
-"""The door in front of daisy's server, for workers on other machines.
+"""A proxy in front of daisy's server that asks workers of other machines for the run's token.
 
 daisy's protocol has no authentication, and one malformed message ends its server. So daisy listens
-on the loopback interface only. The gate listens on one address of the cluster's network, lets in
-who knows the token of the run (in ``session.json``, which only its owner can read), and passes
-bytes on. Both sides prove that they know the token without sending it::
+on the loopback interface only. The proxy listens on one address of the cluster's network, accepts
+those that know the token of the run (in ``session.json``, which only its owner can read), and
+passes bytes on. Both sides prove that they know the token without sending it::
 
-    gate   -> worker   "AGQ1", 32 random bytes
-    worker -> gate     32 random bytes, HMAC(token, "worker", both)
-    gate   -> worker   HMAC(token, "gate", both)
+    proxy  -> worker   "AGQ1", 32 random bytes
+    worker -> proxy    32 random bytes, HMAC(token, "worker", both)
+    proxy  -> worker   HMAC(token, "gate", both)
 
 A worker connects daisy's client to a loopback port that takes one connection and only from its own
 user. What follows the handshake is neither encrypted nor signed: docs/cluster.md says what remains.
@@ -25,20 +25,21 @@ import threading
 from pathlib import Path
 
 _MAGIC = b"AGQ1"
+_PROXY, _WORKER = b"gate", b"worker"
 _NONCE = 32
 _HANDSHAKE_S = 10.0
 _CONNECT_S = 10.0
-_MAX_STRANGERS = 256
+_MAX_UNAUTHENTICATED = 256
 _PIECE = 1 << 16
 
 _logger = logging.getLogger(__name__)
 
 
-class GateError(OSError):
-    """The gate is not there, or the other side does not know the token."""
+class AuthError(OSError):
+    """No proxy listens there, or one side does not know the token."""
 
 
-class Gate:
+class AuthProxy:
     """Lets authenticated connections through to a port of this machine.
 
     Parameters
@@ -58,13 +59,13 @@ class Gate:
 
     def __init__(self, host: str, target: int, token: str) -> None:
         if host in ("", "0.0.0.0", "::", "*"):  # noqa: S104
-            raise ValueError("the gate listens on one address, never on all")
+            raise ValueError("the proxy listens on one address, never on all")
         self._target = target
         self._token = token.encode()
-        self._strangers = 0
+        self._unauthenticated = 0
         self._socket = socket.create_server((host, 0), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
-        threading.Thread(target=self._main, name="gate", daemon=True).start()
+        threading.Thread(target=self._main, name="auth-proxy", daemon=True).start()
 
     def _main(self) -> None:
         asyncio.run(self._serve())
@@ -77,15 +78,15 @@ class Gate:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
         try:
-            if self._strangers >= _MAX_STRANGERS:
+            if self._unauthenticated >= _MAX_UNAUTHENTICATED:
                 return
-            self._strangers += 1
+            self._unauthenticated += 1
             try:
                 async with asyncio.timeout(_HANDSHAKE_S):
-                    known = await self._handshake(reader, writer)
+                    proven = await self._handshake(reader, writer)
             finally:
-                self._strangers -= 1
-            if not known:
+                self._unauthenticated -= 1
+            if not proven:
                 _logger.warning("refused a connection from %s: wrong token", peer)
                 return
             inner = await asyncio.open_connection("127.0.0.1", self._target)
@@ -93,7 +94,7 @@ class Gate:
                 await asyncio.gather(_copy(reader, inner[1]), _copy(inner[0], writer))
             finally:
                 inner[1].close()
-        # Whatever a stranger sends, or a worker that dies leaves, must not end the gate.
+        # Nothing that the other side sends, and no worker that dies, may end the proxy.
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             _logger.debug("connection from %s ended: %s", peer, error)
         finally:
@@ -104,9 +105,9 @@ class Gate:
         writer.write(_MAGIC + ours)
         answer = await reader.readexactly(_NONCE + hashlib.sha256().digest_size)
         theirs, proof = answer[:_NONCE], answer[_NONCE:]
-        if not hmac.compare_digest(proof, _proof(self._token, b"worker", ours, theirs)):
+        if not hmac.compare_digest(proof, _proof(self._token, _WORKER, ours, theirs)):
             return False
-        writer.write(_proof(self._token, b"gate", ours, theirs))
+        writer.write(_proof(self._token, _PROXY, ours, theirs))
         await writer.drain()
         return True
 
@@ -121,18 +122,18 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.close()
 
 
-def enter(host: str, port: int, token: str) -> int:
-    """Connect to a gate; return the loopback port at which daisy's client finds the server.
+def connect(host: str, port: int, token: str) -> int:
+    """Connect to a proxy; return the loopback port at which daisy's client finds the server.
 
     Raises
     ------
-    GateError
-        If nothing listens there any more, or whoever does has another token.
+    AuthError
+        If nothing listens there any more, or what listens has another token.
     """
     try:
         outer = socket.create_connection((host, port), timeout=_CONNECT_S)
     except OSError as error:
-        raise GateError(f"gate {host}:{port}: {error}") from error
+        raise AuthError(f"proxy {host}:{port}: {error}") from error
     try:
         _prove(outer, token.encode())
         outer.settimeout(None)
@@ -140,20 +141,20 @@ def enter(host: str, port: int, token: str) -> int:
         listener = socket.create_server(("127.0.0.1", 0), backlog=1)
     except OSError as error:
         outer.close()
-        raise GateError(f"gate {host}:{port}: {error or 'no answer'}") from error
-    threading.Thread(target=_pass_one, args=(listener, outer), name="to-gate", daemon=True).start()
+        raise AuthError(f"proxy {host}:{port}: {error or 'no answer'}") from error
+    threading.Thread(target=_pass_one, args=(listener, outer), name="to-proxy", daemon=True).start()
     return int(listener.getsockname()[1])
 
 
 def _prove(outer: socket.socket, token: bytes) -> None:
     hello = _receive(outer, len(_MAGIC) + _NONCE)
     if not hello.startswith(_MAGIC):
-        raise GateError("something else listens there")
+        raise AuthError("something else listens there")
     theirs, ours = hello[len(_MAGIC) :], secrets.token_bytes(_NONCE)
-    outer.sendall(ours + _proof(token, b"worker", theirs, ours))
+    outer.sendall(ours + _proof(token, _WORKER, theirs, ours))
     proof = _receive(outer, hashlib.sha256().digest_size)
-    if not hmac.compare_digest(proof, _proof(token, b"gate", theirs, ours)):
-        raise GateError("it does not know the token of this run")
+    if not hmac.compare_digest(proof, _proof(token, _PROXY, theirs, ours)):
+        raise AuthError("it does not know the token of this run")
 
 
 def _receive(sock: socket.socket, size: int) -> bytes:
@@ -161,23 +162,23 @@ def _receive(sock: socket.socket, size: int) -> bytes:
     while len(data) < size:
         piece = sock.recv(size - len(data))
         if not piece:
-            raise GateError("it ended the connection (another token, or too many connections)")
+            raise AuthError("it ended the connection (another token, or too many connections)")
         data += piece
     return data
 
 
-def _proof(token: bytes, role: bytes, gate_nonce: bytes, worker_nonce: bytes) -> bytes:
-    return hmac.digest(token, role + gate_nonce + worker_nonce, "sha256")
+def _proof(token: bytes, role: bytes, proxy_nonce: bytes, worker_nonce: bytes) -> bytes:
+    return hmac.digest(token, role + proxy_nonce + worker_nonce, "sha256")
 
 
 def _pass_one(listener: socket.socket, outer: socket.socket) -> None:
-    """Take one connection of this user and join it with the gate's."""
+    """Take one connection of this user and join it with the one to the proxy."""
     with outer:
         with listener:
             listener.settimeout(_CONNECT_S)
             try:
                 inner, peer = listener.accept()
-                while not _is_ours(peer[1], listener.getsockname()[1]):
+                while not _is_same_user(peer[1], listener.getsockname()[1]):
                     inner.close()
                     inner, peer = listener.accept()
             except OSError:
@@ -201,7 +202,7 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
             sock.shutdown(socket.SHUT_RDWR)
 
 
-def _is_ours(port: int, to: int) -> bool:
+def _is_same_user(port: int, to: int) -> bool:
     """Tell whether a loopback connection is of this process's user; only Linux can say."""
     table = Path("/proc/net/tcp")
     if not table.exists():

@@ -1,15 +1,12 @@
 """How one worker process holds several blocks at once: reading, computing and writing overlap.
 
-A *lane* is a thread with a daisy client of its own that takes one block at a time through all its
-steps; the calling thread computes what the lanes have read, in batches of whatever is ready, and
-never waits for a batch to fill. At most `prefetch` blocks wait for it.
+Every *block thread* takes one block at a time through all its steps; the calling thread computes
+what they have read, in batches of whatever is ready, and never waits for a batch to fill. At most
+`prefetch` blocks wait for it.
 
-(One client could acquire several blocks before it releases the first, but only by entering its
-context managers out of order; a client per lane keeps daisy's block timeout, its accounting and
-its error paths as they are meant.)
-
-The order of a block's end is what makes a run resumable: fragments, affinities and sidecar are
-written, each atomically and synced; then the journal line; only then daisy is told.
+The order of a block's end is what makes a run resumable: `blocks.writer` writes fragments,
+affinities and sidecar, each atomically and synced; then the journal line is written; only then the
+block is given back to the dispatcher.
 """
 
 import contextlib
@@ -17,39 +14,145 @@ import logging
 import math
 import queue
 import random
-import secrets
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import daisy.v2 as daisy
+import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.label_pairs import MaskAgreement
+from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
-from agq.blockwise.predict.auth_proxy import enter
-from agq.blockwise.predict.block_io import BlockError, BlockFiles
-from agq.blockwise.predict.paths import TASK, journal_folder, retry_path
+from agq.blockwise.predict.daisy import Blocks, TakenBlock
+from agq.blockwise.predict.paths import journal_folder, retry_path
 from agq.blockwise.predict.predictor import Prediction, Predictor
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
+from agq.blockwise.volumes.open import Volume, open_volume
+from agq.errors import InputError
 
 _IDLE_S = 0.2
 _MAX_IDLE_S = 2.0
 _DRAIN_S = 60.0
 _PAUSE_S = 2.0
 _MAX_PAUSE_S = 30.0
-_FIRST_CLIENT_ID = 10**6
 
 _logger = logging.getLogger(__name__)
 
 
+class BlockError(Exception):
+    """A block whose data cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class BlockFiles:
+    """The input and the outputs of a run, open; shared by the threads of a worker."""
+
+    raw: Volume
+    writer: BlockWriter
+
+    @classmethod
+    def open(cls, spec: PredictSpec, run_dir: Path) -> "BlockFiles":
+        """Open the raw volume and the output arrays, which must exist.
+
+        Raises
+        ------
+        InputError
+            If one is missing, or does not fit the grid.
+        """
+        grid = spec.block_grid()
+        raw = open_volume(**spec.raw)
+        if raw.shape != grid.volume_shape:
+            raise InputError(
+                f"{raw.name} has {raw.shape} voxels, but the run was made for {grid.volume_shape}; "
+                "use another run folder or start over with --overwrite"
+            )
+        return cls(raw, BlockWriter.open(run_dir, grid, affinities=spec.affinities))
+
+    @property
+    def grid(self) -> BlockGrid:
+        """The blocks of the whole volume."""
+        return self.writer.grid
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return self.writer.folder
+
+    def read(self, number: int) -> npt.NDArray[Any]:
+        """Read the raw voxels of a block, (z, y, x), always of the grid's `read_shape`.
+
+        Where the volume is smaller than the window, it is continued by reflection behind its end.
+
+        Raises
+        ------
+        BlockError
+            If values are NaN or infinite. Errors of the storage pass through.
+        """
+        raw = self.raw.read(*self.grid.read_box(number))
+        if raw.dtype.kind == "f" and not (finite := np.isfinite(raw)).all():
+            bad = int(raw.size - np.count_nonzero(finite))
+            raise BlockError(f"raw has {bad} NaN or infinite of {raw.size} voxels")
+        missing = [(0, want - n) for want, n in zip(self.grid.read_shape, raw.shape, strict=True)]
+        return np.pad(raw, missing, mode="reflect") if any(m for _, m in missing) else raw
+
+    def write(self, number: int, prediction: Prediction) -> dict[str, str]:
+        """Write the outputs of a block durably; return a checksum of each.
+
+        Parameters
+        ----------
+        number
+            Block number.
+        prediction
+            Over the `read_shape` of the grid.
+
+        Raises
+        ------
+        BlockError
+            If the prediction has a wrong shape or type.
+        """
+        labels, affinities = self._checked(number, prediction)
+        memberships = getattr(prediction, "memberships", None)
+        try:
+            agreement = None
+            if memberships is not None:
+                weight = float(getattr(prediction, "mask_weight", 0))
+                agreement = MaskAgreement(np.asarray(memberships), weight)
+            return self.writer.write(number, labels, affinities, agreement=agreement)
+        except InputError as error:
+            raise BlockError(f"the predictor's answer cannot be used: {error}") from None
+
+    def _checked(
+        self, number: int, prediction: Prediction
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
+        """Return labels and affinities over the read box, without padding."""
+        labels, affinities = np.asarray(prediction.labels), np.asarray(prediction.affinities)
+        shape = self.grid.read_shape
+        if labels.shape != shape or affinities.shape != (3, *shape):
+            raise BlockError(
+                f"the predictor returned labels {labels.shape} and affinities {affinities.shape} "
+                f"for a block of {shape}"
+            )
+        if labels.dtype not in (np.uint16, np.uint32) or affinities.dtype != np.uint8:
+            raise BlockError(
+                f"the predictor returned labels of {labels.dtype} and affinities of "
+                f"{affinities.dtype}; uint16 or uint32, and uint8, are expected"
+            )
+        start, stop = self.grid.read_box(number)
+        z, y, x = (slice(0, hi - lo) for lo, hi in zip(start, stop, strict=True))
+        return labels[z, y, x], affinities[:, z, y, x]
+
+
 @dataclass
 class _Slot:
-    """One place in the queue for the main thread; given back once, by whoever comes first."""
+    """One place in the queue for the main thread; only the first release gives it back."""
 
     places: threading.Semaphore
     _held: bool = True
@@ -72,7 +175,7 @@ class _Ready:
 
 
 class BlockLoop:
-    """The lanes and the compute loop of one worker process.
+    """The block threads and the compute loop of one worker process.
 
     Parameters
     ----------
@@ -131,19 +234,22 @@ class BlockLoop:
         batch_size = 1 if session.alone else int(self.predictor.batch_size)
         # With fewer blocks waiting than a batch takes, no batch would ever be full.
         prefetch = 1 if session.alone else max(self.spec.prefetch, batch_size)
-        # One lane more than the blocks waiting and computing: it writes meanwhile.
-        n_lanes = 1 if session.alone else prefetch + batch_size + 1
+        # One thread more than blocks waiting and computing: it writes meanwhile.
+        n_threads = 1 if session.alone else prefetch + batch_size + 1
         places = threading.Semaphore(prefetch)
         over = threading.Event()
-        lanes = [
+        threads = [
             threading.Thread(
-                target=self._lane, args=(session, places, over), name=f"lane-{i}", daemon=True
+                target=self._take_blocks,
+                args=(session, places, over),
+                name=f"block-{i}",
+                daemon=True,
             )
-            for i in range(n_lanes)
+            for i in range(n_threads)
         ]
-        for lane in lanes:
-            lane.start()
-        while any(lane.is_alive() for lane in lanes) or not self._ready.empty():
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) or not self._ready.empty():
             if time.monotonic() > self._leave_by:
                 return
             untested = self._failed_in_a_row - self._tested_at
@@ -186,18 +292,18 @@ class BlockLoop:
     def _test_myself(self) -> None:
         """Compute a block that was computed before; leave if that fails now."""
         self._tested_at = self._failed_in_a_row
-        known = self._last_done
-        if known is None:
+        block = self._last_done
+        if block is None:
             done = Journal(journal_folder(self.files.run_dir)).done(self.files.grid.n_blocks)
             if not done.any():
                 return
-            known = int(done.argmax())
-        _logger.warning("%d failures in a row: trying block %d", self.spec.drain_after, known)
+            block = int(done.argmax())
+        _logger.warning("%d failures in a row: trying block %d", self.spec.drain_after, block)
         try:
-            self.predictor.predict([self.files.read(known)])
+            self.predictor.predict([self.files.read(block)])
             require_writable(self.files.run_dir)
         except Exception:
-            _logger.exception("block %d was computed before and fails now: leaving", known)
+            _logger.exception("block %d was computed before and fails now: leaving", block)
             self.drained = True
             self.leave(_DRAIN_S)
             return
@@ -215,37 +321,34 @@ class BlockLoop:
         while self._failed_in_a_row and not self.leaving and time.monotonic() < until:
             time.sleep(_IDLE_S)
 
-    def _lane(self, session: Session, places: threading.Semaphore, over: threading.Event) -> None:
-        client: Any = None
+    def _take_blocks(
+        self, session: Session, places: threading.Semaphore, over: threading.Event
+    ) -> None:
+        """Take blocks until the dispatcher is gone: the life of a block thread."""
+        blocks = Blocks(session, self.files.grid)
         idle_s = _IDLE_S
         while not (over.is_set() or self.leaving):
             self._pause()
             if not places.acquire(timeout=_IDLE_S):
                 continue
             slot = _Slot(places)
+            took = False
             try:
-                if client is None:
-                    client = _connect(session)
-                    if not client.connected:
-                        over.set()
-                        return
-                with client.acquire_block() as block:
-                    if block is None:
-                        # Nothing is ready *now*; this client stays dead, so the next gets a new
-                        # one. A block that another worker holds may still come back.
-                        client = None
-                    else:
-                        idle_s = _IDLE_S
+                with blocks.take() as block:
+                    if block is not None:
+                        took = True
                         if not self._process(block, slot):
-                            block.status = daisy.BlockStatus.FAILED
+                            block.fail()
             except Exception as error:
                 # Blocks' own errors end in _process: the dispatcher has ended or was killed.
                 _logger.info("the dispatcher has gone: %s", error)
                 over.set()
             finally:
                 slot.release()
-            if client is None:
-                # Ever more slowly: at the end of a run, a thousand lanes wait for the last blocks.
+            if took:
+                idle_s = _IDLE_S
+            else:
+                # Ever more slowly: at the end of a run, a thousand threads wait for few blocks.
                 self._idle(idle_s * random.uniform(0.75, 1.25), over)  # noqa: S311
                 idle_s = min(1.5 * idle_s, _MAX_IDLE_S)
 
@@ -255,11 +358,11 @@ class BlockLoop:
             if over.wait(min(left, _IDLE_S)):
                 return
 
-    def _process(self, block: Any, slot: _Slot) -> bool:
+    def _process(self, block: TakenBlock, slot: _Slot) -> bool:
         """Take one block through all its steps; False if it failed."""
         number, attempt, started = -1, 1, time.time()
         try:
-            number = self.files.grid.number_at(block.write_roi)
+            number = block.number
             attempt = 1 + self._failures(number)
             self.journal.begin(number, attempt)
             record = self._predict(number, attempt, started, slot)
@@ -343,30 +446,6 @@ class BlockLoop:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             file.write(b".")
-
-
-def _connect(session: Session) -> Any:
-    """Return a daisy client.
-
-    Raises
-    ------
-    GateError
-        If the gate has gone with its dispatcher, or refuses the token.
-    """
-    host, port = session.host, session.port
-    if session.token:
-        host, port = "127.0.0.1", enter(host, port, session.token)
-    return daisy.Client(
-        daisy.Context(
-            hostname=host,
-            port=port,
-            task_id=TASK,
-            # Outside the ids that the server gives to workers it starts itself.
-            worker_id=_FIRST_CLIENT_ID + secrets.randbelow(2**31),
-            logdir="",
-            resource_tracking=0,
-        )
-    )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -35,6 +35,7 @@ from agq.blockwise.predict.local_processes import (
     DRAINED,
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
+    EXIT_TIMED_OUT,
     Dispatcher,
     LocalWorkers,
     WorkerEnd,
@@ -55,8 +56,6 @@ _DISPATCHER_RESTARTS = 3
 _START_CRASHES = 3
 _IDLE_SESSIONS = 10
 _COMPACT_BLOCKS = 20_000
-
-_TIMED_OUT = 87  # daisy's client ends a process that holds a block for too long with this status
 
 
 def run_predict(
@@ -304,7 +303,7 @@ class _Run:
         self._deaths += 1
         self._deaths_in_a_row += 1
         how = describe_exit(end.code)
-        if end.code == _TIMED_OUT:
+        if end.code == EXIT_TIMED_OUT:
             how = f"a block took longer than {self.spec.timeout_s:g} s"
         if end.token is not None:
             state = self._journal.workers.get(end.token)

@@ -32,8 +32,11 @@ EXIT_STOP_RUN = 71
 EXIT_DRAINED = 72
 """Exit status of a worker that can no longer compute what was computed before."""
 
+EXIT_TIMED_OUT = 87
+"""Exit status with which daisy's client ends a process that holds a block for too long."""
+
 DRAINED = "drained"
-"""Reason in the journal's exit line of such a worker."""
+"""Reason in the journal's exit line of a worker that ends with `EXIT_DRAINED`."""
 
 _STOP_S = 3.0
 _PR_SET_PDEATHSIG = 1

@@ -21,8 +21,7 @@ from typing import Any
 
 from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.writer import JournalWriter
-from agq.blockwise.predict.block_io import BlockFiles
-from agq.blockwise.predict.block_threads import BlockLoop
+from agq.blockwise.predict.block_threads import BlockFiles, BlockLoop
 from agq.blockwise.predict.local_processes import (
     DRAINED,
     EXIT_DRAINED,
@@ -228,8 +227,6 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(message)s"
     )
-    # A refused connection is how every run ends, not a warning.
-    logging.getLogger("daisy").setLevel(logging.ERROR)
     return work(
         options.run_dir,
         index=options.index,
@@ -248,5 +245,5 @@ if __name__ == "__main__":
         status = end.code if isinstance(end.code, int) else 1
     logging.shutdown()
     sys.stderr.flush()
-    # Lanes may be inside a call that cannot be interrupted; all they could lose is redone.
+    # A block thread may be inside a call that cannot be interrupted; its block is done again.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""The gate in front of daisy: who knows the token gets through, nobody else does."""
+"""The proxy in front of daisy: those that know the token get through, nothing else does."""
 
 import contextlib
 import socket
@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from agq.blockwise.predict.auth_proxy import Gate, GateError, enter
+from agq.blockwise.predict.auth_proxy import AuthError, AuthProxy, connect
 
 TOKEN = "ab" * 32
 
@@ -34,10 +34,10 @@ def echo() -> int:
 
 
 def test_bytes_pass_both_ways_and_the_end_too(echo):
-    gate = Gate("127.0.0.1", echo, TOKEN)
+    proxy = AuthProxy("127.0.0.1", echo, TOKEN)
     sent = bytes(range(256)) * 5000
     with socket.create_connection(
-        ("127.0.0.1", enter("127.0.0.1", gate.port, TOKEN)), timeout=10
+        ("127.0.0.1", connect("127.0.0.1", proxy.port, TOKEN)), timeout=10
     ) as connection:
         connection.settimeout(10)
         threading.Thread(target=connection.sendall, args=(sent,), daemon=True).start()
@@ -49,21 +49,21 @@ def test_bytes_pass_both_ways_and_the_end_too(echo):
         assert connection.recv(1) == b""
 
 
-def test_who_does_not_know_the_token_is_refused(echo):
-    gate = Gate("127.0.0.1", echo, TOKEN)
-    with pytest.raises(GateError, match="another token"):
-        enter("127.0.0.1", gate.port, "cd" * 32)
+def test_a_wrong_token_is_refused(echo):
+    proxy = AuthProxy("127.0.0.1", echo, TOKEN)
+    with pytest.raises(AuthError, match="another token"):
+        connect("127.0.0.1", proxy.port, "cd" * 32)
     for message in (b"", b"x" * 64, b"GET / HTTP/1.1\r\n\r\n" + bytes(100)):
-        with socket.create_connection(("127.0.0.1", gate.port), timeout=10) as stranger:
-            stranger.settimeout(10)
-            assert stranger.recv(4, socket.MSG_WAITALL) == b"AGQ1"
-            stranger.recv(32, socket.MSG_WAITALL)
-            stranger.sendall(message)
-            stranger.shutdown(socket.SHUT_WR)
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as other:
+            other.settimeout(10)
+            assert other.recv(4, socket.MSG_WAITALL) == b"AGQ1"
+            other.recv(32, socket.MSG_WAITALL)
+            other.sendall(message)
+            other.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionResetError):
-                assert stranger.recv(1) == b""
-    # It is still there for those who do.
-    assert enter("127.0.0.1", gate.port, TOKEN) > 0
+                assert other.recv(1) == b""
+    # It still serves those that know the token.
+    assert connect("127.0.0.1", proxy.port, TOKEN) > 0
 
 
 def test_a_worker_finds_out_an_impostor(echo):
@@ -78,8 +78,8 @@ def test_a_worker_finds_out_an_impostor(echo):
 
     thread = threading.Thread(target=pretend)
     thread.start()
-    with pytest.raises(GateError, match="does not know the token"):
-        enter("127.0.0.1", server.getsockname()[1], TOKEN)
+    with pytest.raises(AuthError, match="does not know the token"):
+        connect("127.0.0.1", server.getsockname()[1], TOKEN)
     thread.join()
     server.close()
 
@@ -87,11 +87,11 @@ def test_a_worker_finds_out_an_impostor(echo):
 def test_nothing_listens_there():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(GateError, match="refused"):
-        enter("127.0.0.1", port, TOKEN)
+    with pytest.raises(AuthError, match="refused"):
+        connect("127.0.0.1", port, TOKEN)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
 def test_it_never_listens_on_every_interface(host):
     with pytest.raises(ValueError, match="never on all"):
-        Gate(host, 1, TOKEN)
+        AuthProxy(host, 1, TOKEN)

@@ -6,7 +6,7 @@ import pytest
 import zarr
 
 from agq.blockwise.blocks.sidecar import read_sidecar
-from agq.blockwise.predict.block_io import BlockError, BlockFiles
+from agq.blockwise.predict.block_threads import BlockError, BlockFiles
 from agq.blockwise.storage.files import checksum
 from agq.errors import InputError
 from tests.helpers import fakes
