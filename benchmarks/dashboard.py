@@ -24,10 +24,11 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.compact import SNAPSHOT
 from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import BlockRecord, encode
+from agq.blockwise.volumes.triples import Triple
 from agq.pipeline.folder import RunFolder
 
 
-def make_run(folder: Path, side: tuple[int, int, int]) -> RunFolder:
+def make_run(folder: Path, side: Triple) -> RunFolder:
     shape = tuple(n * w for n, w in zip(side, (16, 256, 256), strict=True))
     grid = BlockGrid(shape, (30, 6, 6))
     run = RunFolder(folder)

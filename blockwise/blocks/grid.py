@@ -10,7 +10,7 @@ the volume itself is smaller than the window is the read box smaller.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from funlib.geometry import Coordinate, Roi
 
+from agq.blockwise.volumes.triples import Box, Triple, checked_triple, triple
 from agq.errors import InputError
 
 LOCAL_BITS = 21
@@ -25,12 +26,6 @@ LOCAL_BITS = 21
 
 MAX_BLOCKS = 2 ** (64 - LOCAL_BITS)
 """Number of blocks whose fragment ids still fit in uint64."""
-
-Voxels = tuple[int, int, int]
-"""A position or a size in voxels, (z, y, x)."""
-
-Box = tuple[Voxels, Voxels]
-"""A voxel box: first voxel and one past the last voxel, each (z, y, x)."""
 
 _LOCAL_MASK = np.uint64(2**LOCAL_BITS - 1)
 _SHIFT = np.uint64(LOCAL_BITS)
@@ -68,23 +63,18 @@ class BlockGrid:
         If a size is not positive, a context is negative, or fragment ids would not fit in uint64.
     """
 
-    volume_shape: Voxels
+    volume_shape: Triple
     voxel_size: Coordinate
-    write_shape: Voxels = (16, 256, 256)
-    before: Voxels = (0, 0, 0)
-    after: Voxels = (1, 1, 1)
+    write_shape: Triple = (16, 256, 256)
+    before: Triple = (0, 0, 0)
+    after: Triple = (1, 1, 1)
     offset: Coordinate = field(default_factory=lambda: Coordinate((0, 0, 0)))
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("volume_shape", 1),
-            ("write_shape", 1),
-            ("before", 0),
-            ("after", 0),
-        ):
-            object.__setattr__(self, name, _three(name, getattr(self, name), least))
+        for name, least in (("volume_shape", 1), ("write_shape", 1), ("before", 0), ("after", 0)):
+            object.__setattr__(self, name, checked_triple(name, getattr(self, name), least))
         for name, smallest in (("voxel_size", 1), ("offset", None)):
-            values = _three(name, getattr(self, name), smallest)
+            values = checked_triple(name, getattr(self, name), smallest)
             object.__setattr__(self, name, Coordinate(values))
         if self.n_blocks > MAX_BLOCKS:
             raise InputError(
@@ -93,18 +83,15 @@ class BlockGrid:
             )
 
     @property
-    def read_shape(self) -> Voxels:
+    def read_shape(self) -> Triple:
         """Voxels of every read window, (z, y, x)."""
-        z, y, x = (
-            b + w + a for b, w, a in zip(self.before, self.write_shape, self.after, strict=True)
-        )
-        return z, y, x
+        parts = zip(self.before, self.write_shape, self.after, strict=True)
+        return triple(sum(part) for part in parts)
 
     @property
-    def shape(self) -> Voxels:
+    def shape(self) -> Triple:
         """Number of blocks on each axis, (z, y, x)."""
-        z, y, x = (-(-v // w) for v, w in zip(self.volume_shape, self.write_shape, strict=True))
-        return z, y, x
+        return triple(-(-v // w) for v, w in zip(self.volume_shape, self.write_shape, strict=True))
 
     @property
     def n_blocks(self) -> int:
@@ -125,7 +112,7 @@ class BlockGrid:
             raise IndexError(f"no block at {(z, y, x)} in a grid of {self.shape} blocks")
         return (z * ny + y) * nx + x
 
-    def index(self, number: int) -> Voxels:
+    def index(self, number: int) -> Triple:
         """Return the place (z, y, x) of block `number`; the inverse of `number`.
 
         Raises
@@ -148,7 +135,7 @@ class BlockGrid:
             min(s + w, v)
             for s, w, v in zip(start, self.write_shape, self.volume_shape, strict=True)
         )
-        return start, _voxels(stop)
+        return start, triple(stop)
 
     def read_box(self, number: int) -> Box:
         """Return the voxels that block `number` reads: its window, shifted to stay inside.
@@ -156,7 +143,7 @@ class BlockGrid:
         It has `read_shape` voxels except on axes where the volume has fewer; there it is the
         whole axis. It always contains the write box.
         """
-        start = _voxels(
+        start = triple(
             max(0, min(s - b, v - r))
             for s, b, v, r in zip(
                 self._origin(number), self.before, self.volume_shape, self.read_shape, strict=True
@@ -165,7 +152,7 @@ class BlockGrid:
         stop = (
             min(s + r, v) for s, r, v in zip(start, self.read_shape, self.volume_shape, strict=True)
         )
-        return start, _voxels(stop)
+        return start, triple(stop)
 
     def write_in_read(self, number: int) -> tuple[slice, slice, slice]:
         """Return where the write box of block `number` lies in an array of its read box."""
@@ -230,7 +217,7 @@ class BlockGrid:
                 f"offset {tuple(self.offset)}"
             )
         start = begin // self.voxel_size
-        return _voxels(start), _voxels(start + size // self.voxel_size)
+        return triple(start), triple(start + size // self.voxel_size)
 
     def neighbor(self, number: int, axis: int) -> int | None:
         """Return the number of the next block on `axis` (0 z, 1 y, 2 x), None at the end."""
@@ -323,24 +310,5 @@ class BlockGrid:
         except TypeError as error:
             raise InputError(f"block grid: {error}") from None
 
-    def _origin(self, number: int) -> Voxels:
-        return _voxels(i * w for i, w in zip(self.index(number), self.write_shape, strict=True))
-
-
-def _voxels(values: Iterable[int]) -> Voxels:
-    z, y, x = (int(v) for v in values)
-    return z, y, x
-
-
-def _three(name: str, values: Iterable[Any], least: int | None) -> Voxels:
-    """Return three whole numbers, none below `least`; InputError names the field otherwise."""
-    try:
-        given = list(values)
-        whole = [int(v) for v in given]
-    except (TypeError, ValueError):
-        raise InputError(f"{name}: expected three whole numbers (z, y, x), got {values}") from None
-    if len(whole) != 3 or any(w != g for w, g in zip(whole, given, strict=True)):
-        raise InputError(f"{name}: expected three whole numbers (z, y, x), got {given}")
-    if least is not None and min(whole) < least:
-        raise InputError(f"{name}: every value must be at least {least}, got {whole}")
-    return whole[0], whole[1], whole[2]
+    def _origin(self, number: int) -> Triple:
+        return triple(i * w for i, w in zip(self.index(number), self.write_shape, strict=True))

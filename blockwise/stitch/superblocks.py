@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.blocks.grid import Voxels
 from agq.blockwise.stitch.merge.graph import EdgeTable, Graph, LowerFace, UpperFace, concatenate
+from agq.blockwise.volumes.triples import Triple
 
 _NO_IDS = np.zeros(0, np.uint64)
 
@@ -24,7 +24,7 @@ class Superblock:
     """Place of a superblock: level, and index (z, y, x) on that level."""
 
     level: int
-    index: Voxels
+    index: Triple
 
     @property
     def name(self) -> str:
@@ -55,8 +55,8 @@ class SuperblockTree:
         Blocks of a leaf, (z, y, x).
     """
 
-    grid_shape: Voxels
-    leaf_shape: Voxels
+    grid_shape: Triple
+    leaf_shape: Triple
 
     @property
     def depth(self) -> int:

@@ -13,9 +13,8 @@ from agq.blockwise.volumes.location import locate
 from agq.blockwise.volumes.metadata import join, read_node
 from agq.blockwise.volumes.open import Volume, open_node
 from agq.blockwise.volumes.placement import from_attributes, to_world
+from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
-
-Channels = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Affinities:
     """
 
     name: str
-    channels: Channels
+    channels: Triple
     _array: Any
     _is_n5: bool
 
@@ -78,8 +77,7 @@ class Affinities:
                     f"{where}: voxel size {tuple(size)} and offset {tuple(offset)} are not those of"
                     f" the fragments, {tuple(like.voxel_size)} and {tuple(like.offset)}"
                 )
-        z, y, x = (int(c) for c in channels)
-        return cls(path, (z, y, x), array, is_n5)
+        return cls(path, triple(channels), array, is_n5)
 
     def read(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[Any]:
         """Return (3, z, y, x) of a voxel box, as stored."""

@@ -25,6 +25,7 @@ from agq.blockwise.volumes.metadata import (
     read_node,
 )
 from agq.blockwise.volumes.placement import Placement, from_attributes, from_multiscale, to_world
+from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 
 Kind = Literal["raw", "labels", "mask"]
@@ -66,17 +67,17 @@ class Volume:
     path: str
     dataset: str
     format: str
-    shape: tuple[int, int, int]
-    chunks: tuple[int, int, int]
+    shape: Triple
+    chunks: Triple
     dtype: np.dtype[Any]
     voxel_size: Coordinate
     offset: Coordinate
     unit: str
     digest: str
     _array: Any
-    _axes: tuple[int, int, int]
+    _axes: Triple
     _ndim: int
-    _origin: tuple[int, int, int] = (0, 0, 0)
+    _origin: Triple = (0, 0, 0)
 
     @property
     def units(self) -> tuple[str, str, str]:
@@ -149,9 +150,8 @@ class Volume:
                 f" voxels of {tuple(size)} apart; correct one offset"
             )
         first, shape = start / size, common.shape / size
-        z, y, x = (o + int(f) for o, f in zip(self._origin, first, strict=True))
-        d, h, w = (int(n) for n in shape)
-        return replace(self, shape=(d, h, w), offset=common.offset, _origin=(z, y, x))
+        origin = triple(o + f for o, f in zip(self._origin, first, strict=True))
+        return replace(self, shape=triple(shape), offset=common.offset, _origin=origin)
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the volume, for comparing runs; JSON types only.
@@ -232,8 +232,8 @@ def open_volume(
         path=location.text,
         dataset=node.path,
         format=node.format,
-        shape=(shape[axes[0]], shape[axes[1]], shape[axes[2]]),
-        chunks=(chunks[axes[0]], chunks[axes[1]], chunks[axes[2]]),
+        shape=triple(shape[axis] for axis in axes),
+        chunks=triple(chunks[axis] for axis in axes),
         dtype=dtype,
         voxel_size=size,
         offset=position,
@@ -342,7 +342,7 @@ def _placed_by_parent(location: Location, node: Node) -> Placement | None:
 
 def _spatial_axes(
     shape: Sequence[int], axes: Sequence[int] | None, reverse: bool, where: str
-) -> tuple[int, int, int]:
+) -> Triple:
     ndim = len(shape)
     if ndim < 3:
         raise InputError(f"{where} is {ndim}-D with shape {tuple(shape)}; it must be 3-D (z, y, x)")

@@ -7,6 +7,7 @@ import typer
 from pydantic import ValidationError
 
 from agq.blockwise.ledger.settings import LedgerError, LedgerSettings
+from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 from agq.pipeline.config.recorded import read_target, recorded_ledger
 from agq.pipeline.folder import RunFolder
@@ -14,8 +15,6 @@ from agq.pipeline.folder import RunFolder
 if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger
     from agq.blockwise.volumes.create import Kind, Volume
-
-Triple = tuple[int, int, int]
 
 Target = Annotated[
     Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)

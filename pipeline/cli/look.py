@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import Target, parse_triple
 from agq.pipeline.config.recorded import read_target
@@ -91,7 +92,7 @@ def dashboard(
     # The server of the viewers forgets one that nobody holds.
     viewers: deque[Any] = deque(maxlen=8)
 
-    def show(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
+    def show(run_dir: Path, host: str, at: Triple) -> str:
         from agq.pipeline.view.viewer import run_viewer
 
         viewers.append(run_viewer(read_target(run_dir), port=viewer_port, at=at, host=host))

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.volumes.triples import Triple
 
 By = Literal["state", "seconds", "labels", "dropped"]
 
@@ -155,7 +156,7 @@ def value_image(
 
 
 def block_in_cell(
-    grid: BlockGrid, codes: npt.NDArray[np.uint8], at: tuple[int, int, int], axis: int, step: int
+    grid: BlockGrid, codes: npt.NDArray[np.uint8], at: Triple, axis: int, step: int
 ) -> int:
     """Return the number of the block that a cell shows: the one with its largest state code.
 

@@ -14,6 +14,7 @@ from pymongo.errors import PyMongoError
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.table import ROW
 from agq.blockwise.ledger.database import Ledger
+from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 from agq.pipeline.config.schema import RoiSettings
 from agq.pipeline.dashboard.blockmap import (
@@ -152,7 +153,7 @@ class RunView:
                 return state_image(grid, self._codes(), axis, index)
             return value_image(grid, self._values(by), axis, index)
 
-    def block(self, at: tuple[int, int, int], axis: int, step: int) -> dict[str, Any]:
+    def block(self, at: Triple, axis: int, step: int) -> dict[str, Any]:
         """Return the state, place and record of the block that a cell of the map shows.
 
         Raises

@@ -20,6 +20,7 @@ import tornado.httpserver
 import tornado.netutil
 import tornado.web
 
+from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 from agq.pipeline.dashboard.runs import Runs
 
@@ -35,7 +36,7 @@ _HEADERS: Final = {
 }
 _BY: Final = ("state", "seconds", "labels", "dropped")
 
-Viewer = Callable[[Path, str, tuple[int, int, int]], str]
+Viewer = Callable[[Path, str, Triple], str]
 """Makes a viewer of a run folder, bound to a host, at a voxel, and returns its address."""
 
 
@@ -182,12 +183,11 @@ class _Guarded(tornado.web.RequestHandler):
             raise tornado.web.HTTPError(400, reason=f"Bad {name}")
         return value
 
-    def triple(self, name: str) -> tuple[int, int, int]:
+    def position(self, name: str) -> Triple:
         try:
-            z, y, x = (int(v) for v in self.get_query_argument(name).split(","))
+            return triple(self.get_query_argument(name).split(","))
         except ValueError:
             raise tornado.web.HTTPError(400, reason=f"Bad {name}") from None
-        return z, y, x
 
     async def send_json(self, work: Callable[[], Any]) -> None:
         # Browsers refuse NaN.
@@ -251,7 +251,7 @@ class _Map(_Guarded):
 
 class _Block(_Guarded):
     async def get(self, key: str) -> None:
-        at, axis = self.triple("at"), self.number("axis", 2)
+        at, axis = self.position("at"), self.number("axis", 2)
         step = max(1, self.number("step", 2**20))
         await self.send_json(lambda: self.dashboard.runs.view(key).block(at, axis, step))
 
@@ -266,7 +266,7 @@ class _Log(_Guarded):
 
 class _View(_Guarded):
     async def get(self, key: str) -> None:
-        at, make = self.triple("at"), self.dashboard.viewer
+        at, make = self.position("at"), self.dashboard.viewer
         if make is None:
             raise tornado.web.HTTPError(404, reason="No viewer here: run agq view")
         host = self.dashboard.host

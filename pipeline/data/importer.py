@@ -29,6 +29,7 @@ from agq.blockwise.volumes.create import (
     open_volume,
     write_chunk,
 )
+from agq.blockwise.volumes.triples import Triple, checked_triple
 from agq.errors import InputError
 from agq.pipeline.data.section_stack import Sections
 from agq.pipeline.data.sections import is_importable, open_sections
@@ -97,11 +98,12 @@ def import_volume(
     container = Path(out_container)
     stack = open_sections(source, key)
     dtype = _stored_dtype(stack, kind)
-    size = _whole(voxel_size, "voxel_size", 1)
-    place = _whole(offset, "offset", None)
+    size = checked_triple("voxel_size", voxel_size, 1)
+    place = checked_triple("offset", offset)
     if chunks is None:
         chunks = default_chunks(stack.shape, dtype.itemsize)
-    chunk_shape = [min(c, s) for c, s in zip(_whole(chunks, "chunks", 1), stack.shape, strict=True)]
+    wanted = checked_triple("chunks", chunks, 1)
+    chunk_shape = [min(c, s) for c, s in zip(wanted, stack.shape, strict=True)]
     identity = _identity(stack, kind, dtype, size, place, chunk_shape, unit)
     final = container / dataset
     opened: Kind = kind or ("raw" if dtype.name in DTYPES["raw"] else "labels")
@@ -127,7 +129,7 @@ def import_volume(
     return open_volume(container, dataset, kind=opened, unit=unit)
 
 
-def default_chunks(shape: Sequence[int], itemsize: int) -> tuple[int, int, int]:
+def default_chunks(shape: Sequence[int], itemsize: int) -> Triple:
     """Return a chunk shape of about half a million voxels that keeps an import's memory bounded.
 
     32x128x128 reads fast in windows of 17x257x257; where 32 sections are more than `SLAB_BYTES`,
@@ -160,21 +162,6 @@ def _stored_dtype(stack: Sections, kind: Kind | None) -> np.dtype[Any]:
     if stack.dtype.kind == "b":
         return np.dtype("uint8")
     return np.dtype(f"u{stack.dtype.name}") if stack.dtype.kind == "i" else stack.dtype
-
-
-def _whole(values: Sequence[int], name: str, least: int | None) -> tuple[int, int, int]:
-    numbers = tuple(values)
-    if (
-        len(numbers) != 3
-        or any(int(n) != n for n in numbers)
-        or (least is not None and min(numbers) < least)
-    ):
-        raise InputError(
-            f"{name} {numbers} must be three whole numbers (z, y, x)"
-            + (f" of at least {least}" if least is not None else "")
-        )
-    z, y, x = (int(n) for n in numbers)
-    return z, y, x
 
 
 def _identity(stack: Sections, *settings: Any) -> dict[str, Any]:
@@ -251,7 +238,7 @@ def _copy(
             count = min(depth, total - done)
             slab = _slab(sections, count, stack, array.dtype)
 
-            def write(index: tuple[int, int, int], slab: Any = slab) -> None:
+            def write(index: Triple, slab: Any = slab) -> None:
                 start, stop = chunk_box(array, index)
                 write_chunk(array, index, slab[:, start[1] : stop[1], start[2] : stop[2]])
 
@@ -262,7 +249,7 @@ def _copy(
                 on_progress(done, total)
 
 
-def _slab_chunks(array: "zarr.Array[Any]", z: int) -> Iterator[tuple[int, int, int]]:
+def _slab_chunks(array: "zarr.Array[Any]", z: int) -> Iterator[Triple]:
     rows, columns = (-(-array.shape[axis] // array.chunks[axis]) for axis in (1, 2))
     return ((z, y, x) for y in range(rows) for x in range(columns))
 

@@ -1,7 +1,6 @@
 """The volumes and the region that a configuration names."""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,11 @@ from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.volumes.create import Kind, Volume, open_volume
+from agq.blockwise.volumes.triples import Box, triple
 from agq.errors import InputError
 from agq.pipeline.config.schema import RoiSettings, VolumeSettings
 from agq.pipeline.data.importer import import_volume, is_importable
 from agq.pipeline.folder import RunFolder
-
-Triple = tuple[int, int, int]
 
 
 def open_section(section: VolumeSettings, run: RunFolder, kind: Kind, field: str) -> Volume:
@@ -65,7 +63,7 @@ def _import_once(section: VolumeSettings, run: RunFolder, kind: Kind) -> Path:
     return target
 
 
-def roi_box(roi: RoiSettings | None, grid: BlockGrid) -> tuple[Triple, Triple] | None:
+def roi_box(roi: RoiSettings | None, grid: BlockGrid) -> Box | None:
     """Return the ROI of a configuration as voxels of the volume; None for the whole volume.
 
     Raises
@@ -96,13 +94,7 @@ def roi_box(roi: RoiSettings | None, grid: BlockGrid) -> tuple[Triple, Triple] |
     return triple(start), triple(stop)
 
 
-def world_roi(box: tuple[Triple, Triple] | None, grid: BlockGrid) -> Roi:
+def world_roi(box: Box | None, grid: BlockGrid) -> Roi:
     """Return a voxel box of the volume in world units; None is the whole volume."""
     start, stop = (Coordinate(corner) for corner in box or ((0, 0, 0), grid.volume_shape))
     return Roi(grid.offset + start * grid.voxel_size, (stop - start) * grid.voxel_size)
-
-
-def triple(values: Iterable[int]) -> Triple:
-    """Return three values (z, y, x), of whatever kind of integers, as a tuple of int."""
-    z, y, x = (int(v) for v in values)
-    return z, y, x

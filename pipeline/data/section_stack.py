@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 
 Section = npt.NDArray[Any]
@@ -33,7 +34,7 @@ class Sections:
 
     name: str
     files: tuple[Path, ...]
-    shape: tuple[int, int, int]
+    shape: Triple
     dtype: np.dtype[Any]
     read: Callable[[int], Iterator[Section]]
 
@@ -68,7 +69,7 @@ def native(dtype: Any) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("=")
 
 
-def stack_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
+def stack_shape(shape: Sequence[int], name: str) -> Triple:
     """Check that a shape is (z, y, x) and not empty.
 
     Parameters

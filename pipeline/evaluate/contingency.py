@@ -16,6 +16,7 @@ from scipy import ndimage
 from agq.blockwise.blocks.label_pairs import PairTable
 from agq.blockwise.volumes.boxes import Box
 from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 
 Labels = npt.NDArray[np.uint64]
@@ -109,7 +110,7 @@ class BorderRule:
             raise InputError(f"border radius {self.radius}: give 0 or more voxels")
 
     @property
-    def halo(self) -> tuple[int, int, int]:
+    def halo(self) -> Triple:
         """Voxels around a box that decide about the voxels in it."""
         return (self.radius if self.across_sections else 0, self.radius, self.radius)
 
@@ -208,11 +209,11 @@ class Window:
         Which voxels near borders of the truth are not scored.
     """
 
-    shape: tuple[int, int, int]
+    shape: Triple
     offset: Coordinate
     voxel_size: Coordinate
-    in_segmentation: tuple[int, int, int]
-    in_truth: tuple[int, int, int]
+    in_segmentation: Triple
+    in_truth: Triple
     fill_distance: float
     ignore: BorderRule = BorderRule()
 

@@ -25,6 +25,7 @@ from funlib.geometry import Coordinate
 
 from agq.blockwise.volumes.boxes import Box, boxes, unordered
 from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule, Table, Window, count_block
 from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, Scores, scores_of, shares
@@ -209,9 +210,8 @@ def _window(
     )
 
 
-def _start(offset: Coordinate, volume: Volume) -> tuple[int, int, int]:
-    z, y, x = (int(v) for v in (offset - volume.offset) / volume.voxel_size)
-    return z, y, x
+def _start(offset: Coordinate, volume: Volume) -> Triple:
+    return triple((offset - volume.offset) / volume.voxel_size)
 
 
 def _disagreements(

@@ -19,6 +19,7 @@ from scipy.spatial import cKDTree
 
 from agq.blockwise.storage.npz import load_arrays, save_arrays
 from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 
 Labels = npt.NDArray[np.uint64]
@@ -162,7 +163,7 @@ def _swc(file: Path, number: int) -> Skeletons:
 
 
 def segments_at(
-    volume: Volume, nodes: npt.NDArray[np.float64], block: tuple[int, int, int] = (32, 256, 256)
+    volume: Volume, nodes: npt.NDArray[np.float64], block: Triple = (32, 256, 256)
 ) -> Labels:
     """Look up the label at world positions, reading each touched block once; 0 outside."""
     size = np.array([int(v) for v in volume.voxel_size])

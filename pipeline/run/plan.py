@@ -17,8 +17,8 @@ from agq.blockwise.predict.predictor import load_predictor
 from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.storage.files import format_bytes, free_space
 from agq.blockwise.volumes.create import open_volume
+from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
-from agq.pipeline.data.inputs import triple
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.stages import reopen_options, worker_count
 
@@ -38,11 +38,11 @@ class Plan:
     """
 
     run_dir: str
-    volume_shape: tuple[int, int, int]
-    voxel_size: tuple[int, int, int]
-    grid_shape: tuple[int, int, int]
-    read_shape: tuple[int, int, int]
-    write_shape: tuple[int, int, int]
+    volume_shape: Triple
+    voxel_size: Triple
+    grid_shape: Triple
+    read_shape: Triple
+    write_shape: Triple
     workers: int
     blocks: int
     done: int
@@ -162,8 +162,8 @@ def _measure(
     raw: dict[str, Any],
     factory: str,
     options: dict[str, Any],
-    box: tuple[tuple[int, int, int], tuple[int, int, int]],
-    read_shape: tuple[int, int, int],
+    box: Box,
+    read_shape: Triple,
 ) -> tuple[float, int]:
     """Return seconds for the second of two equal blocks, and the peak bytes of this process."""
     predictor = load_predictor(factory, options, 0)
@@ -178,7 +178,7 @@ def _measure(
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _sizes(values: tuple[int, int, int]) -> str:
+def _sizes(values: Triple) -> str:
     return " x ".join(str(v) for v in values)
 
 

@@ -16,9 +16,10 @@ from agq.blockwise.ledger.database import connect
 from agq.blockwise.predict.predictor import resolve_factory
 from agq.blockwise.storage.files import require_free_space, require_writable
 from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 from agq.pipeline.config.schema import DEFAULT_FACTORY, EARLIER_FACTORY, Config
-from agq.pipeline.data.inputs import Triple, open_section, roi_box, world_roi
+from agq.pipeline.data.inputs import open_section, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
 
 # Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
@@ -54,7 +55,7 @@ class Prepared:
     mask: Volume | None
     truth: Volume | None
     grid: BlockGrid
-    box: tuple[Triple, Triple] | None
+    box: Box | None
     selected: npt.NDArray[np.int64]
     predictor_options: dict[str, Any]
     identity: dict[str, Any]

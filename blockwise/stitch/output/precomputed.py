@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from distributed import Client
 
-from agq.blockwise.blocks.grid import Voxels
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.stitch.output.relabel import run_journalled
 from agq.blockwise.stitch.steps import (
@@ -38,6 +37,7 @@ from agq.blockwise.stitch.steps import (
 )
 from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
+from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 
 CHUNK = (64, 64, 64)
@@ -80,18 +80,18 @@ class Scale:
     """
 
     key: str
-    shape: Voxels
-    chunk: Voxels
-    box: Voxels
+    shape: Triple
+    chunk: Triple
+    box: Triple
     resolution: tuple[float, float, float]
-    voxel_offset: Voxels
+    voxel_offset: Triple
     shift: tuple[float, float, float]
     data_type: str
 
     @property
-    def grid(self) -> Voxels:
+    def grid(self) -> Triple:
         """Boxes along each axis."""
-        return _three(-(-n // b) for n, b in zip(self.shape, self.box, strict=True))
+        return triple(-(-n // b) for n, b in zip(self.shape, self.box, strict=True))
 
     @property
     def chunks(self) -> int:
@@ -177,10 +177,10 @@ def plan_export(
             Scale(
                 key="_".join(number(v) for v in resolution[::-1]),
                 shape=volume.shape,
-                chunk=_three(chunk),
+                chunk=triple(chunk),
                 box=_box(volume.chunks, chunk),
                 resolution=resolution,
-                voxel_offset=_three(places),
+                voxel_offset=triple(places),
                 shift=_nm(rests, volume.unit),
                 data_type=volume.dtype.name if image else "uint64",
             )
@@ -356,13 +356,13 @@ def _is_precomputed(out: Path) -> bool:
     return isinstance(info, dict) and "scales" in info
 
 
-def _box(stored: Sequence[int], chunk: Sequence[int]) -> Voxels:
+def _box(stored: Sequence[int], chunk: Sequence[int]) -> Triple:
     """Return whole chunks that cover a stored chunk, so that each is read once if it fits."""
     box = [c * -(-s // c) for s, c in zip(stored, chunk, strict=True)]
     while math.prod(box) > _MOST_VOXELS and list(box) != list(chunk):
         axis = max(range(3), key=lambda d: box[d] // chunk[d])
         box[axis] = chunk[axis] * -(-box[axis] // (2 * chunk[axis]))
-    return _three(box)
+    return triple(box)
 
 
 def number(value: float) -> str:
@@ -372,9 +372,4 @@ def number(value: float) -> str:
 
 def _nm(values: Any, unit: str) -> tuple[float, float, float]:
     z, y, x = (float(int(v) * _NM[unit]) for v in values)
-    return z, y, x
-
-
-def _three(values: Any) -> Voxels:
-    z, y, x = (int(v) for v in values)
     return z, y, x

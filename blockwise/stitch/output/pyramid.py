@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agq.blockwise.blocks.grid import Voxels
 from agq.blockwise.stitch.output.relabel import run_journalled
 from agq.blockwise.stitch.settings import Downsampling
 from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.volumes.create import chunk_box, create_array, open_array, write_chunk
+from agq.blockwise.volumes.triples import Triple, triple
 
 OME_UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
 """OME-NGFF names of the world units."""
@@ -67,10 +67,10 @@ class Level:
     """
 
     name: str
-    shape: Voxels
-    voxel_size: Voxels
-    step: Voxels
-    factor: Voxels
+    shape: Triple
+    voxel_size: Triple
+    step: Triple
+    factor: Triple
 
 
 def plan_levels(
@@ -88,7 +88,7 @@ def plan_levels(
     max_levels
         Most levels, ``s0`` included; None: no limit.
     """
-    levels = [Level("s0", _three(shape), _three(voxel_size), (1, 1, 1), (1, 1, 1))]
+    levels = [Level("s0", triple(shape), triple(voxel_size), (1, 1, 1), (1, 1, 1))]
     while max_levels is None or len(levels) < max_levels:
         last = levels[-1]
         if all(n <= c for n, c in zip(last.shape, chunks, strict=True)):
@@ -103,10 +103,10 @@ def plan_levels(
         levels.append(
             Level(
                 f"s{len(levels)}",
-                _three(-(-n // f) for n, f in zip(last.shape, step, strict=True)),
-                _three(v * f for v, f in zip(last.voxel_size, step, strict=True)),
-                _three(step),
-                _three(a * f for a, f in zip(last.factor, step, strict=True)),
+                triple(-(-n // f) for n, f in zip(last.shape, step, strict=True)),
+                triple(v * f for v, f in zip(last.voxel_size, step, strict=True)),
+                triple(step),
+                triple(a * f for a, f in zip(last.factor, step, strict=True)),
             )
         )
     return levels
@@ -156,7 +156,7 @@ def downsample(
     if how == "stride":
         return np.ascontiguousarray(labels[tuple(slice(None, None, n) for n in step)])
     out = np.empty([-(-n // f) for n, f in zip(labels.shape, step, strict=True)], np.uint64)
-    _mode(np.ascontiguousarray(labels), _three(step), out)
+    _mode(np.ascontiguousarray(labels), triple(step), out)
     return out
 
 
@@ -321,10 +321,5 @@ def ome_metadata(
     }
 
 
-def _grid(shape: Sequence[int], chunks: Sequence[int]) -> Voxels:
-    return _three(-(-n // c) for n, c in zip(shape, chunks, strict=True))
-
-
-def _three(values: Iterable[int]) -> Voxels:
-    z, y, x = (int(v) for v in values)
-    return z, y, x
+def _grid(shape: Sequence[int], chunks: Sequence[int]) -> Triple:
+    return triple(-(-n // c) for n, c in zip(shape, chunks, strict=True))
