@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.volumes.location import locate
-from agq.blockwise.volumes.metadata import join, read_node
-from agq.blockwise.volumes.open import Volume, open_node
+from agq.blockwise.volumes.metadata import join, read_metadata
+from agq.blockwise.volumes.open import Volume, open_stored
 from agq.blockwise.volumes.placement import from_attributes, to_world
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
@@ -54,22 +54,24 @@ class Affinities:
         """
         container, _, dataset = path.partition("::")
         location = locate(container)
-        node = read_node(location, join(dataset))
+        metadata = read_metadata(location, join(dataset))
         where = f"affinities {path}"
-        if node is None or node.shape is None:
+        if metadata is None or metadata.shape is None:
             raise InputError(
                 f"{where}: no zarr or N5 array there; name it as path or path::dataset"
             )
-        array, _, dtype = open_node(location, node, where)
-        is_n5 = node.format == "n5"
-        shape = tuple(int(n) for n in node.shape)
+        array, _, dtype = open_stored(location, metadata, where)
+        is_n5 = metadata.format == "n5"
+        shape = tuple(int(n) for n in metadata.shape)
         shape = shape[::-1] if is_n5 else shape
         _check_shape(where, shape, like, channels)
         if dtype != np.uint8 and dtype.kind != "f":
             raise InputError(
                 f"{where}: {dtype} is neither uint8 (255 is 1.0) nor float (0 to 1); convert them"
             )
-        placement = from_attributes(node.attributes, len(shape), reversed_axes=is_n5, where=where)
+        placement = from_attributes(
+            metadata.attributes, len(shape), reversed_axes=is_n5, where=where
+        )
         if placement.voxel_size is not None:
             size, offset = to_world(placement, None, None, like.unit, where)
             if size != like.voxel_size or (placement.offset is not None and offset != like.offset):

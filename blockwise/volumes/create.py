@@ -4,7 +4,7 @@ Outputs are zarr v3, zstd without shuffle (which hides the runs of equal labels:
 times larger), never sharded while blocks are written: a chunk, and a shard, has exactly one writer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import zarr.codecs
 import zarr.errors
 from zarr.storage import LocalStore
 
-from agq.blockwise.storage.files import Unsynced, fsync_path
+from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.volumes.open import DTYPES, Kind, Volume, open_volume
 from agq.errors import InputError
 
@@ -34,6 +34,7 @@ __all__ = [
 
 # Without this zarr leaves chunks of zeros out, and a missing chunk could also be one never done.
 _CONFIG: Any = {"write_empty_chunks": True}
+_LEVEL = 3
 
 
 def create_array(
@@ -45,10 +46,8 @@ def create_array(
     dtype: npt.DTypeLike,
     voxel_size: Sequence[int],
     offset: Sequence[int] = (0, 0, 0),
-    axes: Sequence[str] = ("z", "y", "x"),
     unit: str = "nm",
-    compression_level: int = 3,
-    attributes: dict[str, Any] | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> "zarr.Array[Any]":
     """Create a zarr v3 array that `funlib.persistence.open_ds` reads, or reopen the same one.
 
@@ -59,17 +58,13 @@ def create_array(
     name
         Array inside it, such as "fragments" or "segmentation/s0"; groups above it are made.
     shape, chunks
-        In array axes: (z, y, x), or with channels first.
+        (z, y, x), or with a channel axis in front.
     dtype
         Data type; stored little-endian, fill value 0.
     voxel_size, offset
         World units per voxel and place of the first voxel, (z, y, x).
-    axes
-        Axis names; a name that ends in ``^`` is a channel axis.
     unit
         World unit of voxel size and offset.
-    compression_level
-        Of zstd.
     attributes
         More attributes to store; not compared when the array exists.
 
@@ -81,44 +76,69 @@ def create_array(
     Raises
     ------
     InputError
-        If an array of that name exists with another shape, chunks, dtype, voxel size, offset,
-        unit or axes.
+        If an array of that name exists with another shape, chunks, dtype, voxel size, offset or
+        unit.
     """
+    if len(shape) != len(chunks):
+        raise ValueError(f"shape {shape} and chunks {chunks} differ in length")
     folder = Path(container)
+    layout: dict[str, Any] = {
+        "shape": tuple(int(n) for n in shape),
+        "chunks": tuple(int(n) for n in chunks),
+        "dtype": np.dtype(dtype),
+    }
+    axes = ("c^", "z", "y", "x")[-len(shape) :]
     stored: dict[str, Any] = {
         "voxel_size": [int(v) for v in voxel_size],
         "offset": [int(v) for v in offset],
         "units": [unit] * len(voxel_size),
         "axis_names": list(axes),
+        # funlib takes an axis whose name ends in ^ for a channel axis.
         "types": ["channel" if axis.endswith("^") else "space" for axis in axes],
     }
-    if not len(shape) == len(chunks) == len(axes):
-        raise ValueError(f"shape {shape}, chunks {chunks} and axes {axes} differ in length")
     if (folder / name / "zarr.json").exists():
-        return _reopen(folder, name, tuple(shape), tuple(chunks), np.dtype(dtype), stored)
+        return _reopen(folder, name, layout | stored)
     zarr.open_group(store=LocalStore(folder), mode="a", zarr_format=3)
     array = zarr.create_array(
         store=LocalStore(folder),
         name=name,
-        shape=tuple(int(n) for n in shape),
-        chunks=tuple(int(n) for n in chunks),
-        dtype=np.dtype(dtype),
+        **layout,
         filters=None,
-        compressors=zarr.codecs.ZstdCodec(level=compression_level),
+        compressors=zarr.codecs.ZstdCodec(level=_LEVEL),
         fill_value=0,
         zarr_format=3,
         attributes={**stored, **(attributes or {})},
         dimension_names=[axis.rstrip("^") for axis in axes],
         config=_CONFIG,
     )
-    for parent in (folder / name).parents:
-        if parent == folder.parent:
-            break
-        fsync_path(parent / "zarr.json")
+    _sync_metadata(folder, name)
+    return array
+
+
+def _reopen(folder: Path, name: str, wanted: Mapping[str, Any]) -> "zarr.Array[Any]":
+    array = open_array(folder, name)
+    existing = {
+        **array.attrs,
+        "shape": array.shape,
+        "chunks": array.shards or array.chunks,
+        "dtype": np.dtype(array.dtype),
+    }
+    for key, value in wanted.items():
+        if existing.get(key) != value:
+            raise InputError(
+                f"{folder / name} exists with {key} {existing.get(key)}, but {value} is wanted; "
+                "remove it or choose another output folder"
+            )
+    return array
+
+
+def _sync_metadata(folder: Path, name: str) -> None:
+    """Make an array, the groups above it and their names durable."""
     created = Unsynced()
     created.add(folder / name / "zarr.json", folder.parent)
+    for group in Path(name).parents:
+        created.add(folder / group / "zarr.json", folder)
     created.sync()
-    return array
 
 
 def create_affinities(
@@ -127,37 +147,26 @@ def create_affinities(
     *,
     shape: Sequence[int],
     chunks: Sequence[int],
-    voxel_size: Sequence[int],
-    offset: Sequence[int] = (0, 0, 0),
-    unit: str = "nm",
-    channels: int = 3,
+    **placement: Any,
 ) -> "zarr.Array[Any]":
-    """Create or reopen a uint8 array of affinities, channel first.
+    """Create or reopen a uint8 array of affinities to the voxels before on z, y and x.
 
     Parameters
     ----------
-    container, name, voxel_size, offset, unit
+    container, name
         As for `create_array`.
     shape, chunks
-        Spatial, (z, y, x); a chunk holds all channels, so that a block writes one chunk.
-    channels
-        Number of channels; channel 0, 1, 2 are the affinities to the voxel before on z, y, x.
+        Spatial, (z, y, x); a chunk holds all three channels, so that a block writes one chunk.
+    placement
+        Voxel size, offset and unit, as for `create_array`.
 
     Returns
     -------
     zarr.Array
-        Of shape (channels, z, y, x).
+        Of shape (3, z, y, x).
     """
     return create_array(
-        container,
-        name,
-        shape=(channels, *shape),
-        chunks=(channels, *chunks),
-        dtype=np.uint8,
-        voxel_size=voxel_size,
-        offset=offset,
-        axes=("c^", "z", "y", "x"),
-        unit=unit,
+        container, name, shape=(3, *shape), chunks=(3, *chunks), dtype=np.uint8, **placement
     )
 
 
@@ -267,28 +276,3 @@ def write_chunk(
         written.add(chunk_file(array, chunk_index), top)
         if unsynced is None:
             written.sync()
-
-
-def _reopen(
-    folder: Path,
-    name: str,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    dtype: np.dtype[Any],
-    stored: dict[str, Any],
-) -> "zarr.Array[Any]":
-    array = open_array(folder, name)
-    wanted = {"shape": shape, "chunks": chunks, "dtype": dtype, **stored}
-    found = {
-        "shape": array.shape,
-        "chunks": array.shards or array.chunks,
-        "dtype": np.dtype(array.dtype),
-        **{key: array.attrs.get(key) for key in stored},
-    }
-    for key, value in wanted.items():
-        if found[key] != value:
-            raise InputError(
-                f"{folder / name} exists with {key} {found[key]}, but {value} is wanted; remove it "
-                "or choose another output folder"
-            )
-    return array

@@ -1,7 +1,7 @@
-"""What a container holds: groups and arrays of zarr v2, zarr v3 and N5, read from their metadata.
+"""Metadata of the groups and arrays in a container of zarr v2, zarr v3 or N5.
 
-Only small JSON files are read here, so that finding an array, and saying what is there when it is
-not found, costs the same in a container of any size.
+Only small JSON files are read here, so that finding an array, or listing the arrays when it is not
+found, costs the same in a container of any size.
 """
 
 import json
@@ -20,8 +20,8 @@ _DEPTH = 5
 
 
 @dataclass(frozen=True)
-class Node:
-    """A group or an array.
+class Metadata:
+    """What the metadata of a group or an array say.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ def join(*parts: str) -> str:
     return "/".join(part.strip("/") for part in parts if part.strip("/"))
 
 
-def read_node(location: Location, path: str) -> Node | None:
+def read_metadata(location: Location, path: str) -> Metadata | None:
     """Read the metadata of one key.
 
     Parameters
@@ -64,7 +64,7 @@ def read_node(location: Location, path: str) -> Node | None:
 
     Returns
     -------
-    Node or None
+    Metadata or None
         None if there is nothing.
 
     Raises
@@ -74,22 +74,22 @@ def read_node(location: Location, path: str) -> Node | None:
     """
     path = join(path)
     for reader in (_zarr3, _zarr2, _n5):
-        node = reader(location, path)
-        if node is not None:
-            return node
-    return Node(path, "folder") if location.folders(path) else None
+        metadata = reader(location, path)
+        if metadata is not None:
+            return metadata
+    return Metadata(path, "folder") if location.folders(path) else None
 
 
-def children(location: Location, path: str) -> Iterator[Node]:
-    """Yield the nodes directly below a group, in natural order of their names."""
+def children(location: Location, path: str) -> Iterator[Metadata]:
+    """Yield the groups and arrays directly below a group, in natural order of their names."""
     for name in location.folders(path):
         if not name.startswith("."):
-            node = read_node(location, join(path, name))
-            if node is not None:
-                yield node
+            metadata = read_metadata(location, join(path, name))
+            if metadata is not None:
+                yield metadata
 
 
-def find_arrays(location: Location, path: str = "", depth: int = _DEPTH) -> Iterator[Node]:
+def find_arrays(location: Location, path: str = "", depth: int = _DEPTH) -> Iterator[Metadata]:
     """Yield the arrays at and below a key, without looking inside them.
 
     Parameters
@@ -101,10 +101,10 @@ def find_arrays(location: Location, path: str = "", depth: int = _DEPTH) -> Iter
     depth
         How many levels of groups to look into.
     """
-    node = read_node(location, path)
-    if node is not None and node.shape is not None:
-        yield node
-    elif node is not None and depth > 0:
+    metadata = read_metadata(location, path)
+    if metadata is not None and metadata.shape is not None:
+        yield metadata
+    elif metadata is not None and depth > 0:
         for child in children(location, path):
             if child.shape is not None:
                 yield child
@@ -125,22 +125,22 @@ def contents(location: Location) -> str:
     str
         Such as ``raw (20, 1024, 1024) uint8, labels (20, 1024, 1024) uint32``.
     """
-    found: list[str] = []
-    for node in find_arrays(location):
-        if len(found) == _LISTED:
-            found.append("...")
+    arrays: list[str] = []
+    for array in find_arrays(location):
+        if len(arrays) == _LISTED:
+            arrays.append("...")
             break
-        found.append(f"{node.path or '(the container itself)'} {node.shape} {node.dtype}")
-    return ", ".join(found) or "no arrays that could be found"
+        arrays.append(f"{array.path or '(the container itself)'} {array.shape} {array.dtype}")
+    return ", ".join(arrays) or "no arrays that could be found"
 
 
-def multiscales(node: Node) -> Sequence[Mapping[str, Any]]:
+def multiscales(group: Metadata) -> Sequence[Mapping[str, Any]]:
     """Return the OME-Zarr multiscales of a group (NGFF 0.5 or older), or an empty list."""
-    ome = node.attributes.get("ome")
-    found = (ome if isinstance(ome, Mapping) else node.attributes).get("multiscales")
-    if not isinstance(found, list):
+    ome = group.attributes.get("ome")
+    items = (ome if isinstance(ome, Mapping) else group.attributes).get("multiscales")
+    if not isinstance(items, list):
         return []
-    return [item for item in found if isinstance(item, Mapping) and item.get("datasets")]
+    return [item for item in items if isinstance(item, Mapping) and item.get("datasets")]
 
 
 def _json(location: Location, key: str) -> tuple[dict[str, Any], bytes] | None:
@@ -156,15 +156,15 @@ def _json(location: Location, key: str) -> tuple[dict[str, Any], bytes] | None:
     return document, data
 
 
-def _zarr3(location: Location, path: str) -> Node | None:
-    found = _json(location, join(path, "zarr.json"))
-    if found is None:
+def _zarr3(location: Location, path: str) -> Metadata | None:
+    file = _json(location, join(path, "zarr.json"))
+    if file is None:
         return None
-    document, data = found
+    document, data = file
     attributes = document.get("attributes") or {}
     if document.get("node_type") != "array":
-        return Node(path, "zarr3", attributes=attributes, digest=checksum(data))
-    return Node(
+        return Metadata(path, "zarr3", attributes=attributes, digest=checksum(data))
+    return Metadata(
         path,
         "zarr3",
         tuple(document.get("shape", ())),
@@ -180,13 +180,13 @@ def _with_dimension_names(attributes: dict[str, Any], names: Any) -> dict[str, A
     return attributes
 
 
-def _zarr2(location: Location, path: str) -> Node | None:
+def _zarr2(location: Location, path: str) -> Metadata | None:
     array = _json(location, join(path, ".zarray"))
     user = _json(location, join(path, ".zattrs"))
     attributes, attribute_data = user or ({}, b"")
     if array is not None:
         document, data = array
-        return Node(
+        return Metadata(
             path,
             "zarr2",
             tuple(document.get("shape", ())),
@@ -195,16 +195,16 @@ def _zarr2(location: Location, path: str) -> Node | None:
             checksum(data + attribute_data),
         )
     if user is not None or location.get(join(path, ".zgroup")) is not None:
-        return Node(path, "zarr2", attributes=attributes, digest=checksum(attribute_data))
+        return Metadata(path, "zarr2", attributes=attributes, digest=checksum(attribute_data))
     return None
 
 
-def _n5(location: Location, path: str) -> Node | None:
-    found = _json(location, join(path, "attributes.json"))
-    if found is None:
+def _n5(location: Location, path: str) -> Metadata | None:
+    file = _json(location, join(path, "attributes.json"))
+    if file is None:
         return None
-    document, data = found
+    document, data = file
     if "dimensions" not in document or "dataType" not in document:
-        return Node(path, "n5", attributes=document, digest=checksum(data))
+        return Metadata(path, "n5", attributes=document, digest=checksum(data))
     shape = tuple(document["dimensions"])
-    return Node(path, "n5", shape, str(document["dataType"]), document, checksum(data))
+    return Metadata(path, "n5", shape, str(document["dataType"]), document, checksum(data))

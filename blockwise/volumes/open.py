@@ -16,13 +16,13 @@ from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.volumes.location import Location, locate
 from agq.blockwise.volumes.metadata import (
-    Node,
+    Metadata,
     children,
     contents,
     find_arrays,
     join,
     multiscales,
-    read_node,
+    read_metadata,
 )
 from agq.blockwise.volumes.placement import Placement, from_attributes, from_multiscale, to_world
 from agq.blockwise.volumes.triples import Triple, triple
@@ -78,11 +78,6 @@ class Volume:
     _axes: Triple
     _ndim: int
     _origin: Triple = (0, 0, 0)
-
-    @property
-    def units(self) -> tuple[str, str, str]:
-        """World unit of each axis."""
-        return self.unit, self.unit, self.unit
 
     @property
     def roi(self) -> Roi:
@@ -214,14 +209,11 @@ def open_volume(
         there), not 3-D, unsupported type, voxel size absent, different or not whole.
     """
     location = locate(path)
-    node, placement = _find(location, dataset, level)
-    where = f"{location.text}:{node.path}" if node.path else location.text
-    shape = node.shape or ()
-    reverse = node.format == "n5"
-    if placement is None:
-        placement = from_attributes(node.attributes, len(shape), reversed_axes=reverse, where=where)
-    axes = _spatial_axes(shape, placement.axes, reverse, where)
-    array, chunks, dtype = open_node(location, node, where)
+    metadata, placement = _find(location, dataset, level)
+    where = _name(location, metadata)
+    shape = metadata.shape or ()
+    axes = _spatial_axes(shape, placement.axes, metadata.format == "n5", where)
+    array, chunks, dtype = open_stored(location, metadata, where)
     if dtype.name not in DTYPES[kind]:
         raise InputError(
             f"{where}: {kind} of type {dtype.name} cannot be used; convert it to one of "
@@ -230,15 +222,15 @@ def open_volume(
     size, position = to_world(placement, voxel_size, offset, unit, where)
     return Volume(
         path=location.text,
-        dataset=node.path,
-        format=node.format,
+        dataset=metadata.path,
+        format=metadata.format,
         shape=triple(shape[axis] for axis in axes),
         chunks=triple(chunks[axis] for axis in axes),
         dtype=dtype,
         voxel_size=size,
         offset=position,
         unit=unit,
-        digest=node.digest,
+        digest=metadata.digest,
         _array=array,
         _axes=axes,
         _ndim=len(shape),
@@ -253,91 +245,88 @@ def open_levels(
     Arguments and errors are those of `open_volume`.
     """
     location = locate(path)
-    node = read_node(location, join(dataset or ""))
-    groups = [] if node is None else multiscales(node)
-    if node is None or node.shape is not None or not groups:
+    metadata = read_metadata(location, join(dataset or ""))
+    groups = [] if metadata is None else multiscales(metadata)
+    if metadata is None or metadata.shape is not None or not groups:
         return [open_volume(path, dataset, **options)]
     count = len(groups[0]["datasets"])
     return [open_volume(path, dataset, level=level, **options) for level in range(count)]
 
 
-def _find(
-    location: Location, dataset: str | None, level: int | None
-) -> tuple[Node, Placement | None]:
-    """Find the array that is meant, and its place if a group above it says."""
+def _name(location: Location, metadata: Metadata) -> str:
+    """Return the name of a group or array for messages."""
+    return f"{location.text}:{metadata.path}" if metadata.path else location.text
+
+
+def _find(location: Location, dataset: str | None, level: int | None) -> tuple[Metadata, Placement]:
+    """Find the array that is meant, and its place."""
     key = join(dataset or "")
-    node = read_node(location, key)
-    if node is None:
+    metadata = read_metadata(location, key)
+    if metadata is None:
         if key:
             raise InputError(
                 f"{location.text} has no dataset {key!r}; it holds: {contents(location)}"
             )
         remote = ", or the credentials if it is private" if "://" in location.text else ""
         raise InputError(f"{location.text}: no zarr or N5 metadata found; correct the path{remote}")
-    if node.shape is not None:
+    if metadata.shape is not None:
         if level not in (None, 0):
             raise InputError(
                 f"{location.text}: {key or 'the path'} is one array, so level {level} cannot be "
                 "picked; name the multiscale group above it, or remove level"
             )
-        return node, _placed_by_parent(location, node)
-    for multiscale in multiscales(node)[:1]:
-        return _multiscale_level(location, node, multiscale, level or 0)
+        return metadata, _placement(location, metadata)
+    for multiscale in multiscales(metadata)[:1]:
+        return _multiscale_level(location, metadata, multiscale, level or 0)
     arrays = [child for child in children(location, key) if child.shape is not None]
     for name in (f"s{level or 0}", str(level or 0)):
         for child in arrays:
             if child.path == join(key, name):
-                return child, _placed_by_parent(location, child)
+                return child, _placement(location, child)
     if not dataset:
-        found = list(find_arrays(location))
-        if len(found) == 1:
-            return found[0], _placed_by_parent(location, found[0])
+        everywhere = list(find_arrays(location))
+        if len(everywhere) == 1:
+            return everywhere[0], _placement(location, everywhere[0])
     what = f"dataset {key!r} is a group" if key else "dataset is not named"
     raise InputError(f"{location.text}: {what}; name one array of: {contents(location)}")
 
 
 def _multiscale_level(
-    location: Location, group: Node, multiscale: Any, level: int
-) -> tuple[Node, Placement]:
-    where = f"{location.text}:{group.path}" if group.path else location.text
+    location: Location, group: Metadata, multiscale: Any, level: int
+) -> tuple[Metadata, Placement]:
+    where = _name(location, group)
     datasets = multiscale["datasets"]
     if not 0 <= level < len(datasets):
         raise InputError(f"{where} has levels 0 to {len(datasets) - 1}, not {level}")
-    node = read_node(location, join(group.path, str(datasets[level]["path"])))
-    if node is None or node.shape is None:
+    array = read_metadata(location, join(group.path, str(datasets[level]["path"])))
+    if array is None or array.shape is None:
         raise InputError(f"{where}: the array of level {level} is missing; it is incomplete")
-    return node, from_multiscale(multiscale, level, f"{where}/{datasets[level]['path']}")
+    return array, from_multiscale(multiscale, level, f"{where}/{datasets[level]['path']}")
 
 
-def _placed_by_parent(location: Location, node: Node) -> Placement | None:
-    """Return the place of an array that only the group above it tells, or None."""
-    if not node.path:
-        return None
-    above, _, name = node.path.rpartition("/")
-    group = read_node(location, above)
-    if group is None:
-        return None
-    for multiscale in multiscales(group):
-        for level, item in enumerate(multiscale["datasets"]):
-            if item.get("path") == name:
-                return from_multiscale(multiscale, level, f"{location.text}:{node.path}")
-    if node.format == "n5" and not {"resolution", "pixelResolution", "transform"} & set(
-        node.attributes
-    ):
-        # N5 viewers keep the full-resolution voxel size on the group, the factors on each level.
-        inherited = {
-            key: group.attributes[key]
-            for key in ("resolution", "pixelResolution", "offset", "units")
-            if key in group.attributes
-            and (name == "s0" or "downsamplingFactors" in node.attributes)
-        }
-        return from_attributes(
-            {**inherited, **node.attributes},
-            len(node.shape or ()),
-            reversed_axes=True,
-            where=f"{location.text}:{node.path}",
-        )
-    return None
+def _placement(location: Location, array: Metadata) -> Placement:
+    """Return the place of an array, as the group above it or its own attributes declare it."""
+    attributes, where = array.attributes, _name(location, array)
+    above, _, name = array.path.rpartition("/")
+    group = read_metadata(location, above) if array.path else None
+    if group is not None:
+        for multiscale in multiscales(group):
+            for level, item in enumerate(multiscale["datasets"]):
+                if item.get("path") == name:
+                    return from_multiscale(multiscale, level, where)
+        if array.format == "n5" and not {"resolution", "pixelResolution", "transform"} & set(
+            attributes
+        ):
+            # N5 viewers keep the voxel size of level 0 on the group, the factors on each level.
+            inherited = {
+                key: group.attributes[key]
+                for key in ("resolution", "pixelResolution", "offset", "units")
+                if key in group.attributes and (name == "s0" or "downsamplingFactors" in attributes)
+            }
+            attributes = {**inherited, **attributes}
+    return from_attributes(
+        attributes, len(array.shape or ()), reversed_axes=array.format == "n5", where=where
+    )
 
 
 def _spatial_axes(
@@ -363,8 +352,8 @@ def _spatial_axes(
     return z, y, x
 
 
-def open_node(
-    location: Location, node: Node, where: str
+def open_stored(
+    location: Location, metadata: Metadata, where: str
 ) -> tuple[Any, tuple[int, ...], np.dtype[Any]]:
     """Open an array as stored: zarr by zarr-python, N5 (x first) by tensorstore.
 
@@ -379,18 +368,18 @@ def open_node(
         If it cannot be opened; `where` names it.
     """
     try:
-        if node.format == "n5":
+        if metadata.format == "n5":
             import tensorstore as ts
 
-            spec = {"driver": "n5", "kvstore": location.key_value_store(node.path)}
+            spec = {"driver": "n5", "kvstore": location.key_value_store(metadata.path)}
             store = ts.open(spec, open=True, read=True).result()
             chunks = tuple(int(n or 1) for n in store.chunk_layout.read_chunk.shape or ())
             return store, chunks, store.dtype.numpy_dtype
         array = zarr.open_array(
             store=location.zarr_store(),
-            path=node.path,
+            path=metadata.path,
             mode="r",
-            zarr_format=3 if node.format == "zarr3" else 2,
+            zarr_format=3 if metadata.format == "zarr3" else 2,
         )
         # A structured type has no byte order of its own; it is refused by name afterwards.
         return array, array.chunks, np.dtype(array.dtype).newbyteorder("=")

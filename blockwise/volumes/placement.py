@@ -85,45 +85,48 @@ def from_attributes(
     """
     transform = attributes.get("transform")
     if isinstance(transform, Mapping) and "scale" in transform:
-        names = [str(axis).lower() for axis in transform.get("axes", AXES)]
-        order = _axis_order(names, where)
-        units = transform.get("units", [None] * len(names))
-        return Placement(
-            axes=None,  # names of the metadata's order, which here need not be the array's
-            voxel_size=_pick(transform["scale"], order, f"{where}: transform.scale"),
-            offset=_pick(transform["translate"], order, f"{where}: transform.translate")
-            if "translate" in transform
-            else None,
-            units=tuple(_unit(units[i]) for i in order),
-        )
+        return _from_transform(transform, where)
     axes, spatial = _named_axes(attributes.get("axis_names"), ndim, where)
     if axes is None or spatial is None:
         spatial = (2, 1, 0) if reversed_axes else (0, 1, 2)
         full: tuple[int, ...] = spatial if reversed_axes else (ndim - 3, ndim - 2, ndim - 1)
     else:
         full = axes
-    pixel = attributes.get("pixelResolution")
+
+    def numbers(values: Any, name: str) -> tuple[Decimal, ...] | None:
+        return None if values is None else _spatial(values, spatial, full, f"{where}: {name}")
+
     units = attributes.get("units", attributes.get("unit"))
-    size = attributes.get("voxel_size", attributes.get("resolution"))
     name = "voxel_size" if "voxel_size" in attributes else "resolution"
-    if size is None and pixel is not None:
-        name = "pixelResolution"
-        size = pixel.get("dimensions") if isinstance(pixel, Mapping) else pixel
+    size = attributes.get(name)
+    if size is None and (pixel := attributes.get("pixelResolution")) is not None:
+        name, size = "pixelResolution", pixel
         if isinstance(pixel, Mapping):
-            units = pixel.get("unit", units)
-    voxel_size = None
-    if size is not None:
-        voxel_size = _spatial(size, spatial, full, f"{where}: {name}")
-        ratios = attributes.get("downsamplingFactors")
-        if ratios is not None:
-            scale = _spatial(ratios, spatial, full, f"{where}: downsamplingFactors")
-            voxel_size = tuple(v * f for v, f in zip(voxel_size, scale, strict=True))
-    offset = attributes.get("offset")
+            size, units = pixel.get("dimensions"), pixel.get("unit", units)
+    voxel_size = numbers(size, name)
+    if voxel_size is not None:
+        factors = numbers(attributes.get("downsamplingFactors"), "downsamplingFactors")
+        if factors is not None:
+            voxel_size = tuple(v * f for v, f in zip(voxel_size, factors, strict=True))
     return Placement(
         axes=axes,
         voxel_size=voxel_size,
-        offset=None if offset is None else _spatial(offset, spatial, full, f"{where}: offset"),
+        offset=numbers(attributes.get("offset"), "offset"),
         units=_units(units, spatial),
+    )
+
+
+def _from_transform(transform: Mapping[str, Any], where: str) -> Placement:
+    names = [str(axis).lower() for axis in transform.get("axes", AXES)]
+    order = _axis_order(names, where)
+    units = transform.get("units", [None] * len(names))
+    return Placement(
+        axes=None,  # names of the metadata's order, which here need not be the array's
+        voxel_size=_pick(transform["scale"], order, f"{where}: transform.scale"),
+        offset=_pick(transform["translate"], order, f"{where}: transform.translate")
+        if "translate" in transform
+        else None,
+        units=tuple(_unit(units[i]) for i in order),
     )
 
 
@@ -239,41 +242,43 @@ def to_world(
     if unit not in UNITS:
         raise InputError(f"unit {unit!r} cannot be used; choose one of {', '.join(UNITS)}")
     declared_size, declared_offset = _convert(placement, unit, where)
-    given_size = None if voxel_size is None else _given(voxel_size, "voxel_size")
-    given_offset = None if offset is None else _given(offset, "offset")
-    if declared_size is None and given_size is None:
+    settled_size = _settle(declared_size, voxel_size, "voxel_size", unit, where)
+    if settled_size is None:
         reason = "declares no voxel size"
         if placement.voxel_size is not None:
             reason = f"declares the scale {_show(placement.voxel_size)} without a unit"
         raise InputError(f"{where} {reason}; give voxel_size (z, y, x) in {unit} (--voxel-size)")
-    if (
-        declared_size is not None
-        and given_size is not None
-        and not _same(declared_size, given_size)
-    ):
-        raise InputError(
-            f"{where} declares the voxel size {_show(declared_size)} {unit}, but voxel_size is "
-            f"given as {_show(given_size)}; correct or remove voxel_size"
-        )
-    if (
-        declared_offset is not None
-        and given_offset is not None
-        and not _same(declared_offset, given_offset)
-    ):
-        raise InputError(
-            f"{where} declares the offset {_show(declared_offset)} {unit}, but offset is given as "
-            f"{_show(given_offset)}; correct or remove offset"
-        )
-    size = _whole(declared_size or given_size or (), "voxel size", unit, where)
+    position = _settle(declared_offset, offset, "offset", unit, where)
+    size = _whole(settled_size, "voxel size", unit, where)
     if min(size) <= 0:
         raise InputError(f"{where}: voxel size {tuple(size)} must be positive")
-    position = declared_offset or given_offset
     if position is None and placement.offset is not None and placement.voxel_size is not None:
         # A unitless OME translation: its ratio to the unitless scale still says the place.
         position = tuple(
             t / s * v for t, s, v in zip(placement.offset, placement.voxel_size, size, strict=True)
         )
     return size, _whole(position or (Decimal(0),) * 3, "offset", unit, where)
+
+
+def _settle(
+    declared: tuple[Decimal, ...] | None,
+    given: Sequence[float] | None,
+    name: str,
+    unit: str,
+    where: str,
+) -> tuple[Decimal, ...] | None:
+    """Return what the metadata declare or the user gives; both must say the same."""
+    if given is None:
+        return declared
+    numbers = _numbers(given, name)
+    if len(numbers) != 3:
+        raise InputError(f"{name} {list(given)} must be three numbers (z, y, x)")
+    if declared is not None and not _same(declared, numbers):
+        raise InputError(
+            f"{where} declares the {name.replace('_', ' ')} {_show(declared)} {unit}, but {name} "
+            f"is given as {_show(numbers)}; correct or remove {name}"
+        )
+    return declared or numbers
 
 
 def _convert(
@@ -315,13 +320,6 @@ def _same(one: Sequence[Decimal], other: Sequence[Decimal]) -> bool:
         abs(a - b) <= _RELATIVE_ERROR * max(abs(a), abs(b), Decimal(1))
         for a, b in zip(one, other, strict=True)
     )
-
-
-def _given(values: Sequence[float], name: str) -> tuple[Decimal, ...]:
-    numbers = _numbers(values, name)
-    if len(numbers) != 3:
-        raise InputError(f"{name} {list(values)} must be three numbers (z, y, x)")
-    return numbers
 
 
 def _numbers(values: Any, name: str) -> tuple[Decimal, ...]:

@@ -29,7 +29,7 @@ def test_zarr(tmp_path: Path, zarr_format: int, dtype: str) -> None:
     assert volume.voxel_size == Coordinate(30, 6, 6)
     assert volume.offset == Coordinate(60, 12, -6)
     assert volume.roi == Roi((60, 12, -6), (150, 42, 54))
-    assert volume.units == ("nm", "nm", "nm")
+    assert volume.unit == "nm"
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])

@@ -217,7 +217,6 @@ def test_quantile_agglomeration_takes_the_upper_quartile(tmp_path: Path) -> None
             chunks=data.shape,
             dtype=data.dtype,
             voxel_size=(30, 6, 6) if data.ndim == 3 else (1, 30, 6, 6),
-            axes=("z", "y", "x") if data.ndim == 3 else ("c^", "z", "y", "x"),
         )
         array[:] = data
     job = WatershedRun(tmp_path / "data.zarr", tmp_path, grid.to_dict(), SMALL)
