@@ -158,31 +158,6 @@ class Sidecar:
             for side, names in _SIDES.items():
                 yield f"{side}_{axis}", {name: getattr(planes, name) for name in names}
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Sidecar:
-        """Read :meth:`to_bytes` as a whole.
-
-        Raises
-        ------
-        InputError
-            If the data are damaged or of another format version.
-        """
-        return cls.from_file(SidecarFile(data))
-
-    @classmethod
-    def from_file(cls, file: SidecarFile) -> Sidecar:
-        """Decode all frames of a file; errors as in `from_bytes`."""
-        planes = [
-            {name: array for side in _SIDES for name, array in file.frame(f"{side}_{axis}").items()}
-            for axis in range(3)
-        ]
-        tables = file.frame("tables")
-        try:
-            z, y, x = (AxisPlanes(**arrays) for arrays in planes)
-            return cls(number=file.number, planes=(z, y, x), **tables)
-        except TypeError as error:  # an array is missing
-            raise _damaged(error) from None
-
 
 class SidecarFile:
     """A sidecar whose frames are decoded when they are asked for.
@@ -282,11 +257,6 @@ def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
     if file.number != number:
         raise InputError(f"{path}: holds block {file.number}, not block {number}")
     return file
-
-
-def read_sidecar(run_dir: Path, number: int) -> Sidecar:
-    """Read the whole sidecar of a block; errors as in `open_sidecar`."""
-    return Sidecar.from_file(open_sidecar(run_dir, number))
 
 
 @numba.njit(cache=True, nogil=True)

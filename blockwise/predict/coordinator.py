@@ -39,8 +39,8 @@ from agq.blockwise.predict.local_processes import (
     EXIT_STOP_RUN,
     EXIT_TIMED_OUT,
     Dispatcher,
+    LocalWorker,
     LocalWorkers,
-    WorkerEnd,
     describe_exit,
 )
 from agq.blockwise.predict.paths import journal_folder, retry_path, session_path
@@ -321,9 +321,9 @@ class _Run:
 
     def _tick(self, *, final: bool = False) -> None:
         """Look after workers; now and then, and when one has ended, read and report progress."""
-        ends = self._workers.ended()
+        ended = self._workers.ended()
         now = time.monotonic()
-        if not (ends or final or now >= self._next_progress):
+        if not (ended or final or now >= self._next_progress):
             return
         # Each reading opens the journal file of every worker: not ten times a second.
         self._next_progress = now + _PROGRESS_S
@@ -331,8 +331,8 @@ class _Run:
             if event.kind == "block":
                 self._note(event.record)
         self._compact()
-        for end in ends:
-            self._replace(end)
+        for worker in ended:
+            self._replace(worker)
         if self._on_progress is not None:
             self._on_progress(self._progress())
 
@@ -366,33 +366,33 @@ class _Run:
             for name in ("read_s", "compute_s", "write_s"):
                 self._seconds[name] += getattr(record, name)
 
-    def _replace(self, end: WorkerEnd) -> None:
+    def _replace(self, worker: LocalWorker) -> None:
         """Start another worker for one that has ended, or stop the run."""
-        if end.code == EXIT_START_FAILED:
+        if worker.code == EXIT_START_FAILED:
             kind = RunStoppedError if self._ranks.any() else InputError
-            raise kind(f"worker {end.index} cannot start: {end.message} (log: {end.log})")
-        if end.code == EXIT_STOP_RUN:
-            raise RunStoppedError(f"{end.message}; fix it and run again to resume")
+            raise kind(f"worker {worker.index} cannot start: {worker.message} (log: {worker.log})")
+        if worker.code == EXIT_STOP_RUN:
+            raise RunStoppedError(f"{worker.message}; fix it and run again to resume")
         self._deaths += 1
         self._deaths_in_a_row += 1
-        how = describe_exit(end.code)
-        if end.code == EXIT_TIMED_OUT:
+        how = describe_exit(worker.code)
+        if worker.code == EXIT_TIMED_OUT:
             how = f"a block took longer than {self.spec.timeout_s:g} s"
-        if end.token is not None:
-            state = self._journal.workers.get(end.token)
+        if worker.token is not None:
+            state = self._journal.workers.get(worker.token)
             for block in state.current if state is not None else ():
                 self._losses[block] += 1
-                self._last_loss[block] = f"worker {end.index} ended ({how}), log: {end.log}"
-        self._crashes_at_start = 0 if end.token is not None else self._crashes_at_start + 1
+                self._last_loss[block] = f"worker {worker.index} ended ({how}), log: {worker.log}"
+        self._crashes_at_start = 0 if worker.token is not None else self._crashes_at_start + 1
         if (
             self._deaths_in_a_row > self.spec.max_restarts
             or self._crashes_at_start >= _START_CRASHES
         ):
             raise RunStoppedError(
                 f"{self._deaths_in_a_row} workers in a row ended without finishing a block, the "
-                f"last by {how}; see {end.log}, then run again to resume"
+                f"last by {how}; see {worker.log}, then run again to resume"
             )
-        self._workers.start(end.index)
+        self._workers.start(worker.index)
 
     def _record_lost(self, numbers: npt.NDArray[np.int64]) -> None:
         """Record blocks that were alone in every worker they took down."""

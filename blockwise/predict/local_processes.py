@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +42,20 @@ _PR_SET_PDEATHSIG = 1
 _POLL_S = 1.0
 
 
-@dataclass(frozen=True)
-class WorkerEnd:
-    """A worker process that has ended.
+class LocalWorker:
+    """One worker process and what it has said through its pipe.
 
     Attributes
     ----------
     index
         Number of the worker.
-    code
-        Exit status; negative for a signal.
+    log
+        Its log file.
     token
         Its journal token; None if it never got as far as that.
     message
-        What it said before it ended on purpose.
-    log
-        Its log file.
+        Why it ends on purpose.
     """
-
-    index: int
-    code: int
-    token: str | None
-    message: str | None
-    log: Path
-
-
-class _Running:
-    """One local worker process and the pipe it tells its state through."""
 
     def __init__(self, run_dir: str, index: int) -> None:
         self.index = index
@@ -94,6 +80,11 @@ class _Running:
         finally:
             os.close(child_end)
 
+    @property
+    def code(self) -> int:
+        """Exit status once it has ended; negative for a signal."""
+        return int(self.process.returncode)
+
     def listen(self) -> None:
         """Read what the worker has said."""
         with contextlib.suppress(BlockingIOError):
@@ -101,9 +92,9 @@ class _Running:
                 self._text += data
         *lines, self._text = self._text.split(b"\n")
         for line in lines:
-            said = json.loads(line)
-            self.token = said.get("token", self.token)
-            self.message = said.get("message", self.message)
+            message = json.loads(line)
+            self.token = message.get("token", self.token)
+            self.message = message.get("message", self.message)
 
     def close(self) -> None:
         """Forget the process; it has ended."""
@@ -122,26 +113,24 @@ class LocalWorkers:
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir
-        self._running: list[_Running] = []
+        self._running: list[LocalWorker] = []
 
     def __len__(self) -> int:
         return len(self._running)
 
     def start(self, index: int) -> None:
         """Start worker `index`."""
-        self._running.append(_Running(self._run_dir, index))
+        self._running.append(LocalWorker(self._run_dir, index))
 
-    def ended(self) -> list[WorkerEnd]:
+    def ended(self) -> list[LocalWorker]:
         """Return the workers that have ended since the last call, and forget them."""
-        ends = []
-        for worker in list(self._running):
-            code = worker.process.poll()
+        ended = [worker for worker in self._running if worker.process.poll() is not None]
+        for worker in self._running:
             worker.listen()
-            if code is not None:
-                ends.append(WorkerEnd(worker.index, code, worker.token, worker.message, worker.log))
-                worker.close()
-                self._running.remove(worker)
-        return ends
+        for worker in ended:
+            worker.close()
+            self._running.remove(worker)
+        return ended
 
     def stop(self, grace_s: float) -> None:
         """End all workers: let them go for `grace_s`, then terminate, seconds later kill."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from zarr.abc.store import Store
@@ -24,78 +24,9 @@ SCHEMES = ("s3", "gs", "http", "https")
 T = TypeVar("T")
 
 
-class Location(Protocol):
-    """A container: files under keys such as ``raw/zarr.json``."""
-
-    @property
-    def text(self) -> str:
-        """The resolved path or the URL, without secrets."""
-        ...
-
-    def get(self, key: str) -> bytes | None:
-        """Return one whole file, or None if there is none."""
-        ...
-
-    def folders(self, key: str) -> list[str]:
-        """Return the names of the folders below `key`, sorted; empty if they cannot be listed."""
-        ...
-
-    def zarr_store(self) -> Store:
-        """Return the container as a read-only zarr store."""
-        ...
-
-    def key_value_store(self, key: str) -> dict[str, Any]:
-        """Return the tensorstore key-value store spec of the folder `key`."""
-        ...
-
-
-def locate(path: str | os.PathLike[str]) -> Location:
-    """Find a container.
-
-    Parameters
-    ----------
-    path
-        Local folder, or a URL that starts with s3://, gs://, http:// or https://.
-
-    Returns
-    -------
-    Location
-        The container; a remote one has not been contacted yet.
-
-    Raises
-    ------
-    InputError
-        If the local folder does not exist or the URL cannot be used.
-    """
-    text = os.fspath(path)
-    scheme = urlsplit(text).scheme.lower() if "://" in text else ""
-    if scheme in SCHEMES:
-        return RemoteLocation(text.rstrip("/"))
-    if scheme == "file":
-        text = text[len("file://") :]
-    elif scheme:
-        raise InputError(
-            f"{text}: cannot read {scheme}:// addresses; use a local path or one of "
-            + ", ".join(f"{known}://" for known in SCHEMES)
-        )
-    folder = Path(text).expanduser()
-    try:
-        exists = folder.exists()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be looked up ({error.strerror})") from error
-    if not exists:
-        raise InputError(f"{folder}: no such file or folder; correct the path")
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder} is a file, not a zarr or N5 container; `agq import` turns tif stacks, h5, "
-            "npz and npy files into zarr"
-        )
-    return LocalLocation(folder.resolve())
-
-
 @dataclass(frozen=True)
 class LocalLocation:
-    """A container in a local folder."""
+    """A container in a local folder: files under keys such as ``raw/zarr.json``."""
 
     root: Path
 
@@ -132,7 +63,7 @@ class LocalLocation:
 
 @dataclass(frozen=True)
 class RemoteLocation:
-    """A container behind a URL."""
+    """A container behind a URL; its keys are those of a local one."""
 
     url: str
 
@@ -205,6 +136,49 @@ class RemoteLocation:
                 f"{self.text}: cannot be read ({type(error).__name__}: {first_line}); check the "
                 "address, the credentials and the endpoint in the environment"
             ) from error
+
+
+Location = LocalLocation | RemoteLocation
+
+
+def locate(path: str | os.PathLike[str]) -> Location:
+    """Find a container.
+
+    Parameters
+    ----------
+    path
+        Local folder, or a URL that starts with s3://, gs://, http:// or https://.
+
+    Raises
+    ------
+    InputError
+        If the local folder does not exist or the URL cannot be used. An object store is not
+        contacted yet.
+    """
+    text = os.fspath(path)
+    scheme = urlsplit(text).scheme.lower() if "://" in text else ""
+    if scheme in SCHEMES:
+        return RemoteLocation(text.rstrip("/"))
+    if scheme == "file":
+        text = text[len("file://") :]
+    elif scheme:
+        raise InputError(
+            f"{text}: cannot read {scheme}:// addresses; use a local path or one of "
+            + ", ".join(f"{readable}://" for readable in SCHEMES)
+        )
+    folder = Path(text).expanduser()
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be looked up ({error.strerror})") from error
+    if not exists:
+        raise InputError(f"{folder}: no such file or folder; correct the path")
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is a file, not a zarr or N5 container; `agq import` turns tif stacks, h5, "
+            "npz and npy files into zarr"
+        )
+    return LocalLocation(folder.resolve())
 
 
 @functools.lru_cache(maxsize=64)

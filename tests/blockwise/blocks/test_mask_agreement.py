@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import MaskAgreement, PairColumns
-from agq.blockwise.blocks.sidecar import build_sidecar, read_sidecar
+from agq.blockwise.blocks.sidecar import build_sidecar
 from agq.blockwise.predict.block_threads import BlockError, BlockFiles
 from agq.errors import InputError
 from tests.helpers import fakes
 from tests.helpers.predict_runs import make_run, raw_volume
+from tests.helpers.sidecars import read_sidecar
 
 GRID = BlockGrid(volume_shape=(4, 9, 9), voxel_size=(30, 6, 6), write_shape=(4, 9, 9))
 

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import PairTable
 from agq.blockwise.blocks.sidecar import (
-    Sidecar,
     build_sidecar,
     open_sidecar,
-    read_sidecar,
     sidecar_path,
 )
 from agq.errors import InputError
+from tests.helpers.sidecars import read_sidecar, sidecar_from
 
 GRID = BlockGrid(
     volume_shape=(7, 13, 10), voxel_size=(30, 6, 6), write_shape=(3, 5, 4), after=(1, 1, 1)
@@ -97,7 +96,7 @@ def test_bytes_are_deterministic_and_round_trip(tmp_path):
     sidecar = build_sidecar(labels, affinities, GRID, 5)
     data = sidecar.to_bytes()
     assert data == build_sidecar(labels.copy(), affinities.copy(), GRID, 5).to_bytes()
-    assert Sidecar.from_bytes(data).to_bytes() == data
+    assert sidecar_from(data).to_bytes() == data
     path = sidecar_path(tmp_path, 1005)
     assert path == tmp_path / "sidecars" / "0000001" / "1005.agqs"
     _write(sidecar_path(tmp_path, 5), data)
@@ -117,7 +116,7 @@ def test_boxes_and_names():
     for label, box in zip(sidecar.nodes, sidecar.boxes.tolist(), strict=True):
         where = np.argwhere(inner == label)
         assert box == [*where.min(axis=0), *(where.max(axis=0) + 1)]
-    again = Sidecar.from_bytes(sidecar.to_bytes())
+    again = sidecar_from(sidecar.to_bytes())
     assert np.array_equal(again.original_labels, names[sidecar.nodes])
 
 
@@ -131,7 +130,7 @@ def test_all_background_block():
     labels, affinities = block_arrays(GRID, 0)
     sidecar = build_sidecar(np.zeros_like(labels), affinities, GRID, 0)
     assert sidecar.nodes.size == sidecar.u.size == 0
-    assert Sidecar.from_bytes(sidecar.to_bytes()).count.dtype == np.int64
+    assert sidecar_from(sidecar.to_bytes()).count.dtype == np.int64
 
 
 def test_bad_arrays_and_files_are_refused(tmp_path):
@@ -144,9 +143,9 @@ def test_bad_arrays_and_files_are_refused(tmp_path):
     flipped = data[:-100] + bytes([data[-100] ^ 255]) + data[-99:]
     for bad in (data[: len(data) // 2], b"", b"no sidecar", data[:200] + b"?" * 50, flipped):
         with pytest.raises(InputError, match="damaged"):
-            Sidecar.from_bytes(bad)
+            sidecar_from(bad)
     with pytest.raises(InputError, match="format version 1, this release reads 2"):
-        Sidecar.from_bytes(data.replace(b'"version":2', b'"version":1'))
+        sidecar_from(data.replace(b'"version":2', b'"version":1'))
     with pytest.raises(InputError, match="block 3 is missing"):
         read_sidecar(tmp_path, 3)
     old = sidecar_path(tmp_path, 3).with_suffix(".npz")

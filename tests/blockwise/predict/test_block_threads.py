@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import zarr
 
-from agq.blockwise.blocks.sidecar import read_sidecar
 from agq.blockwise.predict.block_threads import BlockError, BlockFiles
 from agq.blockwise.storage.files import checksum
 from agq.errors import InputError
 from tests.helpers import fakes
 from tests.helpers.predict_runs import make_grid, make_run, raw_volume
+from tests.helpers.sidecars import read_sidecar
 
 CONTEXTS = [((0, 0, 0), (1, 1, 1)), ((2, 5, 5), (2, 5, 5))]
 

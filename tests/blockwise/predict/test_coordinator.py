@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.sidecar import build_sidecar, read_sidecar
+from agq.blockwise.blocks.sidecar import build_sidecar
 from agq.blockwise.journal.compact import read_snapshot
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.predict.coordinator import PredictProgress, PredictSpec, run_predict
@@ -17,6 +17,7 @@ from agq.blockwise.volumes.create import chunk_file, open_array
 from agq.errors import InputError, RunStoppedError
 from tests.helpers import fakes
 from tests.helpers.predict_runs import SHAPE, make_grid, make_run, mark, outputs, raw_volume
+from tests.helpers.sidecars import read_sidecar
 
 GRID = make_grid()
 ALL = np.arange(GRID.n_blocks)
