@@ -228,15 +228,7 @@ class BlockGrid:
     def select(self, start: Sequence[int], stop: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return the numbers, ascending, of blocks that write at least one voxel of a box.
 
-        Parameters
-        ----------
-        start, stop
-            Voxel box (z, y, x); parts outside the volume are ignored.
-
-        Returns
-        -------
-        numbers
-            int64, (n,).
+        Parts of the box outside the volume are ignored.
         """
         ranges = []
         for lo, hi, size, blocks, length in zip(
@@ -250,19 +242,9 @@ class BlockGrid:
         return ((z * ny + y) * nx + x).ravel()
 
     def fragment_ids(self, number: int, local: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-        """Return the fragment ids of local labels of block `number`; background 0 stays 0.
+        """Return fragment ids, uint64 (number << LOCAL_BITS) | label, of labels of a block.
 
-        Parameters
-        ----------
-        number
-            Block number.
-        local
-            Unsigned labels inside the block, any shape.
-
-        Returns
-        -------
-        ids
-            uint64, shape of `local`: (number << LOCAL_BITS) | label.
+        Background 0 stays 0.
 
         Raises
         ------

@@ -31,12 +31,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def fsync_path(path: PathLike) -> None:
-    """Flush one file or folder to the device.
-
-    Parameters
-    ----------
-    path
-        An existing file, or a folder whose entries (names) are to be made durable.
+    """Flush an existing file, or the entries (names) of a folder, to the device.
 
     Raises
     ------
@@ -88,18 +83,7 @@ class Unsynced:
 
 
 def make_folder(path: PathLike) -> Path:
-    """Create a folder with its missing parents and make their names durable.
-
-    Parameters
-    ----------
-    path
-        The folder; it may exist.
-
-    Returns
-    -------
-    Path
-        The folder.
-    """
+    """Create a folder with its missing parents, make their names durable, and return it."""
     folder = Path(path)
     missing = []
     current = folder
@@ -162,39 +146,23 @@ def atomic_file(path: PathLike, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
 
 
 def checksum(data: "Bytes | NDArray[Any]") -> str:
-    """Return the 64-bit BLAKE2b digest of some bytes as 16 hex digits.
+    """Return the 64-bit BLAKE2b digest of bytes as 16 lower-case hex digits.
 
-    Parameters
-    ----------
-    data
-        Bytes, or an array, of which the C-order bytes count (not its shape or dtype).
-
-    Returns
-    -------
-    str
-        16 lower-case hex digits.
+    Of an array the bytes in C order count, not its shape or dtype.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
-        import numpy as np  # not for who only writes files: it takes as long as Python to start
+        import numpy as np  # slow to load, and callers that only write files need none
 
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def free_space(path: PathLike) -> int:
-    """Return the bytes free for this user on the file system that holds or will hold `path`.
-
-    Parameters
-    ----------
-    path
-        A file or folder; where it does not exist yet its nearest existing parent counts.
-
-    Returns
-    -------
-    int
-        Free bytes.
-    """
-    return shutil.disk_usage(_existing_parent(Path(path))).free
+    """Return the bytes free for this user on the file system that holds or will hold `path`."""
+    parent = Path(path).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
 
 
 def require_free_space(path: PathLike, needed: int, what: str = "output") -> None:
@@ -268,27 +236,9 @@ def require_writable(folder: PathLike, what: str = "output") -> None:
 
 
 def format_bytes(count: float) -> str:
-    """Return a byte count for people, such as ``3.2 GiB``.
-
-    Parameters
-    ----------
-    count
-        Bytes.
-
-    Returns
-    -------
-    str
-        The count in the largest binary unit that leaves at least 1.
-    """
+    """Return a byte count in the largest binary unit that leaves at least 1, as ``3.2 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

@@ -1,8 +1,8 @@
 """Removal of the temporary files that killed writers leave beside what they were writing.
 
 Every file of a run is written under a temporary name and renamed. A process that gets SIGKILL in
-between leaves the temporary file: harmless, but it would take space for ever. Only files whose
-writers have ended may be cleaned up after.
+between leaves the temporary file: harmless, but it would take space for ever. It may be removed
+once its writer has ended.
 """
 
 import os
@@ -21,19 +21,10 @@ _TEMPORARY = re.compile(
 
 
 def remove_temporaries(files: Iterable[Path]) -> int:
-    """Remove what killed writers of some files left beside them.
+    """Remove what killed writers of some files left beside them; return how many files.
 
-    Each folder is listed once. Temporary files of other files in the same folders stay.
-
-    Parameters
-    ----------
-    files
-        Final paths; neither they nor their folders need exist.
-
-    Returns
-    -------
-    int
-        Files removed.
+    Neither the files, named by their final paths, nor their folders need exist. Each folder is
+    listed once; temporary files of other files in it stay.
     """
     folders: dict[Path, set[str]] = defaultdict(set)
     for file in files:
@@ -56,8 +47,8 @@ def _clean(folder: Path, names: set[str] | None) -> int:
     except (FileNotFoundError, NotADirectoryError):
         return 0
     for entry in entries:
-        found = _TEMPORARY.fullmatch(entry)
-        if found and (names is None or (found["name"] or found["stem"]) in names):
+        match = _TEMPORARY.fullmatch(entry)
+        if match and (names is None or (match["name"] or match["stem"]) in names):
             (folder / entry).unlink(missing_ok=True)
             removed += 1
     return removed

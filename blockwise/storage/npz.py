@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def parsed(read: Callable[[], Result]) -> Result:
-    """Call what reads headers of npy files, again where Python takes offence at nothing.
+    """Call a function that reads headers of npy files, again if Python fails for no reason.
 
     numpy parses a header as a Python literal, and in CPython before 3.11.8 and 3.12.2 threads that
     parse at the same time share one counter: now and then one ends with a SystemError

@@ -8,22 +8,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import product
 from typing import Any, TypeVar
 
+from agq.blockwise.volumes.triples import Box, triple
+
 T = TypeVar("T")
 R = TypeVar("R")
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(start: Sequence[int], stop: Sequence[int], size: Sequence[int]) -> list[Box]:
-    """Return the first and past-the-end voxels of the blocks of a box, in C order.
-
-    Parameters
-    ----------
-    start, stop, size
-        First voxel and past-the-end voxel of the box and voxels of a block, per axis.
-    """
+    """Cut the box `start` to `stop` into boxes of at most `size` voxels, in C order."""
     ranges = [range(a, b, s) for a, b, s in zip(start, stop, size, strict=True)]
     return [
-        (corner, tuple(min(c + s, b) for c, s, b in zip(corner, size, stop, strict=True)))
+        (triple(corner), triple(min(c + s, b) for c, s, b in zip(corner, size, stop, strict=True)))
         for corner in product(*ranges)
     ]
 

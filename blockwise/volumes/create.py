@@ -171,14 +171,7 @@ def create_affinities(
 
 
 def open_array(container: str | Path, name: str, mode: Any = "r+") -> "zarr.Array[Any]":
-    """Open an array made by `create_array`.
-
-    Parameters
-    ----------
-    container, name
-        As for `create_array`.
-    mode
-        "r+" to write chunks, "r" to read.
+    """Open an array made by `create_array`, with mode "r+" to write chunks or "r" to read.
 
     Raises
     ------
@@ -198,12 +191,7 @@ def chunk_box(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the first voxel and one past the last voxel of a chunk, clipped to the array.
 
-    Parameters
-    ----------
-    array
-        An unsharded array.
-    index
-        Place of the chunk in the grid of chunks, one number per array axis.
+    `index` is the place of the chunk in the grid of chunks, one number per array axis.
 
     Raises
     ------
@@ -218,13 +206,7 @@ def chunk_box(
 
 
 def chunk_file(array: "zarr.Array[Any]", index: Sequence[int]) -> Path:
-    """Return the file that holds a chunk of an array in a local folder.
-
-    Parameters
-    ----------
-    array, index
-        As for `chunk_box`.
-    """
+    """Return the file that holds a chunk of an array in a local folder."""
     store = array.store_path.store
     assert isinstance(store, LocalStore)
     key = array.metadata.encode_chunk_key(tuple(int(i) for i in index))

@@ -53,19 +53,7 @@ def join(*parts: str) -> str:
 
 
 def read_metadata(location: Location, path: str) -> Metadata | None:
-    """Read the metadata of one key.
-
-    Parameters
-    ----------
-    location
-        The container.
-    path
-        Key inside it.
-
-    Returns
-    -------
-    Metadata or None
-        None if there is nothing.
+    """Read the metadata of one key of a container; None if there is nothing.
 
     Raises
     ------
@@ -90,17 +78,7 @@ def children(location: Location, path: str) -> Iterator[Metadata]:
 
 
 def find_arrays(location: Location, path: str = "", depth: int = _DEPTH) -> Iterator[Metadata]:
-    """Yield the arrays at and below a key, without looking inside them.
-
-    Parameters
-    ----------
-    location
-        The container.
-    path
-        Where to start.
-    depth
-        How many levels of groups to look into.
-    """
+    """Yield the arrays at and below a key, down to some depth of groups."""
     metadata = read_metadata(location, path)
     if metadata is not None and metadata.shape is not None:
         yield metadata
@@ -113,18 +91,7 @@ def find_arrays(location: Location, path: str = "", depth: int = _DEPTH) -> Iter
 
 
 def contents(location: Location) -> str:
-    """Say in one line which arrays a container holds.
-
-    Parameters
-    ----------
-    location
-        The container.
-
-    Returns
-    -------
-    str
-        Such as ``raw (20, 1024, 1024) uint8, labels (20, 1024, 1024) uint32``.
-    """
+    """Say in one line which arrays a container holds: ``raw (20, 1024, 1024) uint8, ...``."""
     arrays: list[str] = []
     for array in find_arrays(location):
         if len(arrays) == _LISTED:

@@ -14,9 +14,8 @@ from funlib.geometry import Coordinate
 from scipy import ndimage
 
 from agq.blockwise.blocks.label_pairs import PairTable
-from agq.blockwise.volumes.boxes import Box
 from agq.blockwise.volumes.create import Volume
-from agq.blockwise.volumes.triples import Triple
+from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
 
 Labels = npt.NDArray[np.uint64]

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from funlib.geometry import Coordinate
 
-from agq.blockwise.volumes.boxes import Box, boxes, unordered
+from agq.blockwise.volumes.boxes import boxes, unordered
 from agq.blockwise.volumes.create import Volume
-from agq.blockwise.volumes.triples import Triple, triple
+from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule, Table, Window, count_block
 from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, Scores, scores_of, shares

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from agq.blockwise.volumes.boxes import Box, boxes, unordered
+from agq.blockwise.volumes.boxes import boxes, unordered
 from agq.blockwise.volumes.create import write_chunk
+from agq.blockwise.volumes.triples import Box, triple
 
 Pieces = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
 """Sorted ids of the pieces of a block, and the label that each had."""
@@ -108,7 +109,7 @@ def _touching(
             continue
         start, stop = list(box[0]), list(box[1])
         start[axis], stop[axis] = edge - 1, edge + 1
-        both = np.moveaxis(_read(array, (tuple(start), tuple(stop))), axis, 0).reshape(2, -1)
+        both = np.moveaxis(_read(array, (triple(start), triple(stop))), axis, 0).reshape(2, -1)
         both = np.unique(both[:, (both > 0).all(axis=0)], axis=1)
         place = np.searchsorted(ids, both)
         found.append(place[:, labels[place[0]] == labels[place[1]]])

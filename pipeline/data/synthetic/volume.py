@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from agq.blockwise.volumes.boxes import Box, boxes, unordered
+from agq.blockwise.volumes.boxes import boxes, unordered
 from agq.blockwise.volumes.create import create_array, write_chunk
+from agq.blockwise.volumes.triples import Box
 from agq.errors import InputError
 from agq.pipeline.data.synthetic import tissue
 from agq.pipeline.data.synthetic.connected import split_labels
