@@ -56,24 +56,24 @@ def mask_blocks(
         If the mask does not overlap the volume at all, which means a wrong offset or unit.
     """
     wanted = np.asarray(numbers, dtype=np.int64).reshape(-1)
-    if not _overlaps(mask, grid):
+    if not mask.roi.intersects(grid.to_world((0, 0, 0), grid.volume_shape)):
         raise InputError(
             f"{mask.name} covers {mask.roi} in {mask.unit}, which does not touch the volume; "
             "correct its offset or voxel size"
         )
     tile = _tile_shape(mask, tile_voxels)
-    found = [
+    touched = [
         _touched(mask, grid, wanted[first : first + BATCH], tile)
         for first in range(0, wanted.size, BATCH)
     ]
-    return np.concatenate([np.zeros(0, dtype=bool), *found])
+    return np.concatenate([np.zeros(0, dtype=bool), *touched])
 
 
 def _touched(mask: Volume, grid: BlockGrid, numbers: Ints, tile: Ints) -> npt.NDArray[np.bool_]:
     low, high = _mask_boxes(mask, grid, numbers)
-    found = np.zeros(numbers.size, dtype=bool)
+    touched = np.zeros(numbers.size, dtype=bool)
     for place, members in _tiles(low, high, tile):
-        members = members[~found[members]]
+        members = members[~touched[members]]
         if members.size == 0:
             continue
         origin = place * tile
@@ -81,32 +81,21 @@ def _touched(mask: Volume, grid: BlockGrid, numbers: Ints, tile: Ints) -> npt.ND
         inner_high = np.minimum(high[members], origin + tile)
         start, stop = inner_low.min(axis=0), inner_high.max(axis=0)
         counts = _summed(mask.read(tuple(start.tolist()), tuple(stop.tolist())))
-        found[members] = _count(counts, inner_low - start, inner_high - start) > 0
-    return found
+        touched[members] = _count(counts, inner_low - start, inner_high - start) > 0
+    return touched
 
 
 def _mask_boxes(mask: Volume, grid: BlockGrid, numbers: Ints) -> tuple[Ints, Ints]:
     """Return the mask voxels that each write box touches, clipped to the mask (maybe empty)."""
     index = np.stack(np.unravel_index(numbers, grid.shape), axis=1).astype(np.int64)
-    write = np.array(grid.write_shape, dtype=np.int64)
-    voxel = np.array(tuple(grid.voxel_size), dtype=np.int64)
-    position = np.array(tuple(grid.offset), dtype=np.int64)
-    mask_voxel = np.array(tuple(mask.voxel_size), dtype=np.int64)
-    mask_position = np.array(tuple(mask.offset), dtype=np.int64)
-    start = index * write
-    stop = np.minimum(start + write, np.array(grid.volume_shape, dtype=np.int64))
-    low = (position + start * voxel - mask_position) // mask_voxel
-    high = -((mask_position - position - stop * voxel) // mask_voxel)
-    shape = np.array(mask.shape, dtype=np.int64)
-    return np.clip(low, 0, shape), np.clip(high, 0, shape)
-
-
-def _overlaps(mask: Volume, grid: BlockGrid) -> bool:
-    begin = np.array(tuple(grid.offset))
-    end = begin + np.array(grid.volume_shape) * np.array(tuple(grid.voxel_size))
-    mask_begin = np.array(tuple(mask.offset))
-    mask_end = mask_begin + np.array(mask.shape) * np.array(tuple(mask.voxel_size))
-    return bool((np.maximum(begin, mask_begin) < np.minimum(end, mask_end)).all())
+    start = index * grid.write_shape
+    stop = np.minimum(start + grid.write_shape, grid.volume_shape)
+    shift = np.array(grid.offset - mask.offset, dtype=np.int64)
+    voxel = np.array(grid.voxel_size, dtype=np.int64)
+    mask_voxel = np.array(mask.voxel_size, dtype=np.int64)
+    low = (start * voxel + shift) // mask_voxel
+    high = -((-stop * voxel - shift) // mask_voxel)
+    return np.clip(low, 0, mask.shape), np.clip(high, 0, mask.shape)
 
 
 def _tile_shape(mask: Volume, tile_voxels: int) -> Ints:

@@ -18,29 +18,19 @@ from agq.errors import InputError
 class Prediction(Protocol):
     """What a predictor says of one block.
 
-    Attributes
-    ----------
-    labels
-        uint16 or uint32, (z, y, x): instance labels, 0 background.
-    affinities
-        uint8, (3, z, y, x): channel c is the affinity (255 = 1.0) between a voxel and the one
-        before it on axis c.
-    components, dropped, n_labels
-        Objects found, objects dropped by a limit of the predictor, labels in `labels`.
-
-    A prediction may also have ``memberships``, integers (1 + n_labels, anything): a row of
-    coordinates per label, the more parallel the likelier two labels are one object, zero where
-    nothing is known; and ``mask_weight``, from 0 to 1: how much that counts (`blocks.sidecar`).
+    It may also have ``memberships``, integers (1 + n_labels, anything): a row of coordinates per
+    label, the more parallel the likelier two labels are one object, zero where nothing is known;
+    and ``mask_weight``, from 0 to 1: how much that counts (`blocks.label_pairs`).
     """
 
     @property
     def labels(self) -> npt.NDArray[Any]:
-        """Instance labels."""
+        """Instance labels, uint16 or uint32, (z, y, x); 0 is background."""
         ...
 
     @property
     def affinities(self) -> npt.NDArray[np.uint8]:
-        """Affinities to the previous voxel on each axis."""
+        """Affinities (255 = 1.0), (3, z, y, x): channel c is to the voxel before on axis c."""
         ...
 
     @property
@@ -74,12 +64,7 @@ class Predictor(Protocol):
 
 
 def resolve_factory(factory: str) -> Callable[..., Predictor]:
-    """Import the callable that a factory name means.
-
-    Parameters
-    ----------
-    factory
-        ``"module:callable"``.
+    """Import the callable that a factory name, ``"module:callable"``, means.
 
     Raises
     ------
@@ -98,10 +83,10 @@ def resolve_factory(factory: str) -> Callable[..., Predictor]:
             f"{type(error).__name__}: {error} (workers look in installed packages and in "
             "PYTHONPATH, not in the current folder)"
         ) from error
-    found = getattr(module, name, None)
-    if not callable(found):
+    make: Callable[..., Predictor] | None = getattr(module, name, None)
+    if not callable(make):
         raise InputError(f"predictor factory {factory!r}: {module_name} has no callable {name!r}")
-    return found
+    return make
 
 
 def load_predictor(

@@ -144,10 +144,7 @@ Location = LocalLocation | RemoteLocation
 def locate(path: str | os.PathLike[str]) -> Location:
     """Find a container.
 
-    Parameters
-    ----------
-    path
-        Local folder, or a URL that starts with s3://, gs://, http:// or https://.
+    It is a local folder, or a URL that starts with s3://, gs://, http:// or https://.
 
     Raises
     ------

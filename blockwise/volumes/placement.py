@@ -65,18 +65,8 @@ def from_attributes(
 
     Understood are ``voxel_size`` or ``resolution`` with ``offset``, ``units`` and ``axis_names``
     (funlib.persistence), ``pixelResolution`` with ``downsamplingFactors`` (N5 viewers), and
-    ``transform`` with axes, scale, translate and units (COSEM).
-
-    Parameters
-    ----------
-    attributes
-        Attributes of the array.
-    ndim
-        Dimensions of the array.
-    reversed_axes
-        True for N5, which stores axes and all triples as (x, y, z).
-    where
-        Name of the array for messages.
+    ``transform`` with axes, scale, translate and units (COSEM). N5 stores axes and all triples
+    reversed, as (x, y, z). `where` names the array in messages.
 
     Raises
     ------
@@ -137,15 +127,6 @@ def from_multiscale(multiscale: Mapping[str, Any], level: int, where: str) -> Pl
     space is translated by half the growth of its voxel; many writers leave that out. Offsets here
     are corners, and the corner of level 0 is taken to be its own translation: both ways of
     writing then give all levels of one pyramid the same offset.
-
-    Parameters
-    ----------
-    multiscale
-        One item of ``multiscales``.
-    level
-        Index into its ``datasets``.
-    where
-        Name of the array for messages.
 
     Raises
     ------
