@@ -27,13 +27,13 @@ from agq.errors import InputError
 
 
 class PredictSpec(AttemptSettings, GridSpec):
-    """One prediction: what to read, how to cut it, what predicts, who works."""
+    """One prediction: what is read, how it is cut, what predicts, which workers compute."""
 
     run_dir: str
     """Run folder. Workers use the folder they are given, which may be mounted elsewhere."""
 
     raw: dict[str, Any]
-    """Keyword arguments of `volumes.create.open_volume` (path, dataset, voxel_size, ...)."""
+    """Keyword arguments of `volumes.open.open_volume` (path, dataset, voxel_size, ...)."""
 
     factory: str
     """``module:callable`` that makes the predictor."""
@@ -89,9 +89,9 @@ class Session(BaseModel):
     host: str = ""
     port: int = 0
     token: str = Field("", repr=False)
-    """Secret for the gate in front of the dispatcher; empty: there is none."""
+    """Secret for the proxy in front of the dispatcher; empty: there is no proxy."""
     alone: bool = False
-    """Workers take one block at a time: whoever kills a worker then harms no other block."""
+    """Workers take one block at a time: a block that kills its worker then harms no other."""
 
     def save(self, run_dir: str | Path) -> None:
         """Write ``session.json``, for its owner only, replacing that of an earlier dispatcher."""

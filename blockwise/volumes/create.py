@@ -1,4 +1,4 @@
-"""Volumes in and out: open what exists, create arrays for results, write whole chunks durably.
+"""Arrays for results: create them, and write whole chunks durably.
 
 Outputs are zarr v3, zstd without shuffle (which hides the runs of equal labels: measured 2 to 3
 times larger), never sharded while blocks are written: a chunk, and a shard, has exactly one writer.
@@ -16,21 +16,7 @@ import zarr.errors
 from zarr.storage import LocalStore
 
 from agq.blockwise.storage.files import Unsynced
-from agq.blockwise.volumes.open import DTYPES, Kind, Volume, open_volume
 from agq.errors import InputError
-
-__all__ = [
-    "DTYPES",
-    "Kind",
-    "Volume",
-    "chunk_box",
-    "chunk_file",
-    "create_affinities",
-    "create_array",
-    "open_array",
-    "open_volume",
-    "write_chunk",
-]
 
 # Without this zarr leaves chunks of zeros out, and a missing chunk could also be one never done.
 _CONFIG: Any = {"write_empty_chunks": True}

@@ -188,7 +188,7 @@ def open_volume(
     voxel_size
         (z, y, x) in `unit`; needed if the metadata do not hold it, compared if they do.
     offset
-        (z, y, x) in `unit` of the first voxel's corner; likewise, but 0 if nobody says.
+        (z, y, x) in `unit` of the first voxel's corner; likewise, but 0 if it is said nowhere.
     level
         Resolution level of a multiscale group; default 0, the finest.
     kind

@@ -14,7 +14,7 @@ from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger
-    from agq.blockwise.volumes.create import Kind, Volume
+    from agq.blockwise.volumes.open import Kind, Volume
 
 Target = Annotated[
     Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
@@ -36,7 +36,7 @@ def open_location(location: str, kind: "Kind", unit: str = "nm") -> "Volume":
     InputError
         If there is no such volume.
     """
-    from agq.blockwise.volumes.create import open_volume  # slow to load
+    from agq.blockwise.volumes.open import open_volume  # slow to load
 
     path, _, dataset = location.partition("::")
     if not dataset and RunFolder(Path(path)).exists():

@@ -12,7 +12,7 @@ from agq.pipeline.cli.arguments import AsJson, open_location
 from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
-    from agq.blockwise.volumes.create import Volume
+    from agq.blockwise.volumes.open import Volume
 
 baseline_app = typer.Typer(no_args_is_help=True, help="Other methods on the same run, to compare.")
 

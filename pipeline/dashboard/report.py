@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from agq.blockwise.storage.files import write_atomic
-from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.dashboard.blockmap import STATES

@@ -19,16 +19,8 @@ import numpy.typing as npt
 import zarr
 
 from agq.blockwise.storage.files import checksum, format_bytes, fsync_path
-from agq.blockwise.volumes.create import (
-    DTYPES,
-    Kind,
-    Volume,
-    chunk_box,
-    create_array,
-    open_array,
-    open_volume,
-    write_chunk,
-)
+from agq.blockwise.volumes.create import chunk_box, create_array, open_array, write_chunk
+from agq.blockwise.volumes.open import DTYPES, Kind, Volume, open_volume
 from agq.blockwise.volumes.triples import Triple, checked_triple
 from agq.errors import InputError
 from agq.pipeline.data.section_stack import Sections

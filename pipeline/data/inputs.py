@@ -7,7 +7,7 @@ import numpy as np
 from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.volumes.create import Kind, Volume, open_volume
+from agq.blockwise.volumes.open import Kind, Volume, open_volume
 from agq.blockwise.volumes.triples import Box, triple
 from agq.errors import InputError
 from agq.pipeline.config.schema import RoiSettings, VolumeSettings

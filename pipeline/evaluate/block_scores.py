@@ -21,7 +21,7 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import STATE_RANK
 from agq.blockwise.volumes.boxes import unordered
-from agq.blockwise.volumes.create import Volume, open_volume
+from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BorderRule, Table
 from agq.pipeline.evaluate.scores import Scores

@@ -14,7 +14,7 @@ from funlib.geometry import Coordinate
 from scipy import ndimage
 
 from agq.blockwise.blocks.label_pairs import PairTable
-from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
 

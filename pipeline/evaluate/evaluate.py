@@ -24,7 +24,7 @@ import numpy as np
 from funlib.geometry import Coordinate
 
 from agq.blockwise.volumes.boxes import boxes, unordered
-from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule, Table, Window, count_block

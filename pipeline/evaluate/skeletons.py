@@ -18,7 +18,7 @@ from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 
 from agq.blockwise.storage.npz import load_arrays, save_arrays
-from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 

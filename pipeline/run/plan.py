@@ -16,7 +16,7 @@ from agq.blockwise.journal.writer import Journal
 from agq.blockwise.predict.predictor import load_predictor
 from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.storage.files import format_bytes, free_space
-from agq.blockwise.volumes.create import open_volume
+from agq.blockwise.volumes.open import open_volume
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 from agq.pipeline.run.prepare import Prepared

@@ -31,7 +31,7 @@ from agq.blockwise.stitch.cluster import TlsFiles
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings, PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
-from agq.blockwise.volumes.create import Volume, open_volume
+from agq.blockwise.volumes.open import Volume, open_volume
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.session import Session

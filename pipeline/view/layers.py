@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from funlib.geometry import Coordinate
 
-from agq.blockwise.volumes.create import Volume, open_array, open_volume
+from agq.blockwise.volumes.create import open_array
+from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder

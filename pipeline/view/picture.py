@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from agq.blockwise.storage.files import write_atomic
-from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 
 MAX_IN_PLANE = 1024

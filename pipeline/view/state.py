@@ -9,7 +9,7 @@ from typing import Any
 
 import neuroglancer
 
-from agq.blockwise.volumes.create import Volume
+from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder

@@ -10,7 +10,8 @@ import numpy as np
 import yaml
 from scipy import ndimage
 
-from agq.blockwise.volumes.create import create_array, open_volume
+from agq.blockwise.volumes.create import create_array
+from agq.blockwise.volumes.open import open_volume
 from tests.helpers import ROOT
 
 FAKE = {"factory": "tests.helpers.fakes:threshold"}

@@ -28,7 +28,7 @@ from agq.blockwise.stitch.evidence.in_memory import read_evidence
 from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.storage.files import write_atomic
-from agq.blockwise.volumes.create import Volume, open_volume
+from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.evaluate.baseline.quantile import quantile_segments, write_joined
 from agq.pipeline.evaluate.baseline.watershed import WatershedRun, WatershedSettings, make_fragments

@@ -11,7 +11,8 @@ from funlib.geometry import Coordinate
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.mask import mask_blocks
-from agq.blockwise.volumes.create import Volume, create_array, open_volume
+from agq.blockwise.volumes.create import create_array
+from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 
 

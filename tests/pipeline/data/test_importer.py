@@ -17,7 +17,7 @@ import pytest
 import tifffile
 import zarr
 
-from agq.blockwise.volumes.create import Volume, open_volume
+from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import VolumeSettings
 from agq.pipeline.data import importer, sections

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from agq.blockwise.volumes.create import open_array, open_volume
+from agq.blockwise.volumes.create import open_array
+from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
 from agq.pipeline.data.synthetic import skeleton as synthetic_skeleton
 from agq.pipeline.data.synthetic import tissue as synthetic_tissue

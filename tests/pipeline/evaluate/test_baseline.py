@@ -15,14 +15,8 @@ from agq.blockwise.stitch.cluster import local_client
 from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
 from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate
 from agq.blockwise.stitch.run import run_stitch
-from agq.blockwise.volumes.create import (
-    Volume,
-    create_affinities,
-    create_array,
-    open_array,
-    open_volume,
-    write_chunk,
-)
+from agq.blockwise.volumes.create import create_affinities, create_array, open_array, write_chunk
+from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.model.decode.supervoxels import section_fragments
 from agq.pipeline.evaluate.baseline.compare import MEAN, QUANTILE, compare, fragment_counts

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from skimage.metrics import adapted_rand_error, variation_of_information
 
-from agq.blockwise.volumes.create import open_volume
+from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
 from agq.pipeline.evaluate.block_scores import score_blocks
 from agq.pipeline.evaluate.evaluate import evaluate

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq.blockwise.volumes.create import open_volume
+from agq.blockwise.volumes.open import open_volume
 from tests.helpers.fakes import RAISE, threshold
 from tests.helpers.runs import agq, blobs, command, environment, make_config, results, write_volume
 

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import pytest
 from matplotlib.image import imread
 
-from agq.blockwise.volumes.create import Volume, create_array, open_volume
+from agq.blockwise.volumes.create import create_array
+from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.view import picture
 from agq.pipeline.view.picture import colours, snapshot

@@ -20,13 +20,8 @@ import pytest
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
-from agq.blockwise.volumes.create import (
-    chunk_file,
-    create_affinities,
-    create_array,
-    open_array,
-    open_volume,
-)
+from agq.blockwise.volumes.create import chunk_file, create_affinities, create_array, open_array
+from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import load_config
 from agq.pipeline.folder import RunFolder

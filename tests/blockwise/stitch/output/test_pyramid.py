@@ -21,7 +21,8 @@ from agq.blockwise.stitch.output.pyramid import (
     pyramid_size,
     write_metadata,
 )
-from agq.blockwise.volumes.create import create_array, open_array, open_volume
+from agq.blockwise.volumes.create import create_array, open_array
+from agq.blockwise.volumes.open import open_volume
 from tests.helpers.stitch_runs import PLAIN_DOWNSAMPLE
 
 
