@@ -3,7 +3,6 @@
 import hashlib
 from pathlib import Path
 
-import numpy as np
 from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.blocks.grid import BlockGrid
@@ -73,25 +72,20 @@ def roi_box(roi: RoiSettings | None, grid: BlockGrid) -> Box | None:
     """
     if roi is None:
         return None
-    size, offset = np.array(tuple(grid.voxel_size)), np.array(tuple(grid.offset))
     if roi.units == "voxels":
-        start = np.array(roi.offset)
-        shape = np.array(roi.shape)
+        start, shape = triple(roi.offset), triple(roi.shape)
+        stop = triple(first + size for first, size in zip(start, shape, strict=True))
     else:
-        start, odd_start = np.divmod(np.array(roi.offset) - offset, size)
-        shape, odd_shape = np.divmod(np.array(roi.shape), size)
-        if odd_start.any() or odd_shape.any():
-            raise InputError(
-                f"input.roi: offset {roi.offset} and shape {roi.shape} are not on the voxel grid "
-                f"(voxel size {triple(size)}, volume offset {triple(offset)})"
-            )
-    stop = start + shape
-    if (start < 0).any() or (stop > np.array(grid.volume_shape)).any():
+        try:
+            start, stop = grid.to_voxels(Roi(roi.offset, roi.shape))
+        except InputError as error:
+            raise InputError(f"input.roi: {error}") from None
+    if min(start) < 0 or any(b > size for b, size in zip(stop, grid.volume_shape, strict=True)):
         raise InputError(
-            f"input.roi: voxels {start.tolist()} to {stop.tolist()} are outside the volume of "
+            f"input.roi: voxels {list(start)} to {list(stop)} are outside the volume of "
             f"{list(grid.volume_shape)} voxels"
         )
-    return triple(start), triple(stop)
+    return start, stop
 
 
 def world_roi(box: Box | None, grid: BlockGrid) -> Roi:
