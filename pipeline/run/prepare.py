@@ -16,7 +16,7 @@ from agq.blockwise.ledger.database import connect
 from agq.blockwise.predict.predictor import resolve_factory
 from agq.blockwise.storage.files import require_free_space, require_writable
 from agq.blockwise.volumes.open import Volume
-from agq.blockwise.volumes.triples import Box, Triple, triple
+from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
 from agq.pipeline.config.schema import DEFAULT_FACTORY, EARLIER_FACTORY, Config
 from agq.pipeline.data.inputs import open_section, roi_box, world_roi
