@@ -106,12 +106,7 @@ class BlockFiles:
     def write(self, number: int, prediction: Prediction) -> dict[str, str]:
         """Write the outputs of a block durably; return a checksum of each.
 
-        Parameters
-        ----------
-        number
-            Block number.
-        prediction
-            Over the `read_shape` of the grid.
+        The prediction is over the `read_shape` of the grid.
 
         Raises
         ------
@@ -174,10 +169,11 @@ class _Ready:
     result: "Future[tuple[Prediction, float]]" = field(default_factory=Future)
 
 
+@dataclass(eq=False)
 class BlockLoop:
     """The block threads and the compute loop of one worker process.
 
-    Parameters
+    Attributes
     ----------
     spec
         The prediction.
@@ -190,32 +186,21 @@ class BlockLoop:
     stop_run
         Called, from any thread, with a message when no block can succeed any more (full disk);
         it must end the process.
-
-    Attributes
-    ----------
     drained
         Whether this process has found that it cannot compute what was computed before.
     """
 
-    def __init__(
-        self,
-        spec: PredictSpec,
-        files: BlockFiles,
-        predictor: Predictor,
-        journal: JournalWriter,
-        stop_run: Callable[[str], object],
-    ) -> None:
-        self.spec = spec
-        self.files = files
-        self.predictor = predictor
-        self.journal = journal
-        self._stop_run = stop_run
-        self._ready: queue.SimpleQueue[_Ready] = queue.SimpleQueue()
-        self.drained = False
-        self._leave_by = math.inf
-        self._failed_in_a_row = 0
-        self._tested_at = 0
-        self._last_done: int | None = None
+    spec: PredictSpec
+    files: BlockFiles
+    predictor: Predictor
+    journal: JournalWriter
+    stop_run: Callable[[str], object]
+    drained: bool = field(default=False, init=False)
+    _ready: "queue.SimpleQueue[_Ready]" = field(default_factory=queue.SimpleQueue, init=False)
+    _leave_by: float = field(default=math.inf, init=False)
+    _failed_in_a_row: int = field(default=0, init=False)
+    _tested_at: int = field(default=0, init=False)
+    _last_done: int | None = field(default=None, init=False)
 
     @property
     def leaving(self) -> bool:
@@ -432,7 +417,7 @@ class BlockLoop:
                 fatal = second
             _logger.exception("cannot record the failure of block %d", number)
         if fatal is not None:
-            self._stop_run(f"block {number} cannot be written: {fatal}")
+            self.stop_run(f"block {number} cannot be written: {fatal}")
 
     def _failures(self, number: int) -> int:
         """Return how often a block has failed in this run, in any worker."""

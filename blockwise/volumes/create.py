@@ -135,21 +135,10 @@ def create_affinities(
     chunks: Sequence[int],
     **placement: Any,
 ) -> "zarr.Array[Any]":
-    """Create or reopen a uint8 array of affinities to the voxels before on z, y and x.
+    """Create or reopen an array of affinities to the voxels before on z, y and x.
 
-    Parameters
-    ----------
-    container, name
-        As for `create_array`.
-    shape, chunks
-        Spatial, (z, y, x); a chunk holds all three channels, so that a block writes one chunk.
-    placement
-        Voxel size, offset and unit, as for `create_array`.
-
-    Returns
-    -------
-    zarr.Array
-        Of shape (3, z, y, x).
+    It is uint8, (3, z, y, x); `shape` and `chunks` are (z, y, x), and a chunk holds all three
+    channels, so that a block writes one chunk. The rest is as for `create_array`.
     """
     return create_array(
         container, name, shape=(3, *shape), chunks=(3, *chunks), dtype=np.uint8, **placement
