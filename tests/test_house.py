@@ -119,6 +119,16 @@ def test_tests_import_only_helpers():
     assert not wrong
 
 
+def test_daisy_is_imported_by_its_adapter_alone():
+    importers = {
+        str(file.relative_to(ROOT))
+        for folder in (*PACKAGES, "benchmarks")
+        for file in (ROOT / folder).rglob("*.py")
+        if any(name.split(".")[0] == "daisy" for name in imported(file))
+    }
+    assert importers == {"blockwise/predict/daisy.py"}
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_module_has_one_name(package):
     """The repository's root is on the path of tests: there the folders themselves are found too."""
