@@ -21,9 +21,9 @@ from typing import BinaryIO
 import psutil
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.journal.compact import SNAPSHOT
 from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import BlockRecord, encode
+from agq.blockwise.journal.snapshot import SNAPSHOT
 from agq.blockwise.volumes.triples import Triple
 from agq.pipeline.folder import RunFolder
 

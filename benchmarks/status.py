@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import SecretStr
 
-from agq.blockwise.journal.compact import write_snapshot
 from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.snapshot import write_snapshot
 from agq.blockwise.journal.table import ROW, BlockTable
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
 from agq.blockwise.ledger.database import (
@@ -63,19 +63,19 @@ def make_run(folder: Path, n: int, late: int) -> RunFolder:
     rows["voxels"] = 17 * 257 * 257
     rows["labels"] = blocks % 500
     meta = {
+        "span": [rows["started"][0], rows["finished"][-1]],
         "files": known.positions,
         "ended": sorted(known.ended),
         "garbage": 0,
         "sources": [(next(iter(known.positions)), writer.token)],
         "reasons": [""],
-        "summary": BlockTable(rows).summary(),
         "failed": [
             record(block, "failed").to_dict() for block in range(FAILED_EVERY - 1, n, FAILED_EVERY)
         ],
         "rivals": [],
         "workers": [],
     }
-    write_snapshot(journal, rows, meta)
+    write_snapshot(journal, BlockTable(rows), meta)
     with JournalWriter(journal, WorkerInfo("late", "node", 2)) as writer:
         writer.finish_many(record(n + block) for block in range(late))
     return run

@@ -1,20 +1,14 @@
 """The meaning of a folder of journal files: what is done, what failed, who works."""
 
+import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.journal.compact import (
-    open_snapshot,
-    read_snapshot,
-    snapshot_files,
-    write_snapshot,
-)
-from agq.blockwise.journal.lazy import LazyBlockTable
 from agq.blockwise.journal.records import (
     RANK_STATE,
     STATE_RANK,
@@ -23,6 +17,13 @@ from agq.blockwise.journal.records import (
     Event,
     WorkerInfo,
     decode,
+)
+from agq.blockwise.journal.snapshot import (
+    Snapshot,
+    SnapshotError,
+    SnapshotTable,
+    open_snapshot,
+    write_snapshot,
 )
 from agq.blockwise.journal.table import BlockTable
 from agq.blockwise.journal.tail import JournalTail, WorkerState, follow_worker
@@ -49,9 +50,9 @@ class Journal:
     use_snapshot : bool
         Start from the snapshot that `compact` wrote, if there is one.
     lazy : bool
-        Read no more of it than is asked for: totals of 10^7 blocks in a moment. Any method may then
-        raise `journal.lazy.SnapshotError`, where the snapshot is damaged, or was replaced
-        on a network file system; a journal read anew, or not lazily, goes on.
+        Read no more of it than a status needs: totals of 10^7 blocks in a moment. Any method may
+        then raise `journal.snapshot.SnapshotError`, if the snapshot is damaged, or was replaced on
+        a network file system; a journal read anew, or not lazily, goes on.
 
     Attributes
     ----------
@@ -68,7 +69,9 @@ class Journal:
         self.folder = Path(folder)
         self.workers: dict[str, WorkerState] = {}
         self._tail = JournalTail(self.folder)
-        self._table: BlockTable | LazyBlockTable = BlockTable()
+        self._table: BlockTable | SnapshotTable = BlockTable()
+        # First start and last end of any attempt.
+        self._started, self._finished = math.inf, 0.0
         self._sources: list[tuple[str, str]] = []
         self._source_index: dict[tuple[str, str], int] = {}
         self._reasons: list[str] = [""]
@@ -76,12 +79,11 @@ class Journal:
         self._failed: dict[int, BlockRecord] = {}
         self._rivals: dict[int, set[tuple[str, int]]] = {}
         self._bad_events = 0
-        opened = open_snapshot(self.folder) if use_snapshot and lazy else None
-        snapshot = read_snapshot(self.folder) if use_snapshot and opened is None else None
-        if opened is not None:
-            self._restore(LazyBlockTable(opened[0], opened[1]["summary"]), opened[1])
-        elif snapshot is not None:
-            self._restore(BlockTable(snapshot[0]), snapshot[1])
+        snapshot = open_snapshot(self.folder) if use_snapshot else None
+        if snapshot is not None:
+            # Whoever reads all of it passes over a damaged one.
+            with contextlib.nullcontext() if lazy else contextlib.suppress(SnapshotError):
+                self._restore(snapshot, lazy=lazy and snapshot.has_seconds)
         self.catch_up()
 
     def refresh(self) -> list[Event]:
@@ -116,19 +118,29 @@ class Journal:
         Raises
         ------
         InputError
-            If the journal has a block beyond the last: it belongs to another grid.
+            As in `require_grid`.
         """
+        self.require_grid(n_blocks)
+        rows = self.rows
         mask = np.zeros(n_blocks, bool)
-        rows = self._table.rows
-        blocks = rows["block"][rows["rank"] >= _SKIPPED]
-        if len(blocks) and int(blocks.max()) >= n_blocks:
-            raise InputError(
-                f"journal {self.folder} has block {int(blocks.max())}, but the volume has "
-                f"{n_blocks} blocks: it belongs to another grid; use another run folder or "
-                "start over with --overwrite"
-            )
-        mask[blocks] = True
+        mask[rows["block"][rows["rank"] >= _SKIPPED]] = True
         return mask
+
+    def require_grid(self, n_blocks: int) -> None:
+        """Check that the blocks are those of a volume of ``n_blocks``.
+
+        Raises
+        ------
+        InputError
+            If a block that is done or skipped lies beyond the last: it belongs to another grid.
+        """
+        rows = self.rows
+        last = int(rows["block"].max(where=rows["rank"] >= _SKIPPED, initial=-1))
+        if last >= n_blocks:
+            raise InputError(
+                f"journal {self.folder} has block {last}, but the volume has {n_blocks} blocks: it "
+                "belongs to another grid; use another run folder or start over with --overwrite"
+            )
 
     def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
         """State of each of some blocks: 0 none, 1 failed, 2 skipped, 3 done."""
@@ -146,12 +158,13 @@ class Journal:
     def totals(self) -> dict[str, float]:
         """Add up the done blocks: voxels, labels, components, dropped and seconds of each part.
 
-        ``started`` and ``finished`` are the first start and last end of any block, 0 for none.
+        ``started`` and ``finished`` are the first start and last end of any attempt, 0 for none.
         """
-        return self._table.totals()
+        started = self._started if self._started < math.inf else 0.0
+        return self._table.sums() | {"started": started, "finished": self._finished}
 
     def recent(self, since: float) -> tuple[int, int]:
-        """Count the blocks, and their voxels, that were done at or after a time."""
+        """Count the blocks, and their voxels, done in the second of a time or later."""
         return self._table.recent(since)
 
     def replaced(self) -> bool:
@@ -161,7 +174,10 @@ class Journal:
         snapshot too, of other files.
         """
         gone = set(self._tail.positions).difference(self._tail.names())
-        return bool(gone) and not gone <= snapshot_files(self.folder)
+        if not gone:
+            return False
+        snapshot = open_snapshot(self.folder)
+        return snapshot is None or not gone <= snapshot.meta["files"].keys()
 
     @property
     def positions(self) -> dict[str, int]:
@@ -176,6 +192,8 @@ class Journal:
     @property
     def rows(self) -> NDArray[np.void]:
         """One row per block that has ended, dtype `agq.blockwise.journal.table.ROW`, any order."""
+        if isinstance(self._table, SnapshotTable):
+            self._table = self._table.whole()
         return self._table.rows
 
     @property
@@ -217,7 +235,7 @@ class Journal:
     def records(self, blocks: Iterable[int] | None = None) -> Iterator[BlockRecord]:
         """Whole records of some blocks (default: all), one at a time; see `record`."""
         if blocks is None:
-            blocks = np.sort(self._table.rows["block"]).tolist()
+            blocks = np.sort(self.rows["block"]).tolist()
         for block in blocks:
             record = self.record(block)
             if record is not None:
@@ -277,6 +295,8 @@ class Journal:
     def _end_block(self, event: Event) -> None:
         record = event.record
         block, rank = record.block, STATE_RANK[record.state]
+        self._started = min(self._started, record.started if record.started > 0 else math.inf)
+        self._finished = max(self._finished, record.finished)
         row = self._table.find(block)
         if row >= 0:
             old = self._table.row(row)
@@ -344,7 +364,7 @@ class Journal:
             "garbage": self.garbage,
             "sources": self._sources,
             "reasons": self._reasons,
-            "summary": self._table.summary(),
+            "span": [self._started if self._started < math.inf else 0.0, self._finished],
             "failed": [record.to_dict() for record in self.failed()],
             "rivals": [[block, sorted(keys)] for block, keys in self._rivals.items()],
             "workers": [
@@ -352,12 +372,17 @@ class Journal:
                 for w in self.workers.values()
             ],
         }
-        return write_snapshot(self.folder, self._table.rows, meta)
+        _ = self.rows
+        assert isinstance(self._table, BlockTable)
+        return write_snapshot(self.folder, self._table, meta)
 
-    def _restore(self, table: BlockTable | LazyBlockTable, meta: dict[str, Any]) -> None:
-        self._table = table
+    def _restore(self, snapshot: Snapshot, *, lazy: bool) -> None:
+        meta = snapshot.meta
+        self._table = SnapshotTable(snapshot) if lazy else BlockTable(snapshot.rows())
         self._tail = JournalTail(self.folder, meta["files"], set(meta["ended"]))
         self._tail.garbage = meta["garbage"]
+        started, self._finished = meta.get("span") or _span(self.rows)
+        self._started = started or math.inf
         for file, token in meta["sources"]:
             self._source(file, token)
         for reason in meta["reasons"]:
@@ -368,6 +393,13 @@ class Journal:
             current = {block: (attempt, begun) for block, attempt, begun in data.pop("current")}
             info = WorkerInfo.from_dict(data.pop("info"))
             self.workers[data["token"]] = WorkerState(info=info, current=current, **data)
+
+
+def _span(rows: NDArray[np.void]) -> tuple[float, float]:
+    """First start and last end of rows: what a snapshot of an older release does not say."""
+    started = rows["started"]
+    first = started.min(where=started > 0, initial=math.inf)
+    return float(first) if first < math.inf else 0.0, float(rows["finished"].max(initial=0.0))
 
 
 def compact(folder: Path) -> Path | None:

@@ -1,5 +1,6 @@
 """The present record of every block as columns: bounded memory at 10^7 blocks."""
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -29,8 +30,8 @@ ROW: Final = np.dtype(
     ]
 )
 
-COUNTED: Final = ("voxels", "labels", "components", "dropped")
-TIMED: Final = ("read_s", "compute_s", "write_s")
+_COUNTED: Final = ("voxels", "labels", "components", "dropped")
+_TIMED: Final = ("read_s", "compute_s", "write_s")
 
 # Block numbers come in runs along the last axis of the volume: small pages waste little on a
 # sparse selection and cost one dict entry per 1024 blocks on a full one.
@@ -43,6 +44,11 @@ class BlockTable:
 
     A Python dict of 10^7 numbers takes more than a gigabyte; the paged index here takes 4 bytes per
     block number in use.
+
+    Parameters
+    ----------
+    rows : ndarray, optional
+        Rows to begin with, dtype ROW, ascending by block.
     """
 
     def __init__(self, rows: NDArray[np.void] | None = None) -> None:
@@ -66,11 +72,11 @@ class BlockTable:
         page = self._pages.get(block >> _PAGE_BITS)
         return -1 if page is None else int(page[block & (_PAGE - 1)]) - 1
 
-    def row(self, row: int) -> Any:
+    def row(self, row: int) -> np.void:
         """Values of a row by name."""
         return self._rows[row]
 
-    def put(self, row: int, values: tuple[Any, ...]) -> None:
+    def put(self, row: int, values: tuple[Any, ...] | np.void) -> None:
         """Set a row (-1: add one); ``values`` in the order of ROW."""
         if row < 0:
             if self._size == len(self._rows):
@@ -78,7 +84,7 @@ class BlockTable:
                 grown[: self._size] = self._rows
                 self._rows = grown
             row = self._size
-            block = values[0]
+            block = int(values[0])
             page = self._pages.get(block >> _PAGE_BITS)
             if page is None:
                 page = self._pages[block >> _PAGE_BITS] = np.zeros(_PAGE, np.int32)
@@ -107,51 +113,32 @@ class BlockTable:
 
     def counts(self) -> dict[str, int]:
         """Count the blocks by state."""
-        found = np.bincount(self.rows["rank"], minlength=len(RANK_STATE))
-        return {state: int(found[rank]) for state, rank in STATE_RANK.items()}
+        counts = np.bincount(self.rows["rank"], minlength=len(RANK_STATE))
+        return {state: int(counts[rank]) for state, rank in STATE_RANK.items()}
 
-    def totals(self) -> dict[str, float]:
-        """Add up the done blocks; first start and last end of any block."""
+    def sums(self) -> dict[str, float]:
+        """Add up the done blocks."""
         rows = self.rows
         done = rows["rank"] == STATE_RANK["done"]
-        counts = {n: int(rows[n].sum(where=done, dtype=np.int64)) for n in COUNTED}
-        seconds = {n: float(rows[n].sum(where=done, dtype=np.float64)) for n in TIMED}
-        started = rows["started"][rows["started"] > 0]
-        return {
-            **counts,
-            **seconds,
-            "started": float(started.min(initial=np.inf)) if len(started) else 0.0,
-            "finished": float(rows["finished"].max(initial=0.0)),
-        }
+        counted = {n: int(rows[n].sum(where=done, dtype=np.int64)) for n in _COUNTED}
+        seconds = {n: float(rows[n].sum(where=done, dtype=np.float64)) for n in _TIMED}
+        return {**counted, **seconds}
 
     def recent(self, since: float) -> tuple[int, int]:
-        """Count the blocks done at or after a time, and their voxels."""
+        """Count the blocks done in the second of a time or later, and their voxels."""
         rows = self.rows
-        late = (rows["finished"] >= since) & (rows["rank"] == STATE_RANK["done"])
+        late = (rows["finished"] >= math.floor(since)) & (rows["rank"] == STATE_RANK["done"])
         return int(late.sum()), int(rows["voxels"].sum(where=late, dtype=np.int64))
-
-    def summary(self) -> dict[str, Any]:
-        """Return what a snapshot keeps beside the rows, for who needs no more than sums."""
-        return {"rows": len(self), "counts": self.counts(), "totals": self.totals()}
 
     def _index_all(self) -> None:
         blocks = self.rows["block"]
         if not len(blocks):
             return
         keys = blocks >> _PAGE_BITS
-        # Rows of a snapshot are sorted by block, so a page is one run of rows.
+        # The rows are sorted by block, so a page is one run of rows.
         pages, starts = np.unique(keys, return_index=True)
         stops = np.append(starts[1:], len(blocks))
         low = (blocks & (_PAGE - 1)).astype(np.int32)
         for key, start, stop in zip(pages.tolist(), starts.tolist(), stops.tolist(), strict=True):
             page = self._pages[key] = np.zeros(_PAGE, np.int32)
             page[low[start:stop]] = np.arange(start + 1, stop + 1, dtype=np.int32)
-
-
-def add_totals(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-    """Add up the totals of two tables without a block in common."""
-    starts = [t["started"] for t in (one, other) if t["started"] > 0]
-    return {name: one[name] + other[name] for name in (*COUNTED, *TIMED)} | {
-        "started": min(starts, default=0.0),
-        "finished": max(one["finished"], other["finished"]),
-    }

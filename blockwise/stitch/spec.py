@@ -142,7 +142,7 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
     if not len(selected):
         raise InputError("stitch: the ROI holds no block of the volume")
     journal = Journal(spec.run_dir / "journal" / "predict")
-    journal.done(grid.n_blocks)  # refuses the journal of another grid
+    journal.require_grid(grid.n_blocks)
     ranks = journal.ranks(selected)
     bad = selected[ranks < STATE_RANK["skipped"]]
     if len(bad) and not spec.allow_missing:

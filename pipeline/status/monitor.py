@@ -174,7 +174,7 @@ class Monitor:
                 note = f"{self._ledger.error(error)}: read from the journal"
                 if not here:
                     raise InputError(f"{self._run.path} is not here, and {note}") from None
-        from agq.blockwise.journal.lazy import SnapshotError
+        from agq.blockwise.journal.snapshot import SnapshotError
 
         record = self._run.record()
         try:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agq.blockwise.journal.compact import SNAPSHOT
 from agq.blockwise.journal.records import MAX_TEXT, decode, encode
+from agq.blockwise.journal.snapshot import SNAPSHOT
 from agq.blockwise.journal.writer import (
     BadLineError,
     BlockRecord,

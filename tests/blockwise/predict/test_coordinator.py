@@ -10,7 +10,7 @@ import zarr
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import build_sidecar
-from agq.blockwise.journal.compact import read_snapshot
+from agq.blockwise.journal.snapshot import open_snapshot
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.predict.coordinator import PredictProgress, PredictSpec, run_predict
 from agq.blockwise.volumes.create import chunk_file, open_array
@@ -99,9 +99,9 @@ def test_the_journal_is_compacted_while_a_run_goes_on(tmp_path, undisturbed, mon
     monkeypatch.setattr("agq.blockwise.predict.coordinator._COMPACT_BLOCKS", 5)
     spec = make_run(tmp_path, raw_volume())
     assert run_predict(spec, ALL).done == 27
-    snapshot = read_snapshot(journal(spec).folder)
+    snapshot = open_snapshot(journal(spec).folder)
     assert snapshot is not None
-    assert len(snapshot[0]) >= 5
+    assert len(snapshot.rows()) >= 5
     assert journal(spec).done(27).all()
     assert outputs(spec) == undisturbed
 

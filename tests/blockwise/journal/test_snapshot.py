@@ -1,28 +1,19 @@
 """A journal that reads of its snapshot what is asked for says what one says that reads it all."""
 
+import json
 import random
 import re
 
 import numpy as np
 import pytest
 
-from agq.blockwise.journal import lazy as journal_lazy
-from agq.blockwise.journal import pages as journal_pages
-from agq.blockwise.journal.compact import SNAPSHOT
-from agq.blockwise.journal.lazy import LazyBlockTable, SnapshotError
+from agq.blockwise.journal.snapshot import SNAPSHOT, SnapshotError, SnapshotTable
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo, compact
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.monitor import Monitor, load_status
 from tests.helpers.runs import kill_after
 
 WORKER = WorkerInfo("w", "node", 1)
-
-
-@pytest.fixture
-def small_pages(monkeypatch):
-    """Pages of 16 rows, so that a few hundred blocks have many."""
-    for module in (journal_pages, journal_lazy):
-        monkeypatch.setattr(module, "PAGE_ROWS", 16)
 
 
 def records(rng: random.Random, n: int, begin: float) -> list[BlockRecord]:
@@ -69,9 +60,7 @@ def same(lazy: Journal, whole: Journal) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_lazy_journal_says_the_same(tmp_path, seed, request):
-    if seed % 3:
-        request.getfixturevalue("small_pages")
+def test_a_lazy_journal_says_the_same(tmp_path, seed):
     rng = random.Random(seed)
     # Before and after the snapshot; one of both may be empty, and blocks come again.
     before, after = rng.choice([(0, 80), (150, 0), (150, 3), (150, 150), (3, 150)])
@@ -85,7 +74,7 @@ def test_a_lazy_journal_says_the_same(tmp_path, seed, request):
         late = records(rng, after, 2000.0)
         writer.finish_many(late[: after // 2])
         lazy = Journal(tmp_path, lazy=True)
-        assert isinstance(lazy._table, LazyBlockTable)
+        assert isinstance(lazy._table, SnapshotTable)
         same(lazy, Journal(tmp_path, use_snapshot=False))
         writer.finish_many(late[after // 2 :])
         writer.begin(7)
@@ -104,18 +93,16 @@ def test_a_lazy_journal_says_the_same(tmp_path, seed, request):
     same(Journal(tmp_path, lazy=True), Journal(tmp_path, use_snapshot=False))
 
 
-def test_a_status_reads_no_column_of_a_journal_at_rest(tmp_path, small_pages):
+def test_a_status_reads_no_column_of_a_journal_at_rest(tmp_path):
     with JournalWriter(tmp_path, WORKER) as writer:
         writer.finish_many(records(random.Random(1), 150, 1000.0))
     compact(tmp_path)
     lazy = Journal(tmp_path, lazy=True)
     lazy.counts(), lazy.totals(), lazy.recent(0.0), lazy.recent(9000.0), lazy.failed()
-    columns = lazy._table._columns
-    assert (set(columns._columns), columns._pages) == ({"meta", "pages"}, {})
+    assert set(lazy._table._snapshot._columns) == {"meta", "seconds"}
 
 
-def test_a_status_of_a_run_reads_few_pages(tmp_path, small_pages):
-    """Blocks end roughly in their order, so neither a time nor late lines touch many pages."""
+def test_a_status_of_a_run_reads_no_more_than_late_lines_change(tmp_path):
     done = [BlockRecord(b, "done", finished=1000.0 + b, voxels=b) for b in range(0, 800, 2)]
     with JournalWriter(tmp_path, WORKER) as writer:
         writer.finish_many(done)
@@ -123,28 +110,29 @@ def test_a_status_of_a_run_reads_few_pages(tmp_path, small_pages):
     late = [5, 7, 8, 799, 900]
     with JournalWriter(tmp_path, WORKER) as writer:
         writer.finish_many(BlockRecord(b, "done", finished=2000.0, voxels=1) for b in late)
+        writer.begin(901)
     lazy, whole = Journal(tmp_path, lazy=True), Journal(tmp_path, use_snapshot=False)
-    columns = lazy._table._columns
-    # 5, 7 and 8 lie in the first page, the others behind all blocks.
-    assert {key for key in columns._pages if key[0] == "block"} == {("block", 0), ("block", 24)}
-    columns._pages.clear()
+    # Of the late blocks the snapshot has 8 alone.
+    assert lazy._table._replaced.rows["block"].tolist() == [8]
     assert lazy.recent(1333.0) == whole.recent(1333.0)
-    assert {page for name, page in columns._pages if name == "voxels"} == {0, 10}
     assert lazy.counts() == whole.counts()
     assert lazy.totals() == whole.totals()
-    assert {page for _, page in columns._pages} == {0, 10}
-    assert set(columns._columns) == {"meta", "pages"}
+    assert lazy.running() == whole.running()
+    assert set(lazy._table._snapshot._columns) == {"meta", "seconds", "block", "rank"}
 
 
-def test_a_snapshot_without_an_index_is_read_whole(tmp_path, monkeypatch):
+def test_a_snapshot_of_an_earlier_release_is_read_whole(tmp_path):
     with JournalWriter(tmp_path, WORKER) as writer:
         writer.finish_many(records(random.Random(1), 150, 1000.0))
     compact(tmp_path)
     with np.load(tmp_path / SNAPSHOT) as archive:
-        members = {name: archive[name] for name in archive.files if name != "pages"}
+        members = {name: archive[name] for name in archive.files if name != "seconds"}
+    meta = json.loads(members["meta"].tobytes())
+    del meta["span"], meta["summary"]
+    members["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     np.savez(tmp_path / SNAPSHOT, **members)
     lazy = Journal(tmp_path, lazy=True)
-    assert not isinstance(lazy._table, LazyBlockTable)
+    assert not isinstance(lazy._table, SnapshotTable)
     same(lazy, Journal(tmp_path, use_snapshot=False))
 
 
@@ -165,7 +153,7 @@ for first in range(0, 10**6, 100):
 """
     kill_after(60, code, tmp_path)
     lazy, whole = Journal(tmp_path, lazy=True), Journal(tmp_path, use_snapshot=False)
-    assert isinstance(lazy._table, LazyBlockTable)
+    assert isinstance(lazy._table, SnapshotTable)
     assert lazy.counts() == whole.counts()
     assert lazy.totals() == whole.totals()
     assert sum(whole.counts().values()) >= 5000
@@ -173,29 +161,38 @@ for first in range(0, 10**6, 100):
         assert lazy.recent(since) == whole.recent(since)
 
 
-def test_a_damaged_column_is_found_and_the_lines_read_instead(tmp_path):
+@pytest.mark.parametrize("column", ["seconds", "block", "rank"])
+def test_a_damaged_column_is_found_and_the_lines_read_instead(tmp_path, column, monkeypatch):
     run = RunFolder(tmp_path / "run")
     with run.lock():
         run.create({}, {"grid": 1})
     folder = run.journal("predict")
     with JournalWriter(folder, WORKER) as writer:
         writer.finish_many(records(random.Random(1), 150, 1000.0))
-    # Between the first end and the last, so that a status needs the column.
+    # Between the first end and the last.
     run.update_stage("predict", state="running", blocks_total=200, started=1030.0)
-    expected = load_status(run.path).stages
     compact(folder)
+    with JournalWriter(folder, WORKER) as writer:
+        # A status needs all three columns now.
+        writer.finish_many(records(random.Random(2), 9, 2000.0))
+        writer.begin(7)
+        writer.path.with_suffix(".keep").write_bytes(writer.path.read_bytes())
+    writer.path.with_suffix(".keep").rename(writer.path)
+    with monkeypatch.context() as patch:
+        patch.setattr("agq.blockwise.journal.reader.open_snapshot", lambda _: None)
+        expected = load_status(run.path).stages
     file = folder / SNAPSHOT
     data = bytearray(file.read_bytes())
-    data[data.index(b"finished.npy") + 400] ^= 0xFF
+    data[data.index(f"{column}.npy".encode()) + 200] ^= 0xFF
     file.write_bytes(data)
     with pytest.raises(SnapshotError, match=re.escape(str(file))):
-        Journal(folder, lazy=True).recent(1030.0)
+        Journal(folder, lazy=True).running()
     assert load_status(run.path).stages == expected
-    # Who decides what is done reads all of it at once, and passes a damaged one over.
+    # Callers that decide what is done read all of it at once, and pass a damaged one over.
     same(Journal(folder), Journal(folder, use_snapshot=False))
 
 
-def test_a_snapshot_that_a_file_system_takes_away_is_opened_again(tmp_path, monkeypatch):
+def test_a_snapshot_that_a_file_system_takes_away_is_opened_again(tmp_path):
     run = RunFolder(tmp_path / "run")
     with run.lock():
         run.create({}, {"grid": 1})
@@ -204,9 +201,11 @@ def test_a_snapshot_that_a_file_system_takes_away_is_opened_again(tmp_path, monk
     run.update_stage("predict", state="running", blocks_total=200, started=1030.0)
     compact(run.journal("predict"))
     monitor = Monitor(run.path)
-    expected = monitor.poll().stages
-    monitor = Monitor(run.path)
+    journal = monitor.journal("predict")
     # As on NFS, where a file that another machine has replaced cannot be read any more.
-    monitor.journal("predict")._table._columns.close()
-    assert monitor.poll().stages == expected
+    journal._table._snapshot.close()
+    with JournalWriter(run.journal("predict"), WORKER) as writer:
+        writer.finish_many(records(random.Random(2), 9, 2000.0))
+    assert monitor.poll().stages == load_status(run.path).stages
+    assert monitor.journal("predict") is not journal
     assert monitor._lazy
