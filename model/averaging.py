@@ -51,8 +51,8 @@ def average(
         here[margin], there[margin] = (c.provenance.get(margin, 0.0) for c in (first, other))
         if differing := [name for name in here if here[name] != there[name]]:
             raise InputError(
-                f"checkpoint {path} has other values than {checkpoints[0]}, so they have no "
-                f"average: {', '.join(f'{n} {there[n]} / {here[n]}' for n in differing)}"
+                f"checkpoint {path} cannot be averaged with {checkpoints[0]}: these settings "
+                f"differ: {', '.join(f'{n} {there[n]} / {here[n]}' for n in differing)}"
             )
 
     def mean(key: str, value: Tensor) -> Tensor:

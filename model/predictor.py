@@ -297,9 +297,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
-            raise InputError(f"device {name!r} is not there: torch sees {found} CUDA devices")
+            raise InputError(f"device {name!r} does not exist: torch sees {found} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device 'mps' is not there on this machine")
+        raise InputError("device 'mps' does not exist on this machine: give auto or cpu")
     return device
 
 

@@ -44,10 +44,10 @@ def precomputed(
         typer.Option(min=1, help="Processes; default one per core.", show_default=False),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a precomputed volume that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing precomputed volume.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
 ) -> None:
     """Write a segmentation as neuroglancer "precomputed", with all levels of its pyramid.
@@ -75,7 +75,10 @@ def precomputed(
             " before compression"
         )
         if any(scale.shift):
-            typer.echo(f"  shown {_by(scale.shift)} nm too low: no whole voxel starts there")
+            typer.echo(
+                f"  this scale appears {_by(scale.shift)} nm too low: its offset is not a whole "
+                "number of voxels"
+            )
     if dry_run:
         return
     with local_client(workers=workers) as client, RunProgress(None) as progress:
@@ -93,7 +96,7 @@ def precomputed(
     state = "wrote" if written else "complete already:"
     typer.echo(f"{state} {out}; serve the folder over http and open precomputed://ADDRESS")
     if not written and not version:
-        typer.echo("(voxels that were changed in place are not noticed: --overwrite writes again)")
+        typer.echo("(an export does not notice voxels changed in place: --overwrite writes again)")
 
 
 def version_of(run_dir: Path) -> str:
@@ -126,7 +129,9 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
     if dataset or not (run.exists() or foreign):
         return open_levels(path, dataset or None, **options), ""
     if options["kind"] == "raw":
-        raise InputError(f"{path}: a run folder exports its segmentation; name path::dataset")
+        raise InputError(
+            f"--image: {path} is a run folder, whose segmentation is exported; name path::dataset"
+        )
     version = version_of(run.path)
     if run.exists():
         options["unit"] = run.record()["identity"]["raw"]["unit"]

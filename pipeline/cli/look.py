@@ -32,9 +32,7 @@ def view(
     ] = None,
     segmentation_url: Annotated[
         str | None,
-        typer.Option(
-            help="With --print-state: address of what agq export precomputed has written."
-        ),
+        typer.Option(help="With --print-state: address of the output of agq export precomputed."),
     ] = None,
 ) -> None:
     """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
@@ -63,11 +61,11 @@ def dashboard(
         bool, typer.Option("--all", help="All runs of a folder (default: runs) and of the ledger.")
     ] = False,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond loopback a token is asked for.")
+        str, typer.Option(help="Address to listen on; any but loopback requires a token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8765,
     token: Annotated[
-        bool, typer.Option("--token", help="Ask for a token on loopback too (shared machines).")
+        bool, typer.Option("--token", help="Require a token on loopback too (for shared machines).")
     ] = False,
     ledger_uri_file: Annotated[
         Path | None,
@@ -89,7 +87,7 @@ def dashboard(
     def announce(page: Dashboard) -> None:
         typer.echo(f"{page.address}\nOpen this address in a browser; Ctrl-C ends.")
 
-    # The server of the viewers forgets one that nobody holds.
+    # Kept here: the server forgets a viewer that is garbage-collected.
     viewers: deque[Any] = deque(maxlen=8)
 
     def show(run_dir: Path, host: str, at: Triple) -> str:

@@ -92,7 +92,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error = OSError(f"{error}: free some space, then the same command goes on")
+            error = OSError(f"{error}: free some space and run the command again, it goes on")
         _fail(error, EXIT_BAD_INPUT)
 
 

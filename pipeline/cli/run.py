@@ -28,7 +28,7 @@ Overwrite = Annotated[
 
 
 def run(config: ConfigFile, overwrite: Overwrite = False, settings: Settings = None) -> None:
-    """Do the whole job: predict, stitch, pyramid, evaluation and report. Resumes by itself."""
+    """Predict, stitch, build the pyramid, score and report; run it again to go on."""
     from agq.pipeline.run import stages
     from agq.pipeline.run.prepare import prepare
     from agq.pipeline.run.session import open_session

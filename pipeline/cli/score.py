@@ -24,13 +24,16 @@ Truth = Annotated[
     typer.Option(help="Truth: path or path::dataset; default: that of the configuration."),
 ]
 Border = Annotated[
-    int, typer.Option("--ignore-border", help="Leave out voxels this near to borders of the truth.")
+    int,
+    typer.Option(
+        "--ignore-border", help="Leave out voxels within this distance of borders of the truth."
+    ),
 ]
 Border3d = Annotated[
-    bool, typer.Option("--border-3d", help="Measure that distance over sections too.")
+    bool, typer.Option("--border-3d", help="Measure that distance across sections too.")
 ]
 By = Annotated[
-    Literal["voi_sum", "adapted_rand_error"], typer.Option(help="What a search minimises.")
+    Literal["voi_sum", "adapted_rand_error"], typer.Option(help="Score that the search minimises.")
 ]
 
 
@@ -73,7 +76,10 @@ def evaluate(
         typer.Option(help="Skeletons (npz, swc, folder of swc): adds the expected run length."),
     ] = None,
     tolerance: Annotated[
-        int, typer.Option(help="Nodes of a second skeleton in a segment that is still no merger.")
+        int,
+        typer.Option(
+            help="Nodes of a second skeleton that a segment may hold without being a merger."
+        ),
     ] = 0,
     worst: Annotated[int, typer.Option(help="Mergers and splits to list.")] = 5,
     plot: Annotated[Path | None, typer.Option(help="Also draw the scores to this png.")] = None,
@@ -91,9 +97,9 @@ def evaluate(
 
     run = RunFolder(Path(segmentation))
     if groundtruth is None and not run.exists():
-        raise InputError(f"{segmentation} is no run folder, so the truth must be named too")
+        raise InputError(f"{segmentation} is not a run folder: name the truth as second argument")
     if blocks and not run.exists():
-        raise InputError(f"--blocks: {segmentation} is no run folder")
+        raise InputError(f"--blocks needs a run folder, and {segmentation} is not one")
     trees = None if skeletons is None else read_skeletons(skeletons)
     if run.exists():
         truth = truth_of(run, groundtruth)
@@ -169,7 +175,9 @@ def watershed(
     boundary: Annotated[float, typer.Option(help="In-plane affinity of a border.")] = 0.5,
     seed_distance: Annotated[int, typer.Option(help="Window of a seed, voxels.")] = 10,
     grow: Annotated[bool, typer.Option("--grow", help="Fragments grow over borders too.")] = False,
-    context: Annotated[int, typer.Option(help="Voxels looked at around a block, in y, x.")] = 32,
+    context: Annotated[
+        int, typer.Option(help="Voxels around a block, in y and x, that the watershed reads.")
+    ] = 32,
     by: By = "voi_sum",
     ignore_border: Border = 0,
     border_3d: Border3d = False,
@@ -185,7 +193,9 @@ def watershed(
 
     settings = WatershedSettings(boundary, seed_distance, grow, context)
     if tuned_on is not None and settings != WatershedSettings():
-        raise InputError("--tuned-on brings its own watershed settings; leave the others out")
+        raise InputError(
+            "--tuned-on takes the watershed settings of that run; leave out these options"
+        )
     run = RunFolder(run_dir)
     with run.lock(), local_client() as client, RunProgress(run.path) as progress:
         report = compare(

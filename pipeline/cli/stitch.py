@@ -53,8 +53,8 @@ def stitch(
     margin: Annotated[
         float | None,
         typer.Option(
-            help="Raise all thresholds by this. From the margin of an earlier stitch on, its merges"
-            " are cut again, in seconds; below it, merging starts over.",
+            help="Raise all thresholds by this. At the margin of the earlier stitch or above, its"
+            " merges are cut again, in seconds; below it, fragments are merged anew.",
             show_default=False,
         ),
     ] = None,

@@ -33,7 +33,7 @@ def status(
         show_all(as_json)
         return
     if target is None:
-        raise InputError("which run? Name its folder, or give --all")
+        raise InputError("name a run folder or a configuration, or give --all")
     found = _status_of(target)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))

@@ -174,7 +174,7 @@ def _require_same(final: Path, identity: dict[str, Any]) -> None:
     if not isinstance(record, dict) or record.get("digest") != identity["digest"]:
         origin = f"imported from {record['source']}" if isinstance(record, dict) else "in the way"
         raise InputError(
-            f"{final} already exists ({origin}), and is not this import; remove it or choose "
+            f"{final} already exists ({origin}) and holds another import; remove it or choose "
             "another dataset name"
         )
 

@@ -143,9 +143,9 @@ def read_skeletons(path: Path) -> Skeletons:
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"skeletons {path}: not an npz or SWC file ({error})") from None
     if not len(found.edges):
-        raise InputError(f"skeletons {path}: no edges in it")
+        raise InputError(f"skeletons {path}: the file has no edges")
     if found.edges.min() < 0 or found.edges.max() >= len(found.nodes):
-        raise InputError(f"skeletons {path}: an edge names a node that is not there")
+        raise InputError(f"skeletons {path}: an edge names a node that the file does not have")
     return found
 
 

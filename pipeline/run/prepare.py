@@ -171,7 +171,7 @@ def _model(
         options = dict(section.options or {})
         return options, {"factory": section.factory, "options": options}, None
     if section.options is not None:
-        raise InputError("model.options is for a model.factory of your own; remove it")
+        raise InputError("model.options: only a model.factory of your own takes them; remove it")
     # torch takes seconds to load, and stitching another model's labels never needs it.
     from agq.model import checkpoint as checkpoints
     from agq.model.predictor import resolve_device
@@ -195,13 +195,13 @@ def _model(
 def _check_supervoxels(config: Config) -> None:
     if config.model.min_affinity is not None:
         raise InputError(
-            "model.min_affinity cuts masks, but with model.pieces: supervoxels no voxel is "
-            "labelled by its mask: remove one of the two"
+            "model.min_affinity cuts masks, and model.pieces: supervoxels labels no voxel by its "
+            "mask: remove one of the two"
         )
     if config.stitch.within >= 1:
         raise InputError(
-            f"stitch.within: {config.stitch.within:g} joins nothing inside a block, and with "
-            "model.pieces: supervoxels everything must be joined: give less than 1, 0.6 for one"
+            f"stitch.within: {config.stitch.within:g} joins nothing inside a block, and "
+            "supervoxels (model.pieces) must be joined there: set it below 1, for example to 0.6"
         )
 
 

@@ -51,12 +51,12 @@ def ready(plan: TrainConfig, say: Callable[[str], None], *, alone: bool = True) 
             make(volume)
             return True
         if volume.optional:
-            say(f"{volume.container} is not there and optional: trained without it")
+            say(f"{volume.container} does not exist and is optional: training without it")
         return not volume.optional
 
     volumes = [volume for volume in plan.volumes if there(volume)]
     if not volumes:
-        raise InputError("volumes: none of the optional volumes is there, so nothing to train on")
+        raise InputError("volumes: none of the optional volumes exists; name one that does")
     validation = [volume for volume in plan.validation if there(volume)]
     return plan.model_copy(update={"volumes": volumes, "validation": validation})
 

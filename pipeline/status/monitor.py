@@ -173,7 +173,7 @@ class Monitor:
             except PyMongoError as error:
                 note = f"{self._ledger.error(error)}: read from the journal"
                 if not here:
-                    raise InputError(f"{self._run.path} is not here, and {note}") from None
+                    raise InputError(f"this machine has no {self._run.path}, and {note}") from None
         from agq.blockwise.journal.snapshot import SnapshotError
 
         record = self._run.record()

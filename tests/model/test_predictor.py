@@ -190,7 +190,7 @@ def test_overflow_is_named(weights: Path) -> None:
 def test_settings_that_cannot_work(weights: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"device": "tpu"}, "device 'tpu': give auto"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+        ({"device": "cuda:99"}, "device 'cuda:99' does not exist"),
         ({"precision": "fp8"}, "precision: .*'fp32', 'bf16' or 'fp16'"),
         ({"batch_size": 0}, "batch_size: .*greater than 0"),
         ({"threads": 0}, "threads: .*greater than 0"),

@@ -63,7 +63,7 @@ def test_train_makes_synthetic_volumes_and_goes_on_without_optional_ones(
     file.write_text(yaml.safe_dump(values | {"volumes": [made, absent], "validation": [absent]}))
     result = CliRunner().invoke(app, ["train", str(file), "--max-steps", "1"])
     assert result.exit_code == 0, result.output
-    assert result.stderr.count(f"{tmp_path / 'absent.zarr'} is not there and optional") == 2
+    assert result.stderr.count(f"{tmp_path / 'absent.zarr'} does not exist and is optional") == 2
     labels = zarr.open_array(tmp_path / "s.zarr" / "labels", mode="r")
     assert labels.shape == (6, 48, 48)
     assert np.asarray(labels[:]).any()
@@ -71,7 +71,7 @@ def test_train_makes_synthetic_volumes_and_goes_on_without_optional_ones(
     about = checkpoint.load(tmp_path / "run" / "model.safetensors").provenance
     assert about["data"] == [made["container"]]
     file.write_text(yaml.safe_dump(values | {"volumes": [absent]}))
-    with pytest.raises(InputError, match="nothing to train on"):
+    with pytest.raises(InputError, match="none of the optional volumes exists"):
         call("train", file)
     needed = {"volumes": [absent | {"optional": False}], "output": str(tmp_path / "other")}
     file.write_text(yaml.safe_dump(values | needed))
