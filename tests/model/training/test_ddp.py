@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def command(*arguments: object) -> list[str]:
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", "2", str(ROOT / "tests" / "ddp_job.py")),
+        *("--nproc-per-node", "2", str(ROOT / "tests" / "helpers" / "ddp_job.py")),
         *map(str, arguments),
     ]
 
