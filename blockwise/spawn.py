@@ -34,7 +34,7 @@ def spawning_apart() -> Iterator[None]:
         yield
     finally:
         with _spawning_lock:
-            # The first one holds what was there before anybody came; it is popped last.
+            # The first entry holds the state before any caller changed it; it is popped last.
             main, path, safe = _spawning.pop()
             if not _spawning:
                 sys.modules["__main__"], sys.path = main, path

@@ -189,7 +189,7 @@ def infer_config(state: Mapping[str, Tensor], source: str = "state dict") -> Mod
     Raises
     ------
     InputError
-        If the tensors that carry the architecture are not there.
+        If the tensors that define the architecture are missing.
     """
 
     def count(pattern: str) -> int:

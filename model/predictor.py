@@ -124,7 +124,7 @@ class AGQPredictor:
     Raises
     ------
     InputError
-        If the checkpoint cannot be used, the device is not there or does not support the
+        If the checkpoint cannot be used, the device does not exist or does not support the
         precision, or a setting is invalid.
     """
 

@@ -82,7 +82,7 @@ class RunFolder:
         return record
 
     def create(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
-        """Start the run, or join the one that is there if it is the same.
+        """Start the run, or go on with the existing one if it is the same.
 
         Parameters
         ----------

@@ -6,8 +6,8 @@ Prediction, import and watershed baseline all keep their blocks in a folder of t
     data.zarr/affinities    uint8, (3, z, y, x), one chunk per block; optional
     sidecars/               one file per block (`blocks.sidecar`)
 
-Each file is written atomically and synced. Whoever keeps a journal writes the block's line after
-`BlockWriter.write` has returned, with the checksums that it returns.
+Each file is written atomically and synced. A caller with a journal writes the block's line
+after `BlockWriter.write` has returned, with the checksums that it returns.
 """
 
 from dataclasses import dataclass

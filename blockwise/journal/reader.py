@@ -1,4 +1,4 @@
-"""The meaning of a folder of journal files: what is done, what failed, who works."""
+"""The meaning of a folder of journal files: done and failed blocks, and workers."""
 
 import contextlib
 import math
@@ -81,7 +81,7 @@ class Journal:
         self._bad_events = 0
         snapshot = open_snapshot(self.folder) if use_snapshot else None
         if snapshot is not None:
-            # Whoever reads all of it passes over a damaged one.
+            # A damaged snapshot is passed over if all of it is read.
             with contextlib.nullcontext() if lazy else contextlib.suppress(SnapshotError):
                 self._restore(snapshot, lazy=lazy and snapshot.has_seconds)
         self.catch_up()
@@ -267,7 +267,7 @@ class Journal:
         """Complete lines that could not be understood."""
         return self._tail.garbage + self._bad_events
 
-    # Who works
+    # Workers
 
     def running(self) -> dict[int, tuple[str, int, float]]:
         """Blocks begun and not ended: token, attempt and begin time of the latest attempt."""

@@ -44,7 +44,7 @@ class BadLineError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """Who writes one journal file.
+    """The process that writes one journal file.
 
     Attributes
     ----------

@@ -100,7 +100,7 @@ class Snapshot:
     meta : dict
         The JSON member.
     close : callable
-        Closes the file, which otherwise happens when nobody uses this any more.
+        Closes the file; otherwise it is closed when this object is collected.
 
     Raises
     ------

@@ -147,7 +147,7 @@ class WorkerState:
     Attributes
     ----------
     info : WorkerInfo
-        Who it is.
+        The process that writes the file.
     token : str
         Its random token.
     last : float

@@ -63,7 +63,7 @@ class JournalWriter:
     folder : Path
         ``<run>/journal/<stage>``; made if missing.
     worker : WorkerInfo
-        Who writes.
+        The process that writes.
 
     Attributes
     ----------

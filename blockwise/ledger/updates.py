@@ -35,7 +35,7 @@ def block_update(
     record : BlockRecord
         End of an attempt; a failed one is also kept among the block's ``attempts``.
     worker : WorkerInfo, optional
-        Who made it.
+        The worker that made it.
     earlier : sequence of (BlockRecord, WorkerInfo or None)
         Further failed attempts, to keep.
     """

@@ -229,7 +229,7 @@ class _Run:
             raise
         finally:
             if over:
-                # Workers that see it leave by themselves, those of other machines too.
+                # All workers that see it leave, those of other machines too.
                 with contextlib.suppress(OSError):
                     Session(id="", state="closed").save(self.spec.run_dir)
             self._workers.stop(grace_s=_LEAVE_S if ended else 0.0)
@@ -338,7 +338,7 @@ class _Run:
             self._on_progress(self._progress())
 
     def _compact(self) -> None:
-        """Save what has been read, now and then, so that those who watch read fewer lines.
+        """Save a snapshot now and then, so that a status reads fewer lines.
 
         Of 10^6 blocks, at most 31 000 are then read line by line, which takes about a second.
         """

@@ -33,7 +33,7 @@ def publish(run_dir: Path, listen: str | None, port: int, *, alone: bool) -> Non
         try:
             proxy = AuthProxy(listen, port, token)
         except (OSError, ValueError) as error:
-            # Nobody could ever join: the coordinator must see this process end.
+            # No worker could ever join: the coordinator must see this process end.
             _logger.error("cannot listen on %s: %s", listen, error)
             logging.shutdown()
             os._exit(1)

@@ -160,7 +160,7 @@ class _Stitch:
         )
 
     def _collect(self, numbers: NDArray[np.int64], key: str) -> str:
-        """Find the evidence; return the key of what is there then."""
+        """Collect the evidence; return the key of the result."""
         files, spec = self.files, self.spec
         layout = files.contacts / "layout.json"
         shape = self._leaf_shape(len(numbers), key)
@@ -203,7 +203,7 @@ class _Stitch:
         return leaf_shape(self.grid.shape, blocks, cores(self.client), self.spec.batch_blocks)
 
     def _agglomerate(self, key: str) -> str:
-        """Merge down to the lowest margin in use; return the key of what is there then."""
+        """Merge down to the lowest margin in use; return the key of the result."""
         spec, files = self.spec, self.files
         thresholds = spec.thresholds()
         key = digest(key, spec.evidence, thresholds.half_units, spec.min_contact)

@@ -1,7 +1,7 @@
 """Tasks that the stitch gives to dask to find evidence and merges: paths in, files out.
 
 Nothing large passes through the scheduler. Every task may run twice or be cut off anywhere: its
-files appear whole or not at all, with the same bytes, and a file that is there is not made again.
+files appear whole or not at all, with the same bytes, and an existing file is not made again.
 """
 
 from __future__ import annotations

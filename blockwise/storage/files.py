@@ -53,7 +53,7 @@ class Unsynced:
     """Files that are written but not durable yet, synced together.
 
     A folder that names many of them is synced once, and the device has often written a file by the
-    time it is asked to: cheaper than to wait for every file by itself.
+    time it is asked to: cheaper than to wait for each file.
     """
 
     def __init__(self) -> None:

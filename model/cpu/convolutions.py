@@ -171,7 +171,7 @@ class NormUnit:
         padded : list of Tensor
             Input; emptied as it is used if ``consume``.
         consume : bool
-            Whether nobody else needs the input.
+            Whether the input may be overwritten.
         every : tuple of int
             Keep each n-th voxel along (y, x) only; the norm still sees all.
         """

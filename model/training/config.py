@@ -27,10 +27,12 @@ class VolumeConfig(Settings):
     )
     weight: float = Field(1.0, gt=0, description="How often crops come from it, relatively.")
     synthetic: SyntheticConfig | None = Field(
-        None, description="`agq train` makes the container this way if it is not there."
+        None,
+        description="`agq train` makes the container with these settings if it does not exist.",
     )
     optional: bool = Field(
-        False, description="`agq train` says so and goes on if the container is not there."
+        False,
+        description="`agq train` leaves the volume out if the container does not exist.",
     )
 
 

@@ -1,6 +1,6 @@
 """Several processes train one network: ranks, agreement, and batch norms over all of them.
 
-Started by torchrun, which says in the environment who each process is. A process alone is rank 0
+torchrun starts the processes and numbers them in their environment. A process alone is rank 0
 of 1 and none of this costs anything.
 """
 
@@ -88,9 +88,9 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # Gloo's threads let go of the tensors of the last collective holding a lock, and may need
-        # Python's for it; who frees the group meanwhile holds Python's and waits for theirs, for
-        # ever (seen in gdb on a busy machine). So they get the time, with Python's lock free.
+        # Gloo's threads free the tensors of the last collective under a lock of theirs, and may
+        # need Python's lock for that. Destroying the group meanwhile holds Python's lock and waits
+        # for theirs: a deadlock (seen in gdb on a busy machine). So wait first.
         time.sleep(SETTLE_SECONDS)
         dist.destroy_process_group()
 

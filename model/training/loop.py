@@ -86,7 +86,7 @@ def _stop_on_signals() -> Iterator[_StopRequest]:
         for number in wanted:
             previous[number] = signal.signal(number, request)
     except ValueError:
-        pass  # not in the main thread: signals stay with whoever owns it
+        pass  # not in the main thread: its owner handles signals
     try:
         yield request
     finally:

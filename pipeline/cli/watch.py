@@ -209,7 +209,7 @@ def sync(
     run_dir: RunDir,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to try at most.")] = 3600.0,
 ) -> None:
-    """Bring the database to what the journal of a run says, whatever it says now."""
+    """Make the database agree with the journal of a run."""
     from agq.blockwise.ledger.feeder import LedgerFeeder
     from agq.pipeline.run.session import STAGES
 

@@ -147,8 +147,8 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
         if config.ledger is not None and config.ledger.required:
             ledger = connect(config.ledger)
             if ledger is not None:
-                # Reading is not enough: a user who may not write would be noticed at the end of
-                # the run, or after --overwrite has deleted the one before.
+                # Before the run: a user without the right to write would be refused at its end, or
+                # after --overwrite has deleted the earlier run.
                 ledger.require_writable()
                 ledger.close()
     return prepared

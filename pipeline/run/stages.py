@@ -73,7 +73,7 @@ def predict(
     only_failed
         Leave blocks that were never tried alone.
     cluster
-        Start no workers here; they come by themselves.
+        Start no workers: those of other machines join this address.
     on_progress
         Called now and then; what it raises stops the run.
 
@@ -107,7 +107,7 @@ def predict(
                 on_progress(progress)
 
         report = run_predict(_predict_spec(prepared, cluster), todo, on_progress=tell)
-        # Who looks at the run later reads columns, not lines.
+        # A later status reads this snapshot instead of all lines.
         compact(folder)
         record["report"] = report.to_dict()
         if report.failed:

@@ -13,7 +13,7 @@ from agq.pipeline.status.progress import step_progress
 
 
 def ready(plan: TrainConfig, say: Callable[[str], None], *, alone: bool = True) -> TrainConfig:
-    """Make what can be made, and leave out optional volumes that are not there.
+    """Make the synthetic volumes, and leave out optional volumes that do not exist.
 
     A volume being made has another name until it is whole, so an interrupted command leaves
     nothing that could be taken for one.

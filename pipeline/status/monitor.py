@@ -26,7 +26,7 @@ from agq.pipeline.status.stages import (
     workers_of_states,
 )
 
-# Imported where it is used is what only one of both ways needs: numpy, or the database's client.
+# numpy and the database's client are imported where they are used: a status needs one of them.
 if TYPE_CHECKING:
     from rich.console import Console
 

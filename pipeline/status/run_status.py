@@ -136,7 +136,7 @@ class StageStatus(_Model):
     conflicts: int = 0
     """Of those, blocks whose results differ: a fault to report."""
     error: str | None = None
-    """Why the stage stopped, if it says so."""
+    """The error that stopped the stage, if it recorded one."""
     failures: tuple[Failure, ...] = ()
     """The first failed blocks by number; `failed` counts all of them."""
     workers: tuple[WorkerStatus, ...] = ()

@@ -29,10 +29,10 @@ Record = dict[str, Any]
 
 
 def coordinator_alive(run_dir: Path) -> bool | None:
-    """Tell whether the process that works on the run lives; None where that is another machine's.
+    """Tell whether the process that works on the run lives; None if it runs on another machine.
 
-    The run's lock is tried only while the process that took it last is there: a lock that nobody
-    holds could be wanted by a coordinator that starts just now.
+    The run's lock is tried only if the process that took it last lives: a coordinator that starts
+    at this moment may want a free lock.
     """
     try:
         with (run_dir / ".lock").open(encoding="utf-8") as lock:

@@ -161,7 +161,7 @@ def _workers(stage: StageStatus, now: float) -> Table:
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("heard", justify="right", no_wrap=True)
     alive = [worker for worker in stage.workers if worker.state != "ended"]
-    # The silent ones are what somebody looks for.
+    # Silent workers first: they are the ones to look into.
     shown = sorted(alive, key=lambda w: w.state != "silent")[:_MAX_ROWS]
     for worker in shown:
         table.add_row(*_worker_row(worker, now), style=_STYLES[worker.state])

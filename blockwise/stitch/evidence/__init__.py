@@ -1,1 +1,1 @@
-"""Who touches whom, in integers that add up in any order."""
+"""Contacts between fragments, in integers that add up in any order."""

@@ -1,4 +1,4 @@
-"""Evidence between fragments: who touches whom, in integers that add up in any order.
+"""Evidence between fragments: their contacts, in integers that add up in any order.
 
 **Classes.** A contact is a pair of 6-connected voxels with different fragments. It is *across* if
 the two voxels belong to different blocks, *within* if they belong to one block.

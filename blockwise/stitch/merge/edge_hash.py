@@ -1,10 +1,10 @@
 """Hash of edges by their ends: rows of an edge table, found by the pair of nodes they join.
 
-A slot holds a row; the pair itself is read from the table, so a slot takes four bytes. Whoever
-changes the ends of a row must take it out of the hash before and put it back after.
+A slot holds a row; the pair itself is read from the table, so a slot takes four bytes. Code
+that changes the ends of a row takes it out of the hash before and puts it back after.
 
-numba keeps what it compiles by the date of the file that holds the caller: after a change here,
-`agglomerate_kernel` must be saved anew, or the ``__pycache__`` removed.
+numba caches compiled code by the date of the file that holds the caller: after a change here, save
+`merge/kernel.py` again or remove its ``__pycache__``.
 """
 
 from __future__ import annotations

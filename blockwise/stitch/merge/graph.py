@@ -220,7 +220,7 @@ class Graph:
         Raises
         ------
         InputError
-            If a contact names a fragment that is not there.
+            If a contact names a fragment that `ids` does not hold.
         """
         ends = np.empty((len(contacts), 2), np.int32)
         ends[:, 0], ends[:, 1] = positions(ids, contacts.u), positions(ids, contacts.v)
@@ -237,7 +237,7 @@ def positions(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np
     Raises
     ------
     InputError
-        If a value is not there.
+        If `ids` does not hold a value.
     """
     position = np.searchsorted(ids, values)
     known = position < len(ids)

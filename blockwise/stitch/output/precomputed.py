@@ -211,7 +211,7 @@ def export_precomputed(
     version
         Whatever changes when the voxels do; with another one an existing export is not continued.
     overwrite
-        Delete an export that is there.
+        Delete an existing export.
     on_progress
         Called with the name of the step, boxes done, and boxes in all.
 

@@ -69,7 +69,7 @@ class Writer:
         return str(units[0])
 
     def relabel(self, maps: Sequence[tuple[Path, Sequence[int]]], key: str) -> str:
-        """Write the full resolution; return the key of what is there then.
+        """Write the full resolution; return the key of the result.
 
         Parameters
         ----------

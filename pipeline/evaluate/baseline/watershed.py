@@ -136,7 +136,7 @@ def make_fragments(
     client: Any = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> WatershedRun:
-    """Make watershed fragments of all blocks of a run; what is there already is kept.
+    """Make watershed fragments of all blocks of a run; existing ones are kept.
 
     Parameters
     ----------
