@@ -112,7 +112,7 @@ def import_fragments(
     if marker.exists():
         if json.loads(marker.read_bytes()) != made_of:
             raise InputError(f"{run_dir} was made from other volumes; choose another --output")
-    elif any(run_dir.iterdir()):
+    elif any(entry.name != "imported" for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty; choose another --output")
     write_atomic(marker, json.dumps(made_of, indent=1).encode())
     BlockWriter.create(run_dir, grid, source.volume.unit)

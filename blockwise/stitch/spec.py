@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,10 @@ from agq.blockwise.stitch.merge.rule import Thresholds
 from agq.blockwise.stitch.settings import Downsampling, MergeSettings
 from agq.blockwise.stitch.steps import Step
 from agq.errors import InputError
+from agq.tables import Tabled
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _NAMED = 10  # blocks listed in an error
 
@@ -70,7 +74,7 @@ class StitchSpec(MergeSettings, GridSpec):
 
 
 @dataclass
-class StitchReport:
+class StitchReport(Tabled):
     """What the stitch made.
 
     Attributes
@@ -115,6 +119,41 @@ class StitchReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
         return asdict(self)
+
+    def largest_lines(self) -> str:
+        """Return the largest segments, with the number of their fragments, one a line."""
+        return "\n".join(
+            f"{s['id']}: {s['voxels']:,} voxels, {s['fragments']:,} fragment"
+            + "s" * (s["fragments"] > 1)
+            for s in self.largest
+        )
+
+    def table(self, segmentation: Path | None = None) -> Table:
+        """Return what the stitch made, for a rich console.
+
+        Parameters
+        ----------
+        segmentation
+            Where it is; None leaves that out.
+        """
+        from rich.markup import escape
+        from rich.table import Table
+
+        name = "" if segmentation is None else f" of {escape(segmentation.parents[1].name)}"
+        table = Table(title=f"Stitch{name}", show_header=False, title_justify="left")
+        table.add_row("fragments", f"{self.fragments:,} in {self.blocks:,} blocks")
+        table.add_row("segments", f"{self.segments:,} after {self.merges:,} merges")
+        if self.small_segments:
+            small = f"{self.small_segments:,} of {self.small_voxels:,} voxels, now background"
+            table.add_row("small segments", small)
+        if self.missing:
+            table.add_row("missing blocks", f"{self.missing:,} (background)")
+        table.add_row("largest", self.largest_lines())
+        if self.reused:
+            table.add_row("kept from before", ", ".join(self.reused))
+        if segmentation is not None:
+            table.add_row("segmentation", escape(str(segmentation)))
+        return table
 
 
 def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8], Journal]:

@@ -3,21 +3,14 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from agq.pipeline.cli.arguments import AsJson, ConfigFile, Settings, parse_triple
 from agq.pipeline.cli.main import EXIT_FAILED
-from agq.pipeline.cli.stitch import largest_segments
 from agq.pipeline.config.schema import load_config
-
-if TYPE_CHECKING:
-    from agq.pipeline.evaluate.evaluate import EvaluationReport
-    from agq.pipeline.run.prepare import Prepared
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -29,22 +22,17 @@ Overwrite = Annotated[
 
 def run(config: ConfigFile, overwrite: Overwrite = False, settings: Settings = None) -> None:
     """Predict, stitch, build the pyramid, score and report; run it again to go on."""
-    from agq.pipeline.run import stages
-    from agq.pipeline.run.prepare import prepare
-    from agq.pipeline.run.session import open_session
+    from agq.pipeline.api import BlocksFailedError, Run
 
-    prepared = prepare(load_config(config, settings))
-    with open_session(prepared, overwrite=overwrite) as session:
-        report = stages.predict(session)
-        if report.failed:
-            _explain_failures(prepared.run.path, config, report.failed)
-            if not prepared.config.stitch.allow_missing:
-                raise typer.Exit(EXIT_FAILED)
-        stages.stitch(session)
-        scores = stages.score(session)
-        stages.picture(session)
-    _summary(prepared, scores)
-    if report.failed:
+    job = Run(load_config(config, settings), on_progress="bars")
+    try:
+        report = job.run(overwrite=overwrite)
+    except BlocksFailedError as error:
+        _explain_failures(job.path, config, error.failed)
+        raise typer.Exit(EXIT_FAILED) from None
+    out.print(report.table())
+    if report.predict.failed:
+        _explain_failures(job.path, config, report.predict.failed)
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -57,15 +45,12 @@ def predict(
     settings: Settings = None,
 ) -> None:
     """Label every block that is not done yet."""
-    from agq.pipeline.run import stages
-    from agq.pipeline.run.prepare import prepare
-    from agq.pipeline.run.session import open_session
+    from agq.pipeline.api import Run
 
-    prepared = prepare(load_config(config, settings))
-    with open_session(prepared, overwrite=overwrite) as session:
-        report = stages.predict(session, only_failed=only_failed)
+    job = Run(load_config(config, settings), on_progress="bars")
+    report = job.predict(only_failed=only_failed, overwrite=overwrite)
     if report.failed:
-        _explain_failures(prepared.run.path, config, report.failed)
+        _explain_failures(job.path, config, report.failed)
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -145,23 +130,3 @@ def _explain_failures(run_dir: Path, config: Path, failed: tuple[int, ...]) -> N
     if len(failed) > 20:
         say(f"  ... and {len(failed) - 20} more (agq status {run_dir})")
     say(f"Retry only these: agq predict {config} --only-failed")
-
-
-def _summary(prepared: "Prepared", scores: "EvaluationReport | None") -> None:
-    run = prepared.run
-    stitch = run.record()["stages"]["stitch"]["report"]
-    predict = run.record()["stages"]["predict"]["report"]
-    table = Table(title=f"Run {escape(run.path.name)}", show_header=False, title_justify="left")
-    table.add_row("fragments", f"{stitch['fragments']:,} in {stitch['blocks']:,} blocks")
-    table.add_row("segments", f"{stitch['segments']:,} after {stitch['merges']:,} merges")
-    if predict["dropped"]:
-        table.add_row("dropped by the query limit", f"{predict['dropped']:,}")
-    if stitch["missing"]:
-        table.add_row("missing blocks", f"{stitch['missing']:,} (background)")
-    table.add_row("largest", largest_segments(stitch))
-    table.add_row("segmentation", escape(str(run.container / "segmentation")))
-    table.add_row("picture", escape(str(run.path / f"{run.path.name}.png")))
-    table.add_row("viewer", escape(f"agq view {run.path}"))
-    out.print(table)
-    if scores is not None:
-        out.print(scores.table())

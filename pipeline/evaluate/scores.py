@@ -16,6 +16,7 @@ from rich.console import Group
 from rich.table import Table as RichTable
 
 from agq.pipeline.evaluate.contingency import BlockCounts, Table
+from agq.tables import Tabled
 
 VARIANTS = {
     "as_is": "as is (predicted 0 is one segment)",
@@ -149,7 +150,7 @@ class Disagreement:
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
+class EvaluationReport(Tabled):
     """Scores of a segmentation; the attributes named like `VARIANTS` treat background that way.
 
     Attributes

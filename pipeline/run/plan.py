@@ -21,10 +21,11 @@ from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.stages import reopen_options, worker_count
+from agq.tables import Tabled
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabled):
     """What a run would do.
 
     Attributes

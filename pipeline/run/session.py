@@ -2,16 +2,17 @@
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from agq.blockwise.ledger.database import LedgerSettings, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.pipeline.config.schema import masked
 from agq.pipeline.run.prepare import Prepared
-from agq.pipeline.status.progress import RunProgress
+from agq.pipeline.status.progress import Progress, Tell, open_progress
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,7 @@ class Session:
         Where progress is shown.
     """
 
-    def __init__(
-        self, prepared: Prepared, progress: RunProgress, feeder: LedgerFeeder | None
-    ) -> None:
+    def __init__(self, prepared: Prepared, progress: Progress, feeder: LedgerFeeder | None) -> None:
         self.prepared = prepared
         self.progress = progress
         self._feeder = feeder
@@ -61,7 +60,12 @@ class Session:
 
 
 @contextmanager
-def open_session(prepared: Prepared, *, overwrite: bool = False) -> Iterator[Session]:
+def open_session(
+    prepared: Prepared,
+    *,
+    overwrite: bool = False,
+    on_progress: Tell | Literal["bars"] | None = "bars",
+) -> Iterator[Session]:
     """Hold the run's lock, open or start the run, feed the ledger, and show progress.
 
     Parameters
@@ -70,6 +74,8 @@ def open_session(prepared: Prepared, *, overwrite: bool = False) -> Iterator[Ses
         The checked run.
     overwrite
         Delete what the folder holds and start over.
+    on_progress
+        Where progress goes, see `open_progress`.
 
     Raises
     ------
@@ -81,7 +87,7 @@ def open_session(prepared: Prepared, *, overwrite: bool = False) -> Iterator[Ses
         if overwrite:
             run.clear()
         run.create(masked(prepared.config), prepared.identity)
-        with _ledger(prepared) as feeder, RunProgress(run.path) as progress:
+        with _ledger(prepared) as feeder, open_progress(run.path, on_progress) as progress:
             yield Session(prepared, progress, feeder)
 
 
@@ -123,6 +129,9 @@ def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
 @contextmanager
 def _termination_unwinds() -> Iterator[None]:
     """Let SIGTERM (a cluster's way to say stop) unwind like Ctrl-C: workers end, records close."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
 
     def stop(signum: int, _frame: object) -> None:
         raise SystemExit(128 + signum)

@@ -5,16 +5,79 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 from agq.blockwise.predict.coordinator import PredictProgress
 from agq.pipeline.status.text import duration
 
 _LINE_S = 10.0
+
+Tell = Callable[[str, int, int], object]
+"""Takes the progress of a step: its name, items done, items in all."""
+
+
+class Progress(Protocol):
+    """Where the stages of a run tell how far they are."""
+
+    def start(self, stage: str, total: int, *, done: int = 0) -> None:
+        """Begin a stage of `total` items of which `done` were there before."""
+
+    def blocks(self, progress: PredictProgress, *, stage: str = "predict") -> None:
+        """Take the progress of `agq.blockwise.predict.coordinator.run_predict`."""
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Take the progress of a step with items done of a total."""
+
+    def note(self, text: str) -> None:
+        """Take a line for people."""
+
+
+class CallbackProgress:
+    """Progress for a program: a callable gets (step, items done, items in all).
+
+    Parameters
+    ----------
+    tell
+        The callable; what it raises stops the run. None: nobody is told.
+    """
+
+    def __init__(self, tell: Tell | None) -> None:
+        self._tell = tell or (lambda *_: None)
+        self._before = 0
+
+    def start(self, stage: str, total: int, *, done: int = 0) -> None:
+        """Begin a stage of `total` items of which `done` were there before."""
+        self._before = done
+        self._tell(stage, done, total)
+
+    def blocks(self, progress: PredictProgress, *, stage: str = "predict") -> None:
+        """Take the progress of `agq.blockwise.predict.coordinator.run_predict`."""
+        done = progress.done + progress.skipped
+        self._tell(stage, self._before + done, self._before + progress.total)
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Take the progress of a step with items done of a total."""
+        self._tell(name, done, total)
+
+    def note(self, text: str) -> None:
+        """Leave out what is meant for people."""
+
+
+@contextmanager
+def open_progress(
+    run_dir: Path | None, on_progress: Tell | Literal["bars"] | None
+) -> Iterator[Progress]:
+    """Yield where progress goes: bars on standard error, a callable, or nowhere."""
+    if on_progress != "bars":
+        yield CallbackProgress(on_progress)
+        return
+    with RunProgress(run_dir) as progress:
+        yield progress
 
 
 class RunProgress:
@@ -37,9 +100,9 @@ class RunProgress:
         self._console = console or Console(stderr=True)
         self._line_s = line_s
         self._tasks: dict[str, _Task] = {}
-        self._bars: Progress | None = None
+        self._bars: Bars | None = None
         if self._console.is_terminal:
-            self._bars = Progress(
+            self._bars = Bars(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),

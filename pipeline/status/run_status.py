@@ -1,8 +1,13 @@
 """What `agq status` knows of a run, as plain data; its JSON form is stable."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from agq.tables import Tabled
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 RunState = Literal["new", "running", "stopped", "failed", "done"]
 
@@ -150,7 +155,7 @@ class StageStatus(_Model):
         return self.done + self.skipped
 
 
-class RunStatus(_Model):
+class RunStatus(_Model, Tabled):
     """A run at one moment."""
 
     format: Literal[1] = 1
@@ -175,3 +180,9 @@ class RunStatus(_Model):
     """In the order of work."""
     queue: tuple[QueueStatus, ...] | None = None
     """Its batch jobs; None for a run that was not submitted, or where no batch system answers."""
+
+    def table(self) -> "RenderableType":
+        """Return the status for a rich console."""
+        from agq.pipeline.status.text import render
+
+        return render(self)

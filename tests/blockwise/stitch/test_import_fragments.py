@@ -15,9 +15,8 @@ from rich.console import Console
 from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, local_labels
 from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate
-from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.stitch.run import StitchReport, local_client, run_stitch
 from agq.errors import InputError
-from agq.pipeline.cli.stitch import stitch_table
 from tests.helpers.fragments import same_partition
 from tests.helpers.runs import agq
 from tests.helpers.stitch_runs import segmentation
@@ -267,12 +266,8 @@ def test_an_output_folder_takes_other_settings(tmp_path, client, main, monkeypat
 
 
 def test_names_in_the_table_are_no_markup():
-    report = {
-        "blocks": 1, "fragments": 1, "segments": 1, "merges": 0, "small_segments": 0,
-        "missing": 0, "largest": [], "reused": [],
-    }  # fmt: skip
     console = Console(file=io.StringIO(), width=200)
-    console.print(stitch_table(report, Path("/r [/x]/[v2]/data.zarr/segmentation")))
+    console.print(StitchReport().table(Path("/r [/x]/[v2]/data.zarr/segmentation")))
     said = console.file.getvalue()
     assert "Stitch of [v2]" in said
     assert "/r [/x]/[v2]/data.zarr/segmentation" in said

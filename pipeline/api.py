@@ -1,0 +1,424 @@
+"""What scripts and notebooks use; `import agq` gives it.
+
+The commands call the same: `agq run` is `Run.run`, `agq predict` is `Run.predict`, and so on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from agq.blockwise.predict.coordinator import PredictReport
+from agq.blockwise.stitch.spec import StitchReport
+from agq.blockwise.volumes.open import Kind, open_volume
+from agq.errors import InputError, RunStoppedError
+from agq.pipeline.config.recorded import read_target
+from agq.pipeline.config.schema import Config, parse_config
+from agq.pipeline.data.arrays import array_of, store_array
+from agq.pipeline.data.inputs import open_section
+from agq.pipeline.evaluate.scores import EvaluationReport
+from agq.pipeline.folder import RunFolder
+from agq.pipeline.run import stages
+from agq.pipeline.run.fragments import absolute_location, stitch_arrays
+from agq.pipeline.run.prepare import prepare
+from agq.pipeline.run.session import Session, open_session
+from agq.pipeline.status.monitor import load_status
+from agq.pipeline.status.progress import Tell
+from agq.pipeline.status.run_status import RunStatus
+from agq.tables import Tabled
+
+if TYPE_CHECKING:
+    from funlib.persistence import Array
+    from rich.console import RenderableType
+
+Location = str | os.PathLike[str]
+
+
+class BlocksFailedError(RunStoppedError):
+    """Blocks that failed in the end, so that the run was not stitched.
+
+    Attributes
+    ----------
+    failed
+        Their numbers.
+    """
+
+    def __init__(self, path: Path, failed: tuple[int, ...]) -> None:
+        super().__init__(
+            f"{len(failed)} block{'s' * (len(failed) > 1)} of {path} failed, the first is "
+            f"{failed[0]}; predict them again with only_failed, or allow stitch.allow_missing"
+        )
+        self.failed = failed
+
+
+@dataclass(frozen=True)
+class RunReport(Tabled):
+    """What a whole run made; a notebook shows it as tables.
+
+    Attributes
+    ----------
+    run_dir
+        Run folder.
+    predict, stitch
+        Reports of the two stages.
+    evaluation
+        Scores; None without ground truth.
+    """
+
+    run_dir: Path
+    predict: PredictReport
+    stitch: StitchReport
+    evaluation: EvaluationReport | None
+
+    def table(self) -> RenderableType:
+        """Return the report for a rich console."""
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+
+        run, stitch = RunFolder(self.run_dir), self.stitch
+        table = Table(title=f"Run {escape(run.path.name)}", show_header=False, title_justify="left")
+        table.add_row("fragments", f"{stitch.fragments:,} in {stitch.blocks:,} blocks")
+        table.add_row("segments", f"{stitch.segments:,} after {stitch.merges:,} merges")
+        if self.predict.dropped:
+            table.add_row("dropped by the query limit", f"{self.predict.dropped:,}")
+        if stitch.missing:
+            table.add_row("missing blocks", f"{stitch.missing:,} (background)")
+        table.add_row("largest", stitch.largest_lines())
+        table.add_row("segmentation", escape(str(run.container / "segmentation")))
+        table.add_row("picture", escape(str(run.path / f"{run.path.name}.png")))
+        table.add_row("viewer", escape(f"agq view {run.path}"))
+        return Group(table, *([] if self.evaluation is None else [self.evaluation.table()]))
+
+
+class Run:
+    """A run: a volume, its settings, and the folder that everything goes to.
+
+    Whatever is done already is not done again, in this process or another one.
+
+    Parameters
+    ----------
+    source
+        Folder of a run, YAML file, or configuration.
+    on_progress
+        Called with (step, items done, items in all); what it raises stops the run, which can go
+        on later. ``"bars"``: shown on standard error, as the commands do.
+    **settings
+        Sections of the configuration, such as ``stitch={"across": 0.6}``, that replace those of
+        the source.
+
+    Raises
+    ------
+    InputError
+        If the source cannot be read or a setting is wrong; nothing is opened yet.
+    """
+
+    def __init__(
+        self,
+        source: Location | Config,
+        *,
+        on_progress: Tell | Literal["bars"] | None = None,
+        **settings: Any,
+    ) -> None:
+        config = source if isinstance(source, Config) else read_target(Path(source))
+        self.config = _changed(config, settings)
+        self._on_progress = on_progress
+        self._session: Session | None = None
+
+    def __repr__(self) -> str:
+        return f"agq.Run({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        return self.status()._repr_html_() if self._folder.exists() else repr(self)
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self._folder.path
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder(Path(self.config.run_dir))
+
+    @contextmanager
+    def _open(self, *, overwrite: bool = False) -> Iterator[Session]:
+        """Hold the run for one stage, or for all of `run`."""
+        if self._session is not None:
+            yield self._session
+            return
+        prepared = prepare(self.config)
+        with open_session(
+            prepared, overwrite=overwrite, on_progress=self._on_progress
+        ) as self._session:
+            try:
+                yield self._session
+            finally:
+                self._session = None
+
+    def run(self, *, overwrite: bool = False) -> RunReport:
+        """Do the whole job: predict, stitch, evaluate if there is a truth, draw a picture.
+
+        Parameters
+        ----------
+        overwrite
+            Delete the run that the folder holds, and start over.
+
+        Raises
+        ------
+        InputError
+            If an input cannot be used, or the folder holds a run with other settings.
+        BlocksFailedError
+            If blocks failed and the settings do not say ``stitch.allow_missing``.
+        RunStoppedError
+            If the disk is full or workers keep dying; the same call goes on later.
+        """
+        with self._open(overwrite=overwrite) as session:
+            predicted = self.predict()
+            if predicted.failed and not self.config.stitch.allow_missing:
+                raise BlocksFailedError(self.path, predicted.failed)
+            stitched = self.stitch()
+            scores = stages.score(session)
+            stages.picture(session)
+        return RunReport(self.path, predicted, stitched, scores)
+
+    def predict(self, *, only_failed: bool = False, overwrite: bool = False) -> PredictReport:
+        """Label every block that is not done yet.
+
+        Parameters
+        ----------
+        only_failed
+            Try only the blocks that failed before.
+        overwrite
+            Delete the run that the folder holds, and start over.
+
+        Returns
+        -------
+        report
+            Blocks that failed do not raise; its `failed` lists them.
+        """
+        with self._open(overwrite=overwrite) as session:
+            return stages.predict(session, only_failed=only_failed)
+
+    def stitch(self, **settings: Any) -> StitchReport:
+        """Join the labels of all blocks into one segmentation with its pyramid.
+
+        Parameters
+        ----------
+        **settings
+            Of the section `stitch`, such as ``across=0.6``; they stay those of the run.
+        """
+        if settings:
+            self.config = _changed(self.config, {"stitch": settings})
+        with self._open() as session:
+            return stages.stitch(session)
+
+    def evaluate(self) -> EvaluationReport:
+        """Score the segmentation against the ground truth that `evaluate.truth` names.
+
+        Raises
+        ------
+        InputError
+            If the settings name none.
+        """
+        if self.config.evaluate is None:
+            raise InputError("evaluate.truth: no ground truth is named; give evaluate={'truth': …}")
+        with self._open() as session:
+            report = stages.score(session)
+        assert report is not None
+        return report
+
+    def status(self) -> RunStatus:
+        """Say how far the run is, whichever process works on it."""
+        from agq.pipeline.slurm.jobs import queue_status
+
+        return load_status(self.path, queue=queue_status)
+
+    def raw(self) -> Array:
+        """Return the raw volume; nothing is read before it is sliced."""
+        return array_of(open_section(self.config.input.raw, self._folder, "raw", "input.raw"))
+
+    def fragments(self) -> Array:
+        """Return the labels of all blocks before the stitch; 0 where there are none yet."""
+        return self._labels("fragments")
+
+    def segmentation(self, level: int = 0) -> Array:
+        """Return the segmentation.
+
+        Parameters
+        ----------
+        level
+            Level of the pyramid; 0 is full resolution.
+        """
+        return self._labels("segmentation", level)
+
+    def _labels(self, name: str, level: int | None = None) -> Array:
+        unit = self.config.input.raw.unit
+        container = self._folder.container
+        return array_of(open_volume(container, name, level=level, kind="labels", unit=unit))
+
+
+def segment(
+    raw: Any,
+    voxel_size: Sequence[int] | None,
+    out: Location,
+    *,
+    mask: Any = None,
+    truth: Any = None,
+    unit: Literal["nm", "angstrom", "pm"] = "nm",
+    on_progress: Tell | Literal["bars"] | None = None,
+    **settings: Any,
+) -> Run:
+    """Segment a volume: predict, stitch, evaluate; called again it goes on where it was.
+
+    Parameters
+    ----------
+    raw
+        An array (z, y, x), written into the run folder once; or ``path`` or ``path::dataset`` of a
+        volume or an image stack.
+    voxel_size
+        (z, y, x) in `unit`, whole numbers; None where the files say it.
+    out
+        Run folder.
+    mask, truth
+        Like `raw`: blocks without a nonzero mask voxel are skipped; the result is scored against
+        the ground-truth labels.
+    unit
+        World unit; a voxel of 4.2 nm is 42 ``angstrom``.
+    on_progress
+        As for `Run`.
+    **settings
+        Sections of the configuration, such as ``model={"checkpoint": "my.safetensors"}``.
+
+    Returns
+    -------
+    Run
+        The finished run.
+
+    Raises
+    ------
+    InputError, BlocksFailedError, RunStoppedError
+        As `Run.run`.
+    """
+    folder = Path(out)
+
+    def volume(given: Any, kind: Kind) -> dict[str, Any]:
+        return _section(given, kind, voxel_size, unit, folder)
+
+    given: dict[str, Any] = {"run_dir": str(folder), "input": {"raw": volume(raw, "raw")}}
+    if mask is not None:
+        given["input"]["mask"] = volume(mask, "mask")
+    if truth is not None:
+        given["evaluate"] = {"truth": volume(truth, "labels")}
+    run = Run(parse_config(_merged(given, settings), "segment"), on_progress=on_progress)
+    run.run()
+    return run
+
+
+def stitch_fragments(
+    fragments: Any,
+    affinities: Any,
+    voxel_size: Sequence[int] | None,
+    out: Location,
+    *,
+    threshold: float = 0.5,
+    unit: Literal["nm", "angstrom", "pm"] = "nm",
+    channels: Sequence[int] = (0, 1, 2),
+    on_progress: Tell | Literal["bars"] | None = None,
+    **settings: Any,
+) -> StitchReport:
+    """Stitch fragments of another model by its affinities, as ``agq stitch --fragments`` does.
+
+    Parameters
+    ----------
+    fragments
+        Labels (z, y, x), 0 is background: an array, written into the folder once, or ``path`` or
+        ``path::dataset``.
+    affinities
+        (channels, z, y, x), uint8 or 0 to 1, likewise: at a voxel the affinity to the voxel before.
+    voxel_size
+        (z, y, x) in `unit`; None where the fragments' file says it.
+    out
+        Folder for the result, ``data.zarr/segmentation`` and ``lut/segments.parquet``.
+    threshold
+        Affinity that a contact must exceed on average.
+    unit
+        World unit.
+    channels
+        Channels of the affinities on z, y and x.
+    on_progress
+        As for `Run`.
+    **settings
+        Sections `stitch` and `pyramid` of the configuration.
+
+    Raises
+    ------
+    InputError
+        If an array cannot be used, or the folder holds something else.
+    """
+    folder = Path(out)
+
+    def location(given: Any, name: str) -> str:
+        if isinstance(given, str | os.PathLike):
+            return absolute_location(os.fspath(given))
+        return f"{store_array(folder, name, given, whole_size(voxel_size), unit)}::{name}"
+
+    source = {
+        "fragments": location(fragments, "fragments"),
+        "affinities": location(affinities, "affinities"),
+        "voxel_size": voxel_size,
+        "unit": unit,
+        "channels": channels,
+    }
+    thresholds = {"stitch": {"across": threshold, "within": threshold}}
+    return stitch_arrays(folder, source, _merged(thresholds, settings), on_progress=on_progress)
+
+
+def _section(
+    given: Any, kind: Kind, voxel_size: Sequence[int] | None, unit: str, folder: Path
+) -> dict[str, Any]:
+    """Return the section of a configuration that names a volume, written first if need be."""
+    if isinstance(given, str | os.PathLike):
+        path, _, dataset = os.fspath(given).partition("::")
+        return {"path": path, "dataset": dataset or None, "voxel_size": voxel_size, "unit": unit}
+    path = str(store_array(folder, kind, given, whole_size(voxel_size), unit))
+    return {"path": path, "dataset": kind, "unit": unit}
+
+
+def whole_size(voxel_size: Sequence[int] | None) -> tuple[int, int, int]:
+    """Check the voxel size of an array.
+
+    Raises
+    ------
+    InputError
+        If it is not three positive whole numbers.
+    """
+    sizes = tuple(voxel_size or ())
+    if len(sizes) != 3 or any(size != int(size) or size < 1 for size in sizes):
+        raise InputError(
+            f"voxel_size {voxel_size}: an array needs three positive whole numbers (z, y, x); a"
+            " voxel of 4.2 nm is 42 with unit='angstrom'"
+        )
+    z, y, x = (int(size) for size in sizes)
+    return z, y, x
+
+
+def _changed(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return a configuration with some settings replaced."""
+    if not settings:
+        return config
+    return parse_config(_merged(config.model_dump(), settings), "settings")
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings, some of them replaced."""
+    merged = dict(values)
+    for name, value in changes.items():
+        old = merged.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merged(old, value)
+        merged[name] = value
+    return merged

@@ -1,0 +1,96 @@
+"""Fragments of another model, stitched in a folder of their own."""
+
+import json
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, imported_grid
+from agq.blockwise.stitch.run import run_stitch
+from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
+from agq.blockwise.stitch.spec import StitchReport
+from agq.blockwise.storage.files import write_atomic
+from agq.errors import InputError
+from agq.pipeline.config.yaml_settings import parse_values
+from agq.pipeline.run.stages import dask_client, stitch_spec
+from agq.pipeline.status.progress import Tell, open_progress
+from agq.settings import Settings
+
+RECORD: Final = "settings.json"
+"""Of an output folder: arrays and settings of the last stitch."""
+
+
+class FragmentsSettings(Settings):
+    """What may be set where there is no run."""
+
+    stitch: StitchSettings
+    """Agglomeration."""
+
+    pyramid: PyramidSettings = PyramidSettings()
+    """Multiscale output."""
+
+
+def recorded_source(output: Path) -> dict[str, Any]:
+    """Return what `stitch_arrays` has recorded in a folder: ``source`` and ``settings``."""
+    try:
+        recorded: dict[str, Any] = json.loads((output / RECORD).read_bytes())
+    except ValueError:
+        raise InputError(f"{output / RECORD} is damaged; remove {output} and start over") from None
+    return recorded
+
+
+def absolute_location(location: str) -> str:
+    """Return a path or address that means the same from every folder."""
+    return location if "://" in location else str(Path(location).expanduser().absolute())
+
+
+def stitch_arrays(
+    output: Path,
+    source: dict[str, Any],
+    settings: dict[str, Any],
+    changes: list[str] | None = None,
+    *,
+    again: bool = False,
+    on_progress: Tell | Literal["bars"] | None = "bars",
+) -> StitchReport:
+    """Stitch arrays of another model into a folder.
+
+    Parameters
+    ----------
+    output
+        The folder.
+    source
+        Arguments of `Fragments.open`.
+    settings
+        Values of `FragmentsSettings`.
+    changes
+        ``a.b=value`` settings that replace some of them.
+    again
+        The arrays are those of the last time: what is imported already is not looked at again, and
+        may be gone.
+    on_progress
+        Where progress goes, see `open_progress`.
+    """
+    values = parse_values(FragmentsSettings, settings, changes)
+    section = values.stitch
+    if section.evidence != "affinity":
+        raise InputError(
+            f"stitch.evidence: {section.evidence} needs two labels of each voxel at the borders of"
+            " blocks, which fragments of another model do not have; use affinity"
+        )
+    grid = imported_grid(output) if again else None
+    opened = None if grid is not None else Fragments.open(**source)
+    with dask_client(section.dask) as client, open_progress(output, on_progress) as progress:
+        progress.note(f"dask dashboard: {client.dashboard_link}")
+        if opened is not None:
+            grid = import_fragments(opened, output, client, progress.step)
+        assert grid is not None
+        record = {"source": source, "settings": values.model_dump(mode="json")}
+        write_atomic(output / RECORD, json.dumps(record, indent=1).encode())
+        report = run_stitch(
+            stitch_spec(section, values.pyramid, output, grid),
+            client,
+            progress.step,
+            progress.note,
+        )
+    write_atomic(output / "stitch.json", json.dumps(report.to_dict(), indent=1).encode())
+    return report
