@@ -54,7 +54,7 @@ def main() -> None:
     if arguments.memory:
         memory(SIZES, arguments.workers, arguments.folder)
     if arguments.waterz:
-        from waterz import CELLS, against_waterz
+        from against_waterz import CELLS, against_waterz
 
         for size in CELLS:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as made:
