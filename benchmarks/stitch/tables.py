@@ -11,6 +11,7 @@ a volume of 100 x 1024 x 1024 voxels.
 """
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,11 @@ SIZES = ((4, 4, 4), (8, 8, 8), (8, 16, 16))
 
 
 def main() -> None:
+    # Workers look only in folders that are named: what they copy with is in this one.
+    named = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), *([named] if named else [])]
+    )
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
