@@ -67,7 +67,7 @@ class LocalWorker:
         os.set_blocking(self._pipe, False)
         try:
             arguments = [run_dir, "--index", str(index), "--status-fd", str(child_end)]
-            self.process = _python(
+            self.process = start_module(
                 "agq.blockwise.predict.worker",
                 [*arguments, "--parent", str(os.getpid()), "--wait", "1e9"],
                 log=self.log,
@@ -161,7 +161,7 @@ class Dispatcher:
 
     def __init__(self, run_dir: str, numbers: npt.NDArray[np.int64], *, alone: bool) -> None:
         self.log = log_path(run_dir, "dispatcher")
-        self._process = _python(
+        self._process = start_module(
             "agq.blockwise.predict.dispatcher",
             [run_dir, str(os.getpid()), "alone" if alone else "together"],
             log=self.log,
@@ -187,7 +187,9 @@ class Dispatcher:
         self._process.wait()
 
 
-def _python(module: str, arguments: list[str], *, log: Path, **options: Any) -> Any:
+def start_module(
+    module: str, arguments: list[str], *, log: Path, **options: Any
+) -> "subprocess.Popen[bytes]":
     """Start ``python -P -m module`` with its output in a log file.
 
     ``-P`` keeps the current folder off the import path: a user's ``model.py`` or ``yaml.py`` there

@@ -197,7 +197,8 @@ def write_chunk(
     """Write exactly one whole chunk, atomically and durably.
 
     zarr writes to a temporary file and renames it; the file and the folders above it up to the
-    array are synced, so that after the return the chunk survives a power cut.
+    array are synced, so that after the return the chunk survives a power cut. `unsynced` collects
+    instead what is to be synced.
 
     Parameters
     ----------
@@ -207,8 +208,6 @@ def write_chunk(
         Place in the grid of chunks, one number per array axis.
     data
         The voxels of the chunk, clipped at the array's edge; same dtype as the array.
-    unsynced
-        Collects what is to be synced instead; the chunk is durable once that has been done.
 
     Raises
     ------

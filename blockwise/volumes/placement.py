@@ -76,12 +76,9 @@ def from_attributes(
     transform = attributes.get("transform")
     if isinstance(transform, Mapping) and "scale" in transform:
         return _from_transform(transform, where)
-    axes, spatial = _named_axes(attributes.get("axis_names"), ndim, where)
-    if axes is None or spatial is None:
-        spatial = (2, 1, 0) if reversed_axes else (0, 1, 2)
-        full: tuple[int, ...] = spatial if reversed_axes else (ndim - 3, ndim - 2, ndim - 1)
-    else:
-        full = axes
+    axes = _named_axes(attributes.get("axis_names"), ndim)
+    full = axes or ((2, 1, 0) if reversed_axes else (ndim - 3, ndim - 2, ndim - 1))
+    spatial = tuple(sorted(full).index(axis) for axis in full)
 
     def numbers(values: Any, name: str) -> tuple[Decimal, ...] | None:
         return None if values is None else _spatial(values, spatial, full, f"{where}: {name}")
@@ -339,18 +336,14 @@ def _axis_order(names: Sequence[str], where: str) -> tuple[int, ...]:
     return tuple(names.index(axis) for axis in AXES)
 
 
-def _named_axes(
-    names: Any, ndim: int, where: str
-) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Return the array dimensions of z, y, x, and their places among the spatial axes."""
+def _named_axes(names: Any, ndim: int) -> tuple[int, ...] | None:
+    """Return the array dimensions of z, y, x; None for names such as d0, d1, d2."""
     if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != ndim:
-        return None, None
+        return None
     lower = [str(name).lower() for name in names]
     if any(lower.count(axis) != 1 for axis in AXES):
-        return None, None  # such as d0, d1, d2: not said
-    order = _axis_order(lower, where)
-    ranks = sorted(order)
-    return order, tuple(ranks.index(i) for i in order)
+        return None
+    return tuple(lower.index(axis) for axis in AXES)
 
 
 def _units(units: Any, spatial: Sequence[int]) -> tuple[str | None, ...]:

@@ -26,10 +26,11 @@ from agq.blockwise.predict.local_processes import (
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
     describe_exit,
+    start_module,
 )
 from agq.blockwise.predict.paths import log_path
 from agq.blockwise.predict.spec import Session
-from agq.blockwise.storage.files import make_folder, require_writable, write_atomic
+from agq.blockwise.storage.files import require_writable, write_atomic
 from agq.errors import InputError
 from agq.pipeline.slurm.jobs import load, load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
@@ -83,7 +84,6 @@ class _Host:
 
     def start(self, place: _Place) -> None:
         log = log_path(self.run_dir, f"worker-{place.name}")
-        make_folder(log.parent)
         environment = dict(os.environ)
         if place.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = place.device
@@ -96,22 +96,13 @@ class _Host:
             "--parent": os.getpid(),
         }
         words = [str(word) for option in options.items() for word in option]
-        with log.open("ab") as output:
-            place.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "agq.blockwise.predict.worker",
-                    str(self.run_dir),
-                    *words,
-                    "--closed-is-over",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
+        place.process = start_module(
+            "agq.blockwise.predict.worker",
+            [str(self.run_dir), *words, "--closed-is-over"],
+            log=log,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
         place.started = time.monotonic()
 
     def look_after(self, place: _Place) -> None:
