@@ -119,6 +119,17 @@ def test_world_rois_convert_back(grid):
         assert grid.to_voxels(grid.read_roi(number)) == grid.read_box(number)
 
 
+@given(grids)
+@PATIENT
+def test_blocks_are_found_by_their_unclipped_write_roi(grid):
+    size = Coordinate(grid.write_shape) * grid.voxel_size
+    for number in range(grid.n_blocks):
+        start = grid.write_roi(number).offset
+        assert grid.number_at(Roi(start, size)) == number
+    with pytest.raises(ValueError, match="is not the write ROI of a block"):
+        grid.number_at(Roi(start, size + Coordinate(1, 0, 0)))
+
+
 @given(grids, st.data())
 @PATIENT
 def test_ids_are_unique_and_reversible(grid, data):
@@ -186,5 +197,7 @@ def test_bad_requests_are_refused():
         grid.fragment_ids(0, np.array([2**LOCAL_BITS]))
     with pytest.raises(InputError, match="voxel grid"):
         grid.to_voxels(Roi((15, 0, 0), (30, 6, 6)))
+    with pytest.raises(ValueError, match="is not the write ROI"):
+        grid.number_at(Roi((30, 0, 0), (120, 24, 24)))
     with pytest.raises(InputError, match="unbounded"):
         grid.to_voxels(Roi((None, 0, 0), (None, 6, 6)))
