@@ -35,11 +35,11 @@ def split_labels(
 
     Parameters
     ----------
-    array : zarr.Array
+    array
         Uint64 (z, y, x), of `create_array`.
-    workers : int, optional
+    workers
         Threads; by default one per processor this process may use.
-    on_progress : callable, optional
+    on_progress
         Called with (chunks done, chunks in all); each chunk counts three times (once where there
         is nothing but background).
 
@@ -87,13 +87,13 @@ def _write(array: Any, box: Box, values: npt.NDArray[np.uint64]) -> None:
 def _split_block(array: Any, box: Box) -> Pieces:
     labels = _read(array, box)
     pieces = cc3d.connected_components(labels, connectivity=6, out_dtype=np.uint32)
-    found, first = np.unique(pieces, return_index=True)
+    numbers, first = np.unique(pieces, return_index=True)
     local = np.stack(np.unravel_index(first, labels.shape))
     place = local + np.array(box[0])[:, None]
     ids = np.ravel_multi_index(tuple(place), array.shape).astype(np.uint64) + np.uint64(1)
-    ids[found == 0] = 0
-    _write(array, box, ids[np.searchsorted(found, pieces)])
-    kept = np.flatnonzero(found)
+    ids[numbers == 0] = 0
+    _write(array, box, ids[np.searchsorted(numbers, pieces)])
+    kept = np.flatnonzero(numbers)
     kept = kept[np.argsort(ids[kept])]
     return ids[kept], labels.reshape(-1)[first[kept]]
 
@@ -102,7 +102,7 @@ def _touching(
     array: Any, ids: npt.NDArray[np.uint64], labels: npt.NDArray[np.uint64], box: Box
 ) -> npt.NDArray[np.int64]:
     """Return places in `ids` of the pieces of one label that meet at the box's upper faces."""
-    found = [np.empty((2, 0), np.int64)]
+    pairs = [np.empty((2, 0), np.int64)]
     for axis in range(3):
         edge = box[1][axis]
         if edge == array.shape[axis]:
@@ -112,8 +112,8 @@ def _touching(
         both = np.moveaxis(_read(array, (triple(start), triple(stop))), axis, 0).reshape(2, -1)
         both = np.unique(both[:, (both > 0).all(axis=0)], axis=1)
         place = np.searchsorted(ids, both)
-        found.append(place[:, labels[place[0]] == labels[place[1]]])
-    return np.concatenate(found, axis=1)
+        pairs.append(place[:, labels[place[0]] == labels[place[1]]])
+    return np.concatenate(pairs, axis=1)
 
 
 def _rename_block(

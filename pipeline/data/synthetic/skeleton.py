@@ -13,7 +13,7 @@ packing all belong to that tube: thick dendrites, of which some of the leaving l
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -30,6 +30,26 @@ _P_SWAP, _P_FORK, _P_BIRTH = 0.30, 0.07, 0.012
 _P_BRANCH_OF_TUBE, _P_MITO, _P_BOUTON = 0.10, 0.17, 0.18
 
 _U = np.uint64
+
+
+class Lines(NamedTuple):
+    """Segments of skeletons.
+
+    Attributes
+    ----------
+    ends
+        Float64 (n, 8): start z, y, x, end z, y, x, radius at the start and at the end.
+    ids
+        Uint64 (n,): the neurite of each segment.
+    flags
+        Uint8 (n,): bit 0 a mitochondrion runs along it, bit 1 vesicles are around it.
+    """
+
+    ends: npt.NDArray[np.float64]
+    ids: npt.NDArray[np.uint64]
+    flags: npt.NDArray[np.uint8]
+
+
 _jit = numba.njit(cache=True, nogil=True)
 
 
@@ -196,24 +216,15 @@ def _neurite(seed: int, f: int, h: int, c: Any) -> Any:
 
 
 @_jit
-def skeletons(seed: int, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> Any:
+def skeletons(seed: int, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> Lines:
     """Return the skeleton segments near a box.
 
     Parameters
     ----------
-    seed : int
+    seed
         Seed of the volume.
-    low, high : numpy.ndarray
+    low, high
         Corners (z, y, x) of the box in pixels, after warping.
-
-    Returns
-    -------
-    ends : numpy.ndarray
-        Float64 (n, 8): start z, y, x, end z, y, x, radius at the start and at the end.
-    ids : numpy.ndarray
-        Uint64 (n,): the neurite of each segment.
-    flags : numpy.ndarray
-        Uint8 (n,): bit 0 a mitochondrion runs along it, bit 1 vesicles are around it.
     """
     first, last = np.empty(3, np.int64), np.empty(3, np.int64)
     n = 6
@@ -249,7 +260,7 @@ def skeletons(seed: int, low: npt.NDArray[np.float64], high: npt.NDArray[np.floa
                     bouton = unit(seed, 62, axon, int(run), f) < _P_BOUTON
                     flags[k] = (1 if mito else 0) | (2 if bouton else 0)
                     k += 1
-    return ends, ids, flags
+    return Lines(ends, ids, flags)
 
 
 @_jit

@@ -8,7 +8,7 @@ one piece as long as the radii differ by less than the distance of the skeletons
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -22,6 +22,29 @@ GAP_CAP = 60.0
 """Distances to the second neurite are not followed further than this, in pixels."""
 
 _U = np.uint64
+
+
+class Plane(NamedTuple):
+    """Arrays (y, x) of what lies at each pixel of a plane.
+
+    Attributes
+    ----------
+    label
+        Neurite.
+    gap
+        Distance to the border with the second neurite.
+    mito
+        Distance to the surface of a mitochondrion, negative inside.
+    bouton
+        1 among vesicles.
+    """
+
+    label: npt.NDArray[np.uint64]
+    gap: npt.NDArray[np.float32]
+    mito: npt.NDArray[np.float32]
+    bouton: npt.NDArray[np.uint8]
+
+
 _jit = numba.njit(cache=True, nogil=True)
 _inline = numba.njit(cache=True, nogil=True, inline="always")
 
@@ -76,44 +99,68 @@ def _near(ends: Any, ids: Any, among: Any, n: int, p: Any, slack: float, keep: A
 
 
 @_jit
-def cells(
-    seed: int,
-    z: float,
-    shift: npt.NDArray[np.float64],
-    start: npt.NDArray[np.int64],
-    scale: npt.NDArray[np.float64],
-    ends: npt.NDArray[np.float64],
-    ids: npt.NDArray[np.uint64],
-    flags: npt.NDArray[np.uint8],
-    label: npt.NDArray[np.uint64],
-    gap: npt.NDArray[np.float32],
-    mito: npt.NDArray[np.float32],
-    bouton: npt.NDArray[np.uint8],
-) -> None:
+def _corners(seed: int, z: float, tile: Any, scale: Any, shift: Any, corner: Any) -> None:
+    """Warp the four corners of a tile."""
+    for q in range(4):
+        y = (tile[0] + q // 2) * TILE * scale[0] + shift[0]
+        x = (tile[1] + q % 2) * TILE * scale[1] + shift[1]
+        _warped(seed, z, y, x, corner[q])
+
+
+@_jit
+def _fill(lines: Any, among: Any, n: int, p: Any, plane: Any, oy: int, ox: int) -> None:
+    """Fill one pixel at position p, from its candidates."""
+    d1, d2, i1, k1 = 1e9, 1e9, _U(0), 0
+    dm, im = 1e9, _U(0)
+    uz1 = uy1 = ux1 = uz2 = uy2 = ux2 = 0.0
+    for j in range(n):
+        k = among[j]
+        plain, d, vz, vy, vx = _distance(lines.ends[k], p[0], p[1], p[2])
+        scaled = 1 / max(plain, 1e-3)
+        if d < d1:
+            if lines.ids[k] != i1:
+                d2, uz2, uy2, ux2 = d1, uz1, uy1, ux1
+            d1, i1, k1 = d, lines.ids[k], k
+            uz1, uy1, ux1 = vz * scaled, vy * scaled, vx * scaled
+        elif lines.ids[k] != i1 and d < d2:
+            d2 = d
+            uz2, uy2, ux2 = vz * scaled, vy * scaled, vx * scaled
+        if lines.flags[k] & 1 and plain < dm:
+            dm, im = plain, lines.ids[k]
+    plane.label[oy, ox] = i1
+    # Over its gradient, the difference is the distance to the border.
+    uz1, uy1, ux1 = uz1 - uz2, uy1 - uy2, ux1 - ux2
+    steep = math.sqrt(uz1 * uz1 + uy1 * uy1 + ux1 * ux1)
+    plane.gap[oy, ox] = min((d2 - d1) / max(steep, 0.3), 0.5 * GAP_CAP)
+    r = min(17.0, 10.0 + 0.35 * max(lines.ends[k1, 6], lines.ends[k1, 7]))
+    plane.mito[oy, ox] = dm - r if im == i1 else 1e3
+    plane.bouton[oy, ox] = 1 if lines.flags[k1] & 2 else 0
+
+
+@_jit
+def cells(seed: int, z: float, shift: Any, start: Any, scale: Any, lines: Any, plane: Any) -> None:
     """Fill one plane: nearest neurite, gap to the second, depth in a mitochondrion, vesicles.
 
     Parameters
     ----------
-    seed : int
+    seed
         Seed of the volume.
-    z : float
+    z
         Position of the plane in pixels.
-    shift : numpy.ndarray
+    shift
         In-plane shift (y, x) of this section in pixels.
-    start : numpy.ndarray
+    start
         First voxel (y, x) of the plane's window.
-    scale : numpy.ndarray
+    scale
         Pixels per voxel (y, x).
-    ends, ids, flags : numpy.ndarray
-        As returned by :func:`skeletons` for a box that holds the window.
-    label, gap, mito, bouton : numpy.ndarray
-        Filled: uint64 neurite, float32 distance to the border with the second neurite,
-        float32 distance to the surface of a mitochondrion (negative inside), 1 among vesicles.
-        All of shape (y, x).
+    lines
+        `Lines` of a box that holds the window.
+    plane
+        `Plane` that is filled.
     """
-    h, w = label.shape
+    h, w = plane.label.shape
     diagonal = math.hypot(scale[0], scale[1])
-    n = len(ids)
+    n = len(lines.ids)
     everything = np.arange(n)
     wide, close = np.empty(n, np.int64), np.empty(n, np.int64)
     p, corner = np.empty(3), np.empty((4, 3))
@@ -124,7 +171,8 @@ def cells(
             _warped(seed, z, cy, cx, p)
             # Tiles are counted from the volume's origin, so the candidates of a pixel do not
             # depend on the window. 1.6 bounds the stretch by the warp, 1.25 the radii's slope.
-            m = _near(ends, ids, everything, n, p, 1.6 * 1.25 * SUPER * diagonal, wide)
+            slack = 1.6 * 1.25 * SUPER * diagonal
+            m = _near(lines.ends, lines.ids, everything, n, p, slack, wide)
             for ty in range(sy * SUPER // TILE, (sy + 1) * SUPER // TILE):
                 y0, y1 = max(ty * TILE, start[0]), min((ty + 1) * TILE, start[0] + h)
                 if y0 >= y1:
@@ -133,16 +181,13 @@ def cells(
                     x0, x1 = max(tx * TILE, start[1]), min((tx + 1) * TILE, start[1] + w)
                     if x0 >= x1:
                         continue
-                    for q in range(4):
-                        ay = (ty + q // 2) * TILE * scale[0] + shift[0]
-                        ax = (tx + q % 2) * TILE * scale[1] + shift[1]
-                        _warped(seed, z, ay, ax, corner[q])
+                    _corners(seed, z, (ty, tx), scale, shift, corner)
                     for a in range(3):
                         p[a] = 0.25 * (corner[0, a] + corner[1, a] + corner[2, a] + corner[3, a])
                     far = 0.0
                     for q in range(4):
                         far = max(far, np.sqrt(np.sum((corner[q] - p) ** 2)))
-                    mm = _near(ends, ids, wide, m, p, 2 * 1.25 * far, close)
+                    mm = _near(lines.ends, lines.ids, wide, m, p, 2 * 1.25 * far, close)
                     for y in range(y0, y1):
                         fy = (y - ty * TILE) / TILE
                         for x in range(x0, x1):
@@ -151,29 +196,4 @@ def cells(
                                 p[a] = (1 - fy) * (
                                     (1 - fx) * corner[0, a] + fx * corner[1, a]
                                 ) + fy * ((1 - fx) * corner[2, a] + fx * corner[3, a])
-                            d1, d2, i1, k1 = 1e9, 1e9, _U(0), 0
-                            dm, im = 1e9, _U(0)
-                            uz1 = uy1 = ux1 = uz2 = uy2 = ux2 = 0.0
-                            for j in range(mm):
-                                k = close[j]
-                                plain, d, vz, vy, vx = _distance(ends[k], p[0], p[1], p[2])
-                                scaled = 1 / max(plain, 1e-3)
-                                if d < d1:
-                                    if ids[k] != i1:
-                                        d2, uz2, uy2, ux2 = d1, uz1, uy1, ux1
-                                    d1, i1, k1 = d, ids[k], k
-                                    uz1, uy1, ux1 = vz * scaled, vy * scaled, vx * scaled
-                                elif ids[k] != i1 and d < d2:
-                                    d2 = d
-                                    uz2, uy2, ux2 = vz * scaled, vy * scaled, vx * scaled
-                                if flags[k] & 1 and plain < dm:
-                                    dm, im = plain, ids[k]
-                            oy, ox = y - start[0], x - start[1]
-                            label[oy, ox] = i1
-                            # Over its gradient, the difference is the distance to the border.
-                            uz1, uy1, ux1 = uz1 - uz2, uy1 - uy2, ux1 - ux2
-                            steep = math.sqrt(uz1 * uz1 + uy1 * uy1 + ux1 * ux1)
-                            gap[oy, ox] = min((d2 - d1) / max(steep, 0.3), 0.5 * GAP_CAP)
-                            r = min(17.0, 10.0 + 0.35 * max(ends[k1, 6], ends[k1, 7]))
-                            mito[oy, ox] = dm - r if im == i1 else 1e3
-                            bouton[oy, ox] = 1 if flags[k1] & 2 else 0
+                            _fill(lines, close, mm, p, plane, y - start[0], x - start[1])

@@ -43,15 +43,15 @@ class SyntheticParams:
 
     Parameters
     ----------
-    seed : int
+    seed
         Volumes of different seeds share nothing.
-    voxel_size : tuple of float
+    voxel_size
         Size of a voxel (z, y, x) in nm; the tissue itself does not change with it.
-    membrane : float
+    membrane
         Half width of the unlabelled gap between two neurites, in pixels of 6 nm.
-    noise : float
+    noise
         Standard deviation of the fine noise, in grey values.
-    jitter : float
+    jitter
         Standard deviation of the in-plane shift of a section, in pixels of 6 nm.
     """
 
@@ -88,30 +88,25 @@ def _dots(seed: int, z: int, y: float, x: float, cell: float, share: float) -> f
 
 @_jit
 def _paint(
-    seed: int,
-    section: int,
-    start: Any,
-    scale: Any,
-    label: Any,
-    gaps: Any,
-    mito: Any,
-    bouton: Any,
-    grain: float,
-    out: Any,
+    seed: int, section: int, start: Any, scale: Any, plane: Any, gaps: Any, grain: float, out: Any
 ) -> None:
-    """Grey values of one section before blurring; arguments as :func:`tissue.cells` gives them."""
-    h, w = label.shape
+    """Grey values of one section before blurring.
+
+    ``start``, ``scale`` and ``plane`` are as in :func:`tissue.cells`; ``gaps`` are the gaps half a
+    section before, in the section, and half a section after it.
+    """
+    h, w = plane.label.shape
     for oy in range(h):
         y = (start[0] + oy) * scale[0]
         for ox in range(w):
             x = (start[1] + ox) * scale[1]
-            own = label[oy, ox]
-            low, high = np.int64(own & _U(0x7FFFFFFF)), np.int64(own >> _U(31))
+            neurite = plane.label[oy, ox]
+            low, high = np.int64(neurite & _U(0x7FFFFFFF)), np.int64(neurite >> _U(31))
             value = 156.0 + 44.0 * (unit(seed, 81, low, high, 0) - 0.5)
             value += 12.0 * noise(seed + 201, section, y / 11, x / 11)
             value += 12.0 * noise(seed + 202, section * 0.4, y / 45, x / 45)
             half = gaps[1, oy, ox]
-            if bouton[oy, ox]:
+            if plane.bouton[oy, ox]:
                 d = _dots(seed + 211, section, y, x, 8.5, 0.75)
                 if half > 6:
                     value += 14.0 - 62.0 * np.exp(-((d - 3.2) ** 2) / 1.6)
@@ -121,7 +116,7 @@ def _paint(
                 d = _dots(seed + 213, section // 2, y, x, 75.0, 0.22)
                 if half > 14:
                     value -= 75.0 * np.exp(-((d - 7.0) ** 2) / 5.0)
-            depth = mito[oy, ox]
+            depth = plane.mito[oy, ox]
             if depth < 3 and half > 5:
                 cristae = noise(seed + 221, section * 0.5, y / 5.0, x / 5.0)
                 inside = 1 / (1 + np.exp(1.6 * depth))
@@ -146,6 +141,24 @@ def _section(params: SyntheticParams, z: int) -> tuple[npt.NDArray[np.float64], 
     return shift, 1.0 + 0.07 * draws[2], -12.0 + 11.0 * draws[3]
 
 
+def _render(
+    params: SyntheticParams, z: int, first: Any, scale: Any, plane: tissue.Plane, gaps: Any
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
+    """Return grey values and labels of one section without its halo; arguments as `_paint`'s."""
+    _, gain, offset = _section(params, z)
+    # The blur below keeps about 0.30 of the deviation of white noise.
+    grain = params.noise / 0.30
+    painted = np.empty(plane.label.shape, np.float32)
+    _paint(params.seed, z, first, scale, plane, gaps, grain, painted)
+    inner = (slice(_HALO, -_HALO), slice(_HALO, -_HALO))
+    soft = ndimage.gaussian_filter(painted, 0.95, radius=_HALO - 1)
+    grey = (soft[inner] - 128.0) * gain + 128.0 + offset
+    # The opening removes crumbs of a few voxels where three neurites meet.
+    inside = ndimage.binary_opening(gaps[1] > params.membrane, np.ones((3, 3), bool))
+    labels = np.where(inside[inner], plane.label[inner], np.uint64(0))
+    return np.clip(np.rint(grey), 1, 255).astype(np.uint8), labels
+
+
 def block(
     start: Sequence[int], stop: Sequence[int], params: SyntheticParams
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
@@ -153,16 +166,16 @@ def block(
 
     Parameters
     ----------
-    start, stop : sequence of int
+    start, stop
         First and past-the-end voxel (z, y, x); the volume has no bounds.
-    params : SyntheticParams
+    params
         The volume.
 
     Returns
     -------
-    raw : numpy.ndarray
+    raw
         Uint8 grey values (z, y, x).
-    labels : numpy.ndarray
+    labels
         Uint64 neurites (z, y, x), below 2**53; 0 where a membrane is.
 
     Raises
@@ -177,43 +190,34 @@ def block(
     first = lo[1:] - _HALO
     size = tuple(int(n) for n in hi[1:] - lo[1:] + 2 * _HALO)
     margin = 60.0
-    ends, ids, flags = skeletons(
+    lines = skeletons(
         params.seed,
         np.array([lo[0] - 0.5, *first]) * scale - margin,
         np.array([hi[0] + 0.5, *(hi[1:] + _HALO)]) * scale + margin,
     )
-    label = np.empty(size, np.uint64)
     gaps = np.empty((3, *size), np.float32)
-    mito, bouton = np.empty(size, np.float32), np.empty(size, np.uint8)
-    unused = np.empty(size, np.uint64), np.empty(size, np.float32), np.empty(size, np.uint8)
-    painted = np.empty(size, np.float32)
+    plane = tissue.Plane(
+        np.empty(size, np.uint64), gaps[1], np.empty(size, np.float32), np.empty(size, np.uint8)
+    )
     shape = tuple(int(n) for n in hi - lo)
     raw, labels = np.empty(shape, np.uint8), np.empty(shape, np.uint64)
-    inner = (slice(_HALO, -_HALO), slice(_HALO, -_HALO))
 
-    def plane(z: float, shift: Any, *into: Any) -> None:
-        tissue.cells(params.seed, z * scale[0], shift, first, scale[1:], ends, ids, flags, *into)
+    def fill(z: float, shift: Any, k: int) -> None:
+        filled = plane._replace(gap=gaps[k])
+        tissue.cells(params.seed, z * scale[0], shift, first, scale[1:], lines, filled)
 
     def between(z: int) -> Any:
         return 0.5 * (_section(params, z)[0] + _section(params, z + 1)[0])
 
     for z in range(lo[0], hi[0]):
-        shift, gain, offset = _section(params, z)
         if z == lo[0]:
-            plane(z - 0.5, between(z - 1), unused[0], gaps[0], *unused[1:])
+            fill(z - 0.5, between(z - 1), 0)
         else:
             gaps[0] = gaps[2]
-        plane(z, shift, label, gaps[1], mito, bouton)
-        plane(z + 0.5, between(z), unused[0], gaps[2], *unused[1:])
-        # The blur below keeps about 0.30 of the deviation of white noise.
-        grain = params.noise / 0.30
-        _paint(params.seed, z, first, scale[1:], label, gaps, mito, bouton, grain, painted)
-        soft = ndimage.gaussian_filter(painted, 0.95, radius=_HALO - 1)
-        grey = (soft[inner] - 128.0) * gain + 128.0 + offset
-        raw[z - lo[0]] = np.clip(np.rint(grey), 1, 255).astype(np.uint8)
-        # The opening removes crumbs of a few voxels where three neurites meet.
-        inside = ndimage.binary_opening(gaps[1] > params.membrane, np.ones((3, 3), bool))
-        labels[z - lo[0]] = np.where(inside[inner], label[inner], 0)
+        fill(z + 0.5, between(z), 2)
+        # Last: of the planes between sections only the gaps are used.
+        fill(z, _section(params, z)[0], 1)
+        raw[z - lo[0]], labels[z - lo[0]] = _render(params, z, first, scale[1:], plane, gaps)
     return raw, labels
 
 
@@ -222,6 +226,15 @@ def _write_block(arrays: Sequence[Any], params: SyntheticParams, box: Box) -> No
     for array, values in zip(arrays, made, strict=True):
         index = [first // size for first, size in zip(box[0], array.chunks, strict=True)]
         write_chunk(array, index, values)
+
+
+def _check(shape: Sequence[int], block: Sequence[int], voxel_size: Sequence[float]) -> None:
+    if len(shape) != 3 or min(*shape, *block) < 1:
+        raise InputError(
+            f"synthetic volume: shape {tuple(shape)} and block {block} must be 3 positive lengths"
+        )
+    if any(not float(v).is_integer() or v < 1 for v in voxel_size):
+        raise InputError(f"synthetic volume: voxel_size {voxel_size} must be whole nm, 1 or more")
 
 
 def write(
@@ -241,19 +254,19 @@ def write(
 
     Parameters
     ----------
-    container : pathlib.Path
+    container
         Local zarr group, made if missing; arrays of these names and this layout are overwritten.
-    shape : sequence of int
+    shape
         Voxels (z, y, x).
-    seed : int
+    seed
         Seed of the volume.
-    voxel_size : tuple of float
+    voxel_size
         Voxel size (z, y, x) in nm.
-    block : tuple of int
+    block
         Voxels (z, y, x) made at a time; also the chunks, so that each has one writer.
-    workers : int, optional
+    workers
         Threads; by default one for each processor this process may use.
-    on_progress : callable, optional
+    on_progress
         Called with (blocks done, blocks in all) after each block; each is gone over four times.
 
     Raises
@@ -262,16 +275,12 @@ def write(
         If a length is not positive, a voxel size is not whole, or the container holds arrays of
         these names with another layout.
     """
-    if len(shape) != 3 or min(*shape, *block) < 1:
-        raise InputError(
-            f"synthetic volume: shape {tuple(shape)} and block {block} must be 3 positive lengths"
-        )
-    if any(not float(v).is_integer() or v < 1 for v in voxel_size):
-        raise InputError(f"synthetic volume: voxel_size {voxel_size} must be whole nm, 1 or more")
+    _check(shape, block, voxel_size)
     params = SyntheticParams(seed=seed, voxel_size=voxel_size)
     chunks = tuple(min(b, s) for b, s in zip(block, shape, strict=True))
-    arrays = [
-        create_array(
+    arrays = []
+    for name, dtype in (("raw", np.uint8), ("labels", np.uint64)):
+        array = create_array(
             container,
             name,
             shape=shape,
@@ -279,11 +288,9 @@ def write(
             dtype=dtype,
             voxel_size=[int(v) for v in voxel_size],
         )
-        for name, dtype in (("raw", np.uint8), ("labels", np.uint64))
-    ]
-    for array in arrays:
         # Not at creation: an array that existed keeps the attributes it was made with.
         array.update_attributes({"synthetic": asdict(params)})
+        arrays.append(array)
     blocks = boxes((0, 0, 0), shape, chunks)
 
     def report(done: int, _: int = 0) -> None:

@@ -146,7 +146,8 @@ def test_tiles_keep_every_skeleton_that_matters() -> None:
     label, gap = np.empty(size, np.uint64), np.empty(size, np.float32)
     mito, bouton = np.empty(size, np.float32), np.empty(size, np.uint8)
     near = synthetic_skeleton.skeletons(seed, low, high)
-    synthetic_tissue.cells(seed, z, shift, start, scale, *near, label, gap, mito, bouton)
+    plane = synthetic_tissue.Plane(label, gap, mito, bouton)
+    synthetic_tissue.cells(seed, z, shift, start, scale, near, plane)
     ends, ids, _ = synthetic_skeleton.skeletons(seed, low - 200, high + 200)
 
     tile = synthetic_tissue.TILE
