@@ -19,7 +19,7 @@ class Tabled(ABC):
         from rich.console import Console
 
         console = Console(file=io.StringIO(), record=True, width=120, force_jupyter=False)
-        console.print(self.table())
+        console.print(self.table(), soft_wrap=True)
         style = "font-family:monospace;line-height:normal"
         return console.export_html(
             code_format=f'<pre style="{style}">{{code}}</pre>', inline_styles=True

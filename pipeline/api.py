@@ -77,22 +77,19 @@ class RunReport(Tabled):
     def table(self) -> RenderableType:
         """Return the report for a rich console."""
         from rich.console import Group
-        from rich.markup import escape
-        from rich.table import Table
 
-        run, stitch = RunFolder(self.run_dir), self.stitch
-        table = Table(title=f"Run {escape(run.path.name)}", show_header=False, title_justify="left")
-        table.add_row("fragments", f"{stitch.fragments:,} in {stitch.blocks:,} blocks")
-        table.add_row("segments", f"{stitch.segments:,} after {stitch.merges:,} merges")
+        from agq.terminal import facts
+
+        run, rows = RunFolder(self.run_dir), self.stitch.facts()
         if self.predict.dropped:
-            table.add_row("dropped by the query limit", f"{self.predict.dropped:,}")
-        if stitch.missing:
-            table.add_row("missing blocks", f"{stitch.missing:,} (background)")
-        table.add_row("largest", stitch.largest_lines())
-        table.add_row("segmentation", escape(str(run.container / "segmentation")))
-        table.add_row("picture", escape(str(run.path / f"{run.path.name}.png")))
-        table.add_row("viewer", escape(f"agq view {run.path}"))
-        return Group(table, *([] if self.evaluation is None else [self.evaluation.table()]))
+            rows.insert(2, ("dropped by the query limit", f"{self.predict.dropped:,}"))
+        rows += [
+            ("segmentation", str(run.container / "segmentation")),
+            ("picture", str(run.path / f"{run.path.name}.png")),
+            ("viewer", f"agq view {run.path}"),
+        ]
+        scores = [] if self.evaluation is None else [self.evaluation.table()]
+        return Group(facts(f"Run {run.path.name}", rows), *scores)
 
 
 class Run:

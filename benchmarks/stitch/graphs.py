@@ -5,7 +5,6 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,18 @@ import numpy as np
 from memory import peak_mib
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
-from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable
-from agq.blockwise.stitch.files import StitchFiles
-from agq.blockwise.stitch.merge.components import connected_components
-from agq.blockwise.stitch.merge.rule import Thresholds, scores
-from agq.blockwise.stitch.superblocks import SuperblockTree
-from agq.blockwise.stitch.tasks import (
+from agq.blockwise.stitch.contacts import (
     PARTS,
-    contract_superblocks,
+    ContactTable,
+    Evidence,
+    NodeTable,
     load_contacts,
-    save_evidence,
 )
-from agq.blockwise.storage.npz import load_arrays
+from agq.blockwise.stitch.merge.kernel import connected_components
+from agq.blockwise.stitch.merge.rule import Merge, scores
+from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTree
+from agq.blockwise.storage.arrays import load_arrays
 
 FRAGMENTS = 100
 """In a block."""
@@ -72,8 +71,7 @@ def block_contacts(
         fresh = ~np.isin(rest.v - np.uint64(there), on) | (
             rest.u + np.uint64(there - base) != rest.v
         )
-        rows = [getattr(rest, field.name)[fresh] for field in fields(ContactTable)]
-        tables.append(ContactTable.concatenate([same, ContactTable(*rows)]))
+        tables.append(ContactTable.concatenate([same, rest.take(fresh)]))
     return (base + own).astype(np.uint64), tables
 
 
@@ -96,7 +94,7 @@ def generate(run_dir: Path, grid: BlockGrid, weak: int, leaves: Sequence[Any]) -
         z, y, x = (ContactTable.concatenate(face) for face in faces)
         evidence = Evidence(table, ContactTable.concatenate(inner), (z, y, x))
         edges += len(evidence.contacts) + len(z) + len(y) + len(x)
-        save_evidence(files.evidence(leaf), evidence, False)
+        evidence.save(files.evidence(leaf), overlap=False)
     return edges
 
 
@@ -133,7 +131,7 @@ def graph(folder: Path, grid: BlockGrid, levels: Sequence[Sequence[Any]]) -> Non
     merges = 0
     for i, level in enumerate(levels):
         begun, used = time.perf_counter(), time.process_time()
-        contract_superblocks(str(folder), thresholds, level)
+        Merge(level, folder, thresholds).run()
         begun, used = time.perf_counter() - begun, time.process_time() - used
         up = nodes = 0
         for superblock, _ in level:

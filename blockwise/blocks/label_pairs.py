@@ -15,6 +15,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from agq.blockwise.storage.arrays import Columns, Ids, Numbers
 from agq.errors import InputError
 
 _MIX_U = np.uint64(0x9E3779B97F4A7C15)
@@ -24,13 +25,13 @@ _ZERO = np.uint64(0)
 
 
 @dataclass(frozen=True)
-class PairColumns:
-    """Distinct pairs sorted by (u, v): ``u``, ``v`` uint64, ``total``, ``count`` int64."""
+class PairColumns(Columns):
+    """Distinct pairs of labels, sorted by (u, v), with the sum and number of their contacts."""
 
-    u: NDArray[np.uint64]
-    v: NDArray[np.uint64]
-    total: NDArray[np.int64]
-    count: NDArray[np.int64]
+    u: Ids
+    v: Ids
+    total: Numbers
+    count: Numbers
 
 
 @numba.njit(cache=True, nogil=True)

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from agq.blockwise.journal.records import STATE_RANK
 from agq.blockwise.journal.table import ROW, BlockTable
+from agq.blockwise.storage.arrays import parsed
 from agq.blockwise.storage.files import atomic_file
-from agq.blockwise.storage.npz import parsed
 from agq.errors import InputError
 
 SNAPSHOT: Final = "compact.npz"

@@ -99,15 +99,7 @@ def local_client(
         If nothing answers at the address, or the certificates do not fit.
     """
     if address is not None:
-        security = None if tls is None else tls.security()
-        try:
-            client = Client(address, timeout=timeout, security=security)
-        except (OSError, ValueError, TypeError) as error:
-            hint = ""
-            if tls is None and address.startswith("tls://"):
-                hint = "; name stitch.dask.ca_file, cert_file and key_file"
-            raise InputError(f"dask scheduler {address}: cannot connect ({error}){hint}") from None
-        with client:
+        with _connect(address, tls, timeout) as client:
             yield client
         return
     count = workers or len(os.sched_getaffinity(0))
@@ -129,3 +121,14 @@ def local_client(
         Client(cluster, timeout=timeout) as client,
     ):
         yield client
+
+
+def _connect(address: str, tls: TlsFiles | None, timeout: float) -> Client:
+    security = None if tls is None else tls.security()
+    try:
+        return Client(address, timeout=timeout, security=security)
+    except (OSError, ValueError, TypeError) as error:
+        hint = ""
+        if tls is None and address.startswith("tls://"):
+            hint = "; name stitch.dask.ca_file, cert_file and key_file"
+        raise InputError(f"dask scheduler {address}: cannot connect ({error}){hint}") from None

@@ -26,7 +26,7 @@ from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
-from agq.blockwise.stitch.steps import Progress, cores, run_tasks, wait_for_stragglers
+from agq.blockwise.stitch.steps import Progress, Task, Workers
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities
 from agq.blockwise.volumes.open import Volume, open_volume
@@ -116,21 +116,12 @@ def import_fragments(
         raise InputError(f"{run_dir} is not empty; choose another --output")
     write_atomic(marker, json.dumps(made_of, indent=1).encode())
     BlockWriter.create(run_dir, grid, source.volume.unit)
-    every = np.arange(grid.n_blocks)
-    todo = every[~Journal(run_dir / "journal" / "predict").done(grid.n_blocks)]
-    size = max(1, min(_BATCH, -(-len(todo) // (4 * cores(client)))))
-    batches = [todo[at : at + size].tolist() for at in range(0, len(todo), size)]
-    wait_for_stragglers(client, run_dir)
-    run_tasks(
-        client,
-        run_dir,
-        "import",
-        import_batch,
-        [(source, str(run_dir), batch) for batch in batches],
-        [len(batch) for batch in batches],
-        on_progress,
-        grid.n_blocks - len(todo),
-    )
+    todo = np.flatnonzero(~Journal(run_dir / "journal" / "predict").done(grid.n_blocks))
+    workers = Workers(client, run_dir, on_progress)
+    workers.wait_for_stragglers()
+    batches = workers.batches(todo.tolist(), _BATCH, share=4)
+    tasks = [ImportBlocks(batch, source, run_dir) for batch in batches]
+    workers.run("import", tasks, grid.n_blocks - len(todo))
     return grid
 
 
@@ -144,30 +135,39 @@ def imported_grid(run_dir: Path) -> BlockGrid | None:
     return grid if done.all() else None
 
 
-def import_batch(source: Fragments, run_dir: str, numbers: Sequence[int]) -> int:
-    """Import some blocks; one task. Return how many."""
-    folder, grid = Path(run_dir), source.grid()
-    writer = BlockWriter.open(folder, grid)
-    with JournalWriter(folder / "journal" / "predict", this_worker()) as journal:
-        for number in numbers:
-            started = time.time()
-            start, stop = grid.read_box(number)
-            labels, original = local_labels(source.volume.read(start, stop))
-            if len(original) > 2**LOCAL_BITS:
-                raise InputError(f"fragments: block {number} has {len(original)} of them, too many")
-            window = _uint8(source.affinities.read(start, stop), number)
-            sums = writer.write(number, labels, window, original_labels=original)
-            journal.finish(
-                BlockRecord(
-                    block=number,
-                    state="done",
-                    started=started,
-                    finished=time.time(),
-                    sums=sums,
-                    **grid.place(number),
+@dataclass(frozen=True)
+class ImportBlocks(Task):
+    """Import some blocks into a run folder."""
+
+    items: Sequence[int]
+    source: Fragments
+    run_dir: Path
+
+    def run(self) -> None:
+        """Write fragments, sidecar and journal record of each block."""
+        grid = self.source.grid()
+        writer = BlockWriter.open(self.run_dir, grid)
+        with JournalWriter(self.run_dir / "journal" / "predict", this_worker()) as journal:
+            for number in self.items:
+                started = time.time()
+                start, stop = grid.read_box(number)
+                labels, original = local_labels(self.source.volume.read(start, stop))
+                if len(original) > 2**LOCAL_BITS:
+                    raise InputError(
+                        f"fragments: block {number} has {len(original)} of them, too many"
+                    )
+                window = _uint8(self.source.affinities.read(start, stop), number)
+                sums = writer.write(number, labels, window, original_labels=original)
+                journal.finish(
+                    BlockRecord(
+                        block=number,
+                        state="done",
+                        started=started,
+                        finished=time.time(),
+                        sums=sums,
+                        **grid.place(number),
+                    )
                 )
-            )
-    return len(numbers)
 
 
 def local_labels(fragments: NDArray) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
@@ -183,7 +183,7 @@ def local_labels(fragments: NDArray) -> tuple[NDArray[np.uint32], NDArray[np.uin
     flat = fragments.reshape(-1)
     begins = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
     original, label = np.unique(flat[begins], return_inverse=True)
-    if original[0] != 0:  # label 0 must be background, also where there is none
+    if original[0] != 0:  # label 0 must be background, even in a block without any
         original, label = np.concatenate((original[:1] * 0, original)), label + 1
     lengths = np.diff(np.append(begins, flat.size))
     labels = np.repeat(label.astype(np.uint32), lengths).reshape(fragments.shape)

@@ -1,6 +1,6 @@
 """The stitch: from fragments and sidecars of a run to one segmentation, on dask.
 
-Steps, each with a key made from all that its output depends on, skipped if that output is there:
+Steps, each with a key made from all that its output depends on, skipped if that output exists:
 
 1. ``contacts``: evidence of leaf superblocks (``contacts/``);
 2. ``agglomerate``: exact agglomeration, superblocks joined two by two (``agglomeration/``);
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,26 +28,32 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks import sidecar as sidecar_module
 from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.writer import Journal
+from agq.blockwise.stitch import contacts as contacts_module
 from agq.blockwise.stitch.cluster import local_client
-from agq.blockwise.stitch.evidence import contacts as contacts_module
-from agq.blockwise.stitch.files import StitchFiles, groups, leaf_shape
-from agq.blockwise.stitch.output.write import Writer
-from agq.blockwise.stitch.segments.ids import cut_superblocks, map_leaves, name_superblocks
-from agq.blockwise.stitch.segments.table import write_segments
-from agq.blockwise.stitch.spec import StitchReport, StitchSpec, find_blocks
-from agq.blockwise.stitch.steps import (
-    Progress,
-    Step,
-    StitchError,
-    cores,
-    digest,
-    run_tasks,
-    wait_for_stragglers,
+from agq.blockwise.stitch.contacts import Collect
+from agq.blockwise.stitch.merge.rule import Merge
+from agq.blockwise.stitch.output.pyramid import (
+    Coarsen,
+    Pyramid,
+    coarse_chunks,
+    plan_levels,
 )
-from agq.blockwise.stitch.superblocks import Superblock, SuperblockTree
-from agq.blockwise.stitch.tasks import collect_leaves, contract_superblocks
-from agq.blockwise.storage.files import write_atomic
-from agq.blockwise.storage.npz import save_array
+from agq.blockwise.stitch.output.relabel import Relabel
+from agq.blockwise.stitch.segments import Cut, Map, Resolve, WriteSegments
+from agq.blockwise.stitch.settings import HALF_UNITS
+from agq.blockwise.stitch.spec import StitchReport, StitchSpec, find_blocks
+from agq.blockwise.stitch.steps import Progress, Step, StitchError, Task, Workers, digest
+from agq.blockwise.stitch.superblocks import (
+    Family,
+    StitchFiles,
+    SuperblockTask,
+    SuperblockTree,
+    leaf_shape,
+)
+from agq.blockwise.storage.arrays import save_array
+from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.blockwise.volumes.create import open_array
 from agq.errors import InputError
 
 __all__ = [
@@ -70,8 +77,8 @@ _TASKS_PER_CORE = 8
 _MOST_LEAVES = 50_000
 """So that no step has more than about 10^5 tasks, and no folder more than that many files."""
 
-Family = tuple[Superblock, Sequence[Any]]
-"""A superblock with its children, or a leaf with its block numbers."""
+_FRAGMENTS = "fragments"
+_SEGMENTATION = "segmentation"
 
 
 def run_stitch(
@@ -115,32 +122,50 @@ class _Stitch:
         on_note: Callable[[str], None] | None,
     ) -> None:
         self.spec = spec
-        self.client = client
-        self.on_progress = on_progress
-        self.on_note = on_note
+        self.workers = Workers(client, spec.run_dir, on_progress)
+        self.note = on_note or (lambda text: None)
         self.grid = spec.block_grid()
         self.run_dir = spec.run_dir
         self.files = StitchFiles(spec.run_dir)
+        self.container = spec.run_dir / "data.zarr"
+        self.journals = spec.run_dir / "journal"
+        grid = self.grid
+        self.pyramid = Pyramid(
+            self.container,
+            _SEGMENTATION,
+            plan_levels(grid.volume_shape, grid.write_shape, grid.voxel_size, spec.levels),
+            grid.write_shape,
+            grid.offset,
+            self._fragments_unit(),
+        )
         self.report = StitchReport()
-        self.writer = Writer(spec, client, on_progress, self.report)
         self.leaves: list[Family] = []
         self.levels: list[list[Family]] = []
 
     def run(self) -> StitchReport:
         spec = self.spec
         thresholds = spec.thresholds()
-        wait_for_stragglers(self.client, spec.run_dir, self.on_note)
+        self.workers.wait_for_stragglers(self.note)
         numbers, key = self._blocks()
         key = digest(key, spec.evidence != "affinity")
-        done = self._collect(numbers, key)
-        done = self._agglomerate(done)
-        self._number(done)
+        self._number(*self._agglomerate(self._collect(numbers, key)))
+        # What follows does not depend on the superblocks.
         rule = [*thresholds.half_units, thresholds.margin_half_units]
         key = digest(key, spec.evidence, rule, spec.min_contact, spec.segment_ids, spec.min_size)
-        maps = [(self.files.map(leaf), blocks) for leaf, blocks in self.leaves]
-        key = self.writer.relabel(maps, key)
-        self.writer.pyramid(numbers, key)
+        key = self._relabel(key)
+        self._coarsen(numbers, key)
         return self.report
+
+    def _fragments_unit(self) -> str:
+        """Return the world unit of the fragments; refuse those of another grid."""
+        array = open_array(self.container, _FRAGMENTS, "r")
+        if array.shape != self.grid.volume_shape or array.chunks != self.grid.write_shape:
+            raise InputError(
+                f"{self.container / _FRAGMENTS}: shape {array.shape} in chunks {array.chunks} is"
+                f" not that of the block grid, {self.grid.volume_shape} in {self.grid.write_shape}"
+            )
+        units: Any = array.attrs["units"]
+        return str(units[0])
 
     def _blocks(self) -> tuple[NDArray[np.int64], str]:
         """Return the blocks to stitch, and a digest of what predict wrote for them."""
@@ -160,9 +185,8 @@ class _Stitch:
         )
 
     def _collect(self, numbers: NDArray[np.int64], key: str) -> str:
-        """Collect the evidence; return the key of the result."""
+        """Find the evidence; return the key of the step."""
         files, spec = self.files, self.spec
-        layout = files.contacts / "layout.json"
         shape = self._leaf_shape(len(numbers), key)
         tree = SuperblockTree(self.grid.shape, shape)
         self.leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(numbers)]
@@ -172,22 +196,25 @@ class _Stitch:
                 f" {len(self.leaves)} superblocks, more than {_MOST_LEAVES}; "
                 + ("choose larger ones" if spec.superblock else "name a larger stitch.superblock")
             )
-        step = Step(self.client, self.run_dir, "contacts", digest(key, shape), [files.contacts])
-        result = step.finished()
         parents = tree.levels([leaf for leaf, _ in self.leaves])
         self.levels = [self.leaves]
         self.levels += [list(level.items()) for level in parents]
+        step = Step(self.workers, "contacts", digest(key, shape), [files.contacts])
+        result = step.finished()
         if result is None:
-            write_atomic(layout, json.dumps({"key": key, "shape": shape}).encode())
+            layout = json.dumps({"key": key, "shape": shape}).encode()
+            write_atomic(files.contacts / "layout.json", layout)
             present = np.zeros(self.grid.n_blocks, bool)
             present[numbers] = True
             save_array(files.present, present)
             overlap = spec.evidence != "affinity"
-            counts = self._tasks("contacts", self.leaves, collect_leaves, spec.grid, overlap)
+            collect = Collect(self.leaves, self.run_dir, self.grid, overlap)
+            counts = self._split_and_run("contacts", collect)
             fragments, contacts = (sum(column) for column in zip((0, 0), *counts, strict=True))
             result = step.finish({"fragments": fragments, "contacts": contacts})
         self.report.fragments, self.report.contacts = result["fragments"], result["contacts"]
-        return self._end(step)
+        self.report.end(step)
+        return step.key
 
     def _leaf_shape(self, blocks: int, key: str) -> tuple[int, int, int]:
         """Return the blocks of a leaf: as asked for, as begun, or what keeps the workers busy."""
@@ -200,71 +227,66 @@ class _Stitch:
         if begun.get("key") == key:
             z, y, x = begun["shape"]
             return z, y, x
-        return leaf_shape(self.grid.shape, blocks, cores(self.client), self.spec.batch_blocks)
+        return leaf_shape(self.grid.shape, blocks, self.workers.cores, self.spec.batch_blocks)
 
-    def _agglomerate(self, key: str) -> str:
-        """Merge down to the lowest margin in use; return the key of the result."""
+    def _agglomerate(self, key: str) -> tuple[str, int]:
+        """Merge down to the lowest margin in use.
+
+        Returns
+        -------
+        str
+            Key of the step.
+        int
+            Half units by which the margin of this stitch lies above that one.
+        """
         spec, files = self.spec, self.files
         thresholds = spec.thresholds()
         key = digest(key, spec.evidence, thresholds.half_units, spec.min_contact)
         wanted = thresholds.margin_half_units
-        known = Step.read(self.run_dir, "agglomerate")
-        floor = known.get("result", {}).get("floor", wanted + 1)
-        if floor > wanted or known["key"] != digest(key, floor):
+        before = Step.read(self.run_dir, "agglomerate")
+        floor = before.get("result", {}).get("floor", wanted + 1)
+        if floor > wanted or before["key"] != digest(key, floor):
             floor = min(wanted, spec.thresholds(spec.margin_floor).margin_half_units)
-        step = Step(
-            self.client, self.run_dir, "agglomerate", digest(key, floor), [files.agglomeration]
-        )
+        step = Step(self.workers, "agglomerate", digest(key, floor), [files.agglomeration])
         if step.finished() is not None:
             if wanted > floor:
-                self._note("margin: the stored merges are cut again, without merging anew")
+                self.note("margin: the stored merges are cut again, without merging anew")
         else:
-            if known.get("done") and "contacts" in self.report.reused:
-                same = known["result"].get("rule") == key
-                self._note(
+            if before.get("done") and "contacts" in self.report.reused:
+                same = before["result"].get("rule") == key
+                self.note(
                     f"{'margin below that of the stored merges' if same else 'rule changed'}:"
                     " merging again, from the stored contacts; no voxel is read for it"
                     + ("" if same else " (stitch.margin alone would only cut the stored merges)")
                 )
-            at_floor = spec.thresholds(floor / contacts_module.HALF_UNITS)
-            for i, level in enumerate(self.levels):
-                name = f"agglomerate {i + 1}/{len(self.levels)}"
-                self._tasks(name, level, contract_superblocks, at_floor)
-            # The residual graphs have served; the merges are the result.
+            at_floor = spec.thresholds(floor / HALF_UNITS)
+            for i, level in enumerate(self.levels, 1):
+                name = f"agglomerate {i}/{len(self.levels)}"
+                self._split_and_run(name, Merge(level, self.run_dir, at_floor))
+            # Only the merges are the result.
             for graph in files.agglomeration.glob("*/*.graph.npz"):
                 graph.unlink()
             step.finish({"floor": floor, "rule": key})
-        self._cut = wanted - floor
-        return self._end(step)
+        self.report.end(step)
+        return step.key, wanted - floor
 
-    def _number(self, key: str) -> None:
-        """Name the segments and write the id map."""
+    def _number(self, key: str, margin: int) -> None:
+        """Give numbers to the segments and write the id map."""
         spec, files = self.spec, self.files
-        step = Step(
-            self.client,
-            self.run_dir,
-            "lut",
-            digest(key, self._cut, spec.segment_ids, spec.min_size),
-            [files.lut],
-        )
+        key = digest(key, margin, spec.segment_ids, spec.min_size)
+        step = Step(self.workers, "lut", key, [files.lut])
         result = step.finished()
         if result is None:
             top = len(self.levels)
-            for i, level in enumerate(self.levels):
-                self._tasks(f"lut up {i + 1}/{top}", level, cut_superblocks, self._cut)
-            for i, level in enumerate(reversed(self.levels)):
-                self._tasks(f"lut down {i + 1}/{top}", level, name_superblocks, spec.min_size)
+            for i, level in enumerate(self.levels, 1):
+                self._split_and_run(f"lut up {i}/{top}", Cut(level, self.run_dir, margin))
+            for i, level in enumerate(reversed(self.levels), 1):
+                resolve = Resolve(level, self.run_dir, spec.min_size)
+                self._split_and_run(f"lut down {i}/{top}", resolve)
             leaves = [leaf for leaf, _ in self.leaves]
-            result = run_tasks(
-                self.client,
-                self.run_dir,
-                "lut segments",
-                write_segments,
-                [(str(self.run_dir), spec.segment_ids, leaves)],
-                [1],
-                self.on_progress,
-            )[0]
-            self._tasks("lut map", self.leaves, map_leaves, spec.segment_ids)
+            table = WriteSegments(leaves, self.run_dir, spec.segment_ids)
+            result = self.workers.run("lut segments", [table])[0]
+            self._split_and_run("lut map", Map(self.leaves, self.run_dir, spec.segment_ids))
             for folder in ("cut", "names"):
                 shutil.rmtree(files.lut / folder, ignore_errors=True)
             step.finish(result)
@@ -272,28 +294,82 @@ class _Stitch:
         for name in ("segments", "small_segments", "small_voxels", "largest"):
             setattr(report, name, result[name])
         report.merges = report.fragments - report.segments - report.small_segments
-        self._end(step)
+        report.end(step)
 
-    def _tasks(
-        self, name: str, items: Sequence[Family], function: Callable[..., Any], *arguments: Any
-    ) -> list[Any]:
-        """Run ``function(run_dir, *arguments, items)`` on parts of the items."""
-        weights = np.array([len(members) for _, members in items], np.int64)
-        parts = groups(weights, _TASKS_PER_CORE * cores(self.client))
-        return run_tasks(
-            self.client,
-            self.run_dir,
-            name,
-            function,
-            [(str(self.run_dir), *arguments, items[part]) for part in parts],
-            [int(weights[part].sum()) for part in parts],
-            self.on_progress,
-        )
-
-    def _note(self, text: str) -> None:
-        if self.on_note is not None:
-            self.on_note(text)
-
-    def _end(self, step: Step) -> str:
+    def _relabel(self, key: str) -> str:
+        """Write the full resolution; return the key of the step."""
+        folder = self.journals / "relabel"
+        # The coarse levels are made of this one, so what says they are done goes with it.
+        outputs = [self.container / _SEGMENTATION, folder, self.journals / "pyramid"]
+        step = Step(self.workers, "relabel", key, outputs, later=["pyramid"])
+        if step.finished() is None:
+            self.pyramid.create(slice(1))
+            make_folder(folder)
+            make_folder(self.journals / "pyramid")
+            done = Journal(folder).done(self.grid.n_blocks)
+            total = sum(len(blocks) for _, blocks in self.leaves)
+            size = max(1, min(self.spec.batch_blocks, -(-total // (8 * self.workers.cores))))
+            tasks = []
+            for leaf, blocks in self.leaves:
+                todo = [number for number in blocks if not done[number]]
+                tasks += [
+                    Relabel(
+                        todo[at : at + size],
+                        container=self.container,
+                        source=_FRAGMENTS,
+                        target=self.pyramid.array(0),
+                        lut_file=self.files.map(leaf),
+                        journal=folder,
+                        grid=self.grid,
+                    )
+                    for at in range(0, len(todo), size)
+                ]
+            self._run_journalled("relabel", tasks, total, folder)
+            step.finish({})
         self.report.end(step)
         return step.key
+
+    def _coarsen(self, numbers: NDArray[np.int64], key: str) -> None:
+        """Write the coarse levels over some blocks, and the metadata of all."""
+        group, folder = self.container / _SEGMENTATION, self.journals / "pyramid"
+        levels, how = self.pyramid.levels, self.spec.downsampling
+        arrays = {level.name for level in levels[1:]} | {path.name for path in group.glob("s*")}
+        outputs = [group / name for name in sorted(arrays - {levels[0].name})]
+        key = digest(key, len(levels), how)
+        step = Step(self.workers, "pyramid", key, [*outputs, folder])
+        if step.finished() is None:
+            self.pyramid.create(slice(1, None))
+            make_folder(folder)
+            indices = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1)
+            for i, level in enumerate(levels[1:], 1):
+                indices = coarse_chunks(indices, level.step)
+                self._coarsen_level(i, indices, folder)
+            self.pyramid.write_metadata(how)
+            step.finish({})
+        self.report.levels = len(levels)
+        self.report.end(step)
+
+    def _coarsen_level(self, i: int, indices: NDArray[np.int64], folder: Path) -> None:
+        pyramid, how = self.pyramid, self.spec.downsampling
+        numbers = pyramid.numbers(i, indices)
+        done = Journal(folder).done(pyramid.first(len(pyramid.levels)))
+        todo = np.flatnonzero(~done[numbers]).tolist()
+        tasks = []
+        for batch in self.workers.batches(todo, self.spec.batch_blocks, share=4):
+            chunks = [(int(numbers[place]), indices[place].tolist()) for place in batch]
+            tasks.append(Coarsen(chunks, pyramid, i, how, folder))
+        self._run_journalled(f"pyramid {pyramid.levels[i].name}", tasks, len(indices), folder)
+
+    def _split_and_run(self, name: str, task: SuperblockTask) -> list[Any]:
+        return self.workers.run(name, task.split(_TASKS_PER_CORE * self.workers.cores))
+
+    def _run_journalled(self, name: str, tasks: Sequence[Task], total: int, folder: Path) -> None:
+        """Run tasks that return how many of their blocks failed; their journal says why."""
+        done = total - sum(task.size for task in tasks)
+        failed = sum(self.workers.run(name, tasks, done))
+        if failed:
+            first = Journal(folder).failed()[0]
+            raise StitchError(
+                f"{name}: {failed} blocks failed, first block {first.block}: {first.reason}"
+                f" (tracebacks in {folder})"
+            )

@@ -6,6 +6,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from agq.settings import File, Settings, Size
 
+HALF_UNITS = 510
+"""Half units in an affinity of 1."""
+
 EvidenceKind = Literal["affinity", "overlap", "both"]
 """What speaks for a merge across a border: affinities, overlapping labels, or both."""
 
@@ -48,8 +51,8 @@ class DaskSettings(Settings):
         return self
 
 
-class MergeSettings(Settings):
-    """How fragments of different blocks become segments."""
+class Thresholds(Settings):
+    """What contacts must show to speak for a merge."""
 
     across: Fraction = 0.7
     """Affinity that a contact across a block border must exceed to count for a merge (published:
@@ -72,6 +75,23 @@ class MergeSettings(Settings):
     margin: MarginOfScore = 0.0
     """Added to all thresholds of the score. A later stitch with a larger margin cuts the stored
     merges again, in seconds, instead of merging anew."""
+
+    @property
+    def half_units(self) -> tuple[int, int, int]:
+        """Thresholds across, within and overlap as integers in 1/510 (0.7 is exactly 357)."""
+        across, within, overlap = (
+            round(value * HALF_UNITS) for value in (self.across, self.within, self.overlap)
+        )
+        return across, within, overlap
+
+    @property
+    def margin_half_units(self) -> int:
+        """The margin in 1/510."""
+        return round(self.margin * HALF_UNITS)
+
+
+class MergeSettings(Thresholds):
+    """How fragments of different blocks become segments."""
 
     margin_floor: MarginOfScore | None = None
     """Merge down to this margin, so that later stitches may use any margin from here on; default:

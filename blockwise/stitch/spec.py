@@ -1,4 +1,4 @@
-"""What a stitch is asked to do, and what it reports."""
+"""Specification and report of a stitch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from pydantic import PositiveInt
 from agq.blockwise.blocks.spec import GridSpec
 from agq.blockwise.journal.records import STATE_RANK
 from agq.blockwise.journal.writer import Journal
-from agq.blockwise.stitch.merge.rule import Thresholds
-from agq.blockwise.stitch.settings import Downsampling, MergeSettings
+from agq.blockwise.stitch.settings import Downsampling, MergeSettings, Thresholds
 from agq.blockwise.stitch.steps import Step
 from agq.errors import InputError
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
 _NAMED = 10  # blocks listed in an error
 
 
 class StitchSpec(MergeSettings, GridSpec):
-    """What to stitch; JSON round trip."""
+    """Fragments to stitch, and how; goes to JSON and back."""
 
     run_dir: Path
     """Run folder, after predict."""
@@ -63,19 +62,13 @@ class StitchSpec(MergeSettings, GridSpec):
                         f"stitch.evidence: {self.evidence} needs blocks that overlap, but these"
                         f" have no context on {axis} (blocks.before, blocks.after); use affinity"
                     )
-        return Thresholds(
-            self.across,
-            self.within,
-            self.evidence,
-            self.overlap,
-            self.min_contact,
-            self.margin if margin is None else margin,
-        )
+        values = self.model_dump(include=set(Thresholds.model_fields))
+        return Thresholds(**values | ({} if margin is None else {"margin": margin}))
 
 
 @dataclass
 class StitchReport(Tabled):
-    """What the stitch made.
+    """Counts and times of a stitch.
 
     Attributes
     ----------
@@ -93,7 +86,7 @@ class StitchReport(Tabled):
     seconds
         Wall time of each step.
     reused
-        Steps whose output was there already.
+        Steps whose output existed already.
     """
 
     blocks: int = 0
@@ -120,46 +113,41 @@ class StitchReport(Tabled):
         """Return the report for JSON."""
         return asdict(self)
 
-    def largest_lines(self) -> str:
-        """Return the largest segments, with the number of their fragments, one a line."""
-        return "\n".join(
+    def facts(self) -> list[tuple[str, str]]:
+        """Return the counts by name; a merger shows among the largest segments first."""
+        rows = [
+            ("fragments", f"{self.fragments:,} in {self.blocks:,} blocks"),
+            ("segments", f"{self.segments:,} after {self.merges:,} merges"),
+        ]
+        if self.small_segments:
+            small = f"{self.small_segments:,} of {self.small_voxels:,} voxels, now background"
+            rows.append(("small segments", small))
+        if self.missing:
+            rows.append(("missing blocks", f"{self.missing:,} (background)"))
+        largest = "\n".join(
             f"{s['id']}: {s['voxels']:,} voxels, {s['fragments']:,} fragment"
             + "s" * (s["fragments"] > 1)
             for s in self.largest
         )
+        return [*rows, ("largest", largest)]
 
-    def table(self, segmentation: Path | None = None) -> Table:
-        """Return what the stitch made, for a rich console.
+    def table(self, segmentation: Path | None = None) -> Text:
+        """Return the report for a rich console, with the place of the segmentation if given."""
+        from agq.terminal import facts
 
-        Parameters
-        ----------
-        segmentation
-            Where it is; None leaves that out.
-        """
-        from rich.markup import escape
-        from rich.table import Table
-
-        name = "" if segmentation is None else f" of {escape(segmentation.parents[1].name)}"
-        table = Table(title=f"Stitch{name}", show_header=False, title_justify="left")
-        table.add_row("fragments", f"{self.fragments:,} in {self.blocks:,} blocks")
-        table.add_row("segments", f"{self.segments:,} after {self.merges:,} merges")
-        if self.small_segments:
-            small = f"{self.small_segments:,} of {self.small_voxels:,} voxels, now background"
-            table.add_row("small segments", small)
-        if self.missing:
-            table.add_row("missing blocks", f"{self.missing:,} (background)")
-        table.add_row("largest", self.largest_lines())
+        rows, title = self.facts(), "Stitch"
         if self.reused:
-            table.add_row("kept from before", ", ".join(self.reused))
+            rows.append(("kept from before", ", ".join(self.reused)))
         if segmentation is not None:
-            table.add_row("segmentation", escape(str(segmentation)))
-        return table
+            rows.append(("segmentation", str(segmentation)))
+            title += f" of {segmentation.parents[1].name}"
+        return facts(title, rows)
 
 
 def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8], Journal]:
     """Find the blocks of the ROI and how their prediction ended.
 
-    Quick, and without dask: call it before a cluster is started for nothing.
+    Quick, and without dask: callers check with it whether a cluster is worth starting.
 
     Returns
     -------

@@ -1,4 +1,8 @@
-"""Steps of the stitch: what is done already, and running tasks on dask."""
+"""Steps of the stitch: what is done already, and running tasks on dask.
+
+Nothing large passes through the scheduler: tasks hold paths and read and write files. Every task
+may run twice or be cut off anywhere: its files appear whole or not at all, with the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import json
 import secrets
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, Worker, as_completed
 from distributed.client import FutureCancelledError
@@ -22,6 +28,8 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of the step, items done and items in all."""
 
 _STRAGGLER_S = 0.2
+
+Item = TypeVar("Item")
 
 
 class StitchError(RunStoppedError):
@@ -38,6 +46,144 @@ def digest(*parts: Any) -> str:
     return total.hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class Task(ABC):
+    """Work for one task of dask; picklable, and small.
+
+    Attributes
+    ----------
+    items
+        What the task works on.
+    """
+
+    items: Sequence[Any]
+
+    @property
+    def size(self) -> int:
+        """Number of items for the progress."""
+        return len(self.items)
+
+    @abstractmethod
+    def run(self) -> Any:
+        """Do the work."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Workers of dask that write into one folder.
+
+    Attributes
+    ----------
+    client
+        Client; its workers must see the folder under the same path.
+    folder
+        Folder that all tasks write into.
+    on_progress
+        Called with the name of a step, items done and items in all.
+    """
+
+    client: Client
+    folder: Path
+    on_progress: Progress | None = None
+
+    @property
+    def cores(self) -> int:
+        """Threads of all workers, at least 1."""
+        return max(1, sum(self.client.ncores().values()))
+
+    def addresses(self) -> frozenset[str]:
+        """Return the addresses of the workers."""
+        return frozenset(self.client.ncores())
+
+    def batches(self, items: Sequence[Item], most: int, *, share: int) -> list[Sequence[Item]]:
+        """Cut items into parts of at most ``most``, and at least about ``share`` for each core."""
+        size = max(1, min(most, -(-len(items) // (share * self.cores))))
+        return [items[at : at + size] for at in range(0, len(items), size)]
+
+    def wait_for_stragglers(self, on_note: Callable[[str], None] | None = None) -> None:
+        """Wait until the workers have ended what an earlier command left running.
+
+        A scheduler that outlives its clients lets a task that runs go on after its client has gone.
+        It would write into folders that the next command has emptied, and be taken for that one's
+        work.
+
+        Parameters
+        ----------
+        on_note
+            Called once with a line if there is something to wait for.
+        """
+        mark = _mark(self.folder)
+        noted = False
+        while running := sum(self.client.run(_running, mark, on_error="ignore").values()):
+            if on_note is not None and not noted:
+                on_note(
+                    f"waiting for {running} tasks that an earlier command left running in"
+                    f" {self.folder}"
+                )
+                noted = True
+            time.sleep(_STRAGGLER_S)
+
+    def run(self, step: str, tasks: Sequence[Task], done: int = 0) -> list[Any]:
+        """Run tasks.
+
+        Parameters
+        ----------
+        step
+            Name for the progress.
+        done
+            Items done before.
+
+        Returns
+        -------
+        list
+            Results, in the order of completion.
+
+        Raises
+        ------
+        StitchError
+            If workers kept dying or the scheduler is gone. Other errors of a task are raised as
+            they are. The remaining tasks are cancelled.
+        """
+        total = done + sum(task.size for task in tasks)
+        results: list[Any] = []
+        self._report(step, done, total)
+        # A random part: dask would otherwise take a task of an earlier stitch for the same one.
+        name = f"{step}{_mark(self.folder)}{secrets.token_hex(4)}"
+        futures = {
+            self.client.submit(task.run, key=f"{name}-{i}", pure=False): task.size
+            for i, task in enumerate(tasks)
+        }
+        try:
+            for future in as_completed(list(futures)):
+                results.append(future.result())
+                done += futures.pop(future)
+                self._report(step, done, total)
+        except KilledWorker as error:
+            raise StitchError(
+                f"{step}: workers died on a task again and again (out of memory?): {error}"
+            ) from None
+        except FutureCancelledError as error:
+            raise StitchError(f"{step}: lost the dask scheduler ({error})") from None
+        finally:
+            self.client.cancel(list(futures))
+        return results
+
+    def _report(self, step: str, done: int, total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(step, done, total)
+
+
+def _running(mark: str, dask_worker: Worker) -> int:
+    """Count the tasks of a worker that write into a folder."""
+    with dask_worker.active_threads_lock:
+        return sum(mark in str(key) for key in dask_worker.active_threads.values())
+
+
+def _mark(folder: Path) -> str:
+    """Return what the names of all tasks that write into a folder hold."""
+    return f"-{digest(str(folder.absolute()))[:16]}-"
+
+
 class Step:
     """One step of a run's stitch and its marker file.
 
@@ -46,10 +192,8 @@ class Step:
 
     Parameters
     ----------
-    client
-        Whose workers make the outputs.
-    run_dir
-        Run folder; markers lie in its ``stitch`` folder.
+    workers
+        Workers that make the outputs; markers lie in the ``stitch`` folder of theirs.
     name
         Of the step.
     key
@@ -63,22 +207,20 @@ class Step:
 
     def __init__(
         self,
-        client: Client,
-        run_dir: Path,
+        workers: Workers,
         name: str,
         key: str,
         outputs: Sequence[Path],
         later: Sequence[str] = (),
     ) -> None:
-        self._client = client
-        self._workers = frozenset(client.ncores())
+        self._workers = workers
+        self._addresses = workers.addresses()
         self.name = name
         self.key = key
         self.reused = False
         self.resumed = False
-        self._run_dir = Path(run_dir)
-        self._path = _marker(run_dir, name)
-        self._later = [_marker(run_dir, step) for step in later]
+        self._path = _marker(workers.folder, name)
+        self._later = [_marker(workers.folder, step) for step in later]
         self._outputs = outputs
         self.begun = time.monotonic()
 
@@ -87,7 +229,7 @@ class Step:
 
         Outputs that were begun with the same key stay; others are removed.
         """
-        marker = self.read(self._run_dir, self.name)
+        marker = self.read(self._workers.folder, self.name)
         if marker.get("key") == self.key and all(path.exists() for path in self._outputs):
             if marker.get("done"):
                 self.reused = True
@@ -110,7 +252,7 @@ class Step:
 
         After a crash, what killed writers left in the outputs is removed first.
         """
-        if self.resumed or frozenset(self._client.ncores()) != self._workers:
+        if self.resumed or self._workers.addresses() != self._addresses:
             for path in self._outputs:
                 remove_all_temporaries(path)
         self._write({"key": self.key, "done": True, "result": result})
@@ -140,104 +282,3 @@ class Step:
 
 def _marker(run_dir: Path, name: str) -> Path:
     return Path(run_dir) / "stitch" / f"{name}.json"
-
-
-def cores(client: Client) -> int:
-    """Return the threads of all workers, at least 1."""
-    return max(1, sum(client.ncores().values()))
-
-
-def wait_for_stragglers(
-    client: Client, owner: Path, on_note: Callable[[str], None] | None = None
-) -> None:
-    """Wait until the workers have ended what an earlier command left running.
-
-    A scheduler that outlives its clients lets a task that runs go on after its client has gone. It
-    would write into folders that the next command has emptied, and be taken for that one's work.
-
-    Parameters
-    ----------
-    client
-        Of the scheduler.
-    owner
-        Folder that the tasks write into, as in :func:`run_tasks`.
-    on_note
-        Called once with a line if there is something to wait for.
-    """
-    mark = _mark(owner)
-    noted = False
-    while running := sum(client.run(_running, mark, on_error="ignore").values()):
-        if on_note is not None and not noted:
-            on_note(f"waiting for {running} tasks that an earlier command left running in {owner}")
-            noted = True
-        time.sleep(_STRAGGLER_S)
-
-
-def _running(mark: str, dask_worker: Worker) -> int:
-    """Count the tasks of a worker that write into a folder."""
-    with dask_worker.active_threads_lock:
-        return sum(mark in str(key) for key in dask_worker.active_threads.values())
-
-
-def _mark(owner: Path) -> str:
-    """Return what the names of all tasks that write into a folder hold."""
-    return f"-{digest(str(owner.absolute()))[:16]}-"
-
-
-def run_tasks(
-    client: Client,
-    owner: Path,
-    step: str,
-    function: Callable[..., Any],
-    calls: Sequence[tuple[Any, ...]],
-    weights: Sequence[int],
-    on_progress: Progress | None,
-    done: int = 0,
-) -> list[Any]:
-    """Run ``function(*call)`` for every call as one dask task each.
-
-    Parameters
-    ----------
-    owner
-        Folder that the tasks write into.
-    weights
-        Items of each call, for the progress.
-    done
-        Items done before.
-
-    Returns
-    -------
-    list
-        Results, in the order of completion.
-
-    Raises
-    ------
-    StitchError
-        If workers kept dying or the scheduler is gone. Other errors of a task are raised as they
-        are. The remaining tasks are cancelled.
-    """
-    total = done + sum(weights)
-    results: list[Any] = []
-    if on_progress is not None:
-        on_progress(step, done, total)
-    # A random part: dask would otherwise take a task of an earlier stitch for the same one.
-    name = f"{step}{_mark(owner)}{secrets.token_hex(4)}"
-    futures = {
-        client.submit(function, *call, key=f"{name}-{i}", pure=False): weight
-        for i, (call, weight) in enumerate(zip(calls, weights, strict=True))
-    }
-    try:
-        for future in as_completed(list(futures)):
-            results.append(future.result())
-            done += futures.pop(future)
-            if on_progress is not None:
-                on_progress(step, done, total)
-    except KilledWorker as error:
-        raise StitchError(
-            f"{step}: workers died on a task again and again (out of memory?): {error}"
-        ) from None
-    except FutureCancelledError as error:
-        raise StitchError(f"{step}: lost the dask scheduler ({error})") from None
-    finally:
-        client.cancel(list(futures))
-    return results

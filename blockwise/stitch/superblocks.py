@@ -1,22 +1,36 @@
 """Superblocks: boxes of blocks, joined two by two on every axis until one is left.
 
 Level 0 are the leaves; the superblock at ``(z, y, x)`` of level ``k + 1`` has the up to eight
-children ``(2 z + {0, 1}, 2 y + {0, 1}, 2 x + {0, 1})`` of level ``k``.
+children ``(2 z + {0, 1}, 2 y + {0, 1}, 2 x + {0, 1})`` of level ``k``. Each has files of its own in
+the run folder:
+
+::
+
+    contacts/layout.json        blocks of a leaf superblock
+    contacts/present.npy        which blocks take part
+    contacts/0/Z-Y-X.npz        fragments and contacts of a leaf
+    agglomeration/L/Z-Y-X.npz   merges of a superblock, and the nodes it hands up
+    agglomeration/L/Z-Y-X.graph.npz  its residual graph; removed when the root is done
+    lut/cut/L/Z-Y-X.npz         clusters of a superblock at the margin in use
+    lut/names/L/Z-Y-X.npz       segments that its clusters belong to in the end
+    lut/map/Z-Y-X.npz           segment ids of a leaf, by block
+    lut/smallest.npy            smallest fragment of each segment, ascending
+    lut/segments.parquet        table of segments
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.stitch.merge.graph import EdgeTable, Graph, LowerFace, UpperFace, concatenate
+from agq.blockwise.stitch.steps import Task
 from agq.blockwise.volumes.triples import Triple
-
-_NO_IDS = np.zeros(0, np.uint64)
 
 
 @dataclass(frozen=True, order=True)
@@ -41,6 +55,10 @@ class Superblock:
         """Return the superblock beside it on an axis; it need not exist."""
         z, y, x = (i + step * (d == axis) for d, i in enumerate(self.index))
         return Superblock(self.level, (z, y, x))
+
+
+Family = tuple[Superblock, Sequence[Any]]
+"""A superblock with its children, or a leaf with its block numbers."""
 
 
 @dataclass(frozen=True)
@@ -84,102 +102,103 @@ class SuperblockTree:
 
     def levels(self, leaves: Sequence[Superblock]) -> list[dict[Superblock, list[Superblock]]]:
         """Return, for levels 1, 2, ... up to the root, each superblock and its children."""
-        found, below = [], sorted(leaves)
+        levels, below = [], sorted(leaves)
         for _ in range(1, self.depth):
             level: dict[Superblock, list[Superblock]] = {}
             for child in below:
                 level.setdefault(child.parent, []).append(child)
-            found.append(level)
+            levels.append(level)
             below = sorted(level)
-        return found
+        return levels
 
 
-def join(
-    children: Sequence[tuple[Superblock, Graph]],
-    column: Callable[[Superblock, str], NDArray] | None = None,
-) -> Graph:
-    """Return the graph of a parent: its children's, and the edges between them.
+def leaf_shape(
+    grid_shape: Sequence[int], blocks: int, cores: int, most: int
+) -> tuple[int, int, int]:
+    """Return a compact box of blocks, small enough to keep all workers busy.
 
     Parameters
     ----------
-    children
-        Of one parent: place and residual graph.
-    column
-        Returns a column of a child's edges; they are then not taken from its graph, so that
-        memory holds those of all children once.
+    grid_shape
+        Blocks of the whole volume, (z, y, x).
+    blocks
+        Blocks that take part.
+    cores
+        Threads of all workers.
+    most
+        Most blocks in a box.
     """
-    every = np.concatenate([graph.nodes for _, graph in children])
-    order = np.argsort(every, kind="stable")
-    row = np.empty(len(every), np.int32)
-    row[order] = np.arange(len(every), dtype=np.int32)
-    starts = np.cumsum([0, *(len(graph.nodes) for _, graph in children)])
-    rows = {
-        child: row[start : start + len(graph.nodes)]
-        for (child, graph), start in zip(children, starts, strict=False)
-    }
-    graphs = dict(children)
-    across: list[EdgeTable] = []
-    # Nothing at first: a parent at the end of the grid has children on one side only.
-    upper = [[UpperFace.of_fragments(_NO_IDS)] for _ in range(3)]
-    lower = [[LowerFace.of_fragments(_NO_IDS)] for _ in range(3)]
-    for child, graph in children:
-        for axis in range(3):
-            above, below = graph.upper[axis], graph.lower[axis]
-            if child.index[axis] % 2:
-                upper[axis].append(replace(above, node=rows[child][above.node]))
-                continue
-            lower[axis].append(replace(below, node=rows[child][below.node]))
-            other = child.neighbor(axis, 1)
-            if other in graphs:
-                there = graphs[other].lower[axis]
-                there = replace(there, node=rows[other][there.node])
-                across.append(_across(replace(above, node=rows[child][above.node]), there))
-    own = column or (lambda child, name: getattr(graphs[child].edges, name))
-    edges = _edges(rows, own, across)
-    z, y, x = (concatenate(UpperFace, faces) for faces in upper)
-    c, b, a = (_ascending(concatenate(LowerFace, faces)) for faces in lower)
-    return Graph(every[order], edges, (z, y, x), (c, b, a))
+    most = min(most, -(-blocks // (4 * cores)))
+    shape = [1, 1, 1]
+    while True:
+        open_axes = [d for d in range(3) if shape[d] < grid_shape[d]]
+        axis = min(open_axes, key=lambda d: shape[d], default=None)
+        if axis is None or 2 * shape[0] * shape[1] * shape[2] > most:
+            return shape[0], shape[1], shape[2]
+        shape[axis] *= 2
 
 
-def _edges(
-    rows: Mapping[Superblock, NDArray[np.int32]],
-    column: Callable[[Superblock, str], NDArray],
-    across: Sequence[EdgeTable],
-) -> EdgeTable:
-    """Return the edges of children, given with the new rows of their nodes, and those between."""
-    columns: dict[str, NDArray] = {}
-    parts = [new[column(child, "ends")] for child, new in rows.items()]
-    columns["ends"] = np.concatenate([*parts, *(table.ends for table in across)])
-    del parts
-    for field in fields(EdgeTable):
-        if field.name == "ends":
-            continue
-        at = 0
-        for part in itertools.chain(
-            (column(child, field.name) for child in rows),
-            (getattr(table, field.name) for table in across),
-        ):
-            if field.name not in columns:
-                shape = (len(columns["ends"]), *part.shape[1:])
-                columns[field.name] = np.empty(shape, part.dtype)
-            columns[field.name][at : at + len(part)] = part
-            at += len(part)
-    return EdgeTable(**columns)
+class StitchFiles:
+    """Paths of a run's stitch, as listed above."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.contacts = self.run_dir / "contacts"
+        self.present = self.contacts / "present.npy"
+        self.agglomeration = self.run_dir / "agglomeration"
+        self.lut = self.run_dir / "lut"
+        self.smallest = self.lut / "smallest.npy"
+        self.segments = self.lut / "segments.parquet"
+
+    def evidence(self, leaf: Superblock) -> Path:
+        """Fragments and contacts of a leaf."""
+        return self.contacts / f"{leaf.name}.npz"
+
+    def merges(self, superblock: Superblock) -> Path:
+        """Path of the merges of a superblock and the nodes it hands up."""
+        return self.agglomeration / f"{superblock.name}.npz"
+
+    def graph(self, superblock: Superblock) -> Path:
+        """Residual graph of a superblock."""
+        return self.agglomeration / f"{superblock.name}.graph.npz"
+
+    def cut(self, superblock: Superblock) -> Path:
+        """Clusters of a superblock."""
+        return self.lut / "cut" / f"{superblock.name}.npz"
+
+    def final(self, superblock: Superblock) -> Path:
+        """Segments that the clusters of a superblock belong to."""
+        return self.lut / "names" / f"{superblock.name}.npz"
+
+    def map(self, leaf: Superblock) -> Path:
+        """Segment ids of a leaf."""
+        return self.lut / "map" / f"{leaf.name[2:]}.npz"
 
 
-def _across(above: UpperFace, below: LowerFace) -> EdgeTable:
-    """Return the edges between two superblocks whose clusters still wait on both sides."""
-    outside = above.fragments[:, 1]
-    place = np.minimum(np.searchsorted(below.fragment, outside), max(len(below.fragment) - 1, 0))
-    known = (
-        np.flatnonzero(below.fragment[place] == outside)
-        if len(below.fragment)
-        else np.zeros(0, np.int64)
-    )
-    ends = np.stack((above.node[known], below.node[place[known]]), axis=1)
-    return EdgeTable(ends, above.numerator[known], above.denominator[known], above.fragments[known])
+@dataclass(frozen=True)
+class SuperblockTask(Task):
+    """Work on some superblocks of one level, given with their children; files that exist stay."""
+
+    items: Sequence[Family]
+    run_dir: Path
+
+    @property
+    def size(self) -> int:
+        """Children of the superblocks, or blocks of the leaves."""
+        return sum(len(members) for _, members in self.items)
+
+    def split(self, tasks: int) -> list[Self]:
+        """Cut the work into about so many tasks of similar size."""
+        weights = np.array([len(members) for _, members in self.items], np.int64)
+        return [replace(self, items=self.items[run]) for run in groups(weights, tasks)]
 
 
-def _ascending(face: LowerFace) -> LowerFace:
-    order = np.argsort(face.fragment, kind="stable")
-    return LowerFace(*(getattr(face, field.name)[order] for field in fields(face)))
+def groups(weights: NDArray[np.int64], tasks: int) -> list[slice]:
+    """Cut items into at most about ``tasks`` runs of similar weight."""
+    if not len(weights):
+        return []
+    ends = np.cumsum(weights)
+    share = max(1, int(ends[-1]) // max(1, tasks))
+    cuts = np.flatnonzero(np.diff((ends - 1) // share)) + 1
+    edges = [0, *cuts.tolist(), len(weights)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from agq.pipeline.cli.arguments import AsJson, ConfigFile, Settings, parse_triple
 from agq.pipeline.cli.main import EXIT_FAILED
 from agq.pipeline.config.schema import load_config
+from agq.terminal import console
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = console()
+err = console(stderr=True)
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
@@ -120,8 +120,7 @@ def _explain_failures(run_dir: Path, config: Path, failed: tuple[int, ...]) -> N
     journal = Journal(run_dir / "journal" / "predict")
     journal.refresh()
     records = {record.block: record for record in journal.failed()}
-    # Paths and commands are there to be copied, so lines are not wrapped.
-    say = partial(err.print, markup=False, soft_wrap=True)
+    say = partial(err.print, markup=False)
     say(f"{len(failed)} block{'s' if len(failed) > 1 else ''} failed:", style="red")
     for number in failed[:20]:
         record = records.get(number)

@@ -1,22 +1,24 @@
 """Commands that score: `agq evaluate`, `skeletons`, `sweep` and `baseline watershed`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import AsJson, open_location
 from agq.pipeline.folder import RunFolder
+from agq.terminal import console
 
 if TYPE_CHECKING:
     from agq.blockwise.volumes.open import Volume
+    from agq.pipeline.evaluate.scores import EvaluationReport
 
 baseline_app = typer.Typer(no_args_is_help=True, help="Other methods on the same run, to compare.")
 
-out = Console(highlight=False)
+out = console()
 
 RunDir = Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)]
 Truth = Annotated[
@@ -96,50 +98,59 @@ def evaluate(
     from agq.pipeline.status.progress import step_progress
 
     run = RunFolder(Path(segmentation))
-    if groundtruth is None and not run.exists():
-        raise InputError(f"{segmentation} is not a run folder: name the truth as second argument")
     if blocks and not run.exists():
         raise InputError(f"--blocks needs a run folder, and {segmentation} is not one")
     trees = None if skeletons is None else read_skeletons(skeletons)
-    if run.exists():
-        truth = truth_of(run, groundtruth)
-        labels = open_location(segmentation, "labels", truth.unit)
-    else:
-        truth = open_location(str(groundtruth), "labels")
-        labels = open_location(segmentation, "labels")
+    labels, truth = _volumes(run, segmentation, groundtruth)
     ignore = BorderRule(ignore_border, border_3d)
     with step_progress("evaluate") as step:
         report = scoring.evaluate(labels, truth, ignore=ignore, worst=worst, on_progress=step)
-    found = report.to_dict()
+    plain = report.to_dict()
+    shown: list[Any] = [report.table()]
     single = None
     if blocks:
         with step_progress("blocks") as step:
             single = score_blocks(run, truth, ignore=ignore, on_progress=step)
-        found["blocks"] = single.to_dict()
+        plain["blocks"] = single.to_dict()
+        shown.append(single.table())
     if trees is not None:
         runs = expected_run_length(trees, segments_at(labels, trees.nodes), tolerance=tolerance)
-        found["expected_run_length"] = runs.to_dict()
+        plain["expected_run_length"] = runs.to_dict()
+        shown.append(runs.line(report.unit))
     if plot is not None:
         plot_report(plot, report, single)
+    text = json.dumps(plain, indent=1)
     if output is not None:
-        write_atomic(output, json.dumps(found, indent=1).encode())
+        write_atomic(output, text.encode())
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(text)
         return
-    out.print(report.table())
-    if single is not None:
-        out.print(single.table())
-    if trees is not None:
-        out.print(runs.line(report.unit))
+    for item in [*shown, *(_view_commands(run, labels, report) if run.exists() else [])]:
+        out.print(item, markup=False)
+
+
+def _volumes(
+    run: RunFolder, segmentation: str, groundtruth: str | None
+) -> tuple["Volume", "Volume"]:
+    """Open a segmentation and its truth, by default that of its run."""
     if run.exists():
-        start = [int(v) for v in labels.offset]
-        for kind, items in (("merger", report.worst_mergers), ("split", report.worst_splits)):
-            for item in items:
-                # The second largest part: where the error is, not where the bulk is right.
-                place = item.largest[1][2]
-                at = [(p - o) // v for p, o, v in zip(place, start, report.voxel_size, strict=True)]
-                line = f"{kind} of {item.label}: agq view {run.path} --at {','.join(map(str, at))}"
-                out.print(line, soft_wrap=True, markup=False)
+        truth = truth_of(run, groundtruth)
+        return open_location(segmentation, "labels", truth.unit), truth
+    if groundtruth is None:
+        raise InputError(f"{segmentation} is not a run folder: name the truth as second argument")
+    truth = open_location(groundtruth, "labels")
+    return open_location(segmentation, "labels"), truth
+
+
+def _view_commands(run: RunFolder, labels: "Volume", report: "EvaluationReport") -> Iterator[str]:
+    """Yield commands that show the worst errors."""
+    start = [int(v) for v in labels.offset]
+    for kind, items in (("merger", report.worst_mergers), ("split", report.worst_splits)):
+        for item in items:
+            # The second largest part: where the error is, not where the bulk is right.
+            place = item.largest[1][2]
+            at = [(p - o) // v for p, o, v in zip(place, start, report.voxel_size, strict=True)]
+            yield f"{kind} of {item.label}: agq view {run.path} --at {','.join(map(str, at))}"
 
 
 def skeletons(
@@ -149,11 +160,9 @@ def skeletons(
     """Thin the objects of a truth to skeletons, for the expected run length."""
     from agq.pipeline.evaluate.skeletons import skeletonize
 
-    found = skeletonize(open_location(groundtruth, "labels"))
-    found.save(output)
-    out.print(
-        f"wrote {output}: {len(set(found.owner.tolist()))} skeletons", soft_wrap=True, markup=False
-    )
+    thinned = skeletonize(open_location(groundtruth, "labels"))
+    thinned.save(output)
+    out.print(f"wrote {output}: {len(set(thinned.owner.tolist()))} skeletons", markup=False)
 
 
 @baseline_app.callback()
@@ -185,7 +194,7 @@ def watershed(
 ) -> None:
     """Compare with seeded watershed and agglomeration of the same network's affinities."""
     from agq.blockwise.stitch.cluster import local_client
-    from agq.pipeline.evaluate.baseline.compare import MEAN, METHODS, QUANTILE, compare
+    from agq.pipeline.evaluate.baseline.compare import MEAN, METHODS, QUANTILE, Search, compare
     from agq.pipeline.evaluate.baseline.watershed import WatershedSettings
     from agq.pipeline.evaluate.contingency import BorderRule
     from agq.pipeline.evaluate.plot import plot_curves
@@ -196,19 +205,17 @@ def watershed(
         raise InputError(
             "--tuned-on takes the watershed settings of that run; leave out these options"
         )
+    search = Search(
+        settings=None if tuned_on else settings,
+        methods={"both": METHODS, "mean": (MEAN,), "quantile": (QUANTILE,)}[method],
+        tuned_on=RunFolder(tuned_on) if tuned_on else None,
+        criterion=by,
+    )
     run = RunFolder(run_dir)
+    ignore = BorderRule(ignore_border, border_3d)
     with run.lock(), local_client() as client, RunProgress(run.path) as progress:
-        report = compare(
-            run,
-            truth_of(run, truth),
-            client,
-            settings=None if tuned_on else settings,
-            methods={"both": METHODS, "mean": (MEAN,), "quantile": (QUANTILE,)}[method],
-            tuned_on=RunFolder(tuned_on) if tuned_on else None,
-            criterion=by,
-            ignore=BorderRule(ignore_border, border_3d),
-            on_progress=progress.step,
-        )
+        labels = truth_of(run, truth)
+        report = compare(run, labels, client, search, ignore=ignore, on_progress=progress.step)
     plot_curves(run.path / "baseline.png", report.curves, [report.agq, *report.chosen])
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1))
@@ -230,7 +237,7 @@ def sweep(
 ) -> None:
     """Score many stitching thresholds of a stitched run without stitching again."""
     from agq.blockwise.stitch.cluster import local_client
-    from agq.blockwise.stitch.evidence.in_memory import read_evidence
+    from agq.blockwise.stitch.contacts import read_evidence
     from agq.blockwise.storage.files import write_atomic
     from agq.pipeline.evaluate.baseline.compare import fragment_counts
     from agq.pipeline.evaluate.contingency import BorderRule
@@ -240,7 +247,8 @@ def sweep(
     labels = truth_of(run, truth)
     evidence = read_evidence(run.path)
     with local_client() as client:
-        counts = fragment_counts(run, labels, client, BorderRule(ignore_border, border_3d))
+        ignore = BorderRule(ignore_border, border_3d)
+        counts = fragment_counts(run, labels, client=client, ignore=ignore)
     points = two_thresholds(
         "AGQ", counts, evidence, _numbers("--across", across), _numbers("--within", within)
     )

@@ -1,95 +1,91 @@
 """The command `agq stitch`: a run again, or fragments and affinities of another model."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import parse_triple
 from agq.pipeline.config.recorded import read_target
+from agq.terminal import console
 
 if TYPE_CHECKING:
     from agq.blockwise.stitch.spec import StitchReport
 
-out = Console(highlight=False, soft_wrap=True)
+out = console()
 
 _NONE_MISSING = "is for runs; of fragments of another model no block is missing"
 
 
+_option = partial(typer.Option, show_default=False)
+
+Stitched = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Run folder, YAML configuration, or OUTPUT of an earlier stitch of --fragments.",
+        show_default=False,
+    ),
+]
+AllowMissing = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Of a run: leave failed or missing blocks background."),
+]
+Margin = Annotated[
+    float | None,
+    _option(
+        help="Raise all thresholds by this. At the margin of the earlier stitch or above, its"
+        " merges are cut again, in seconds; below it, fragments are merged anew."
+    ),
+]
+FragmentsArray = Annotated[
+    str | None,
+    _option(
+        help="Array of fragments (z, y, x) of another model, instead of a run; 0 is background."
+    ),
+]
+AffinitiesArray = Annotated[
+    str | None,
+    _option(
+        help="Their affinities (3, z, y, x), uint8 or 0 to 1: channel c is the affinity to the"
+        " voxel before on axis c."
+    ),
+]
+Output = Annotated[Path | None, _option(help="Folder for the result.")]
+Threshold = Annotated[
+    float | None,
+    _option(
+        help="With --fragments or OUTPUT: affinity that a contact must exceed; default 0.5, or as"
+        " before."
+    ),
+]
+VoxelSize = Annotated[str | None, _option(help="With --fragments: z,y,x, if the array has none.")]
+Unit = Annotated[
+    str | None, _option(help="With --fragments: world unit; nm (default), angstrom or pm.")
+]
+Channels = Annotated[
+    str | None,
+    _option(help="With --fragments: channels of the affinities on z, y and x; default 0,1,2."),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Replace a value: section.field=value (repeatable)."),
+]
+
+
 def stitch(
-    target: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Run folder, YAML configuration, or OUTPUT of an earlier stitch of --fragments.",
-            show_default=False,
-        ),
-    ] = None,
-    allow_missing: Annotated[
-        bool,
-        typer.Option(
-            "--allow-missing", help="Of a run: leave failed or missing blocks background."
-        ),
-    ] = False,
-    margin: Annotated[
-        float | None,
-        typer.Option(
-            help="Raise all thresholds by this. At the margin of the earlier stitch or above, its"
-            " merges are cut again, in seconds; below it, fragments are merged anew.",
-            show_default=False,
-        ),
-    ] = None,
-    fragments: Annotated[
-        str | None,
-        typer.Option(
-            help="Array of fragments (z, y, x) of another model, instead of a run; 0 is"
-            " background.",
-            show_default=False,
-        ),
-    ] = None,
-    affinities: Annotated[
-        str | None,
-        typer.Option(
-            help="Their affinities (3, z, y, x), uint8 or 0 to 1: channel c is the affinity to the"
-            " voxel before on axis c.",
-            show_default=False,
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the result.", show_default=False)
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="With --fragments or OUTPUT: affinity that a contact must exceed; default 0.5, or"
-            " as before.",
-            show_default=False,
-        ),
-    ] = None,
-    voxel_size: Annotated[
-        str | None,
-        typer.Option(
-            help="With --fragments: z,y,x, if the array does not say.", show_default=False
-        ),
-    ] = None,
-    unit: Annotated[
-        str | None,
-        typer.Option(
-            help="With --fragments: world unit; nm (default), angstrom or pm.", show_default=False
-        ),
-    ] = None,
-    channels: Annotated[
-        str | None,
-        typer.Option(
-            help="With --fragments: channels of the affinities on z, y and x; default 0,1,2.",
-            show_default=False,
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Replace a value: section.field=value (repeatable)."),
-    ] = None,
+    target: Stitched = None,
+    allow_missing: AllowMissing = False,
+    margin: Margin = None,
+    fragments: FragmentsArray = None,
+    affinities: AffinitiesArray = None,
+    output: Output = None,
+    threshold: Threshold = None,
+    voxel_size: VoxelSize = None,
+    unit: Unit = None,
+    channels: Channels = None,
+    settings: Changes = None,
 ) -> None:
     """Join the blocks of a finished prediction into one segmentation with its pyramid.
 

@@ -38,11 +38,11 @@ def status(
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
         return
-    from rich.console import Console
 
     from agq.pipeline.status.text import render
+    from agq.terminal import console
 
-    Console(highlight=False).print(render(found))
+    console().print(render(found))
 
 
 def _queue(run_dir: Path) -> "tuple[QueueStatus, ...] | None":
@@ -119,9 +119,8 @@ def all_runs(ledger: "Ledger", limit: int = 100) -> list[dict[str, Any]]:
 def show_all(as_json: bool) -> None:
     """Print the runs of the database that AGQ_MONGO_URI names."""
     from pymongo.errors import PyMongoError
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+
+    from agq.terminal import WholeTable, console
 
     ledger = open_ledger()
     try:
@@ -133,9 +132,8 @@ def show_all(as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"format": 1, "runs": runs}, indent=1))
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("run", "user", "stage", "state", "blocks", "failed", "heard"):
-        table.add_column(name, no_wrap=name != "run", overflow="fold")
+    columns = ("run", "user", "stage", "state", "blocks", "failed", "heard")
+    table = WholeTable("", columns)
     for run in runs:
         ago = f"{(time.time() - (run['updated'] or run['created'])) / 60:.0f} min ago"
         stages = run["stages"] or {"": {}}
@@ -146,10 +144,8 @@ def show_all(as_json: bool) -> None:
         ended = stage.get("done", 0) + stage.get("skipped", 0)
         blocks = f"{ended}/{stage.get('blocks_total') or '?'}"
         words = (run["name"], run["user"], name, stage.get("state"), blocks)
-        table.add_row(
-            *(escape(str(w or "")) for w in words), str(stage.get("failed", 0) or ""), ago
-        )
-    Console(highlight=False).print(table)
+        table.add_row(*(str(w or "") for w in words), str(stage.get("failed", 0) or ""), ago)
+    console().print(table)
 
 
 def prometheus(status: "RunStatus") -> str:

@@ -14,7 +14,6 @@ from typing import Any
 import cc3d
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table as RichTable
 from scipy import ndimage
 
 from agq.blockwise.blocks.grid import BlockGrid
@@ -23,9 +22,10 @@ from agq.blockwise.journal.records import STATE_RANK
 from agq.blockwise.volumes.boxes import unordered
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
-from agq.pipeline.evaluate.contingency import BorderRule, Table
-from agq.pipeline.evaluate.scores import Scores
+from agq.pipeline.evaluate.contingency import BorderRule, Contingency
+from agq.pipeline.evaluate.scores import LEGEND, SHORT, Scores
 from agq.pipeline.folder import RunFolder
+from agq.terminal import WholeTable
 
 NUMBERS = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")
 
@@ -55,6 +55,7 @@ class BlockScore:
 class BlockReport:
     """All blocks of a run, in the order of their numbers."""
 
+    run: str
     blocks: list[BlockScore]
 
     def mean(self) -> dict[str, dict[str, float]]:
@@ -71,12 +72,14 @@ class BlockReport:
         """Return the blocks of the largest variation of information, filled."""
         return sorted(self.blocks, key=lambda block: -block.filled.voi_sum)[:n]
 
-    def table(self) -> RichTable:
+    def table(self) -> WholeTable:
         """Return a table for a rich console."""
-        table = RichTable(title=f"{len(self.blocks)} blocks before stitching")
-        table.add_column("predicted 0 filled within the block")
-        for title in ("VOI split", "VOI merge", "VOI sum", "Rand error"):
-            table.add_column(title, justify="right")
+        table = WholeTable(
+            f"{self.run}: {len(self.blocks)} blocks before stitching",
+            ("", *SHORT),
+            numbers=SHORT,
+            legend=f"{LEGEND}, with predicted 0 filled within the block",
+        )
         mean = self.mean()["background_filled"]
         table.add_row("mean of the blocks", *(f"{mean[key]:.4f}" for key in NUMBERS))
         for block in self.worst():
@@ -126,17 +129,17 @@ def score_blocks(
     ranks = Journal(run.journal("predict")).ranks(np.arange(grid.n_blocks))
     numbers = np.flatnonzero(ranks == STATE_RANK["done"]).tolist()
     task = partial(_score, fragments, truth, grid.to_dict(), ignore or BorderRule())
-    found = []
+    scores = []
     if on_progress is not None:
         on_progress(0, len(numbers))
     for done, score in enumerate(unordered(task, numbers, client=client), 1):
         if score is not None:
-            found.append(score)
+            scores.append(score)
         if on_progress is not None:
             on_progress(done, len(numbers))
-    if not found:
+    if not scores:
         raise InputError(f"{run.path}: no finished block has labelled voxels of {truth.name}")
-    return BlockReport(sorted(found, key=lambda score: score.number))
+    return BlockReport(run.path.name, sorted(scores, key=lambda score: score.number))
 
 
 def _score(
@@ -159,8 +162,8 @@ def _score(
     filled = _fill(labels, tuple(int(v) for v in size))
     # Label 0 counts as one segment here, and a table leaves zeros out.
     one, two = (
-        Scores.of(Table.of(scored, np.ascontiguousarray(found) + np.uint64(1), number))
-        for found in (labels, filled)
+        Scores.of(Contingency.of(scored, np.ascontiguousarray(segments) + np.uint64(1), number))
+        for segments in (labels, filled)
     )
     if one is None or two is None:
         return None

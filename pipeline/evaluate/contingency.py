@@ -14,34 +14,34 @@ from funlib.geometry import Coordinate
 from scipy import ndimage
 
 from agq.blockwise.blocks.label_pairs import PairTable
+from agq.blockwise.storage.arrays import Columns, Numbers
+from agq.blockwise.storage.arrays import Ids as Labels
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
 
-Labels = npt.NDArray[np.uint64]
-
 
 @dataclass(frozen=True)
-class Table:
-    """Rows sorted by (truth, segment), each pair once.
+class Contingency(Columns):
+    """Voxels of each pair of labels, sorted by (truth, segment), each pair once.
 
     Attributes
     ----------
     truth, segment
-        Uint64 labels.
+        Labels.
     count
-        Int64 voxels with this pair.
+        Voxels with this pair.
     block
-        Int64 number of the block that holds most of them (the lowest of equals).
+        Number of the block that holds most of them (the lowest of equals).
     most
-        Int64 voxels of the pair in that block.
+        Voxels of the pair in that block.
     """
 
     truth: Labels
     segment: Labels
-    count: npt.NDArray[np.int64]
-    block: npt.NDArray[np.int64]
-    most: npt.NDArray[np.int64]
+    count: Numbers
+    block: Numbers
+    most: Numbers
 
     @property
     def total(self) -> int:
@@ -49,7 +49,7 @@ class Table:
         return int(self.count.sum())
 
     @classmethod
-    def of(cls, truth: Labels, segment: Labels, block: int) -> Table:
+    def of(cls, truth: Labels, segment: Labels, block: int) -> Contingency:
         """Count the pairs of one block; voxels with a 0 in either array are left out."""
         pairs = PairTable(ordered=True)
         pairs.add(truth, segment, np.zeros(truth.shape, np.uint8))
@@ -58,32 +58,27 @@ class Table:
         return cls(columns.u, columns.v, columns.count, number, columns.count)
 
     @classmethod
-    def merge(cls, tables: Sequence[Table]) -> Table:
+    def merge(cls, tables: Sequence[Contingency]) -> Contingency:
         """Add tables; the result does not depend on their order or grouping."""
-        truth, segment, count, block, most = (
-            np.concatenate([getattr(table, name) for table in tables])
-            for name in ("truth", "segment", "count", "block", "most")
-        )
-        order = np.lexsort((block, -most, segment, truth))
-        truth, segment, count = truth[order], segment[order], count[order]
-        if len(truth) == 0:
-            return cls(truth, segment, count, block, most)
-        new = np.ones(len(truth), bool)
-        new[1:] = (truth[1:] != truth[:-1]) | (segment[1:] != segment[:-1])
+        rows = cls.concatenate(tables)
+        if len(rows) == 0:
+            return rows
+        rows = rows.take(np.lexsort((rows.block, -rows.most, rows.segment, rows.truth)))
+        new = np.ones(len(rows), bool)
+        new[1:] = (rows.truth[1:] != rows.truth[:-1]) | (rows.segment[1:] != rows.segment[:-1])
         first = np.flatnonzero(new)
-        summed = np.add.reduceat(count, first)
-        return cls(truth[first], segment[first], summed, block[order][first], most[order][first])
+        return replace(rows.take(first), count=np.add.reduceat(rows.count, first))
 
-    def with_segments(self, ids: Labels, segments: Labels) -> Table:
+    def with_segments(self, ids: Labels, segments: Labels) -> Contingency:
         """Rename segments; rows that become equal are added (see `BlockCounts`)."""
         place = np.searchsorted(ids, self.segment)
-        known = place < len(ids)
-        known[known] = ids[place[known]] == self.segment[known]
-        if not bool((known | (self.segment == 0)).all()):
+        listed = place < len(ids)
+        listed[listed] = ids[place[listed]] == self.segment[listed]
+        if not bool((listed | (self.segment == 0)).all()):
             raise ValueError("a fragment of the table has no segment")
         renamed = np.zeros_like(self.segment)
-        renamed[known] = segments[place[known]]
-        return Table.merge([replace(self, segment=renamed)])
+        renamed[listed] = segments[place[listed]]
+        return Contingency.merge([replace(self, segment=renamed)])
 
 
 @dataclass(frozen=True)
@@ -143,14 +138,14 @@ class BlockCounts:
         The voxels of `background` with the nearest segment in place of 0, if one is near.
     """
 
-    labelled: Table
-    background: Table
-    filled: Table
+    labelled: Contingency
+    background: Contingency
+    filled: Contingency
 
     @property
     def rows(self) -> int:
         """Rows of all tables."""
-        return len(self.labelled.count) + len(self.background.count) + len(self.filled.count)
+        return len(self.labelled) + len(self.background) + len(self.filled)
 
     @property
     def scored(self) -> int:
@@ -176,17 +171,15 @@ class BlockCounts:
     @classmethod
     def empty(cls) -> BlockCounts:
         """Return counts of no voxels."""
-        labels, numbers = np.empty(0, np.uint64), np.empty(0, np.int64)
-        table = Table(labels, labels, numbers, numbers, numbers)
-        return cls(table, table, table)
+        return cls(*[Contingency.empty()] * 3)
 
     @classmethod
     def merge(cls, parts: Sequence[BlockCounts]) -> BlockCounts:
         """Add the counts of several sets of blocks."""
         return cls(
-            Table.merge([part.labelled for part in parts]),
-            Table.merge([part.background for part in parts]),
-            Table.merge([part.filled for part in parts]),
+            Contingency.merge([part.labelled for part in parts]),
+            Contingency.merge([part.background for part in parts]),
+            Contingency.merge([part.filled for part in parts]),
         )
 
 
@@ -223,12 +216,7 @@ class Window:
 
     def scored_truth(self, truth: Volume, box: Box) -> Labels:
         """Read the truth of a box, 0 where it is not to be scored."""
-        start, stop = ([o + v for o, v in zip(self.in_truth, end, strict=True)] for end in box)
-        halo = self.ignore.halo
-        low = [max(0, s - h) for s, h in zip(start, halo, strict=True)]
-        high = [min(n, s + h) for n, s, h in zip(truth.shape, stop, halo, strict=True)]
-        inner = tuple(slice(s - a, e - a) for s, e, a in zip(start, stop, low, strict=True))
-        labels = truth.read(low, high).astype(np.uint64, copy=False)
+        labels, inner = _read_around(truth, self.in_truth, box, self.ignore.halo)
         return np.ascontiguousarray(self.ignore.clear(labels)[inner])
 
     def inside(
@@ -273,22 +261,32 @@ def count_block(
     number, box = numbered
     real = window.scored_truth(truth, box)
     labels = window.read(segmentation, window.in_segmentation, box)
-    labelled = Table.of(real, labels, number)
+    labelled = Contingency.of(real, labels, number)
     open_truth = np.where(labels == 0, real, np.uint64(0))
     if not open_truth.any():
-        nothing = BlockCounts.empty()
-        return BlockCounts(labelled, nothing.background, nothing.filled)
+        return BlockCounts(labelled, Contingency.empty(), Contingency.empty())
     nearest = _nearest(segmentation, window, box, open_truth != 0)
     still_open = np.where(nearest == 0, open_truth, np.uint64(0))
-    near = Table.of(open_truth, nearest, number)
-    filled = Table.merge([near, _unlabelled(still_open, number)])
+    near = Contingency.of(open_truth, nearest, number)
+    filled = Contingency.merge([near, _unlabelled(still_open, number)])
     return BlockCounts(labelled, _unlabelled(open_truth, number), filled)
 
 
-def _unlabelled(truth: Labels, number: int) -> Table:
+def _unlabelled(truth: Labels, number: int) -> Contingency:
     """Pairs (truth, 0) of all voxels whose truth is not 0."""
-    table = Table.of(truth, np.ones(truth.shape, np.uint64), number)
+    table = Contingency.of(truth, np.ones(truth.shape, np.uint64), number)
     return replace(table, segment=np.zeros_like(table.segment))
+
+
+def _read_around(
+    volume: Volume, origin: Sequence[int], box: Box, halo: Sequence[int]
+) -> tuple[Labels, tuple[slice, ...]]:
+    """Read a box of a window and up to ``halo`` voxels around it; return also where the box is."""
+    start, stop = ([o + v for o, v in zip(origin, end, strict=True)] for end in box)
+    low = [max(0, s - h) for s, h in zip(start, halo, strict=True)]
+    high = [min(n, s + h) for n, s, h in zip(volume.shape, stop, halo, strict=True)]
+    inner = tuple(slice(s - a, e - a) for s, e, a in zip(start, stop, low, strict=True))
+    return volume.read(low, high).astype(np.uint64, copy=False), inner
 
 
 def _nearest(
@@ -297,17 +295,11 @@ def _nearest(
     """Nearest segment of the wanted voxels of a box; 0 if none is within the fill distance."""
     size = tuple(int(v) for v in window.voxel_size)
     halo = [int(window.fill_distance // v) for v in size]
-    start = [o + b for o, b in zip(window.in_segmentation, box[0], strict=True)]
-    stop = [o + b for o, b in zip(window.in_segmentation, box[1], strict=True)]
-    low = [max(0, s - h) for s, h in zip(start, halo, strict=True)]
-    high = [min(n, s + h) for n, s, h in zip(segmentation.shape, stop, halo, strict=True)]
-    labels = segmentation.read(low, high).astype(np.uint64, copy=False)
-    margin = np.array([s - a for s, a in zip(start, low, strict=True)])
-    found = np.zeros(wanted.shape, np.uint64)
+    labels, inner = _read_around(segmentation, window.in_segmentation, box, halo)
+    nearest = np.zeros(wanted.shape, np.uint64)
     if not labels.any():
-        return found
+        return nearest
     distance = ndimage.distance_transform_edt(labels == 0, sampling=size)
-    inner = tuple(slice(m, m + n) for m, n in zip(margin, wanted.shape, strict=True))
     asked = distance[inner][wanted]
     # Halving from the fill distance, so that few different balls are made and none is needlessly
     # large: a ball of 1000 voxels would not fit in memory.
@@ -319,8 +311,9 @@ def _nearest(
     # offsets of that distance and takes the first in a fixed order.
     first = np.zeros(wanted.shape, np.int64)
     first[wanted] = np.searchsorted(lengths, asked - 1e-6)
-    _search(labels, wanted, margin, first, offsets, found)
-    return found
+    margin = np.array([axis.start for axis in inner])
+    _search(labels, wanted, margin, first, offsets, nearest)
+    return nearest
 
 
 @lru_cache(maxsize=8)
@@ -337,7 +330,7 @@ def _ball(
 
 
 @numba.njit(cache=True, nogil=True)
-def _search(labels: Any, wanted: Any, margin: Any, first: Any, offsets: Any, found: Any) -> None:
+def _search(labels: Any, wanted: Any, margin: Any, first: Any, offsets: Any, nearest: Any) -> None:
     for z, y, x in np.ndindex(wanted.shape):
         if not wanted[z, y, x]:
             continue
@@ -350,5 +343,5 @@ def _search(labels: Any, wanted: Any, margin: Any, first: Any, offsets: Any, fou
             if i >= labels.shape[0] or j >= labels.shape[1] or h >= labels.shape[2]:
                 continue
             if labels[i, j, h] != 0:
-                found[z, y, x] = labels[i, j, h]
+                nearest[z, y, x] = labels[i, j, h]
                 break

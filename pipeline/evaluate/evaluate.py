@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from funlib.geometry import Coordinate
@@ -27,10 +27,18 @@ from agq.blockwise.volumes.boxes import boxes, unordered
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
-from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule, Table, Window, count_block
+from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule, Window, count_block
 from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, Scores, scores_of, shares
 
-__all__ = ["BorderRule", "Counted", "EvaluationReport", "Scores", "count", "evaluate"]
+__all__ = [
+    "BorderRule",
+    "CountOptions",
+    "Counted",
+    "EvaluationReport",
+    "Scores",
+    "count",
+    "evaluate",
+]
 
 
 @dataclass(frozen=True)
@@ -52,28 +60,54 @@ class Counted:
     counts: BlockCounts
 
 
-def count(
-    segmentation: Volume,
-    truth: Volume,
-    *,
-    client: Any = None,
-    workers: int | None = None,
-    block: Sequence[int] = (32, 256, 256),
-    fill_distance: float = 150.0,
-    ignore: BorderRule | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Counted:
-    """Count the pairs of labels of two volumes, block by block; arguments as for `evaluate`."""
-    window = _window(segmentation, truth, fill_distance, ignore or BorderRule())
-    blocks = boxes((0, 0, 0), window.shape, block)
+class CountOptions(TypedDict, total=False):
+    """How two volumes are read and compared.
+
+    Attributes
+    ----------
+    client
+        A `distributed.Client` whose workers can open both volumes; None: threads.
+    workers
+        Threads without a client; by default one per processor this process may use.
+    block
+        Voxels (z, y, x) counted at a time; bounds the memory and changes no figure.
+    fill_distance
+        World units: a predicted 0 takes the nearest segment up to this distance for
+        ``background_filled`` (ties go to the lower z, then y, then x); one further away stays 0
+        and is counted in the report.
+    ignore
+        Which voxels near borders of the truth are left out; None: none.
+    on_progress
+        Called with (blocks done, blocks in all) after each block.
+    """
+
+    client: Any
+    workers: int | None
+    block: Sequence[int]
+    fill_distance: float
+    ignore: BorderRule | None
+    on_progress: Callable[[int, int], None] | None
+
+
+def count(segmentation: Volume, truth: Volume, **options: Unpack[CountOptions]) -> Counted:
+    """Count the pairs of labels of two volumes, block by block; errors as for `evaluate`."""
+    fill_distance = options.get("fill_distance", 150.0)
+    on_progress = options.get("on_progress")
+    window = _window(segmentation, truth, fill_distance, options.get("ignore") or BorderRule())
+    blocks = boxes((0, 0, 0), window.shape, options.get("block", (32, 256, 256)))
     task = partial(count_block, segmentation, truth, window)
-    numbered = list(enumerate(blocks))
+    counted = unordered(
+        task,
+        list(enumerate(blocks)),
+        client=options.get("client"),
+        workers=options.get("workers"),
+    )
     total = BlockCounts.empty()
     gathered: list[BlockCounts] = []
     rows = 0
     if on_progress is not None:
         on_progress(0, len(blocks))
-    for done, counts in enumerate(unordered(task, numbered, client=client, workers=workers), 1):
+    for done, counts in enumerate(counted, 1):
         gathered.append(counts)
         rows += counts.rows
         # Merging costs a sort; doing it only when the new rows outgrow the old keeps it linear.
@@ -91,16 +125,7 @@ def count(
 
 
 def evaluate(
-    segmentation: Volume,
-    truth: Volume,
-    *,
-    client: Any = None,
-    workers: int | None = None,
-    block: Sequence[int] = (32, 256, 256),
-    fill_distance: float = 150.0,
-    ignore: BorderRule | None = None,
-    worst: int = 5,
-    on_progress: Callable[[int, int], None] | None = None,
+    segmentation: Volume, truth: Volume, *, worst: int = 5, **options: Unpack[CountOptions]
 ) -> EvaluationReport:
     """Compare a segmentation with ground truth where the two volumes overlap in the world.
 
@@ -109,22 +134,10 @@ def evaluate(
     segmentation, truth
         Labels, any integer type, (z, y, x), of one voxel size; their offsets may differ by whole
         voxels.
-    client
-        A `distributed.Client` whose workers can open both volumes; None: threads.
-    workers
-        Threads without a client; by default one per processor this process may use.
-    block
-        Voxels (z, y, x) counted at a time; bounds the memory and changes no figure.
-    fill_distance
-        World units: a predicted 0 takes the nearest segment up to this distance for
-        ``background_filled`` (ties go to the lower z, then y, then x); one further away stays 0
-        and is counted in the report.
-    ignore
-        Which voxels near borders of the truth are left out; None: none.
     worst
         How many mergers and splits to list.
-    on_progress
-        Called with (blocks done, blocks in all) after each block.
+    options
+        See `CountOptions`.
 
     Returns
     -------
@@ -137,21 +150,10 @@ def evaluate(
         If voxel sizes differ, offsets differ by a fraction of a voxel, the volumes do not
         overlap, or the truth has no labelled voxel there.
     """
-    counted = count(
-        segmentation,
-        truth,
-        client=client,
-        workers=workers,
-        block=block,
-        fill_distance=fill_distance,
-        ignore=ignore,
-        on_progress=on_progress,
-    )
+    counted = count(segmentation, truth, **options)
     window, total = counted.window, counted.counts
     scores = scores_of(total)
-    locate = partial(
-        _disagreements, segmentation, truth, window, counted.blocks, total.labelled, worst
-    )
+    locate = partial(_disagreements, segmentation, truth, counted, worst)
     return EvaluationReport(
         segmentation=segmentation.name,
         truth=truth.name,
@@ -163,7 +165,7 @@ def evaluate(
         voxels=total.scored,
         background=total.background.total / total.scored,
         unfilled=int(total.filled.count[total.filled.segment == 0].sum()) / total.scored,
-        fill_distance=fill_distance,
+        fill_distance=window.fill_distance,
         truth_objects=len(
             np.unique(np.concatenate([total.labelled.truth, total.background.truth]))
         ),
@@ -215,34 +217,22 @@ def _start(offset: Coordinate, volume: Volume) -> Triple:
 
 
 def _disagreements(
-    segmentation: Volume,
-    truth: Volume,
-    window: Window,
-    blocks: Sequence[Any],
-    table: Table,
-    worst: int,
-    *,
-    by_segment: bool,
+    segmentation: Volume, truth: Volume, counted: Counted, worst: int, *, by_segment: bool
 ) -> list[Disagreement]:
     """List the segments (or truth objects) that add most to the merge (or split) entropy."""
+    table = counted.counts.labelled
     whole, parts = (table.segment, table.truth) if by_segment else (table.truth, table.segment)
     ids, share = shares(whole, table.count)
     order = np.argsort(-share, kind="stable")[:worst]
-    found = []
+    disagreements = []
     for k in order[share[order] > 0]:
         rows = np.flatnonzero(whole == ids[k])
         rows = rows[np.argsort(-table.count[rows], kind="stable")]
-        pieces = []
+        largest = []
         for row in rows[:4]:
-            box = blocks[int(table.block[row])]
-            at = window.inside(segmentation, truth, box, table.segment[row], table.truth[row])
-            pieces.append((int(parts[row]), int(table.count[row]), at))
-        found.append(
-            Disagreement(
-                label=int(ids[k]),
-                bits=float(share[k]),
-                parts=len(rows),
-                largest=tuple(pieces),
-            )
-        )
-    return found
+            box = counted.blocks[int(table.block[row])]
+            pair = (table.segment[row], table.truth[row])
+            at = counted.window.inside(segmentation, truth, box, *pair)
+            largest.append((int(parts[row]), int(table.count[row]), at))
+        disagreements.append(Disagreement(int(ids[k]), float(share[k]), len(rows), tuple(largest)))
+    return disagreements

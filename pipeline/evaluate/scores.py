@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Group
-from rich.table import Table as RichTable
 
-from agq.pipeline.evaluate.contingency import BlockCounts, Table
+from agq.pipeline.evaluate.contingency import BlockCounts, Contingency
 from agq.tables import Tabled
+from agq.terminal import WholeTable
 
 VARIANTS = {
     "as_is": "as is (predicted 0 is one segment)",
@@ -24,6 +24,12 @@ VARIANTS = {
     "background_ignored": "voxels of predicted 0 ignored",
 }
 """Name of each way to treat predicted background, and what it means."""
+
+SHORT = ("split", "merge", "sum", "Rand")
+"""Headings of the main scores in tables."""
+
+LEGEND = "split, merge, sum: variation of information in bits; Rand: adapted Rand error"
+"""Meaning of these headings."""
 
 
 def shares(whole: npt.NDArray[np.uint64], count: npt.NDArray[np.int64]) -> tuple[Any, Any]:
@@ -83,7 +89,7 @@ class Scores:
         return {**asdict(self), "voi_sum": self.voi_sum}
 
     @classmethod
-    def of(cls, table: Table) -> Scores | None:
+    def of(cls, table: Contingency) -> Scores | None:
         """Score a table; None if it has no voxels."""
         if table.total == 0:
             return None
@@ -105,8 +111,8 @@ class Scores:
 def scores_of(counts: BlockCounts) -> dict[str, Scores | None]:
     """Score tables in every way of `VARIANTS`."""
     return {
-        "as_is": Scores.of(Table.merge([counts.labelled, counts.background])),
-        "background_filled": Scores.of(Table.merge([counts.labelled, counts.filled])),
+        "as_is": Scores.of(Contingency.merge([counts.labelled, counts.background])),
+        "background_filled": Scores.of(Contingency.merge([counts.labelled, counts.filled])),
         "background_ignored": Scores.of(counts.labelled),
     }
 
@@ -233,13 +239,14 @@ class EvaluationReport(Tabled):
         """Return tables for a rich console."""
         border = self.ignored_border
         where = f", {border['radius']} voxels at borders ignored ({border['axes']})"
-        main = RichTable(
-            title=f"{self.segments} segments, {self.truth_objects} objects, {self.voxels:,} voxels "
-            f"scored, {self.background:.1%} of them predicted 0{where if border['radius'] else ''}"
+        main = WholeTable(
+            f"{self.segmentation} against {self.truth}\n"
+            f"{self.segments} segments, {self.truth_objects} objects, {self.voxels:,} voxels "
+            f"scored, {self.background:.1%} of them predicted 0{where if border['radius'] else ''}",
+            ("predicted 0", *SHORT, "precision", "recall"),
+            numbers=(*SHORT, "precision", "recall"),
+            legend=LEGEND,
         )
-        main.add_column("Predicted background")
-        for title in ("VOI split", "VOI merge", "VOI sum", "Rand error", "precision", "recall"):
-            main.add_column(title, justify="right")
         for name, scores in self.scores().items():
             cells = ["-"] * 6
             if scores is not None:
@@ -247,9 +254,11 @@ class EvaluationReport(Tabled):
                 rand = (scores.adapted_rand_error, scores.rand_precision, scores.rand_recall)
                 cells = [f"{value:.4f}" for value in (*row, *rand)]
             main.add_row(self.meaning(name), *cells)
-        worst = RichTable(title=f"Worst errors; positions z, y, x in {self.unit}")
-        for title in ("Error", "Label", "VOI", "Parts", "Largest parts (voxels) at"):
-            worst.add_column(title)
+        worst = WholeTable(
+            f"Worst errors of {self.segmentation}",
+            ("error", "label", "VOI", "parts", "largest parts (voxels) at"),
+            legend=f"at: position z, y, x in {self.unit}",
+        )
         kinds = (("merger", self.worst_mergers), ("split", self.worst_splits))
         for kind, items in kinds:
             for item in items:

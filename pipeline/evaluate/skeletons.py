@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 
-from agq.blockwise.storage.npz import load_arrays, save_arrays
+from agq.blockwise.storage.arrays import load_arrays, save_arrays
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
@@ -125,28 +125,28 @@ def read_skeletons(path: Path) -> Skeletons:
     Raises
     ------
     InputError
-        If there is no such file, or it is damaged.
+        If the file does not exist or is damaged.
     """
     try:
         if path.suffix == ".npz":
             arrays = load_arrays(path)
-            found = Skeletons(
+            skeletons = Skeletons(
                 arrays["nodes"].astype(np.float64),
                 arrays["edges"].astype(np.int64),
                 arrays["owner"].astype(np.uint64),
             )
         else:
             files = sorted(path.glob("*.swc")) if path.is_dir() else [path]
-            found = Skeletons.merge(_swc(file, n) for n, file in enumerate(files, 1))
+            skeletons = Skeletons.merge(_swc(file, n) for n, file in enumerate(files, 1))
     except OSError as error:
         raise InputError(f"skeletons {path}: {error.strerror or error}") from None
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"skeletons {path}: not an npz or SWC file ({error})") from None
-    if not len(found.edges):
+    if not len(skeletons.edges):
         raise InputError(f"skeletons {path}: the file has no edges")
-    if found.edges.min() < 0 or found.edges.max() >= len(found.nodes):
+    if skeletons.edges.min() < 0 or skeletons.edges.max() >= len(skeletons.nodes):
         raise InputError(f"skeletons {path}: an edge names a node that the file does not have")
-    return found
+    return skeletons
 
 
 def _swc(file: Path, number: int) -> Skeletons:
@@ -169,10 +169,10 @@ def segments_at(
     size = np.array([int(v) for v in volume.voxel_size])
     voxels = np.floor((nodes - np.array([int(v) for v in volume.offset])) / size).astype(np.int64)
     inside = ((voxels >= 0) & (voxels < volume.shape)).all(1)
-    found = np.zeros(len(nodes), np.uint64)
+    segments = np.zeros(len(nodes), np.uint64)
     rows = np.flatnonzero(inside)
     if not len(rows):
-        return found
+        return segments
     corner, group = np.unique(voxels[rows] // block, axis=0, return_inverse=True)
     order = np.argsort(group.reshape(-1), kind="stable")
     ends = np.cumsum(np.bincount(group.reshape(-1)))
@@ -180,8 +180,8 @@ def segments_at(
         start = index * np.array(block)
         stop = np.minimum(start + block, volume.shape)
         labels = volume.read(start.tolist(), stop.tolist())
-        found[some] = labels[tuple((voxels[some] - start).T)]
-    return found
+        segments[some] = labels[tuple((voxels[some] - start).T)]
+    return segments
 
 
 @dataclass(frozen=True)

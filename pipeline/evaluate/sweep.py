@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from rich.markup import escape
-from rich.table import Table as RichTable
 
-from agq.blockwise.stitch.evidence.contacts import HALF_UNITS, Evidence
-from agq.blockwise.stitch.merge.rule import Agglomeration, Thresholds, agglomerate
+from agq.blockwise.stitch.contacts import Evidence
+from agq.blockwise.stitch.merge.graph import positions
+from agq.blockwise.stitch.merge.kernel import connected_components
+from agq.blockwise.stitch.merge.rule import Agglomeration, agglomerate
+from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds
 from agq.pipeline.evaluate.contingency import BlockCounts
-from agq.pipeline.evaluate.scores import Scores, scores_of
+from agq.pipeline.evaluate.scores import LEGEND, SHORT, Scores, scores_of
+from agq.terminal import WholeTable
 
 Ids = npt.NDArray[np.uint64]
 Criterion = Literal["voi_sum", "adapted_rand_error"]
@@ -76,13 +78,11 @@ class Point:
         ]
 
 
-def points_table(points: Iterable[Point], title: str) -> RichTable:
+def points_table(points: Iterable[Point], title: str) -> WholeTable:
     """Return a table for a rich console, one row per point."""
-    table = RichTable(title=escape(title))
-    table.add_column("method")
-    table.add_column("thresholds")
-    for name in ("segments", "VOI split", "VOI merge", "VOI sum", "Rand error", "(0 as is)"):
-        table.add_column(name, justify="right")
+    numbers = ("segments", *SHORT, "as is")
+    legend = f"{LEGEND}, with predicted 0 filled; as is: Rand with predicted 0 as one segment"
+    table = WholeTable(title, ("method", "thresholds", *numbers), numbers=numbers, legend=legend)
     for point in points:
         table.add_row(*point.row())
     return table
@@ -124,7 +124,9 @@ def two_thresholds(
     points = []
     for w in within:
         for a in across:
-            result = agglomerate(evidence.nodes.ids, evidence.contacts, Thresholds(a, w))
+            result = agglomerate(
+                evidence.nodes.ids, evidence.contacts, Thresholds(across=a, within=w)
+            )
             setting = {"across": a, "within": w}
             points.append(point(method, setting, counts, result.ids, result.representatives))
     return points
@@ -138,7 +140,7 @@ def one_threshold(
     With one threshold for all contacts a higher one cuts the same dendrogram earlier, so the
     agglomeration runs once.
     """
-    lowest = Thresholds(min(thresholds), min(thresholds))
+    lowest = Thresholds(across=min(thresholds), within=min(thresholds))
     whole = agglomerate(evidence.nodes.ids, evidence.contacts, lowest)
     return [
         point(method, {"affinity": t}, counts, whole.ids, cut(whole, lowest, t)) for t in thresholds
@@ -158,15 +160,6 @@ def cut(whole: Agglomeration, lowest: Thresholds, threshold: float) -> Ids:
         A threshold not below it.
     """
     raised = round(threshold * HALF_UNITS) - lowest.half_units[0]
-    merges = whole.merges
-    # Scores only fall, so what a higher threshold allows comes first.
-    kept = int(np.count_nonzero(merges.numerator > raised * merges.denominator))
-    u = np.searchsorted(whole.ids, merges.u[:kept])
-    v = np.searchsorted(whole.ids, merges.v[:kept])
-    parent = np.arange(len(whole.ids))
-    parent[v] = u
-    while True:
-        next_parent = parent[parent]
-        if np.array_equal(next_parent, parent):
-            return whole.ids[parent]
-        parent = next_parent
+    merges, ids = whole.merges.above(raised), whole.ids
+    roots = connected_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
+    return ids[roots]

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.journal.writer import Journal
@@ -22,6 +21,7 @@ from agq.errors import InputError
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.stages import reopen_options, worker_count
 from agq.tables import Tabled
+from agq.terminal import facts
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,26 @@ class Plan(Tabled):
         """Return the plan as plain data for JSON."""
         return asdict(self)
 
-    def table(self) -> Table:
-        """Return the plan as a table for the terminal."""
-        table = Table(title=f"Plan for {escape(str(self.run_dir))}", show_header=False)
-        table.add_row(
-            "volume", f"{_sizes(self.volume_shape)} voxels of {_sizes(self.voxel_size)} nm"
-        )
-        table.add_row(
-            "block", f"reads {_sizes(self.read_shape)}, writes {_sizes(self.write_shape)}"
-        )
-        table.add_row("blocks", f"{self.blocks:,} selected of a {_sizes(self.grid_shape)} grid")
-        table.add_row("  done already", f"{self.done:,}")
-        table.add_row("  skipped by the mask", f"{self.masked:,}")
-        table.add_row("  to compute", f"{self.todo:,}")
-        table.add_row("workers", str(self.workers))
+    def table(self) -> Text:
+        """Return the plan for the terminal."""
+        rows = [
+            ("volume", f"{_sizes(self.volume_shape)} voxels of {_sizes(self.voxel_size)} nm"),
+            ("block", f"reads {_sizes(self.read_shape)}, writes {_sizes(self.write_shape)}"),
+            ("blocks", f"{self.blocks:,} selected of a {_sizes(self.grid_shape)} grid"),
+            ("  done already", f"{self.done:,}"),
+            ("  skipped by the mask", f"{self.masked:,}"),
+            ("  to compute", f"{self.todo:,}"),
+            ("workers", str(self.workers)),
+        ]
         for name, count in self.disk_bytes.items():
-            table.add_row(f"disk: {name}", f"about {format_bytes(count)}")
-        table.add_row("disk: free", format_bytes(self.free_bytes))
+            rows.append((f"disk: {name}", f"about {format_bytes(count)}"))
+        rows.append(("disk: free", format_bytes(self.free_bytes)))
         if self.seconds_per_block is not None and self.worker_bytes is not None:
-            table.add_row("one block", f"{self.seconds_per_block:.2f} s")
-            table.add_row("memory per worker", format_bytes(self.worker_bytes))
+            rows.append(("one block", f"{self.seconds_per_block:.2f} s"))
+            rows.append(("memory per worker", format_bytes(self.worker_bytes)))
         if self.hours is not None:
-            table.add_row("predict", f"about {_duration(self.hours * 3600)}")
-        return table
+            rows.append(("predict", f"about {_duration(self.hours * 3600)}"))
+        return facts(f"Plan for {self.run_dir}", rows)
 
 
 def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from agq.pipeline.status.run_status import (
@@ -16,6 +15,7 @@ from agq.pipeline.status.run_status import (
     StageStatus,
     WorkerStatus,
 )
+from agq.terminal import WholeTable
 
 _STYLES = {
     "new": "dim",
@@ -81,14 +81,9 @@ def _queue(queue: Iterable[QueueStatus]) -> Text:
     return _line("queue", ", ".join(words) or "no jobs")
 
 
-def _stages(stages: Iterable[StageStatus]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("", width=_BAR)
-    table.add_column("blocks", justify="right", no_wrap=True)
-    table.add_column("failed", justify="right", no_wrap=True)
-    table.add_column("left", justify="right", no_wrap=True)
+def _stages(stages: Iterable[StageStatus]) -> WholeTable:
+    columns = ("stage", "state", "", "blocks", "failed", "left")
+    table = WholeTable("", columns, numbers=("blocks", "failed", "left"))
     for stage in stages:
         done, total = stage.ended_blocks, stage.blocks_total
         # A stage without a journal of its own says only whether it is over.
@@ -151,22 +146,15 @@ def _where(failure: Failure) -> str:
     return text + (f", worker {failure.worker}" if failure.worker else "")
 
 
-def _workers(stage: StageStatus, now: float) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
-    table.add_column(f"{stage.name} worker", max_width=18, no_wrap=True)
-    table.add_column("host", max_width=16, no_wrap=True)
-    table.add_column("device", max_width=8, no_wrap=True)
-    table.add_column("done", justify="right", no_wrap=True)
-    table.add_column("failed", justify="right", no_wrap=True)
-    table.add_column("block", justify="right", no_wrap=True)
-    table.add_column("heard", justify="right", no_wrap=True)
+def _workers(stage: StageStatus, now: float) -> WholeTable:
+    numbers = ("done", "failed", "block", "heard")
+    table = WholeTable("", (f"{stage.name} worker", "host", "device", *numbers), numbers=numbers)
     alive = [worker for worker in stage.workers if worker.state != "ended"]
     # Silent workers first: they are the ones to look into.
     shown = sorted(alive, key=lambda w: w.state != "silent")[:_MAX_ROWS]
     for worker in shown:
         table.add_row(*_worker_row(worker, now), style=_STYLES[worker.state])
-    if len(alive) > len(shown):
-        table.add_row(f"... {len(alive) - len(shown)} more", style="dim")
+    table.legend = f"... {len(alive) - len(shown)} more" if len(alive) > len(shown) else ""
     return table
 
 

@@ -4,8 +4,13 @@ import numpy as np
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import SidecarFile
-from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable, merge_contacts
-from agq.blockwise.stitch.evidence.from_sidecars import collect
+from agq.blockwise.stitch.contacts import (
+    ContactTable,
+    Evidence,
+    NodeTable,
+    collect,
+    merge_contacts,
+)
 
 COLUMNS = ("u", "v", "across_sum", "across_count", "within_sum", "within_count")
 OVERLAP = ("overlap", "size_u", "size_v")

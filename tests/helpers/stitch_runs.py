@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
-from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate
+from agq.blockwise.stitch.merge.rule import agglomerate
 from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.volumes.create import open_array
 from tests.helpers.fragments import GRID, Run, folder_bytes, make_run, write_run
+from tests.helpers.whole_volume import contacts_from_volume
 
 STEPS = ["contacts", "agglomerate", "lut", "relabel", "pyramid"]
 

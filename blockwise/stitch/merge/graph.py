@@ -1,9 +1,9 @@
 """Exact agglomeration of one part of a larger graph: merge what is certain, hand up the rest.
 
 A *superblock* holds a box of blocks. Its nodes are clusters, named by their smallest fragment id.
-All contacts of its fragments are known, those with fragments outside too; what is not known is what
-happens outside. But pooled edges never beat the better of their parents, so whatever happens there,
-no edge of a node to the outside will beat the best one that the contacts say it has: its *reach*.
+All contacts of its fragments are known, those with fragments outside too; merges outside are not.
+But pooled edges never beat the better of their parents, so after any merges outside, no edge of a
+node to the outside will beat the best one among its contacts: its *reach*.
 Two nodes that are each other's best neighbour, better than the reach of both, would merge in the
 global run too (reducibility, see :mod:`merge.rule`), so they merge now. A node whose
 reach is as good as its best edge inside has to wait, and so has a node whose best neighbour waits.
@@ -17,20 +17,24 @@ keeps which of its clusters holds that fragment. At the root nothing lies outsid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.stitch.merge.components import connected_components, split_edges
 from agq.blockwise.stitch.merge.kernel import (
     Contraction,
     agglomerate_edges,
+    connected_components,
     pooled_edges,
     raise_reach,
+    split_edges,
 )
+from agq.blockwise.stitch.superblocks import Superblock
+from agq.blockwise.storage.arrays import Columns, Ids, Numbers, Pairs, Rows
 from agq.errors import InputError
 
 MAX_EDGES = 2**30
@@ -38,26 +42,30 @@ MAX_EDGES = 2**30
 
 
 @dataclass(frozen=True)
-class MergeTable:
-    """Merges in the order made (the dendrogram).
+class ScoreTable(Columns):
+    """Scored contacts between fragments.
 
     Attributes
     ----------
     u, v
-        Smallest fragment id of each of the two clusters, uint64, ``u < v``; ``u`` is the
-        smallest id of the merged one.
+        Fragment ids, ``u < v``.
     numerator, denominator
-        Score in half units as an exact fraction, int64; affinity above threshold is
+        Score as an exact fraction in half units, denominator positive: affinity above threshold is
         ``numerator / denominator / 510``.
     """
 
-    u: NDArray[np.uint64]
-    v: NDArray[np.uint64]
-    numerator: NDArray[np.int64]
-    denominator: NDArray[np.int64]
+    u: Ids
+    v: Ids
+    numerator: Numbers
+    denominator: Numbers
 
-    def __len__(self) -> int:
-        return len(self.u)
+
+@dataclass(frozen=True)
+class MergeTable(ScoreTable):
+    """Merges in the order made (the dendrogram), and the score of each.
+
+    Ids are the smallest fragment ids of the two clusters; ``u`` is that of the merged one.
+    """
 
     def above(self, margin: int) -> MergeTable:
         """Return the merges that remain if every threshold rises by ``margin`` half units.
@@ -65,117 +73,84 @@ class MergeTable:
         Raising all thresholds alike lowers every score by the same amount, so the order stays and
         the dendrogram is cut higher.
         """
-        keep = self.numerator > margin * self.denominator
-        return MergeTable(*(getattr(self, field.name)[keep] for field in fields(self)))
+        return self.take(self.numerator > margin * self.denominator)
 
 
 @dataclass(frozen=True)
-class ScoreTable:
-    """Scored contacts between fragments.
-
-    Attributes
-    ----------
-    u, v
-        Fragment ids, uint64, ``u < v``.
-    numerator, denominator
-        Score as an exact fraction in half units, int64, denominator positive.
-    """
-
-    u: NDArray[np.uint64]
-    v: NDArray[np.uint64]
-    numerator: NDArray[np.int64]
-    denominator: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.u)
-
-
-_IDS, _SUMS = np.zeros(0, np.uint64), np.zeros(0, np.int64)
-_NOTHING = ScoreTable(_IDS, _IDS, _SUMS, _SUMS)
-
-
-@dataclass(frozen=True)
-class EdgeTable:
+class EdgeTable(Columns):
     """Scored edges between clusters.
 
     Attributes
     ----------
     ends
-        Rows of both ends in the list of nodes, int32 (n, 2).
+        Rows of both ends in the list of nodes.
     numerator, denominator
-        Score as an exact fraction in half units, int64, denominator positive.
+        Score as an exact fraction in half units, denominator positive.
     keys
-        Smallest original edge pooled in this one, uint64 (n, 2): what orders equal scores.
+        Smallest original edge pooled in this one: what orders equal scores.
     """
 
-    ends: NDArray[np.int32]
-    numerator: NDArray[np.int64]
-    denominator: NDArray[np.int64]
-    keys: NDArray[np.uint64]
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-
-NO_EDGES = EdgeTable(np.zeros((0, 2), np.int32), _SUMS, _SUMS, np.zeros((0, 2), np.uint64))
+    ends: Annotated[NDArray[np.int32], 2]
+    numerator: Numbers
+    denominator: Numbers
+    keys: Pairs
 
 
 @dataclass(frozen=True)
-class UpperFace:
+class UpperFace(Columns):
     """Contacts across an upper face of a superblock.
 
     Attributes
     ----------
     node
-        Row of the cluster inside, int32.
+        Row of the cluster inside.
     fragments
-        The original contact: fragment inside and fragment outside, uint64 (n, 2).
+        The original contact: fragment inside and fragment outside.
     numerator, denominator
-        Its score, int64.
+        Its score.
     """
 
-    node: NDArray[np.int32]
-    fragments: NDArray[np.uint64]
-    numerator: NDArray[np.int64]
-    denominator: NDArray[np.int64]
+    node: Rows
+    fragments: Pairs
+    numerator: Numbers
+    denominator: Numbers
 
     @classmethod
-    def of_fragments(cls, ids: NDArray[np.uint64], rows: ScoreTable = _NOTHING) -> UpperFace:
+    def of_fragments(cls, ids: Ids, scores: ScoreTable) -> UpperFace:
         """Return a face of original fragments, from contacts with ``u`` inside."""
-        fragments = np.stack((rows.u, rows.v), axis=1)
-        return cls(positions(ids, rows.u), fragments, rows.numerator, rows.denominator)
+        fragments = np.stack((scores.u, scores.v), axis=1)
+        return cls(positions(ids, scores.u), fragments, scores.numerator, scores.denominator)
 
 
 @dataclass(frozen=True)
-class LowerFace:
+class LowerFace(Columns):
     """Fragments that have contacts across a lower face of a superblock.
 
     Attributes
     ----------
     fragment
-        Original fragments inside, uint64, ascending.
+        Original fragments inside, ascending.
     node
-        Row of the cluster that each belongs to, int32.
+        Row of the cluster that each belongs to.
     numerator, denominator
-        Best positive score of its contacts across the face, int64; numerator 0: none is positive.
+        Best positive score of its contacts across the face; numerator 0: none is positive.
     """
 
-    fragment: NDArray[np.uint64]
-    node: NDArray[np.int32]
-    numerator: NDArray[np.int64]
-    denominator: NDArray[np.int64]
+    fragment: Ids
+    node: Rows
+    numerator: Numbers
+    denominator: Numbers
 
     @classmethod
-    def of_fragments(cls, ids: NDArray[np.uint64], rows: ScoreTable = _NOTHING) -> LowerFace:
+    def of_fragments(cls, ids: Ids, scores: ScoreTable) -> LowerFace:
         """Return a face of original fragments, from contacts with ``v`` inside."""
-        fragment, row = np.unique(rows.v, return_inverse=True)
+        fragment, row = np.unique(scores.v, return_inverse=True)
         best = np.zeros(len(fragment), np.int64), np.ones(len(fragment), np.int64)
-        raise_reach(*best, row.astype(np.int32), rows.numerator, rows.denominator)
+        raise_reach(*best, row.astype(np.int32), scores.numerator, scores.denominator)
         return cls(fragment, positions(ids, fragment), *best)
 
 
 Face = TypeVar("Face", UpperFace, LowerFace)
-Table = TypeVar("Table", EdgeTable, UpperFace, LowerFace)
 
 
 @dataclass(frozen=True)
@@ -220,14 +195,15 @@ class Graph:
         Raises
         ------
         InputError
-            If a contact names a fragment that `ids` does not hold.
+            If a contact names a fragment that is not among them.
         """
         ends = np.empty((len(contacts), 2), np.int32)
         ends[:, 0], ends[:, 1] = positions(ids, contacts.u), positions(ids, contacts.v)
         keys = np.stack((contacts.u, contacts.v), axis=1)
         edges = EdgeTable(ends, contacts.numerator, contacts.denominator, keys)
-        z, y, x = (UpperFace.of_fragments(ids, rows) for rows in above or [_NOTHING] * 3)
-        c, b, a = (LowerFace.of_fragments(ids, rows) for rows in below or [_NOTHING] * 3)
+        nothing = [ScoreTable.empty()] * 3
+        z, y, x = (UpperFace.of_fragments(ids, scores) for scores in above or nothing)
+        c, b, a = (LowerFace.of_fragments(ids, scores) for scores in below or nothing)
         return cls(ids, edges, (z, y, x), (c, b, a))
 
 
@@ -237,14 +213,14 @@ def positions(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np
     Raises
     ------
     InputError
-        If `ids` does not hold a value.
+        If a value is not among them.
     """
     position = np.searchsorted(ids, values)
-    known = position < len(ids)
-    known[known] = ids[position[known]] == values[known]
-    if not bool(known.all()):
+    listed = position < len(ids)
+    listed[listed] = ids[position[listed]] == values[listed]
+    if not bool(listed.all()):
         raise InputError(
-            f"contact table: fragment {values[~known][0]} is not among the {len(ids)} fragments"
+            f"contact table: fragment {values[~listed][0]} is not among the {len(ids)} fragments"
         )
     return position.astype(np.int32)
 
@@ -294,7 +270,7 @@ def contract(graph: Graph) -> tuple[MergeTable, Graph]:
     n_between = pooled_edges(*between, done)
     left = EdgeTable(*(column[: done.edges] for column in inside))
     if n_between:
-        left = concatenate(EdgeTable, [left, EdgeTable(*(c[:n_between] for c in between))])
+        left = EdgeTable.concatenate([left, EdgeTable(*(c[:n_between] for c in between))])
     # From here on a cluster is known by its smallest node.
     stays = done.waiting & (done.cluster == np.arange(len(nodes)))
     fresh = np.cumsum(stays, dtype=np.int32) - np.int32(1)
@@ -304,19 +280,92 @@ def contract(graph: Graph) -> tuple[MergeTable, Graph]:
     return merges, Graph(nodes[stays], left, (z, y, x), (c, b, a))
 
 
-def _take(table: Table, rows: Any) -> Table:
-    return replace(table, **{f.name: getattr(table, f.name)[rows] for f in fields(table)})
-
-
-def concatenate(kind: type[Table], tables: Sequence[Table]) -> Table:
-    """Return the rows of several tables of one kind, of at least one."""
-    if len(tables) == 1:
-        return tables[0]
-    names = [field.name for field in fields(kind)]
-    return kind(*(np.concatenate([getattr(t, name) for t in tables]) for name in names))
-
-
 def _waiting(face: Face, done: Contraction, fresh: NDArray[np.int32]) -> Face:
     """Return the rows of a face whose clusters wait, with their new rows among the nodes."""
-    face = _take(face, done.waiting[face.node])
+    face = face.take(done.waiting[face.node])
     return replace(face, node=fresh[done.cluster[face.node]])
+
+
+def join(
+    children: Sequence[tuple[Superblock, Graph]],
+    column: Callable[[Superblock, str], NDArray] | None = None,
+) -> Graph:
+    """Return the graph of a parent: its children's, and the edges between them.
+
+    Parameters
+    ----------
+    children
+        Of one parent: place and residual graph.
+    column
+        Returns a column of a child's edges; they are then not taken from its graph, so that
+        memory holds those of all children once.
+    """
+    every = np.concatenate([graph.nodes for _, graph in children])
+    order = np.argsort(every, kind="stable")
+    row = np.empty(len(every), np.int32)
+    row[order] = np.arange(len(every), dtype=np.int32)
+    starts = np.cumsum([0, *(len(graph.nodes) for _, graph in children)])
+    rows = {
+        child: row[start : start + len(graph.nodes)]
+        for (child, graph), start in zip(children, starts, strict=False)
+    }
+    graphs = dict(children)
+    across: list[EdgeTable] = []
+    # A parent at the end of the grid has children on one side only.
+    upper: list[list[UpperFace]] = [[], [], []]
+    lower: list[list[LowerFace]] = [[], [], []]
+    for child, graph in children:
+        for axis in range(3):
+            above, below = graph.upper[axis], graph.lower[axis]
+            if child.index[axis] % 2:
+                upper[axis].append(replace(above, node=rows[child][above.node]))
+                continue
+            lower[axis].append(replace(below, node=rows[child][below.node]))
+            other = child.neighbor(axis, 1)
+            if other in graphs:
+                beyond = graphs[other].lower[axis]
+                beyond = replace(beyond, node=rows[other][beyond.node])
+                across.append(_across(replace(above, node=rows[child][above.node]), beyond))
+    edges = _edges(rows, column or (lambda child, name: getattr(graphs[child].edges, name)), across)
+    z, y, x = (UpperFace.concatenate(faces) for faces in upper)
+    c, b, a = (_ascending(LowerFace.concatenate(faces)) for faces in lower)
+    return Graph(every[order], edges, (z, y, x), (c, b, a))
+
+
+def _edges(
+    rows: Mapping[Superblock, NDArray[np.int32]],
+    column: Callable[[Superblock, str], NDArray],
+    across: Sequence[EdgeTable],
+) -> EdgeTable:
+    """Return the edges of children, given with the new rows of their nodes, and those between."""
+    columns: dict[str, NDArray] = {}
+    parts = [new[column(child, "ends")] for child, new in rows.items()]
+    columns["ends"] = np.concatenate([*parts, *(table.ends for table in across)])
+    del parts
+    # Column by column and part by part: memory holds the edges once.
+    for name in EdgeTable.names()[1:]:
+        at = 0
+        for part in itertools.chain(
+            (column(child, name) for child in rows), (getattr(table, name) for table in across)
+        ):
+            if name not in columns:
+                columns[name] = np.empty((len(columns["ends"]), *part.shape[1:]), part.dtype)
+            columns[name][at : at + len(part)] = part
+            at += len(part)
+    return EdgeTable(**columns)
+
+
+def _across(above: UpperFace, below: LowerFace) -> EdgeTable:
+    """Return the edges between two superblocks whose clusters still wait on both sides."""
+    if not len(below):
+        return EdgeTable.empty()
+    outside = above.fragments[:, 1]
+    place = np.minimum(np.searchsorted(below.fragment, outside), len(below) - 1)
+    waits = np.flatnonzero(below.fragment[place] == outside)
+    contacts = above.take(waits)
+    ends = np.stack((contacts.node, below.node[place[waits]]), axis=1)
+    return EdgeTable(ends, contacts.numerator, contacts.denominator, contacts.fragments)
+
+
+def _ascending(face: LowerFace) -> LowerFace:
+    return face.take(np.argsort(face.fragment, kind="stable"))

@@ -8,6 +8,13 @@ into another and kills it. All arrays are allocated before the loop and never gr
 ``2 e`` lies in the list of the first end of edge ``e``, ``2 e + 1`` in that of the second; dead
 ones are dropped when their list is walked. Only positive edges are in the heap, with their score as
 a float beside them.
+
+Live edges are found by the pair of nodes they join, in a hash whose slots hold rows: the pair
+itself is read from the edge's ends, so a slot takes four bytes. Code that changes the ends of a row
+takes the row out of the hash before and puts it back after.
+
+All that one compiled function calls is in this module: numba keeps what it compiled by the date of
+the file, and does not see a change in another file.
 """
 
 from __future__ import annotations
@@ -18,8 +25,6 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.stitch.merge.components import root_of
-from agq.blockwise.stitch.merge.edge_hash import delete, empty_slots, find, lower_key, pool
 from agq.errors import InputError
 
 _EXACT_FLOAT = 2**52
@@ -27,6 +32,180 @@ _LARGEST_SUM = 2**62
 _EXACT_PRODUCT = 2**31
 _ABSENT = -1
 _DEAD = -2
+
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+EMPTY = -1
+
+EdgeColumns = tuple[NDArray, NDArray, NDArray, NDArray]
+"""Ends int32 (n, 2), numerators and denominators int64, and keys uint64 (n, 2) of edges."""
+
+
+def empty_slots(rows: int) -> NDArray[np.int32]:
+    """Return slots for so many rows, at most two thirds of them in use (probing stays short)."""
+    return np.full(1 << max(4, (rows + rows // 2).bit_length()), EMPTY, np.int32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _home(a, b, mask):  # type: ignore[no-untyped-def]
+    mixed = ((np.uint64(min(a, b)) << np.uint64(32)) | np.uint64(max(a, b))) * _MIX
+    return np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(mask))
+
+
+@numba.njit(cache=True, nogil=True)
+def find(slots, ends, a, b):  # type: ignore[no-untyped-def]
+    """Return the slot of the edge between two nodes, or the empty slot where it would go."""
+    mask = slots.size - 1
+    slot = _home(a, b, mask)
+    while True:
+        row = slots[slot]
+        if row < 0:
+            return slot
+        first, second = ends[row, 0], ends[row, 1]
+        if (first == a and second == b) or (first == b and second == a):
+            return slot
+        slot = (slot + 1) & mask
+
+
+@numba.njit(cache=True, nogil=True)
+def delete(slots, ends, slot):  # type: ignore[no-untyped-def]
+    """Empty a slot and move later entries back, so that probing never meets a gap."""
+    mask = slots.size - 1
+    hole = slot
+    slot = (slot + 1) & mask
+    while slots[slot] >= 0:
+        row = slots[slot]
+        home = _home(ends[row, 0], ends[row, 1], mask)
+        if ((slot - home) & mask) >= ((slot - hole) & mask):
+            slots[hole] = row
+            hole = slot
+        slot = (slot + 1) & mask
+    slots[hole] = EMPTY
+
+
+@numba.njit(cache=True, nogil=True)
+def lower_key(keys, kept, other):  # type: ignore[no-untyped-def]
+    """Give row ``kept`` the smaller one of its key and that of row ``other``."""
+    if keys[other, 0] < keys[kept, 0] or (
+        keys[other, 0] == keys[kept, 0] and keys[other, 1] < keys[kept, 1]
+    ):
+        keys[kept, 0], keys[kept, 1] = keys[other, 0], keys[other, 1]
+
+
+@numba.njit(cache=True, nogil=True)
+def pool(slots, ends, num, den, keys):  # type: ignore[no-untyped-def]
+    """Add up parallel edges in place and fill the empty slots; return how many rows remain.
+
+    The rows that remain come first, in the order in which their pairs came.
+    """
+    rows = 0
+    for row in range(ends.shape[0]):
+        a, b = ends[row, 0], ends[row, 1]
+        slot = find(slots, ends, a, b)
+        kept = slots[slot]
+        if kept < 0:
+            ends[rows, 0], ends[rows, 1] = a, b
+            num[rows], den[rows] = num[row], den[row]
+            keys[rows, 0], keys[rows, 1] = keys[row, 0], keys[row, 1]
+            slots[slot] = rows
+            rows += 1
+        else:
+            num[kept] += num[row]
+            den[kept] += den[row]
+            lower_key(keys, kept, row)
+    return rows
+
+
+@numba.njit(cache=True, nogil=True)
+def root_of(parent, node):  # type: ignore[no-untyped-def]
+    """Return the root of a node's tree, and hang all on the way there directly below it."""
+    root = node
+    while parent[root] != root:
+        root = parent[root]
+    while parent[node] != root:
+        parent[node], node = root, parent[node]
+    return root
+
+
+@numba.njit(cache=True, nogil=True)
+def _unite(parent, first, second, num):  # type: ignore[no-untyped-def]
+    for i in range(first.size):
+        if num.size and num[i] <= 0:
+            continue
+        a, b = root_of(parent, first[i]), root_of(parent, second[i])
+        if a < b:
+            parent[b] = a
+        elif b < a:
+            parent[a] = b
+    for node in range(parent.size):
+        root_of(parent, node)
+
+
+def connected_components(
+    n_nodes: int,
+    first: NDArray[np.int32],
+    second: NDArray[np.int32],
+    numerator: NDArray[np.int64] | None = None,
+) -> NDArray[np.int32]:
+    """Return the smallest node of each node's connected component, int32, (n_nodes,).
+
+    With numerators, only edges with a positive one connect.
+    """
+    parent = np.arange(n_nodes, dtype=np.int32)
+    _unite(parent, first, second, np.zeros(0, np.int64) if numerator is None else numerator)
+    return parent
+
+
+@numba.njit(cache=True, nogil=True)
+def _count(component, alive, ends):  # type: ignore[no-untyped-def]
+    inside = between = 0
+    for row in range(ends.shape[0]):
+        a, b = component[ends[row, 0]], component[ends[row, 1]]
+        if a == b:
+            inside += 1
+        elif alive[a] and alive[b]:
+            between += 1
+    return inside, between
+
+
+@numba.njit(cache=True, nogil=True)
+def _split(component, alive, ends, num, den, keys, other_ends, other_num, other_den, other_keys):  # type: ignore[no-untyped-def]
+    inside = between = 0
+    for row in range(ends.shape[0]):
+        a, b = component[ends[row, 0]], component[ends[row, 1]]
+        if a == b:
+            ends[inside, 0], ends[inside, 1] = ends[row, 0], ends[row, 1]
+            num[inside], den[inside] = num[row], den[row]
+            keys[inside, 0], keys[inside, 1] = keys[row, 0], keys[row, 1]
+            inside += 1
+        elif alive[a] and alive[b]:
+            other_ends[between, 0], other_ends[between, 1] = ends[row, 0], ends[row, 1]
+            other_num[between], other_den[between] = num[row], den[row]
+            other_keys[between, 0], other_keys[between, 1] = keys[row, 0], keys[row, 1]
+            between += 1
+
+
+def split_edges(
+    component: NDArray[np.int32], alive: NDArray[np.bool_], edges: EdgeColumns
+) -> tuple[EdgeColumns, EdgeColumns]:
+    """Return the edges inside components, and those between two components that are alive.
+
+    The first are moved to the front of the arrays given; others are lost.
+
+    Parameters
+    ----------
+    component
+        Of each node, int32.
+    alive
+        By component, bool.
+    """
+    inside, between = _count(component, alive, edges[0])
+    ends, numerator, denominator, keys = (
+        np.empty((between, *column.shape[1:]), column.dtype) for column in edges
+    )
+    other = ends, numerator, denominator, keys
+    _split(component, alive, *edges, *other)
+    ends, numerator, denominator, keys = (column[:inside] for column in edges)
+    return (ends, numerator, denominator, keys), other
 
 
 @numba.njit(cache=True, nogil=True)
@@ -68,22 +247,22 @@ def _better(a, fast_a, b, fast_b, num, den, keys, floats):  # type: ignore[no-un
 
 @numba.njit(cache=True, nogil=True)
 def _up(heap, fast, place, i, num, den, keys, floats):  # type: ignore[no-untyped-def]
-    edge, own = heap[i], fast[i]
+    edge, score = heap[i], fast[i]
     while i > 0:
         parent = (i - 1) >> 1
-        if not _better(edge, own, heap[parent], fast[parent], num, den, keys, floats):
+        if not _better(edge, score, heap[parent], fast[parent], num, den, keys, floats):
             break
         heap[i], fast[i] = heap[parent], fast[parent]
         place[heap[i]] = i
         i = parent
-    heap[i], fast[i] = edge, own
+    heap[i], fast[i] = edge, score
     place[edge] = i
     return i
 
 
 @numba.njit(cache=True, nogil=True)
 def _down(heap, fast, place, size, i, num, den, keys, floats):  # type: ignore[no-untyped-def]
-    edge, own = heap[i], fast[i]
+    edge, score = heap[i], fast[i]
     while True:
         child = 2 * i + 1
         if child >= size:
@@ -93,12 +272,12 @@ def _down(heap, fast, place, size, i, num, den, keys, floats):  # type: ignore[n
             heap[right], fast[right], heap[child], fast[child], num, den, keys, floats
         ):
             child = right
-        if not _better(heap[child], fast[child], edge, own, num, den, keys, floats):
+        if not _better(heap[child], fast[child], edge, score, num, den, keys, floats):
             break
         heap[i], fast[i] = heap[child], fast[child]
         place[heap[i]] = i
         i = child
-    heap[i], fast[i] = edge, own
+    heap[i], fast[i] = edge, score
     place[edge] = i
 
 
@@ -176,8 +355,8 @@ def _run(  # type: ignore[no-untyped-def]
             following = nexts[half]
             edge = half >> 1
             if place[edge] != _DEAD:
-                own = half & 1
-                other = ends[edge, 1 - own]
+                end = half & 1
+                other = ends[edge, 1 - end]
                 delete(slots, ends, find(slots, ends, a, other))
                 slot = find(slots, ends, b, other)
                 kept = slots[slot]
@@ -199,7 +378,7 @@ def _run(  # type: ignore[no-untyped-def]
                         size += 1
                 else:
                     slots[slot] = edge
-                    ends[edge, own] = b
+                    ends[edge, end] = b
                     nexts[half] = heads[b]
                     heads[b] = half
                     degree[b] += 1
@@ -252,7 +431,7 @@ def _weight(num, den):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class Contraction:
-    """What became of nodes and edges.
+    """Clusters, merges and remaining edges of a graph.
 
     Attributes
     ----------

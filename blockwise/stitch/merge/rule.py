@@ -12,81 +12,41 @@ The result is a function of the contacts alone:
   an edge. It is inherited as a minimum, so no two live edges are equal: a strict total order.
 - A pooled score is a mediant, never above the larger of its parents, so merges come in
   non-increasing order, and any order of reciprocal-best merges gives the same result
-  (reducibility: Bruynooghe 1977, Murtagh 1983). The hierarchy in
-  :mod:`merge.graph` rests on this; :func:`agglomerate` is its case of one part.
+  (reducibility: Bruynooghe 1977, Murtagh 1983). The hierarchy in :mod:`merge.graph` rests on
+  this; :class:`Merge` is its step from one level of superblocks to the next, and
+  :func:`agglomerate` its case of one part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.stitch.evidence.contacts import HALF_UNITS, ContactTable, merge_contacts
-from agq.blockwise.stitch.merge.components import connected_components
-from agq.blockwise.stitch.merge.graph import Graph, MergeTable, ScoreTable, contract, positions
-from agq.blockwise.stitch.settings import EvidenceKind
+from agq.blockwise.stitch.contacts import (
+    ContactTable,
+    load_contacts,
+    merge_contacts,
+)
+from agq.blockwise.stitch.merge.graph import (
+    EdgeTable,
+    Graph,
+    LowerFace,
+    MergeTable,
+    ScoreTable,
+    UpperFace,
+    contract,
+    join,
+    positions,
+)
+from agq.blockwise.stitch.merge.kernel import connected_components
+from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds
+from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
+from agq.blockwise.storage.arrays import load_arrays, save_arrays
 from agq.errors import InputError
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What a contact must show to speak for a merge.
-
-    Attributes
-    ----------
-    across
-        Affinity of contacts across a block border.
-    within
-        Affinity of contacts inside a block. 1.0 (published): they can only speak against a merge.
-    evidence
-        ``affinity``: borders count by their affinities. ``overlap``: by the intersection over
-        union of the labels where both blocks predicted. ``both``: by their affinities, but a
-        contact whose own overlap is below its threshold counts like one inside a block.
-    overlap
-        Intersection over union; for ``overlap`` and ``both``.
-    min_contact
-        Border contacts of fewer touching voxel pairs are left out. (A contact is complete in one
-        face, so this is a filter on evidence. One on pooled edges would not be exact.)
-    margin
-        Added to the thresholds of the score (for ``both``, not to that of the filter).
-
-    Raises
-    ------
-    InputError
-        If a value is out of range.
-    """
-
-    across: float = 0.7
-    within: float = 1.0
-    evidence: EvidenceKind = "affinity"
-    overlap: float = 0.5
-    min_contact: int = 0
-    margin: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("across", "within", "overlap"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise InputError(f"threshold {name}: {value} is not between 0 and 1")
-        if self.min_contact < 0:
-            raise InputError(f"min_contact: {self.min_contact} is negative")
-        if not -1.0 <= self.margin <= 1.0:
-            raise InputError(f"margin: {self.margin} is not between -1 and 1")
-
-    @property
-    def half_units(self) -> tuple[int, int, int]:
-        """Thresholds across, within and overlap as integers in 1/510 (0.7 is exactly 357)."""
-        across, within, overlap = (
-            round(value * HALF_UNITS) for value in (self.across, self.within, self.overlap)
-        )
-        return across, within, overlap
-
-    @property
-    def margin_half_units(self) -> int:
-        """The margin in 1/510."""
-        return round(self.margin * HALF_UNITS)
 
 
 @dataclass(frozen=True)
@@ -113,7 +73,9 @@ def scores(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the score of every contact row as numerator (half units) and denominator.
 
-    Rows with denominator 0 are left out of the graph: they hold no evidence of the chosen kind.
+    Rows with denominator 0 are left out of the graph: they hold no evidence of the chosen kind. For
+    the evidence ``both``, the margin raises the thresholds of affinities, not that of overlaps. A
+    contact is complete in one face, so ``min_contact`` is exact; on pooled edges it would not be.
     """
     across, within, overlap = thresholds.half_units
     margin, rows = thresholds.margin_half_units, contacts
@@ -129,7 +91,7 @@ def scores(
     if thresholds.min_contact > 0:
         enough = rows.across_count >= thresholds.min_contact
         value, weight = value * enough, weight * enough
-    # Pieces of one fragment belong together whatever the evidence.
+    # Pieces of one fragment belong together, even against the evidence.
     same = rows.across_sum > HALF_UNITS * rows.across_count
     if bool(same.any()):
         value = np.where(same, rows.across_sum, value)
@@ -141,11 +103,9 @@ def scores(
 
 def score_contacts(contacts: ContactTable, thresholds: Thresholds) -> ScoreTable:
     """Return the contacts that count, with their scores."""
-    numerator, denominator = scores(contacts, thresholds)
-    keep = denominator > 0
-    if bool(keep.all()):
-        return ScoreTable(contacts.u, contacts.v, numerator, denominator)
-    return ScoreTable(contacts.u[keep], contacts.v[keep], numerator[keep], denominator[keep])
+    table = ScoreTable(contacts.u, contacts.v, *scores(contacts, thresholds))
+    keep = table.denominator > 0
+    return table if bool(keep.all()) else table.take(keep)
 
 
 def agglomerate(
@@ -173,3 +133,58 @@ def agglomerate(
     merges, _ = contract(Graph.of_fragments(ids, score_contacts(contacts, thresholds)))
     roots = connected_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
     return Agglomeration(ids, ids[roots], merges)
+
+
+@dataclass(frozen=True)
+class Merge(SuperblockTask):
+    """Merge what is certain in superblocks of one level."""
+
+    thresholds: Thresholds
+
+    def run(self) -> None:
+        """Write the merges and the residual graph of each superblock."""
+        files = StitchFiles(self.run_dir)
+        for superblock, children in self.items:
+            if files.merges(superblock).exists():
+                continue
+            if superblock.level == 0:
+                graph = _leaf_graph(files, superblock, self.thresholds)
+            else:
+                graph = _join_children(files, children)
+            merges, residual = contract(graph)
+            arrays = residual.edges.arrays("edges") | {"nodes": residual.nodes}
+            for axis in range(3):
+                arrays |= residual.upper[axis].arrays(f"upper{axis}")
+                arrays |= residual.lower[axis].arrays(f"lower{axis}")
+            save_arrays(files.graph(superblock), arrays)
+            # Written last: once it exists, so does the graph.
+            save_arrays(files.merges(superblock), merges.arrays("merges") | {"up": residual.nodes})
+
+
+def _leaf_graph(files: StitchFiles, leaf: Superblock, thresholds: Thresholds) -> Graph:
+    """Return the graph of a leaf; contacts across its lower faces are in its neighbours' files."""
+    path = files.evidence(leaf)
+    ids = load_arrays(path, "nodes.ids")["nodes.ids"]
+
+    def scored(file: Path, part: str) -> ScoreTable:
+        contacts = load_contacts(file, part) if file.exists() else ContactTable.empty()
+        return score_contacts(contacts, thresholds)
+
+    above = [scored(path, f"face{axis}") for axis in range(3)]
+    below = [scored(files.evidence(leaf.neighbor(axis, -1)), f"face{axis}") for axis in range(3)]
+    return Graph.of_fragments(ids, scored(path, "contacts"), above, below)
+
+
+def _join_children(files: StitchFiles, children: Sequence[Superblock]) -> Graph:
+    """Return the graph of a parent; edges are read column by column, so that memory holds one."""
+
+    def column(child: Superblock, name: str) -> NDArray:
+        return load_arrays(files.graph(child), f"edges.{name}")[f"edges.{name}"]
+
+    graphs = []
+    for child in children:
+        arrays = load_arrays(files.graph(child), "nodes", "upper", "lower")
+        z, y, x = (UpperFace.of_arrays(f"upper{axis}", arrays) for axis in range(3))
+        c, b, a = (LowerFace.of_arrays(f"lower{axis}", arrays) for axis in range(3))
+        graphs.append((child, Graph(arrays["nodes"], EdgeTable.empty(), (z, y, x), (c, b, a))))
+    return join(graphs, column)

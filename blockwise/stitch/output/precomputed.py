@@ -27,21 +27,14 @@ from distributed import Client
 
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.stitch.output.relabel import run_journalled
-from agq.blockwise.stitch.steps import (
-    Progress,
-    StitchError,
-    cores,
-    digest,
-    run_tasks,
-    wait_for_stragglers,
-)
+from agq.blockwise.stitch.steps import Progress, StitchError, Task, Workers, digest
 from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 
 CHUNK = (64, 64, 64)
-"""Voxels of a chunk, (z, y, x)."""
+"""Triple of a chunk, (z, y, x)."""
 
 _MOST_VOXELS = 2**23
 """Of a box, unless one chunk is larger: 64 MiB of labels."""
@@ -68,7 +61,7 @@ class Scale:
     key
         Folder of its chunks.
     shape, chunk, box
-        Voxels of the scale, of a chunk and of what one task item writes, (z, y, x).
+        Triple of the scale, of a chunk and of what one task item writes, (z, y, x).
     resolution
         Nanometres per voxel, (z, y, x).
     voxel_offset
@@ -147,7 +140,7 @@ def plan_export(
     image
         Grey values instead of labels.
     chunk
-        Voxels of a chunk, (z, y, x).
+        Triple of a chunk, (z, y, x).
 
     Raises
     ------
@@ -228,33 +221,24 @@ def export_precomputed(
         If boxes could not be written.
     """
     out = Path(out).absolute()
-    wait_for_stragglers(client, out)
+    workers = Workers(client, out, on_progress)
+    workers.wait_for_stragglers()
     _claim(levels, scales, out, version, overwrite)
     for scale in scales:
         _open(scale, out)
     folder = out / _FOLDER / "journal"
-    total = sum(math.prod(scale.grid) for scale in scales)
-    done = Journal(folder).done(total)
+    done = Journal(folder).done(sum(math.prod(scale.grid) for scale in scales))
     first = written = 0
     for volume, scale in zip(levels, scales, strict=True):
         boxes = math.prod(scale.grid)
         todo = np.flatnonzero(~done[first : first + boxes])
-        size = max(1, min(_BATCH, -(-len(todo) // (8 * cores(client)))))
-        batches = [todo[at : at + size].tolist() for at in range(0, len(todo), size)]
-        failed = run_tasks(
-            client,
-            out,
-            f"export {scale.key}",
-            export_batch,
-            [(volume, scale, str(out), first, batch) for batch in batches],
-            [len(batch) for batch in batches],
-            on_progress,
-            boxes - len(todo),
-        )
-        if sum(failed):
+        batches = workers.batches(todo.tolist(), _BATCH, share=8)
+        tasks = [Export(batch, volume, scale, out, first) for batch in batches]
+        failed = sum(workers.run(f"export {scale.key}", tasks, boxes - len(todo)))
+        if failed:
             record = Journal(folder).failed()[0]
             raise ExportError(
-                f"export {scale.key}: {sum(failed)} boxes failed, first: {record.reason}"
+                f"export {scale.key}: {failed} boxes failed, first: {record.reason}"
                 f" (tracebacks in {folder})"
             )
         first += boxes
@@ -262,35 +246,47 @@ def export_precomputed(
     return written
 
 
-def export_batch(volume: Volume, scale: Scale, out: str, first: int, places: Sequence[int]) -> int:
-    """Write some boxes of a scale; one task. Return how many failed.
+@dataclass(frozen=True)
+class Export(Task):
+    """Write some boxes of a scale, given by their places in its grid, in C order.
 
-    Parameters
+    Attributes
     ----------
+    volume, scale, out
+        What is exported, how, and the folder.
     first
         Number in the journal of the scale's first box.
-    places
-        Places of the boxes in the scale's grid, in C order.
     """
-    store = _open(scale, Path(out))
 
-    def work(number: int, _unsynced: Unsynced) -> int:
-        # tensorstore syncs what it writes itself.
-        index = np.unravel_index(number - first, scale.grid)
-        start = [int(i) * b for i, b in zip(index, scale.box, strict=True)]
-        stop = [min(a + b, n) for a, b, n in zip(start, scale.box, scale.shape, strict=True)]
-        data = volume.read(start, stop)
-        if scale.data_type == "uint64":
-            if data.dtype.kind == "i" and data.size and data.min() < 0:
-                raise InputError(f"{volume.name}: labels below 0 between {start} and {stop}")
-            data = data.astype(np.uint64, copy=False)
-        place = tuple(
-            slice(o + a, o + b) for o, a, b in zip(scale.voxel_offset, start, stop, strict=True)
-        )[::-1]
-        store[(*place, 0)].write(data.transpose()).result()
-        return data.size
+    items: Sequence[int]
+    volume: Volume
+    scale: Scale
+    out: Path
+    first: int
 
-    return run_journalled(Path(out) / _FOLDER / "journal", [first + p for p in places], work)
+    def run(self) -> int:
+        """Return how many boxes failed."""
+        store = _open(self.scale, self.out)
+        scale, volume = self.scale, self.volume
+
+        def work(number: int, _unsynced: Unsynced) -> int:
+            # tensorstore syncs what it writes itself.
+            index = np.unravel_index(number - self.first, scale.grid)
+            start = [int(i) * b for i, b in zip(index, scale.box, strict=True)]
+            stop = [min(a + b, n) for a, b, n in zip(start, scale.box, scale.shape, strict=True)]
+            data = volume.read(start, stop)
+            if scale.data_type == "uint64":
+                if data.dtype.kind == "i" and data.size and data.min() < 0:
+                    raise InputError(f"{volume.name}: labels below 0 between {start} and {stop}")
+                data = data.astype(np.uint64, copy=False)
+            place = tuple(
+                slice(o + a, o + b) for o, a, b in zip(scale.voxel_offset, start, stop, strict=True)
+            )[::-1]
+            store[(*place, 0)].write(data.transpose()).result()
+            return data.size
+
+        numbers = [self.first + place for place in self.items]
+        return run_journalled(self.out / _FOLDER / "journal", numbers, work)
 
 
 def _open(scale: Scale, out: Path) -> Any:
@@ -316,18 +312,18 @@ def _claim(
         raise InputError(f"{out} is a file; choose another folder")
     if out.is_dir() and any(out.iterdir()):
         try:
-            known = json.loads(marker.read_bytes())
+            recorded = json.loads(marker.read_bytes())
         except (FileNotFoundError, ValueError):
-            known = None
-        # What an interrupted start, or an interrupted deletion, leaves.
+            recorded = None
+        # A start or a deletion that was interrupted leaves only this folder.
         begun = all(entry.name == _FOLDER for entry in out.iterdir())
         if overwrite:
-            if known is None and not _is_precomputed(out) and not begun:
+            if recorded is None and not _is_precomputed(out) and not begun:
                 raise InputError(f"{out} is not empty and no precomputed volume; it is left alone")
             _clear(out)
-        elif known is None and not begun:
+        elif recorded is None and not begun:
             raise InputError(f"{out} is not empty; choose another folder, or use --overwrite")
-        elif known is not None and known["key"] != key:
+        elif recorded is not None and recorded["key"] != key:
             raise InputError(
                 f"{out} is an export of another volume or version; use --overwrite to replace it"
             )

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from agq.blockwise.stitch.output.relabel import run_journalled
 from agq.blockwise.stitch.settings import Downsampling
+from agq.blockwise.stitch.steps import Task
 from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.volumes.create import chunk_box, create_array, open_array, write_chunk
 from agq.blockwise.volumes.triples import Triple, triple
@@ -57,7 +58,7 @@ class Level:
     name
         Array inside the multiscale group: ``s0``, ``s1``, ...
     shape
-        Voxels, (z, y, x).
+        Triple, (z, y, x).
     voxel_size
         World units per voxel.
     step
@@ -168,158 +169,150 @@ def coarse_chunks(fine: NDArray[np.int64], step: Sequence[int]) -> NDArray[np.in
     return np.unique(fine // np.asarray(step), axis=0)
 
 
-def chunk_numbers(
-    levels: Sequence[Level], chunks: Sequence[int], level: int, indices: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return the numbers that chunks of ``levels[level]`` have in the pyramid's journal.
+@dataclass(frozen=True)
+class Pyramid:
+    """Levels of a volume as the arrays of a multiscale group.
 
-    Chunks count in C order, level after level from ``s1``.
-
-    Parameters
+    Attributes
     ----------
-    indices
-        Chunk indices, (n, 3).
-    """
-    first = sum(math.prod(_grid(entry.shape, chunks)) for entry in levels[1:level])
-    return first + np.ravel_multi_index(
-        tuple(indices.T), _grid(levels[level].shape, chunks)
-    ).astype(np.int64)
-
-
-def pyramid_size(levels: Sequence[Level], chunks: Sequence[int]) -> int:
-    """Return the number of chunks of all levels from ``s1``."""
-    return sum(math.prod(_grid(level.shape, chunks)) for level in levels[1:])
-
-
-def create_levels(
-    container: Path,
-    group: str,
-    levels: Sequence[Level],
-    chunks: Sequence[int],
-    offset: Sequence[int],
-    unit: str = "nm",
-) -> None:
-    """Create the arrays of some levels, or check those that exist."""
-    for level in levels:
-        create_array(
-            container,
-            f"{group}/{level.name}",
-            shape=level.shape,
-            chunks=chunks,
-            dtype=np.uint64,
-            voxel_size=level.voxel_size,
-            offset=offset,
-            unit=unit,
-        )
-
-
-def downsample_batch(
-    container: str,
-    fine: str,
-    coarse: str,
-    step: Sequence[int],
-    how: Downsampling,
-    journal_folder: str,
-    chunks: Sequence[tuple[int, Sequence[int]]],
-) -> int:
-    """Write a batch of chunks of a coarse level; one task of the stitch.
-
-    Parameters
-    ----------
-    container, fine, coarse
-        Zarr container and the two arrays in it.
-    step
-        Downsampling from fine to coarse.
-    how
-        Which label of a window.
-    journal_folder
-        Of the stage's journal.
+    container, group
+        Zarr container, and the group in it.
+    levels
+        As planned by :func:`plan_levels`.
     chunks
-        (number in the journal, chunk index) of each chunk to write.
-
-    Returns
-    -------
-    int
-        Chunks that failed.
+        Voxels of a chunk at every level.
+    offset
+        World position of the corner of the first voxel.
+    unit
+        World unit.
     """
-    source, target = open_array(container, fine, "r"), open_array(container, coarse)
-    places = {int(number): index for number, index in chunks}
 
-    def work(number: int, unsynced: Unsynced) -> int:
-        start, stop = chunk_box(target, places[number])
-        labels = np.empty([b - a for a, b in zip(start, stop, strict=True)], np.uint64)
-        # One fine chunk at a time: memory holds two chunks, not nine.
-        cuts = [
-            sorted({a, b, *(-(-k // f) for k in range((a * f // c + 1) * c, b * f, c))})
-            for a, b, f, c in zip(start, stop, step, source.chunks, strict=True)
-        ]
-        for part in itertools.product(*(itertools.pairwise(ends) for ends in cuts)):
-            fine = tuple(
-                slice(a * f, min(b * f, n))
-                for (a, b), f, n in zip(part, step, source.shape, strict=True)
+    container: Path
+    group: str
+    levels: Sequence[Level]
+    chunks: Sequence[int]
+    offset: Sequence[int]
+    unit: str = "nm"
+
+    def array(self, level: int) -> str:
+        """Return the name of a level's array in the container."""
+        return f"{self.group}/{self.levels[level].name}"
+
+    def create(self, levels: slice) -> None:
+        """Create the arrays of some levels, or check those that exist."""
+        for level in self.levels[levels]:
+            create_array(
+                self.container,
+                f"{self.group}/{level.name}",
+                shape=level.shape,
+                chunks=self.chunks,
+                dtype=np.uint64,
+                voxel_size=level.voxel_size,
+                offset=self.offset,
+                unit=self.unit,
             )
-            inside = tuple(slice(a - o, b - o) for (a, b), o in zip(part, start, strict=True))
-            labels[inside] = downsample(np.asarray(source[fine]), step, how)
-        # A chunk of background reads as background without a file.
-        if labels.any():
-            write_chunk(target, places[number], labels, unsynced)
-        return labels.size
 
-    return run_journalled(Path(journal_folder), places, work)
+    def grid(self, level: int) -> Triple:
+        """Return the chunks of a level on each axis."""
+        shape = self.levels[level].shape
+        return triple(-(-n // c) for n, c in zip(shape, self.chunks, strict=True))
 
+    def first(self, level: int) -> int:
+        """Return the number in the journal of a level's first chunk: all count, from ``s1`` on."""
+        return sum(math.prod(self.grid(i)) for i in range(1, level))
 
-def write_metadata(
-    container: Path,
-    group: str,
-    levels: Sequence[Level],
-    offset: Sequence[int],
-    unit: str = "nm",
-    how: Downsampling = "majority",
-) -> None:
-    """Write the OME-NGFF 0.5 ``multiscales`` and ``image-label`` metadata of a group."""
-    node = zarr.open_group(store=str(container), path=group, mode="r+", zarr_format=3)
-    node.attrs["ome"] = ome_metadata(group, levels, offset, unit, how)
+    def numbers(self, level: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers in the journal of chunks of a level, given by their indices (n, 3)."""
+        places = np.ravel_multi_index(tuple(indices.T), self.grid(level))
+        return self.first(level) + places.astype(np.int64)
 
+    def write_metadata(self, how: Downsampling = "majority") -> None:
+        """Write the OME-NGFF 0.5 ``multiscales`` and ``image-label`` metadata of the group."""
+        store = str(self.container)
+        group = zarr.open_group(store=store, path=self.group, mode="r+", zarr_format=3)
+        group.attrs["ome"] = self.ome_metadata(how)
 
-def ome_metadata(
-    name: str,
-    levels: Sequence[Level],
-    offset: Sequence[int],
-    unit: str = "nm",
-    how: Downsampling = "majority",
-) -> dict[str, Any]:
-    """Return the ``ome`` attribute of a multiscale label group (OME-NGFF 0.5)."""
-    base = levels[0].voxel_size
+    def ome_metadata(self, how: Downsampling = "majority") -> dict[str, Any]:
+        """Return the ``ome`` attribute of a multiscale label group (OME-NGFF 0.5)."""
+        base = self.levels[0].voxel_size
 
-    def transforms(level: Level) -> list[dict[str, Any]]:
-        place = [o + (f - 1) / 2 * v for o, f, v in zip(offset, level.factor, base, strict=True)]
-        return [
-            {"type": "scale", "scale": [float(v) for v in level.voxel_size]},
-            {"type": "translation", "translation": [float(p) for p in place]},
-        ]
+        def transforms(level: Level) -> list[dict[str, Any]]:
+            axes = zip(self.offset, level.factor, base, strict=True)
+            place = [o + (f - 1) / 2 * v for o, f, v in axes]
+            return [
+                {"type": "scale", "scale": [float(v) for v in level.voxel_size]},
+                {"type": "translation", "translation": [float(p) for p in place]},
+            ]
 
-    return {
-        "version": "0.5",
-        "multiscales": [
-            {
-                "name": name,
-                "type": how,
-                "metadata": {
-                    "method": "agq.blockwise.stitch.output.pyramid.downsample",
-                    "description": _DESCRIPTIONS[how],
-                },
-                "axes": [
-                    {"name": axis, "type": "space", "unit": OME_UNITS[unit]} for axis in "zyx"
-                ],
-                "datasets": [
-                    {"path": level.name, "coordinateTransformations": transforms(level)}
-                    for level in levels
-                ],
-            }
-        ],
-        "image-label": {},
-    }
+        return {
+            "version": "0.5",
+            "multiscales": [
+                {
+                    "name": self.group,
+                    "type": how,
+                    "metadata": {
+                        "method": "agq.blockwise.stitch.output.pyramid.downsample",
+                        "description": _DESCRIPTIONS[how],
+                    },
+                    "axes": [
+                        {"name": axis, "type": "space", "unit": OME_UNITS[self.unit]}
+                        for axis in "zyx"
+                    ],
+                    "datasets": [
+                        {"path": level.name, "coordinateTransformations": transforms(level)}
+                        for level in self.levels
+                    ],
+                }
+            ],
+            "image-label": {},
+        }
 
 
-def _grid(shape: Sequence[int], chunks: Sequence[int]) -> Triple:
-    return triple(-(-n // c) for n, c in zip(shape, chunks, strict=True))
+@dataclass(frozen=True)
+class Coarsen(Task):
+    """Write some chunks of a coarse level, given by number in the journal and index.
+
+    Attributes
+    ----------
+    pyramid, level
+        Levels, and the place of the coarse one among them.
+    how
+        Label that is taken of a window.
+    journal
+        Folder of the stage's journal.
+    """
+
+    items: Sequence[tuple[int, Sequence[int]]]
+    pyramid: Pyramid
+    level: int
+    how: Downsampling
+    journal: Path
+
+    def run(self) -> int:
+        """Return how many chunks failed."""
+        container, step = self.pyramid.container, self.pyramid.levels[self.level].step
+        source = open_array(container, self.pyramid.array(self.level - 1), "r")
+        target = open_array(container, self.pyramid.array(self.level))
+        indices = dict(self.items)
+
+        def work(number: int, unsynced: Unsynced) -> int:
+            start, stop = chunk_box(target, indices[number])
+            labels = np.empty([b - a for a, b in zip(start, stop, strict=True)], np.uint64)
+            # One fine chunk at a time: memory holds two chunks, not nine.
+            cuts = [
+                sorted({a, b, *(-(-k // f) for k in range((a * f // c + 1) * c, b * f, c))})
+                for a, b, f, c in zip(start, stop, step, source.chunks, strict=True)
+            ]
+            for part in itertools.product(*(itertools.pairwise(ends) for ends in cuts)):
+                fine = tuple(
+                    slice(a * f, min(b * f, n))
+                    for (a, b), f, n in zip(part, step, source.shape, strict=True)
+                )
+                inside = tuple(slice(a - o, b - o) for (a, b), o in zip(part, start, strict=True))
+                labels[inside] = downsample(np.asarray(source[fine]), step, self.how)
+            # A chunk of background reads as background without a file.
+            if labels.any():
+                write_chunk(target, indices[number], labels, unsynced)
+            return labels.size
+
+        return run_journalled(self.journal, indices, work)

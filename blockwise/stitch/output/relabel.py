@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
@@ -22,8 +21,9 @@ from numpy.typing import NDArray
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter
+from agq.blockwise.stitch.steps import Task
+from agq.blockwise.storage.arrays import load_arrays, save_arrays
 from agq.blockwise.storage.files import Unsynced
-from agq.blockwise.storage.npz import load_arrays, save_arrays
 from agq.blockwise.volumes.create import open_array, write_chunk
 from agq.errors import InputError
 
@@ -63,7 +63,7 @@ class BlockLut:
         cls,
         blocks: NDArray[np.int64],
         ids: NDArray[np.uint64],
-        names: NDArray[np.uint64],
+        segment_ids: NDArray[np.uint64],
     ) -> BlockLut:
         """Lay segment ids out by block.
 
@@ -71,7 +71,7 @@ class BlockLut:
         ----------
         blocks
             Block numbers, any order.
-        ids, names
+        ids, segment_ids
             Fragment ids, ascending, and the segment id of each.
 
         Raises
@@ -89,7 +89,7 @@ class BlockLut:
         labels[row] = local
         offsets = np.concatenate(([0], np.cumsum(labels)))
         segments = np.zeros(offsets[-1], np.uint64)
-        segments[offsets[row] + local - 1] = names
+        segments[offsets[row] + local - 1] = segment_ids
         return cls(blocks, offsets, segments)
 
     def block(self, number: int) -> NDArray[np.uint64]:
@@ -172,47 +172,45 @@ def relabel_block(
     return out
 
 
-def relabel_batch(
-    container: str,
-    source: str,
-    target: str,
-    lut_file: str,
-    journal_folder: str,
-    grid: dict[str, Any],
-    numbers: Iterable[int],
-) -> int:
-    """Relabel a batch of blocks; one task of the stitch.
+@dataclass(frozen=True)
+class Relabel(Task):
+    """Relabel some blocks, by one part of the id map.
 
     A block that fails is recorded with its traceback and does not stop the others.
 
-    Parameters
+    Attributes
     ----------
     container, source, target
         Zarr container, and the arrays of fragments and segments in it; chunk = block.
-    lut_file, journal_folder
-        Of :class:`BlockLut` and of the stage's journal.
+    lut_file, journal
+        File of the :class:`BlockLut`, and folder of the stage's journal.
     grid
-        :meth:`BlockGrid.to_dict`.
-    numbers
-        Blocks to relabel.
-
-    Returns
-    -------
-    int
-        Blocks that failed.
+        Blocks of the whole volume.
     """
-    blocks = BlockGrid.from_dict(grid)
-    lut = BlockLut.open(Path(lut_file))
-    fragments, segments = open_array(container, source, "r"), open_array(container, target)
 
-    def work(number: int, unsynced: Unsynced) -> int:
-        start, stop = blocks.write_box(number)
-        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        labels = relabel_block(np.asarray(fragments[box]), number, lut.block(number), in_place=True)
-        write_chunk(segments, blocks.index(number), labels, unsynced)
-        return labels.size
+    items: Sequence[int]
+    container: Path
+    source: str
+    target: str
+    lut_file: Path
+    journal: Path
+    grid: BlockGrid
 
-    return run_journalled(Path(journal_folder), numbers, work)
+    def run(self) -> int:
+        """Return how many blocks failed."""
+        lut = BlockLut.open(self.lut_file)
+        fragments = open_array(self.container, self.source, "r")
+        segments = open_array(self.container, self.target)
+
+        def work(number: int, unsynced: Unsynced) -> int:
+            start, stop = self.grid.write_box(number)
+            box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+            labels = np.asarray(fragments[box])
+            labels = relabel_block(labels, number, lut.block(number), in_place=True)
+            write_chunk(segments, self.grid.index(number), labels, unsynced)
+            return labels.size
+
+        return run_journalled(self.journal, self.items, work)
 
 
 def run_journalled(

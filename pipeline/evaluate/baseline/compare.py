@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from rich.console import Group
@@ -22,18 +22,17 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import open_sidecar
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import STATE_RANK
-from agq.blockwise.stitch.evidence.contacts import Evidence
-from agq.blockwise.stitch.evidence.from_sidecars import collect
-from agq.blockwise.stitch.evidence.in_memory import read_evidence
-from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate
+from agq.blockwise.stitch.contacts import Evidence, collect, read_evidence
+from agq.blockwise.stitch.merge.rule import agglomerate
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
+from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.evaluate.baseline.quantile import quantile_segments, write_joined
 from agq.pipeline.evaluate.baseline.watershed import WatershedRun, WatershedSettings, make_fragments
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule
-from agq.pipeline.evaluate.evaluate import count, evaluate
+from agq.pipeline.evaluate.evaluate import CountOptions, count, evaluate
 from agq.pipeline.evaluate.sweep import Criterion, Point, best, one_threshold, point, points_table
 from agq.pipeline.folder import RunFolder
 
@@ -107,22 +106,44 @@ class BaselineReport:
             f"{self.run}: predicted 0 filled by the nearest; {where}; small segments kept",
         )
         main = points_table(
-            self.final, f"the same without segments of fewer than {self.min_size} voxels"
+            self.final,
+            f"{self.run}: the same without segments of fewer than {self.min_size} voxels",
         )
         times = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
         return Group(kept, main, f"time: {times}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which baselines are made.
+
+    Attributes
+    ----------
+    settings
+        Of the watershed; None: the defaults, or those of `tuned_on`.
+    methods
+        Which agglomerations, of `METHODS`.
+    thresholds
+        Affinities to search over.
+    tuned_on
+        Take settings and best thresholds from the report of this run and search nothing.
+    criterion
+        What a search minimises.
+    """
+
+    settings: WatershedSettings | None = None
+    methods: Sequence[str] = METHODS
+    thresholds: Sequence[float] = THRESHOLDS
+    tuned_on: RunFolder | None = None
+    criterion: Criterion = "voi_sum"
 
 
 def compare(
     run: RunFolder,
     truth: Volume,
     client: Any,
+    search: Search = Search(),
     *,
-    settings: WatershedSettings | None = None,
-    methods: Sequence[str] = METHODS,
-    thresholds: Sequence[float] = THRESHOLDS,
-    tuned_on: RunFolder | None = None,
-    criterion: Criterion = "voi_sum",
     ignore: BorderRule | None = None,
     on_progress: Progress | None = None,
 ) -> BaselineReport:
@@ -136,16 +157,8 @@ def compare(
         Ground truth.
     client
         A `distributed.Client` whose workers see the run folder.
-    settings
-        Of the watershed; None: the defaults, or those of `tuned_on`.
-    methods
-        Which agglomerations, of `METHODS`.
-    thresholds
-        Affinities to search over.
-    tuned_on
-        Take settings and best thresholds from the report of this run and search nothing.
-    criterion
-        What a search minimises.
+    search
+        Which baselines.
     ignore
         Which voxels near borders of the truth are left out.
     on_progress
@@ -157,108 +170,113 @@ def compare(
         If the run is not stitched or kept no affinities, `tuned_on` has no report, or memory does
         not suffice for the quantile.
     """
-    tuned = None if tuned_on is None else _read_report(tuned_on)
-    if tuned is not None and settings is None:
-        settings = WatershedSettings(**tuned["settings"])
-    settings = settings or WatershedSettings()
-    own = _own(run, truth, client, ignore)
+    tuned = None if search.tuned_on is None else _read_report(search.tuned_on)
+    settings = search.settings or WatershedSettings(**(tuned["settings"] if tuned else {}))
+    options: CountOptions = {"client": client, "ignore": ignore}
+    agq = _agq(run, truth, options)
     job = make_fragments(run, settings, client=client, on_progress=on_progress)
-    grid = BlockGrid.from_dict(job.grid)
-    fragments = _labels(job.folder / "data.zarr", "fragments", truth)
-    counts = count(fragments, truth, client=client, ignore=ignore).counts
+    container = job.folder / "data.zarr"
+    counts = count(_labels(container, "fragments", truth), truth, **options).counts
     seconds = {
         "network and decoding": Journal(run.journal("predict")).totals()["compute_s"],
         "watershed": Journal(job.folder / "journal" / "predict").totals()["compute_s"],
     }
     curves: list[Point] = []
     chosen = []
-    for method in methods:
-        wanted = list(thresholds) if tuned is None else [_threshold(tuned, method)]
+    for method in search.methods:
+        thresholds = [_threshold(tuned, method)] if tuned else list(search.thresholds)
         begun = time.perf_counter()
-        if method == MEAN:
-            found = one_threshold(method, counts, _evidence(job, grid), wanted)
-        else:
-            found = [
-                point(method, {"affinity": threshold}, counts, ids, segments)
-                for threshold, ids, segments in quantile_segments(job, wanted)
-            ]
+        points = _agglomerate(job, method, counts, thresholds)
         seconds[f"agglomeration, {method}"] = time.perf_counter() - begun
-        chosen.append(best(found, criterion))
+        chosen.append(best(points, search.criterion))
         if tuned is None:
-            curves += found
+            curves += points
     min_size = int(run.record()["config"]["stitch"].get("min_size", 0))
-    final = [_scored(own, _labels(run.container, "segmentation", truth), truth, client, ignore)]
+    final = [_scored(agq, _labels(run.container, "segmentation", truth), truth, options)]
     for item in chosen:
-        threshold = item.setting["affinity"]
-        if item.method == MEAN:
-            spec = StitchSpec(
-                run_dir=job.folder,
-                grid=job.grid,
-                across=threshold,
-                within=threshold,
-                min_size=min_size,
-                levels=1,
-                allow_missing=True,
-            )
-            run_stitch(spec, client, on_progress)
-            name = "segmentation"
-        else:
-            name = "quantile"
-            write_joined(job, name, *quantile_segments(job, [threshold])[0][1:], min_size)
-        volume = _labels(job.folder / "data.zarr", name, truth)
-        final.append(_scored(item, volume, truth, client, ignore))
+        name = _write_segments(job, item, min_size, client, on_progress)
+        final.append(_scored(item, _labels(container, name, truth), truth, options))
     report = BaselineReport(
         run=str(run.path),
         truth=truth.name,
         settings=settings,
-        agq=own,
+        agq=agq,
         chosen=chosen,
         final=final,
         min_size=min_size,
         curves=curves,
-        tuned_on=None if tuned_on is None else str(tuned_on.path),
-        segmentation=str(job.folder / "data.zarr" / "segmentation"),
+        tuned_on=None if search.tuned_on is None else str(search.tuned_on.path),
+        segmentation=str(container / "segmentation"),
         seconds=seconds,
     )
     write_atomic(run.path / REPORT, json.dumps(report.to_dict(), indent=1).encode())
     return report
 
 
-def fragment_counts(
-    run: RunFolder, truth: Volume, client: Any, ignore: BorderRule | None = None
-) -> BlockCounts:
+def fragment_counts(run: RunFolder, truth: Volume, **options: Unpack[CountOptions]) -> BlockCounts:
     """Count the fragments of a run against the truth."""
-    return count(
-        _labels(run.container, "fragments", truth), truth, client=client, ignore=ignore
-    ).counts
+    return count(_labels(run.container, "fragments", truth), truth, **options).counts
 
 
-def _own(run: RunFolder, truth: Volume, client: Any, ignore: BorderRule | None) -> Point:
+def _agq(run: RunFolder, truth: Volume, options: CountOptions) -> Point:
+    """Score the run's own segments."""
     evidence = read_evidence(run.path)
     stitch = run.record()["config"]["stitch"]
     setting = {name: float(stitch[name]) for name in ("across", "within")}
-    result = agglomerate(
-        evidence.nodes.ids, evidence.contacts, Thresholds(setting["across"], setting["within"])
-    )
-    counts = fragment_counts(run, truth, client, ignore)
+    thresholds = Thresholds(across=setting["across"], within=setting["within"])
+    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds)
+    counts = fragment_counts(run, truth, **options)
     return point("AGQ", setting, counts, result.ids, result.representatives)
+
+
+def _agglomerate(
+    job: WatershedRun, method: str, counts: BlockCounts, thresholds: Sequence[float]
+) -> list[Point]:
+    """Score the fragments, joined at each threshold."""
+    if method == MEAN:
+        return one_threshold(method, counts, _evidence(job), thresholds)
+    return [
+        point(method, {"affinity": threshold}, counts, ids, segments)
+        for threshold, ids, segments in quantile_segments(job, thresholds)
+    ]
+
+
+def _write_segments(
+    job: WatershedRun, item: Point, min_size: int, client: Any, on_progress: Progress | None
+) -> str:
+    """Write the volume that a point stands for; return the name of its array."""
+    threshold = item.setting["affinity"]
+    if item.method != MEAN:
+        ((_, ids, segments),) = quantile_segments(job, [threshold])
+        write_joined(job, "quantile", ids, segments, min_size)
+        return "quantile"
+    spec = StitchSpec(
+        run_dir=job.folder,
+        grid=job.grid,
+        across=threshold,
+        within=threshold,
+        min_size=min_size,
+        levels=1,
+        allow_missing=True,
+    )
+    run_stitch(spec, client, on_progress)
+    return "segmentation"
 
 
 def _labels(container: Path, name: str, truth: Volume) -> Volume:
     return open_volume(container, name, kind="labels", unit=truth.unit)
 
 
-def _evidence(job: WatershedRun, grid: BlockGrid) -> Evidence:
+def _evidence(job: WatershedRun) -> Evidence:
+    grid = BlockGrid.from_dict(job.grid)
     journal = Journal(job.folder / "journal" / "predict")
     present = journal.ranks(np.arange(grid.n_blocks)) == STATE_RANK["done"]
     return collect(np.flatnonzero(present), grid, present, lambda n: open_sidecar(job.folder, n))
 
 
-def _scored(
-    item: Point, volume: Volume, truth: Volume, client: Any, ignore: BorderRule | None
-) -> Point:
+def _scored(item: Point, volume: Volume, truth: Volume, options: CountOptions) -> Point:
     """Score a volume that a point stands for."""
-    report = evaluate(volume, truth, client=client, ignore=ignore, worst=0)
+    report = evaluate(volume, truth, worst=0, **options)
     return replace(item, segments=report.segments, scores=report.scores())
 
 

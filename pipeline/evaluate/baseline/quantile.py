@@ -62,7 +62,7 @@ def quantile_segments(
     affinities = np.asarray(source[:], np.float32)
     affinities /= np.float32(255)
     descending = sorted(thresholds, reverse=True)
-    found = []
+    joined = []
     with _quiet_stdout():
         results = waterz.agglomerate(
             affinities,
@@ -72,8 +72,8 @@ def quantile_segments(
         )
         for threshold, result in zip(descending, results, strict=True):
             labels = result[0] if isinstance(result, tuple) else result
-            found.append((threshold, ids, labels.reshape(-1)[places]))
-    return found[::-1]
+            joined.append((threshold, ids, labels.reshape(-1)[places]))
+    return joined[::-1]
 
 
 def write_joined(job: WatershedRun, name: str, ids: Ids, segments: Ids, min_size: int) -> None:

@@ -136,7 +136,7 @@ def make_fragments(
     client: Any = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> WatershedRun:
-    """Make watershed fragments of all blocks of a run; existing ones are kept.
+    """Make watershed fragments of all blocks of a run; those that exist are kept.
 
     Parameters
     ----------
@@ -154,28 +154,19 @@ def make_fragments(
     InputError
         If the run has no affinities or is not finished.
     """
-    record = run.record()
-    if not record["identity"].get("affinities"):
-        raise InputError(
-            f"{run.path}: this run did not keep its affinities; run again, into another run_dir, "
-            "with --set output.affinities=true"
-        )
-    grid = BlockGrid.from_dict(record["identity"]["grid"])
-    text = json.dumps([asdict(settings), record["identity_hash"]], sort_keys=True)
-    name = f"watershed-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    job = WatershedRun(run.container, run.path / "baselines" / name, grid.to_dict(), settings)
-    source = Journal(run.journal("predict"))
-    ranks = source.ranks(np.arange(grid.n_blocks))
-    done, skipped = ranks == STATE_RANK["done"], ranks == STATE_RANK["skipped"]
-    if not done.any():
+    job = _job(run, settings)
+    grid = BlockGrid.from_dict(job.grid)
+    ranks = Journal(run.journal("predict")).ranks(np.arange(grid.n_blocks))
+    predicted, skipped = ranks == STATE_RANK["done"], ranks == STATE_RANK["skipped"]
+    if not predicted.any():
         raise InputError(f"{run.path}: no block is done yet; finish `agq predict` first")
     units: Any = open_array(run.container, "fragments", "r").attrs["units"]
     BlockWriter.create(job.folder, grid, str(units[0]))
     folder = job.folder / "journal" / "predict"
     folder.mkdir(parents=True, exist_ok=True)
-    ours = Journal(folder).done(grid.n_blocks)
-    todo = np.flatnonzero(done & ~ours).tolist()
-    total = int(done.sum())
+    finished = Journal(folder).done(grid.n_blocks)
+    todo = np.flatnonzero(predicted & ~finished).tolist()
+    total = int(predicted.sum())
     with JournalWriter(folder, this_worker("baseline")) as writer:
         now = time.time()
         writer.finish_many(
@@ -187,12 +178,25 @@ def make_fragments(
                 finished=now,
                 **grid.place(number),
             )
-            for number in np.flatnonzero(skipped & ~ours).tolist()
+            for number in np.flatnonzero(skipped & ~finished).tolist()
         )
-        ended = total - len(todo)
-        for block in unordered(partial(do_block, job), todo, client=client):
-            writer.finish(block)
-            ended += 1
+        records = unordered(partial(do_block, job), todo, client=client)
+        for ended, record in enumerate(records, total - len(todo) + 1):
+            writer.finish(record)
             if on_progress is not None:
                 on_progress("watershed", ended, total)
     return job
+
+
+def _job(run: RunFolder, settings: WatershedSettings) -> WatershedRun:
+    """Return the folder of a run's fragments by these settings, and what they are made of."""
+    record = run.record()
+    if not record["identity"].get("affinities"):
+        raise InputError(
+            f"{run.path}: this run did not keep its affinities; run again, into another run_dir, "
+            "with --set output.affinities=true"
+        )
+    text = json.dumps([asdict(settings), record["identity_hash"]], sort_keys=True)
+    name = f"watershed-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    grid = record["identity"]["grid"]
+    return WatershedRun(run.container, run.path / "baselines" / name, grid, settings)

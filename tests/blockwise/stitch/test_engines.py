@@ -12,7 +12,7 @@ from distributed.security import Security
 from agq.blockwise.stitch.cluster import TlsFiles
 from agq.blockwise.stitch.run import local_client, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
-from agq.blockwise.stitch.steps import wait_for_stragglers
+from agq.blockwise.stitch.steps import Workers
 from agq.errors import InputError
 from agq.pipeline.run.stages import dask_client
 from tests.helpers.fragments import GRID, make_run, write_run
@@ -73,15 +73,16 @@ LEAVES_A_TASK = """
 import sys, time
 from pathlib import Path
 from distributed import Client
-from agq.blockwise.stitch.steps import run_tasks
+from agq.blockwise.stitch.steps import Task, Workers
 
-def slow(folder):
-    Path(folder, "begun").touch()
-    time.sleep(4)
-    Path(folder, "late").touch()
+class Slow(Task):
+    def run(self):
+        Path(folder, "begun").touch()
+        time.sleep(4)
+        Path(folder, "late").touch()
 
 address, folder = sys.argv[1:]
-run_tasks(Client(address), Path(folder), "slow", slow, [(folder,)], [1], None)
+Workers(Client(address), Path(folder)).run("slow", [Slow([1])])
 """
 
 
@@ -95,9 +96,9 @@ def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
                 time.sleep(0.05)
             client.kill()
         notes: list[str] = []
-        wait_for_stragglers(cluster, tmp_path / "other", notes.append)
+        Workers(cluster, tmp_path / "other").wait_for_stragglers(notes.append)
         assert not notes
-        wait_for_stragglers(cluster, tmp_path, notes.append)
+        Workers(cluster, tmp_path).wait_for_stragglers(notes.append)
         assert (tmp_path / "late").exists()
     assert notes == [f"waiting for 1 tasks that an earlier command left running in {tmp_path}"]
 

@@ -5,11 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from agq.blockwise.stitch.evidence.contacts import SAME, ContactTable
-from agq.blockwise.stitch.evidence.from_sidecars import face_contacts
-from agq.blockwise.stitch.evidence.in_memory import read_evidence
-from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate, scores
+from agq.blockwise.stitch.contacts import SAME, ContactTable, face_contacts, read_evidence
+from agq.blockwise.stitch.merge.rule import agglomerate, scores
 from agq.blockwise.stitch.run import run_stitch
+from agq.blockwise.stitch.settings import Thresholds
 from agq.errors import InputError
 from tests.helpers.contacts import OVERLAP, files, from_sidecars, grid, rows
 from tests.helpers.fragments import GRID, make_run, same_partition, write_run
@@ -110,9 +109,9 @@ def test_margins_move_all_thresholds():
     contact = one(across=(450 * 8, 8), within=(300, 1))
     n, d = score(contact)
     assert score(contact, margin=0.1) == (n - 51 * d, d)
-    with pytest.raises(InputError, match="margin"):
+    with pytest.raises(ValueError, match="margin"):
         Thresholds(margin=1.5)
-    with pytest.raises(InputError, match="min_contact"):
+    with pytest.raises(ValueError, match="min_contact"):
         Thresholds(min_contact=-1)
 
 

@@ -12,14 +12,15 @@ import tensorstore as ts
 import zarr
 from rich.console import Console
 
-from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, local_labels
-from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate
+from agq.blockwise.stitch.merge.rule import agglomerate
 from agq.blockwise.stitch.run import StitchReport, local_client, run_stitch
+from agq.blockwise.stitch.settings import Thresholds
 from agq.errors import InputError
 from tests.helpers.fragments import same_partition
 from tests.helpers.runs import agq
 from tests.helpers.stitch_runs import segmentation
+from tests.helpers.whole_volume import contacts_from_volume
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_fragments_of_another_model(tmp_path, client, dtype):
     blocks = import_fragments(source, out, client)
     assert blocks.n_blocks == 8
     evidence = contacts_from_volume(fragments, affinities, np.zeros(affinities.shape, bool))
-    thresholds = Thresholds(0.6, 0.6)
+    thresholds = Thresholds(across=0.6, within=0.6)
     result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds)
     names = dict(zip(result.ids.tolist(), result.representatives.tolist(), strict=True)) | {0: 0}
     expected = np.vectorize(names.__getitem__, otypes=[np.uint64])(fragments)
@@ -128,7 +129,7 @@ def test_formats_and_channels(tmp_path, client, kind):
     for name, data in (("fragments", fragments), ("affinities", affinities), ("more", more)):
         put(tmp_path / "in", name, data, kind)
     evidence = contacts_from_volume(fragments, affinities, np.zeros(affinities.shape, bool))
-    result = agglomerate(evidence.nodes.ids, evidence.contacts, Thresholds(0.5, 0.5))
+    result = agglomerate(evidence.nodes.ids, evidence.contacts, Thresholds(across=0.5, within=0.5))
     names = dict(zip(result.ids.tolist(), result.representatives.tolist(), strict=True)) | {0: 0}
     expected = np.vectorize(names.__getitem__, otypes=[np.uint64])(fragments)
     assert 1 < len(np.unique(expected)) < 18

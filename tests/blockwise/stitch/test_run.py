@@ -10,8 +10,8 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import sidecar_path
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
 from agq.blockwise.stitch import run as stitch
-from agq.blockwise.stitch.merge.rule import Thresholds
 from agq.blockwise.stitch.run import StitchError, StitchSpec, local_client, run_stitch
+from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.volumes.create import chunk_file, open_array
 from agq.errors import InputError
 from agq.pipeline.cli.export import version_of

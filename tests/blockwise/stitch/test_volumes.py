@@ -8,10 +8,10 @@ import zarr
 from ome_zarr_models.v05 import ImageLabel
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
-from agq.blockwise.stitch.merge.rule import Thresholds, scores
+from agq.blockwise.stitch.merge.rule import scores
 from agq.blockwise.stitch.output.pyramid import plan_levels
 from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.volumes.create import open_array
 from agq.pipeline.data.synthetic.volume import write
 from tests.helpers.agglomeration import by_waterz, needs_compiler
@@ -23,6 +23,7 @@ from tests.helpers.stitch_runs import (
     results,
     segmentation,
 )
+from tests.helpers.whole_volume import contacts_from_volume
 
 SHAPE = (14, 56, 45)
 BLOCKS = [(4, 12, 10), (5, 29, 45), (14, 9, 16)]

@@ -89,8 +89,9 @@ def test_pyramids_open_at_every_level_with_one_offset(tmp_path: Path) -> None:
     shape, chunks, offset = (9, 40, 50), (4, 8, 8), (60, 13, -6)
     levels = pyramid.plan_levels(shape, chunks, (30, 6, 6))
     assert len(levels) > 2
-    pyramid.create_levels(tmp_path / "data.zarr", "segmentation", levels, chunks, offset)
-    pyramid.write_metadata(tmp_path / "data.zarr", "segmentation", levels, offset)
+    made = pyramid.Pyramid(tmp_path / "data.zarr", "segmentation", levels, chunks, offset)
+    made.create(slice(None))
+    made.write_metadata()
     for number, level in enumerate(levels):
         for volume in (
             open_volume(tmp_path / "data.zarr", "segmentation", level=number, kind="labels"),

@@ -12,14 +12,14 @@ import pytest
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.stitch.cluster import local_client
-from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
-from agq.blockwise.stitch.merge.rule import Thresholds, agglomerate
+from agq.blockwise.stitch.merge.rule import agglomerate
 from agq.blockwise.stitch.run import run_stitch
+from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.volumes.create import create_affinities, create_array, open_array, write_chunk
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.model.decode.supervoxels import section_fragments
-from agq.pipeline.evaluate.baseline.compare import MEAN, QUANTILE, compare, fragment_counts
+from agq.pipeline.evaluate.baseline.compare import MEAN, QUANTILE, Search, compare, fragment_counts
 from agq.pipeline.evaluate.baseline.quantile import quantile_segments, write_joined
 from agq.pipeline.evaluate.baseline.watershed import (
     WatershedRun,
@@ -31,6 +31,7 @@ from agq.pipeline.evaluate.evaluate import evaluate
 from agq.pipeline.evaluate.sweep import one_threshold, point, two_thresholds
 from agq.pipeline.folder import RunFolder
 from tests.helpers.fragments import GRID, box, make_run, same_partition, write_run
+from tests.helpers.whole_volume import contacts_from_volume
 
 SMALL = WatershedSettings(seed_distance=3, context=4)
 
@@ -157,12 +158,12 @@ def test_a_cut_dendrogram_equals_agglomeration_at_that_threshold(
     run, truth = prepared
     made = make_run(GRID, seed=5)
     evidence = contacts_from_volume(made.fragments, made.half_units, made.border)
-    counts = fragment_counts(run, truth, client)
+    counts = fragment_counts(run, truth, client=client)
     thresholds = [0.2, 0.22, 0.23, 0.5, 0.92, 0.93]
     points = one_threshold("mean", counts, evidence, thresholds)
     for threshold, cut in zip(thresholds, points, strict=True):
         result = agglomerate(
-            evidence.nodes.ids, evidence.contacts, Thresholds(threshold, threshold)
+            evidence.nodes.ids, evidence.contacts, Thresholds(across=threshold, within=threshold)
         )
         alone = point("mean", cut.setting, counts, result.ids, result.representatives)
         assert cut == alone
@@ -177,7 +178,7 @@ def test_the_table_scores_what_evaluate_scores(
 ) -> None:
     """From fragments and thresholds, and from the stitched volumes: the same figures."""
     run, truth = prepared
-    report = compare(run, truth, client, settings=SMALL, thresholds=[0.4, 0.6, 0.8])
+    report = compare(run, truth, client, Search(SMALL, thresholds=[0.4, 0.6, 0.8]))
     own = evaluate(open_volume(run.container, "segmentation", level=0, kind="labels"), truth)
     assert report.agq.scores == own.scores()
     assert report.agq.segments == own.segments
@@ -191,7 +192,7 @@ def test_the_table_scores_what_evaluate_scores(
     kept = json.loads((run.path / "baseline.json").read_text())
     assert kept == json.loads(json.dumps(report.to_dict()))
     assert report.table()
-    tuned = compare(run, truth, client, tuned_on=run)
+    tuned = compare(run, truth, client, Search(tuned_on=run))
     assert tuned.settings == SMALL
     assert tuned.chosen == report.chosen
     assert tuned.curves == []
@@ -248,7 +249,7 @@ def test_what_cannot_be_compared_is_one_clear_line(
     with pytest.raises(InputError, match="is not stitched yet"):
         compare(other, truth, client)
     with pytest.raises(InputError, match=r"has no baseline\.json"):
-        compare(run, truth, client, tuned_on=other)
+        compare(run, truth, client, Search(tuned_on=other))
     with pytest.raises(InputError, match="boundary 1"):
         WatershedSettings(boundary=1)
     record = run.record()

@@ -17,7 +17,7 @@ from skimage.metrics import adapted_rand_error, variation_of_information
 from agq.blockwise.stitch.cluster import local_client
 from agq.blockwise.volumes.boxes import unordered
 from agq.errors import InputError
-from agq.pipeline.evaluate.contingency import Table
+from agq.pipeline.evaluate.contingency import Contingency
 from agq.pipeline.evaluate.evaluate import BorderRule, evaluate
 from agq.pipeline.evaluate.scores import Scores
 from tests.helpers.runs import VOXEL_SIZE as SIZE
@@ -237,11 +237,13 @@ def test_an_all_background_prediction_has_no_scores_to_ignore_it(tmp_path: Path)
 def test_tables_merge_in_any_grouping() -> None:
     rng = np.random.default_rng(0)
     parts = [
-        Table.of(a, b, number)
+        Contingency.of(a, b, number)
         for number, (a, b) in enumerate(rng.integers(0, 5, (6, 2, 2, 6, 6)).astype(np.uint64))
     ]
-    whole = Table.merge(parts)
-    nested = Table.merge([Table.merge(parts[4:]), Table.merge([parts[2], parts[0]]), *parts[1:4:2]])
+    whole = Contingency.merge(parts)
+    nested = Contingency.merge(
+        [Contingency.merge(parts[4:]), Contingency.merge([parts[2], parts[0]]), *parts[1:4:2]]
+    )
     for name in ("truth", "segment", "count", "block", "most"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(nested, name))
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agq.blockwise.stitch.evidence.contacts import ContactTable
+from agq.blockwise.stitch.contacts import ContactTable
 from agq.blockwise.stitch.merge.kernel import compare_fractions
-from agq.blockwise.stitch.merge.rule import MergeTable, Thresholds, agglomerate, scores
+from agq.blockwise.stitch.merge.rule import MergeTable, agglomerate, scores
+from agq.blockwise.stitch.settings import Thresholds
 from agq.errors import InputError
 from tests.helpers.agglomeration import greedy
 
@@ -63,8 +64,11 @@ def graphs(draw):
     return nodes, rows
 
 
+RULES = [Thresholds(), Thresholds(across=0.5, within=0.9), Thresholds(across=0, within=0)]
+
+
 @settings(max_examples=400, deadline=None)
-@given(graphs(), st.sampled_from([Thresholds(), Thresholds(0.5, 0.9), Thresholds(0.0, 0.0)]))
+@given(graphs(), st.sampled_from(RULES))
 def test_equals_the_greedy_reference(graph, thresholds):
     check_against_reference(*graph, thresholds)
 
@@ -158,7 +162,7 @@ def test_bad_graphs_are_refused():
         agglomerate(np.array([1, 1], np.uint64), ContactTable.empty(), Thresholds())
     with pytest.raises(InputError, match="distinct"):
         agglomerate(np.array([0, 1], np.uint64), ContactTable.empty(), Thresholds())
-    with pytest.raises(InputError, match="threshold across"):
+    with pytest.raises(ValueError, match=r"across\n.*less than or equal to 1"):
         Thresholds(across=1.5)
     with pytest.raises(InputError, match="64 bits"):
         agglomerate(ids, table([(1, 2, 2**62 + 2**61, 1, 0, 0)]), Thresholds())

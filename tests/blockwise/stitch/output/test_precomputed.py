@@ -10,7 +10,7 @@ import tensorstore as ts
 import zarr
 
 from agq.blockwise.stitch.output.precomputed import ExportError, export_precomputed, plan_export
-from agq.blockwise.stitch.output.pyramid import plan_levels, write_metadata
+from agq.blockwise.stitch.output.pyramid import Pyramid, plan_levels
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.volumes.create import create_array, open_array
 from agq.blockwise.volumes.open import open_levels
@@ -243,7 +243,7 @@ def test_coarse_scales_that_start_between_voxels_say_so(tmp_path, client):
             tmp_path / "in", f"seg/{level.name}", shape=level.shape, chunks=chunks, dtype="uint64",
             voxel_size=level.voxel_size, offset=offset,
         )[:] = 7  # fmt: skip
-    write_metadata(tmp_path / "in", "seg", planned, offset)
+    Pyramid(tmp_path / "in", "seg", planned, chunks, offset).write_metadata()
     scales = plan_export(open_levels(tmp_path / "in", "seg", kind="labels"))
     assert [scale.voxel_offset for scale in scales][:2] == [(1, 1, 0), (1, 0, 0)]
     assert [scale.shift for scale in scales][:2] == [(0, 0, 0), (0, 6, 0)]

@@ -1,6 +1,7 @@
 """Pyramid: levels, the tie rule, metadata, and chunks."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +12,11 @@ from ome_zarr_models.v05 import ImageLabel
 
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.stitch.output.pyramid import (
-    chunk_numbers,
+    Coarsen,
+    Pyramid,
     coarse_chunks,
-    create_levels,
     downsample,
-    downsample_batch,
-    ome_metadata,
     plan_levels,
-    pyramid_size,
-    write_metadata,
 )
 from agq.blockwise.volumes.create import create_array, open_array
 from agq.blockwise.volumes.open import open_volume
@@ -84,26 +81,20 @@ CHUNKS, SIZE, OFFSET = (3, 5, 4), (30, 6, 6), (60, -12, 18)
 def build(folder, volume, chosen=None, how="majority"):
     """Write a pyramid as the stitch does; `chosen` selects the chunks of s0 that have data."""
     levels = plan_levels(volume.shape, CHUNKS, SIZE)
-    create_levels(folder, "segmentation", levels, CHUNKS, OFFSET)
+    pyramid = Pyramid(folder, "segmentation", levels, CHUNKS, OFFSET)
+    pyramid.create(slice(None))
     open_array(folder, "segmentation/s0")[:] = volume
     grid = [-(-n // c) for n, c in zip(volume.shape, CHUNKS, strict=True)]
     indices = np.array(list(np.ndindex(*grid)) if chosen is None else chosen)
     numbers = []
     for i, level in enumerate(levels[1:], 1):
         indices = coarse_chunks(indices, level.step)
-        named = chunk_numbers(levels, CHUNKS, i, indices).tolist()
+        named = pyramid.numbers(i, indices).tolist()
         numbers += named
-        failed = downsample_batch(
-            str(folder),
-            f"segmentation/s{i - 1}",
-            f"segmentation/s{i}",
-            level.step,
-            how,
-            str(folder / "journal"),
-            list(zip(named, indices.tolist(), strict=True)),
-        )
+        chunks = list(zip(named, indices.tolist(), strict=True))
+        failed = Coarsen(chunks, pyramid, i, how, folder / "journal").run()
         assert failed == 0
-    write_metadata(folder, "segmentation", levels, OFFSET, how=how)
+    pyramid.write_metadata(how)
     return levels, numbers
 
 
@@ -112,7 +103,9 @@ def test_chunks_give_the_levels_of_the_whole_volume(tmp_path, how):
     rng = np.random.default_rng(0)
     volume = rng.integers(0, 3, (10, 23, 17)).astype(np.uint64)
     levels, numbers = build(tmp_path, volume, how=how)
-    assert sorted(numbers) == list(range(pyramid_size(levels, CHUNKS)))
+    assert sorted(numbers) == list(
+        range(Pyramid(tmp_path, "", levels, CHUNKS, OFFSET).first(len(levels)))
+    )
     assert Journal(tmp_path / "journal").done(len(numbers)).all()
     for level in levels[1:]:
         volume = PLAIN_DOWNSAMPLE[how](volume, level.step)
@@ -174,7 +167,7 @@ def test_metadata_is_valid_and_in_place(tmp_path, how):
 
 def test_metadata_of_one_level():
     levels = plan_levels((2, 2, 2), CHUNKS, SIZE)
-    ome = ome_metadata("segmentation", levels, OFFSET)
+    ome = Pyramid(Path(), "segmentation", levels, CHUNKS, OFFSET).ome_metadata()
     (dataset,) = ome["multiscales"][0]["datasets"]
     assert dataset["coordinateTransformations"] == [
         {"type": "scale", "scale": [30.0, 6.0, 6.0]},
@@ -184,22 +177,16 @@ def test_metadata_of_one_level():
 
 def test_damaged_chunk_fails_alone(tmp_path):
     levels = plan_levels((6, 10, 16), CHUNKS, SIZE, 2)
-    create_levels(tmp_path, "segmentation", levels, CHUNKS, OFFSET)
+    pyramid = Pyramid(tmp_path, "segmentation", levels, CHUNKS, OFFSET)
+    pyramid.create(slice(None))
     fine = create_array(
         tmp_path, "segmentation/s0", shape=levels[0].shape, chunks=CHUNKS, dtype=np.uint64,
         voxel_size=SIZE, offset=OFFSET,
     )  # fmt: skip
     fine[:] = 5
     (tmp_path / "segmentation" / "s0" / "c" / "0" / "0" / "0").write_bytes(b"damaged")
-    failed = downsample_batch(
-        str(tmp_path),
-        "segmentation/s0",
-        "segmentation/s1",
-        levels[1].step,
-        "majority",
-        str(tmp_path / "journal"),
-        [(0, (0, 0, 0)), (1, (0, 0, 1))],
-    )
+    chunks = [(0, (0, 0, 0)), (1, (0, 0, 1))]
+    failed = Coarsen(chunks, pyramid, 1, "majority", tmp_path / "journal").run()
     assert failed == 1
     assert [record.block for record in Journal(tmp_path / "journal").failed()] == [0]
     assert (open_array(tmp_path, "segmentation/s1", "r")[:3, :, 4:] == 5).all()

@@ -11,7 +11,7 @@ from agq.blockwise.blocks.grid import LOCAL_BITS
 from agq.blockwise.journal.writer import Journal, JournalWriter
 from agq.blockwise.stitch.output.relabel import (
     BlockLut,
-    relabel_batch,
+    Relabel,
     relabel_block,
     run_journalled,
 )
@@ -93,15 +93,15 @@ def test_batch_records_what_failed_and_goes_on(tmp_path):
     ids = np.array([fragment(0, 1), fragment(2, 1)], np.uint64)
     lut = BlockLut.build(np.arange(GRID.n_blocks), ids, np.ones(2, np.uint64))
     lut.save(tmp_path / "lut.npz")
-    failed = relabel_batch(
-        str(tmp_path / "c"),
+    failed = Relabel(
+        [0, 1, 2],
+        tmp_path / "c",
         "fragments",
         "segmentation/s0",
-        str(tmp_path / "lut.npz"),
-        str(tmp_path / "journal"),
-        GRID.to_dict(),
-        [0, 1, 2],
-    )
+        tmp_path / "lut.npz",
+        tmp_path / "journal",
+        GRID,
+    ).run()
     assert failed == 1
     journal = Journal(tmp_path / "journal")
     assert np.flatnonzero(journal.done(GRID.n_blocks)).tolist() == [0, 2]

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agq.blockwise.stitch.merge.edge_hash import EMPTY, delete, empty_slots, find, pool
+from agq.blockwise.stitch.merge.kernel import EMPTY, delete, empty_slots, find, pool
 
 PAIRS = [(a, b) for a in range(9) for b in range(9) if a != b]
 

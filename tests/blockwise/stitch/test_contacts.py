@@ -5,12 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agq.blockwise.stitch.evidence.contacts import ContactTable, merge_contacts
-from agq.blockwise.stitch.evidence.from_sidecars import face_contacts
-from agq.blockwise.stitch.evidence.in_memory import contacts_from_volume
+from agq.blockwise.stitch.contacts import ContactTable, face_contacts, merge_contacts
 from agq.errors import InputError
 from tests.helpers.contacts import COLUMNS, files, from_sidecars, grid, rows
 from tests.helpers.fragments import GRID, make_run
+from tests.helpers.whole_volume import contacts_from_volume
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
-from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable
-from agq.blockwise.stitch.files import StitchFiles, groups, leaf_shape
-from agq.blockwise.stitch.merge.rule import Thresholds
+from agq.blockwise.stitch.contacts import ContactTable, Evidence, NodeTable
+from agq.blockwise.stitch.merge.rule import Merge
 from agq.blockwise.stitch.output.relabel import BlockLut
-from agq.blockwise.stitch.segments.ids import cut_superblocks, map_leaves, name_superblocks
-from agq.blockwise.stitch.segments.table import write_segments
-from agq.blockwise.stitch.superblocks import SuperblockTree
-from agq.blockwise.stitch.tasks import contract_superblocks, save_evidence
+from agq.blockwise.stitch.segments import Cut, Map, Resolve, WriteSegments
+from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTree, groups, leaf_shape
 from tests.helpers.agglomeration import block_graphs, greedy
 
 
@@ -48,19 +46,20 @@ def write_leaves(run_dir: Path, shape, leaf, nodes, sizes, rows):
             np.concatenate((begin, begin + 2), axis=1),
         )
         z, y, x = (contacts(face) for face in faces)
-        save_evidence(files.evidence(place), Evidence(table, contacts(inner), (z, y, x)), False)
+        evidence = Evidence(table, contacts(inner), (z, y, x))
+        evidence.save(files.evidence(place), overlap=False)
     first = [(place, numbers.tolist()) for place, numbers in leaves]
     return files, [first, *(list(lv.items()) for lv in tree.levels([p for p, _ in leaves]))]
 
 
 def segments_of(files, levels, margin, min_size, segment_ids):
-    run_dir = str(files.run_dir)
+    run_dir = files.run_dir
     for level in levels:
-        cut_superblocks(run_dir, margin, level)
+        Cut(level, run_dir, margin).run()
     for level in reversed(levels):
-        name_superblocks(run_dir, min_size, level)
-    report = write_segments(run_dir, segment_ids, [leaf for leaf, _ in levels[0]])
-    map_leaves(run_dir, segment_ids, levels[0])
+        Resolve(level, run_dir, min_size).run()
+    report = WriteSegments([leaf for leaf, _ in levels[0]], run_dir, segment_ids).run()
+    Map(levels[0], run_dir, segment_ids).run()
     named = {}
     for leaf, blocks in levels[0]:
         lut = BlockLut.open(files.map(leaf))
@@ -78,14 +77,14 @@ def segments_of(files, levels, margin, min_size, segment_ids):
     segment_ids=st.sampled_from(["consecutive", "fragment"]),
     size=st.integers(1, 9),
 )
-def test_names_equal_the_reference(tmp_path_factory, case, margin, min_size, segment_ids, size):
+def test_ids_equal_the_reference(tmp_path_factory, case, margin, min_size, segment_ids, size):
     shape, leaf, nodes, rows = case
     run_dir = tmp_path_factory.mktemp("run")
     sizes = {n: 1 + (n * size) % 7 for n in nodes}
     rows = [r for r in rows if abs(r[2]) <= 255 * r[3]]
     files, levels = write_leaves(run_dir, shape, leaf, nodes, sizes, rows)
     for level in levels:
-        contract_superblocks(str(run_dir), Thresholds(across=0.5), level)
+        Merge(level, run_dir, Thresholds(across=0.5)).run()
     # As if the thresholds had been higher from the start.
     cluster, _ = greedy(nodes, [(u, v, n - margin * d, d) for u, v, n, d in rows])
     named, report, table = segments_of(files, levels, margin, min_size, segment_ids)
@@ -136,7 +135,7 @@ def test_row_groups_do_not_depend_on_layers(tmp_path, rows):
         sizes = dict.fromkeys(nodes, 3)
         files, levels = write_leaves(tmp_path / str(leaf), (4, 1, 1), leaf, nodes, sizes, [])
         for level in levels:
-            contract_superblocks(str(files.run_dir), Thresholds(across=0.5), level)
+            Merge(level, files.run_dir, Thresholds(across=0.5)).run()
         _, report, _ = segments_of(files, levels, 0, 0, "consecutive")
         assert report["segments"] == len(nodes)
         found.append((files.segments.read_bytes(), files.smallest.read_bytes()))

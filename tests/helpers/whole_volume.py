@@ -1,17 +1,11 @@
 """Contacts of a volume that fits in memory: what the blockwise ones come to."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.label_pairs import PairTable
 from agq.blockwise.blocks.sidecar import measure
-from agq.blockwise.stitch.evidence.contacts import ContactTable, Evidence, NodeTable, merge_contacts
-from agq.blockwise.stitch.files import StitchFiles
-from agq.blockwise.stitch.tasks import PARTS, load_contacts, load_nodes
+from agq.blockwise.stitch.contacts import ContactTable, Evidence, NodeTable, merge_contacts
 from agq.errors import InputError
 
 
@@ -73,23 +67,4 @@ def contacts_from_volume(
     ids, dense = np.unique(fragments, return_inverse=True)
     sizes, boxes = measure(dense.reshape(fragments.shape), len(ids))
     nodes = NodeTable(ids, sizes, boxes.astype(np.int64)).take(np.flatnonzero(ids))
-    return Evidence(nodes, contacts, (ContactTable.empty(),) * 3)
-
-
-def read_evidence(run_dir: Path) -> Evidence:
-    """Return the whole evidence that a stitch left in a run folder, in one table.
-
-    For volumes small enough; the stitch itself never does this.
-
-    Raises
-    ------
-    InputError
-        If the run is not stitched.
-    """
-    paths = sorted(StitchFiles(Path(run_dir)).contacts.glob("0/*.npz"))
-    if not paths:
-        raise InputError(f"{run_dir} is not stitched yet; `agq stitch` it first")
-    nodes = NodeTable.concatenate([load_nodes(path) for path in paths])
-    contacts = merge_contacts(load_contacts(path, part) for path in paths for part in PARTS)
-    nodes = nodes.take(np.argsort(nodes.ids, kind="stable"))
     return Evidence(nodes, contacts, (ContactTable.empty(),) * 3)

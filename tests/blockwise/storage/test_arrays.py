@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agq.blockwise.storage.npz import load_arrays, map_array, parsed, save_array, save_arrays
+from agq.blockwise.storage.arrays import load_arrays, map_array, parsed, save_array, save_arrays
 from agq.errors import InputError
 
 

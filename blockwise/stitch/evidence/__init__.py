@@ -1,1 +1,0 @@
-"""Contacts between fragments, in integers that add up in any order."""

@@ -1,0 +1,307 @@
+"""From merges to segment ids, without a global table, and the table of segments.
+
+Going up, each superblock joins what enters it (fragments, or its children's clusters that went up)
+by the merges that count at the margin in use, and adds up sizes (:class:`Cut`). Clusters that its
+residual graph does not hold are final. Going down, each superblock tells its children what became
+of the clusters they handed up, until every fragment of a leaf knows the smallest fragment of its
+segment (:class:`Resolve`). One pass over the leaves then writes the table of segments
+(:class:`WriteSegments`), and each leaf its part of the id map (:class:`Map`).
+
+A larger margin needs merges of higher scores only. Scores along a branch of the dendrogram never
+rise, so a cluster that is cut in a superblock takes part in no merge further up that still counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from agq.blockwise.stitch.contacts import NodeTable
+from agq.blockwise.stitch.merge.graph import MergeTable, positions
+from agq.blockwise.stitch.merge.kernel import connected_components
+from agq.blockwise.stitch.output.relabel import BlockLut
+from agq.blockwise.stitch.settings import SegmentIds
+from agq.blockwise.stitch.steps import Task
+from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
+from agq.blockwise.storage.arrays import (
+    Boxes,
+    Columns,
+    Ids,
+    Numbers,
+    load_arrays,
+    map_array,
+    save_arrays,
+)
+from agq.blockwise.storage.files import atomic_file
+
+_LARGEST = 10
+_ROWS = 2**16
+"""Rows of a row group; fixed, so that the bytes do not depend on the superblocks."""
+
+_SCHEMA = pa.schema(
+    [
+        ("segment", pa.uint64()),
+        ("smallest_fragment", pa.uint64()),
+        ("voxels", pa.int64()),
+        ("fragments", pa.int64()),
+        *((f"{end}_{axis}", pa.int64()) for end in ("begin", "end") for axis in "zyx"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ClusterTable(Columns):
+    """Clusters of fragments.
+
+    Attributes
+    ----------
+    ids
+        Smallest fragment of each.
+    voxels, fragments
+        Voxels and fragments of each.
+    boxes
+        Bounding box in voxels of the volume.
+    """
+
+    ids: Ids
+    voxels: Numbers
+    fragments: Numbers
+    boxes: Boxes
+
+
+def join_clusters(
+    entering: ClusterTable, merges: MergeTable
+) -> tuple[NDArray[np.int32], ClusterTable]:
+    """Merge clusters; return the row of each entering one in the result, and the result."""
+    order = np.argsort(entering.ids, kind="stable")
+    table = entering.take(order)
+    root = connected_components(
+        len(table), positions(table.ids, merges.u), positions(table.ids, merges.v)
+    )
+    is_root = root == np.arange(len(root))
+    row = (np.cumsum(is_root) - 1).astype(np.int32)[root]
+    joined = table.take(np.flatnonzero(is_root))
+    boxes = joined.boxes.copy()
+    voxels, fragments = np.zeros((2, len(joined)), np.int64)
+    np.add.at(voxels, row, table.voxels)
+    np.add.at(fragments, row, table.fragments)
+    np.minimum.at(boxes[:, :3], row, table.boxes[:, :3])
+    np.maximum.at(boxes[:, 3:], row, table.boxes[:, 3:])
+    of = np.empty(len(row), np.int32)
+    of[order] = row
+    return of, ClusterTable(joined.ids, voxels, fragments, boxes)
+
+
+@dataclass(frozen=True)
+class Cut(SuperblockTask):
+    """Write the clusters of superblocks; their children's must exist."""
+
+    margin: int
+    """Half units by which thresholds lie above those of the agglomeration."""
+
+    def run(self) -> None:
+        """Write ``of``, the cluster of each that entered, the clusters, and which go ``up``."""
+        files = StitchFiles(self.run_dir)
+        for superblock, children in self.items:
+            if files.cut(superblock).exists():
+                continue
+            if superblock.level == 0:
+                nodes = NodeTable.load(files.evidence(superblock), "nodes")
+                ones = np.ones(len(nodes), np.int64)
+                entering = ClusterTable(nodes.ids, nodes.sizes, ones, nodes.boxes)
+            else:
+                entering = ClusterTable.concatenate(
+                    [_handed_up(files, child) for child in children]
+                )
+            arrays = load_arrays(files.merges(superblock))
+            merges = MergeTable.of_arrays("merges", arrays).above(self.margin)
+            of, clusters = join_clusters(entering, merges)
+            up = np.isin(clusters.ids, arrays["up"])
+            save_arrays(files.cut(superblock), {"of": of, "up": up} | clusters.arrays("clusters"))
+
+
+def _handed_up(files: StitchFiles, child: Superblock) -> ClusterTable:
+    arrays = load_arrays(files.cut(child), "up", "clusters.")
+    return ClusterTable.of_arrays("clusters", arrays).take(arrays["up"])
+
+
+@dataclass(frozen=True)
+class Resolve(SuperblockTask):
+    """Write which segment all that entered superblocks belongs to; their parents must be done.
+
+    A leaf also writes the segments whose smallest fragment it holds.
+    """
+
+    min_size: int
+    """Segments of fewer voxels become background."""
+
+    def run(self) -> None:
+        """Write the segments of each superblock."""
+        files = StitchFiles(self.run_dir)
+        for superblock, children in self.items:
+            if files.final(superblock).exists():
+                continue
+            arrays = load_arrays(files.cut(superblock))
+            clusters = ClusterTable.of_arrays("clusters", arrays)
+            final = _final_clusters(files, superblock, clusters, arrays["up"])
+            if superblock.level > 0:
+                out = _told_children(files, children, final.take(arrays["of"]))
+            else:
+                out = self._segments(clusters, final, arrays["of"])
+            save_arrays(files.final(superblock), out)
+
+    def _segments(
+        self, clusters: ClusterTable, final: ClusterTable, of: NDArray[np.int32]
+    ) -> dict[str, NDArray]:
+        """Return the segment of each fragment of a leaf, and the segments that begin in it."""
+        keep = final.voxels >= self.min_size
+        begins = final.ids == clusters.ids
+        small = begins & ~keep
+        out = {"segment": np.where(keep, final.ids, np.uint64(0))[of]}
+        out |= final.take(begins & keep).arrays("segments")
+        out["small"] = np.array([small.sum(), final.voxels[small].sum()], np.int64)
+        return out
+
+
+def _final_clusters(
+    files: StitchFiles, superblock: Superblock, clusters: ClusterTable, up: NDArray[np.bool_]
+) -> ClusterTable:
+    """Return what clusters became: the parent knows it of those that went up."""
+    if not up.any():
+        return clusters
+    told = ClusterTable.load(files.final(superblock.parent), superblock.name)
+    columns = {name: getattr(clusters, name).copy() for name in clusters.names()}
+    for name, column in columns.items():
+        column[up] = getattr(told, name)
+    return ClusterTable(**columns)
+
+
+def _told_children(
+    files: StitchFiles, children: Sequence[Superblock], entered: ClusterTable
+) -> dict[str, NDArray]:
+    """Return, by child, what became of the clusters that it handed up."""
+    out: dict[str, NDArray] = {}
+    at = 0
+    for child in children:
+        count = int(np.count_nonzero(load_arrays(files.cut(child), "up")["up"]))
+        out |= entered.take(slice(at, at + count)).arrays(child.name)
+        at += count
+    return out
+
+
+@dataclass(frozen=True)
+class WriteSegments(Task):
+    """Write the table of segments in ascending order.
+
+    The table has the columns ``segment``, ``smallest_fragment``, ``voxels``, ``fragments`` and the
+    bounding box in voxels, ``begin_z`` .. ``end_x`` (one past the last voxel). The blocks of one
+    layer of leaves in z have consecutive numbers, so layers come in the order of fragment ids and
+    only one has to be sorted at a time.
+    """
+
+    items: Sequence[Superblock]
+    run_dir: Path
+    segment_ids: SegmentIds
+
+    def run(self) -> dict[str, Any]:
+        """Return counts and the largest segments."""
+        files = StitchFiles(self.run_dir)
+        small = np.zeros(2, np.int64)
+        count = 0
+        for leaf in self.items:
+            arrays = load_arrays(files.final(leaf), "small", "segments.ids")
+            small += arrays["small"]
+            count += len(arrays["segments.ids"])
+        largest: list[tuple[int, int, int]] = []
+        with (
+            atomic_file(files.smallest) as ids_file,
+            atomic_file(files.segments) as table_file,
+            pq.ParquetWriter(table_file, _SCHEMA, compression="zstd") as writer,
+        ):
+            header = {"descr": "<u8", "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(ids_file, header)
+            waiting: list[pa.Table] = []
+            done = 0
+            for _, layer in groupby(sorted(self.items), lambda leaf: leaf.index[0]):
+                tables = [ClusterTable.load(files.final(leaf), "segments") for leaf in layer]
+                segments = ClusterTable.concatenate(tables)
+                segments = segments.take(np.argsort(segments.ids, kind="stable"))
+                ids_file.write(segments.ids.tobytes())
+                ids = segments.ids
+                if self.segment_ids == "consecutive":
+                    ids = np.arange(done + 1, done + len(segments) + 1, dtype=np.uint64)
+                done += len(segments)
+                largest = _largest(largest, ids, segments)
+                waiting.append(_arrow(ids, segments))
+                waiting = _flush(writer, waiting, _ROWS)
+            _flush(writer, waiting, 1)
+        return {
+            "segments": count,
+            "small_segments": int(small[0]),
+            "small_voxels": int(small[1]),
+            "largest": [
+                {"id": segment, "voxels": voxels, "fragments": fragments}
+                for voxels, segment, fragments in largest
+            ],
+        }
+
+
+def _largest(
+    before: list[tuple[int, int, int]], ids: Ids, segments: ClusterTable
+) -> list[tuple[int, int, int]]:
+    """Return voxels, id and fragments of the largest of some segments and those known before."""
+    rows = np.lexsort((ids, -segments.voxels))[:_LARGEST]
+    columns = (segments.voxels[rows], ids[rows], segments.fragments[rows])
+    entries = before + list(zip(*(column.tolist() for column in columns), strict=True))
+    return sorted(entries, key=lambda entry: (-entry[0], entry[1]))[:_LARGEST]
+
+
+def _arrow(ids: Ids, segments: ClusterTable) -> pa.Table:
+    boxes = np.ascontiguousarray(segments.boxes.T)
+    columns = [ids, segments.ids, segments.voxels, segments.fragments, *boxes]
+    return pa.Table.from_arrays([pa.array(column) for column in columns], schema=_SCHEMA)
+
+
+def _flush(writer: pq.ParquetWriter, waiting: list[pa.Table], least: int) -> list[pa.Table]:
+    """Write full row groups (any rest too, if ``least`` is 1); return what waits for more rows."""
+    table = pa.concat_tables(waiting) if waiting else _SCHEMA.empty_table()
+    while table.num_rows >= least:
+        writer.write_table(table.slice(0, _ROWS).combine_chunks(), row_group_size=_ROWS)
+        table = table.slice(_ROWS)
+    return [table] if table.num_rows else []
+
+
+@dataclass(frozen=True)
+class Map(SuperblockTask):
+    """Write the id map of leaves.
+
+    The table of segments must exist: the place of a segment's smallest fragment in it is its
+    consecutive id.
+    """
+
+    segment_ids: SegmentIds
+
+    def run(self) -> None:
+        """Write the map of each leaf."""
+        files = StitchFiles(self.run_dir)
+        smallest = map_array(files.smallest)
+        for leaf, blocks in self.items:
+            if files.map(leaf).exists():
+                continue
+            ids = load_arrays(files.evidence(leaf), "nodes.ids")["nodes.ids"]
+            segment = load_arrays(files.final(leaf), "segment")["segment"]
+            if self.segment_ids == "consecutive":
+                distinct, back = np.unique(segment, return_inverse=True)
+                consecutive = (np.searchsorted(smallest, distinct) + 1).astype(np.uint64)
+                consecutive[distinct == 0] = 0
+                segment = consecutive[back]
+            lut = BlockLut.build(np.asarray(blocks, np.int64), ids, segment)
+            lut.save(files.map(leaf))

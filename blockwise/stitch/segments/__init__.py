@@ -1,1 +1,0 @@
-"""From merges to segment ids, and the table of segments."""
