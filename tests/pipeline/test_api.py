@@ -157,7 +157,7 @@ def test_failed_blocks_are_an_error_with_their_numbers(tmp_path, data):
 def test_a_notebook_shows_tables(run):
     for report, words in (
         (run.stitch(), ("fragments", "segments", "largest")),
-        (run.evaluate(), ("VOI split", "Rand error")),
+        (run.evaluate(), ("split", "merge", "Rand")),
         (run.status(), ("predict", "60")),
         (run, ("predict", "done")),
     ):

@@ -163,10 +163,9 @@ def test_full_disk_on_the_command_line(small_disk, tmp_path):
         ("fragments", rng.integers(1, 90_000, (8, 256, 256)).astype(np.uint64)),
         ("affinities", rng.integers(0, 255, (3, 8, 256, 256)).astype(np.uint8)),
     ):
-        axes = ("c^", "z", "y", "x")[-data.ndim :]
         create_array(
             tmp_path / "in.zarr", name, shape=data.shape, chunks=data.shape, dtype=data.dtype,
-            voxel_size=(30, 6, 6), axes=axes,
+            voxel_size=(30, 6, 6),
         )[:] = data  # fmt: skip
     arguments = [
         "stitch", "--fragments", tmp_path / "in.zarr/fragments", "--affinities",
