@@ -177,4 +177,4 @@ def test_full_disk_on_the_command_line(small_disk, tmp_path):
     last = failed.stderr.strip().splitlines()[-1]
     assert last.startswith("agq: ")
     assert "No space left on device: " in last
-    assert "the same command goes on" in last
+    assert "run the command again, it goes on" in last
