@@ -222,12 +222,14 @@ def test_run_folder_read_only_for_a_while(quiet, tmp_path, undisturbed, note):
     run = ClusterRun(tmp_path, delay_s=1.0)
     run.submit()
     run.wait_until_begun(workers=3)
-    log = run.run_dir / "logs" / "slurm"
+    logs = run.run_dir / "logs" / "slurm"
+
+    def waiting() -> int:
+        texts = [log.read_text() for log in logs.glob("workers-*")]
+        return sum("cannot write the run folder: waiting" in text for text in texts)
+
     with read_only(run.run_dir, tmp_path / "aside"):
-        wait_for(
-            lambda: sum("cannot be written" in f.read_text() for f in log.glob("workers-*")) == 3,
-            why=run.post_mortem,
-        )
+        wait_for(lambda: waiting() == 3, why=run.post_mortem)
         time.sleep(5)
     since = time.monotonic()
     wait_for_progress(run)
