@@ -110,8 +110,8 @@ def test_logs_of_a_block_and_of_a_worker(run):
     assert "another" not in said
     assert agq("logs", run.path).stdout.count(".log\n") == 3
     for wrong, word in (
-        ("--block=8", "nothing in the journal"),
-        ("--worker=9", "no log of worker"),
+        ("--block=8", "has no line about this block"),
+        ("--worker=9", "has no such log; agq logs"),
     ):
         refused = agq("logs", run.path, wrong)
         assert refused.returncode == 2
