@@ -7,11 +7,8 @@ own, so no process ever holds the map of the volume.
 
 from __future__ import annotations
 
-import os
-import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numba
@@ -19,15 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
-from agq.blockwise.journal.records import this_worker
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter
+from agq.blockwise.journal.work import run_journalled
 from agq.blockwise.stitch.steps import Task
 from agq.blockwise.storage.arrays import load_arrays, save_arrays
 from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.volumes.create import open_array, write_chunk
 from agq.errors import InputError
 
-_FLUSH_SECONDS = 0.5
 _BITS = np.uint64(LOCAL_BITS)
 _MASK = np.uint64(2**LOCAL_BITS - 1)
 _NONE = np.uint64(0)
@@ -211,62 +206,3 @@ class Relabel(Task):
             return labels.size
 
         return run_journalled(self.journal, self.items, work)
-
-
-def run_journalled(
-    folder: Path, numbers: Iterable[int], work: Callable[[int, Unsynced], int]
-) -> int:
-    """Call ``work(number, unsynced) -> voxels`` for each number and record how it ended.
-
-    What the work adds to ``unsynced`` is made durable before its line is written. Files and lines
-    are synced together about twice a second: after a crash a little work is done again, with the
-    same result.
-
-    Returns
-    -------
-    int
-        Numbers that failed.
-    """
-    failed = 0
-    unsynced = Unsynced()
-    with JournalWriter(folder, this_worker(f"stitch-{os.getpid()}")) as journal:
-        waiting: list[BlockRecord] = []
-        flushed = time.monotonic()
-
-        def flush() -> int:
-            records, lost = waiting, 0
-            try:
-                unsynced.sync()
-            except OSError as error:
-                records = [_failed(record, error) for record in waiting]
-                lost = sum(record.state == "done" for record in waiting)
-            journal.finish_many(records)
-            waiting.clear()
-            return lost
-
-        for number in numbers:
-            record = BlockRecord(int(number), "done", started=time.time())
-            try:
-                voxels = work(record.block, unsynced)
-                waiting.append(replace(record, finished=time.time(), voxels=voxels))
-            except Exception as error:
-                failed += 1
-                waiting.append(_failed(record, error))
-            if time.monotonic() - flushed > _FLUSH_SECONDS:
-                failed += flush()
-                flushed = time.monotonic()
-        failed += flush()
-    return failed
-
-
-def _failed(record: BlockRecord, error: Exception) -> BlockRecord:
-    if record.state == "failed":
-        return record
-    return BlockRecord(
-        record.block,
-        "failed",
-        started=record.started,
-        finished=time.time(),
-        reason=str(error),
-        error="".join(traceback.format_exception(error)),
-    )
