@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import SecretStr
 
-from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.journal.snapshot import write_snapshot
 from agq.blockwise.journal.table import ROW, BlockTable
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
@@ -55,8 +55,8 @@ def make_run(folder: Path, n: int, late: int) -> RunFolder:
     rows = np.zeros(n, ROW)
     blocks = np.arange(n)
     rows["block"] = blocks
-    rows["rank"] = STATE_RANK["done"]
-    rows["rank"][FAILED_EVERY - 1 :: FAILED_EVERY] = STATE_RANK["failed"]
+    rows["rank"] = BlockState.DONE
+    rows["rank"][FAILED_EVERY - 1 :: FAILED_EVERY] = BlockState.FAILED
     rows["attempt"] = 1
     rows["started"] = now - n / 100 + blocks / 100
     rows["finished"] = rows["started"] + 1

@@ -2,20 +2,22 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
+from agq.blockwise.journal.progress import RECENT_S
 from agq.blockwise.journal.records import (
-    RANK_STATE,
-    STATE_RANK,
     BadLineError,
     BlockRecord,
+    BlockState,
     Event,
-    WorkerInfo,
+    Order,
     decode,
 )
 from agq.blockwise.journal.snapshot import (
@@ -33,11 +35,9 @@ _KEPT = (
     *("attempt", "labels", "components", "dropped", "voxels"),
     *("started", "finished", "read_s", "compute_s", "write_s"),
 )
+_WORKER_STATE = TypeAdapter(WorkerState)
 _U16 = 2**16 - 1
 _U32 = 2**32 - 1
-_DONE = STATE_RANK["done"]
-_SKIPPED = STATE_RANK["skipped"]
-_FAILED = STATE_RANK["failed"]
 
 
 class Journal:
@@ -123,7 +123,7 @@ class Journal:
         self.require_grid(n_blocks)
         rows = self.rows
         mask = np.zeros(n_blocks, bool)
-        mask[rows["block"][rows["rank"] >= _SKIPPED]] = True
+        mask[rows["block"][rows["rank"] >= BlockState.SKIPPED]] = True
         return mask
 
     def require_grid(self, n_blocks: int) -> None:
@@ -135,7 +135,7 @@ class Journal:
             If a block that is done or skipped lies beyond the last: it belongs to another grid.
         """
         rows = self.rows
-        last = int(rows["block"].max(where=rows["rank"] >= _SKIPPED, initial=-1))
+        last = int(rows["block"].max(where=rows["rank"] >= BlockState.SKIPPED, initial=-1))
         if last >= n_blocks:
             raise InputError(
                 f"journal {self.folder} has block {last}, but the volume has {n_blocks} blocks: it "
@@ -143,13 +143,8 @@ class Journal:
             )
 
     def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """State of each of some blocks: 0 none, 1 failed, 2 skipped, 3 done."""
+        """State of each of some blocks; see `BlockState`."""
         return self._table.ranks(np.asarray(blocks, np.int64))
-
-    def state(self, block: int) -> str:
-        """``done``, ``skipped``, ``failed``, or an empty text."""
-        row = self._table.find(block)
-        return "" if row < 0 else RANK_STATE[int(self._table.row(row)["rank"])]
 
     def counts(self) -> dict[str, int]:
         """Count the blocks ``failed``, ``skipped`` and ``done``."""
@@ -167,13 +162,36 @@ class Journal:
         """Count the blocks, and their voxels, done in the second of a time or later."""
         return self._table.recent(since)
 
+    def progress(self, since: float | None, now: float) -> dict[str, Any]:
+        """Say how far the stage is, in the form in which the ledger keeps totals.
+
+        Parameters
+        ----------
+        since : float or None
+            When the stage was started last, seconds since the epoch; None: at its first block.
+        now : float
+            Seconds since the epoch.
+        """
+        totals = self.totals()
+        session = self.recent(since or totals["started"])
+        recent = self.recent(now - RECENT_S)
+        return {
+            **self.counts(),
+            **totals,
+            "running": len(self.running()),
+            "duplicates": len(self.duplicates),
+            "conflicts": len(self.conflicts),
+            "session": {"blocks": session[0], "voxels": session[1]},
+            "recent": {"seconds": RECENT_S, "blocks": recent[0], "voxels": recent[1]},
+        }
+
     def replaced(self) -> bool:
         """Tell whether files that were read are gone: a stage was started over.
 
         Files that the snapshot stands for may be missing. A stage that was started over may have a
         snapshot too, of other files.
         """
-        gone = set(self._tail.positions).difference(self._tail.names())
+        gone = set(self._tail.positions).difference(self._tail.files())
         if not gone:
             return False
         snapshot = open_snapshot(self.folder)
@@ -225,25 +243,25 @@ class Journal:
         worker = self.workers.get(token)
         data = {name: values[name].item() for name in _KEPT} | {
             "block": block,
-            "state": RANK_STATE[int(values["rank"])],
+            "state": BlockState(values["rank"]).word,
             "token": token,
             "worker": worker.info.name if worker else "",
             "reason": self._reasons[int(values["reason"])] or None,
         }
         return BlockRecord.from_dict(data)
 
-    def records(self, blocks: Iterable[int] | None = None) -> Iterator[BlockRecord]:
-        """Whole records of some blocks (default: all), one at a time; see `record`."""
-        if blocks is None:
-            blocks = np.sort(self.rows["block"]).tolist()
-        for block in blocks:
-            record = self.record(block)
-            if record is not None:
-                yield record
+    def records(self) -> Iterator[BlockRecord]:
+        """Whole records of all blocks that have ended, one at a time; see `record`."""
+        yield from filter(None, map(self.record, np.sort(self.rows["block"]).tolist()))
 
-    def failed(self) -> list[BlockRecord]:
-        """Return the records of the blocks that are failed now, by block number."""
-        return [self._failed[block] for block in sorted(self._failed)]
+    def failed(self, limit: int | None = None) -> list[BlockRecord]:
+        """Return the records of the blocks that are failed now, or of the first, by number."""
+        return [self._failed[block] for block in sorted(self._failed)[:limit]]
+
+    def reasons(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the error of each failed block, 1, and its number; see `StageProgress`."""
+        for record in self.failed():
+            yield record.summary, 1, record.block
 
     # What looks wrong
 
@@ -277,7 +295,7 @@ class Journal:
                 if block not in latest or latest[block][2] < begun:
                     latest[block] = (token, attempt, begun)
         blocks = np.fromiter(latest, np.int64, len(latest))
-        for block in blocks[self.ranks(blocks) >= _SKIPPED].tolist():
+        for block in blocks[self.ranks(blocks) >= BlockState.SKIPPED].tolist():
             del latest[block]
         return latest
 
@@ -294,22 +312,21 @@ class Journal:
 
     def _end_block(self, event: Event) -> None:
         record = event.record
-        block, rank = record.block, STATE_RANK[record.state]
+        block, order = record.block, record.order
         self._started = min(self._started, record.started if record.started > 0 else math.inf)
         self._finished = max(self._finished, record.finished)
         row = self._table.find(block)
         if row >= 0:
             old = self._table.row(row)
-            old_token = self._sources[int(old["source"])][1]
-            if rank == _DONE and int(old["rank"]) == _DONE:
-                present = (old_token, int(old["digest"]))
-                other = (record.token, record.digest)
-                if other != present:
-                    self._rivals.setdefault(block, set()).update((present, other))
-            order = (int(old["rank"]), float(old["finished"]), int(old["attempt"]), old_token)
-            if record.order <= order:
+            token = self._sources[int(old["source"])][1]
+            if order.state == old["rank"] == BlockState.DONE:
+                keys = {(token, int(old["digest"])), (record.token, record.digest)}
+                if len(keys) > 1:
+                    self._rivals.setdefault(block, set()).update(keys)
+            if order <= Order(old["rank"], old["finished"], old["attempt"], token):
                 return
-        if rank == _FAILED:
+        failed = order.state == BlockState.FAILED
+        if failed:
             self._failed[block] = record
         else:
             self._failed.pop(block, None)
@@ -317,7 +334,7 @@ class Journal:
             row,
             (
                 block,
-                rank,
+                order.state,
                 min(max(record.attempt, 0), _U16),
                 self._source(event.file, record.token),
                 event.offset,
@@ -331,7 +348,7 @@ class Journal:
                 min(max(record.dropped, 0), _U32),
                 min(max(record.voxels, 0), _U32),
                 record.digest,
-                self._reason(record.reason if rank != _FAILED else None),
+                self._reason(None if failed else record.reason),
             ),
         )
 
@@ -390,9 +407,8 @@ class Journal:
         self._failed = {d["block"]: BlockRecord.from_dict(d) for d in meta["failed"]}
         self._rivals = {block: {(t, d) for t, d in keys} for block, keys in meta["rivals"]}
         for data in meta["workers"]:
-            current = {block: (attempt, begun) for block, attempt, begun in data.pop("current")}
-            info = WorkerInfo.from_dict(data.pop("info"))
-            self.workers[data["token"]] = WorkerState(info=info, current=current, **data)
+            data["current"] = {block: begun for block, *begun in data["current"]}
+            self.workers[data["token"]] = _WORKER_STATE.validate_python(data)
 
 
 def _span(rows: NDArray[np.void]) -> tuple[float, float]:

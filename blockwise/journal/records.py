@@ -16,26 +16,55 @@ import re
 import socket
 import time
 import zlib
-from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 State = Literal["done", "skipped", "failed"]
 
-#: A larger rank beats a smaller one, whatever the order in which the lines are read.
-STATE_RANK: Final[dict[str, int]] = {"failed": 1, "skipped": 2, "done": 3}
-#: Inverse of STATE_RANK; index 0 is "no line yet".
-RANK_STATE: Final[tuple[str, ...]] = ("", "failed", "skipped", "done")
+
+class BlockState(IntEnum):
+    """How a block stands; of two records of a block the one with the larger state is kept.
+
+    Lines and documents hold the lower-case name.
+    """
+
+    OPEN = 0
+    FAILED = 1
+    SKIPPED = 2
+    DONE = 3
+
+    @classmethod
+    def of(cls, word: str) -> "BlockState":
+        """Return the state that a line or document names."""
+        return cls[word.upper()]
+
+    @property
+    def word(self) -> str:
+        """How lines and documents name it."""
+        return self.name.lower()
+
+
+class Order(NamedTuple):
+    """Key that decides between two records of a block: the larger one is kept."""
+
+    state: int
+    time: float
+    attempt: int
+    token: str
+
 
 FORMAT_VERSION: Final = 1
 #: A traceback longer than this keeps its end: one line stays one small write.
 MAX_TEXT: Final = 16_384
 
-# json.loads guesses the encoding of bytes first, which takes as long as reading a line.
-_JSON: Final = json.JSONDecoder()
 _CRC_HEAD: Final = b',"crc":"'
 _CRC_SIZE: Final = len(_CRC_HEAD) + 8 + len(b'"}')
 
-Numbers = tuple[float, ...]
+Numbers = tuple[int | float, ...]
 
 
 class BadLineError(ValueError):
@@ -74,30 +103,6 @@ class WorkerInfo:
     started: float = 0.0
     gpu: str | None = None
     gpu_bytes: int | None = None
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> "WorkerInfo":
-        """Worker of a JSON object; unknown keys are ignored, ``host`` and ``pid`` are needed.
-
-        Raises
-        ------
-        BadLineError
-            If a needed key is missing or a value has the wrong type.
-        """
-        try:
-            job, gpu, memory = (data.get(name) for name in ("job", "gpu", "gpu_bytes"))
-            return WorkerInfo(
-                name=str(data["name"]),
-                host=str(data["host"]),
-                pid=int(data["pid"]),
-                device=str(data.get("device", "cpu")),
-                job=None if job is None else str(job),
-                started=float(data.get("started", 0.0)),
-                gpu=None if gpu is None else str(gpu),
-                gpu_bytes=None if memory is None else int(memory),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadLineError(f"worker: {error}") from error
 
 
 def this_worker(name: str | None = None, device: str = "cpu") -> WorkerInfo:
@@ -169,15 +174,20 @@ class BlockRecord:
     roi: tuple[Numbers, Numbers] | None = None
 
     def __post_init__(self) -> None:
-        if self.state not in STATE_RANK:
-            raise BadLineError(f"state {self.state!r} is none of {', '.join(STATE_RANK)}")
+        if self.state not in _STATES:
+            raise BadLineError(f"state {self.state!r} is none of {', '.join(_STATES)}")
         if not 0 <= self.block < 2**63:
             raise BadLineError(f"block number {self.block} is out of range")
 
     @property
-    def order(self) -> tuple[int, float, int, str]:
-        """Key that decides between two records of a block: the larger one is kept."""
-        return STATE_RANK[self.state], self.finished, self.attempt, self.token
+    def order(self) -> Order:
+        """Key that decides between two records of a block."""
+        return Order(_STATES[self.state], self.finished, self.attempt, self.token)
+
+    @property
+    def summary(self) -> str:
+        """Its error in one line."""
+        return self.reason or error_line(self.error)
 
     @property
     def digest(self) -> int:
@@ -186,7 +196,7 @@ class BlockRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object of the record; empty fields are left out."""
-        values = [(name, getattr(self, name)) for name in _CONVERT]
+        values = [(name, getattr(self, name)) for name in _LINE_FIELDS]
         data: dict[str, Any] = {k: v for k, v in values if v or v == 0}
         for name in ("reason", "error"):
             if len(data.get(name, "")) > MAX_TEXT:
@@ -203,35 +213,24 @@ class BlockRecord:
             If ``block`` or ``state`` is missing, or a value has the wrong type.
         """
         try:
-            return BlockRecord(**{k: _CONVERT[k](v) for k, v in data.items() if k in _CONVERT})
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            return _RECORD.validate_python(data)
+        except ValidationError as error:
             raise BadLineError(f"block: {error}") from error
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def error_line(error: str | None) -> str:
+    """Return the last line of a traceback, which says what was wrong."""
+    lines = (error or "").strip().splitlines()
+    return lines[-1].strip() if lines else "no error recorded"
 
 
-def _roi(value: Any) -> tuple[Numbers, Numbers] | None:
-    if value is None:
-        return None
-    offset, shape = value
-    return tuple(offset), tuple(shape)
-
-
-def _sums(value: Any) -> dict[str, str]:
-    return {str(k): str(v) for k, v in value.items()}
-
-
-_CONVERT: Final[dict[str, Any]] = {
-    **dict.fromkeys(("block", "attempt", "labels", "components", "dropped", "voxels"), int),
-    **dict.fromkeys(("state", "token", "worker"), str),
-    **dict.fromkeys(("started", "finished", "read_s", "compute_s", "write_s"), float),
-    **dict.fromkeys(("reason", "error"), _text),
-    "sums": _sums,
-    "roi": _roi,
-}
-assert set(_CONVERT) == {f.name for f in fields(BlockRecord)}
+_STATES: Final = {state.word: state for state in BlockState if state}
+_RECORD: Final = TypeAdapter(BlockRecord)
+#: In the order in which lines have them.
+_LINE_FIELDS: Final = (
+    *("block", "attempt", "labels", "components", "dropped", "voxels", "state", "token", "worker"),
+    *("started", "finished", "read_s", "compute_s", "write_s", "reason", "error", "sums", "roi"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +300,11 @@ def decode(line: bytes, file: str = "", offset: int = 0) -> Event:
     if tail != b'%s%08x"}' % (_CRC_HEAD, zlib.crc32(body)):
         raise BadLineError("checksum missing or wrong")
     try:
-        data = _JSON.raw_decode(line.decode("ascii"))[0]
+        try:
+            data = from_json(line)
+        except ValueError:
+            # It refuses half a surrogate pair, which the names of undecodable files have.
+            data = json.loads(line)
         return Event(
             kind=str(data["event"]),
             time=float(data["time"]),

@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.journal.table import ROW, BlockTable
 from agq.blockwise.storage.arrays import parsed
 from agq.blockwise.storage.files import atomic_file
@@ -202,9 +202,6 @@ class SnapshotTable:
         self._newer = BlockTable()
         self._replaced = BlockTable()
 
-    def __len__(self) -> int:
-        return self._size - len(self._replaced) + len(self._newer)
-
     @property
     def version(self) -> int:
         """A number that grows with every change."""
@@ -231,13 +228,13 @@ class SnapshotTable:
         self._newer.put(max(row - self._size, -1), values)
 
     def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """State ranks (0 none, 1 failed, 2 skipped, 3 done) of block numbers, any order."""
+        """State of each block number, any order; see `BlockState`."""
         ranks = self._newer.ranks(blocks)
         if self._size:
             old = self._snapshot.column("block")
             row = np.minimum(np.searchsorted(old, blocks), len(old) - 1)
-            known = np.where(old[row] == blocks, self._snapshot.column("rank")[row], 0)
-            ranks = np.where(ranks > 0, ranks, known).astype(np.uint8)
+            states = np.where(old[row] == blocks, self._snapshot.column("rank")[row], 0)
+            ranks = np.where(ranks > 0, ranks, states).astype(np.uint8)
         return ranks
 
     def counts(self) -> dict[str, int]:
@@ -273,7 +270,7 @@ class SnapshotTable:
 
 def _seconds(rows: NDArray[np.void]) -> NDArray[np.void]:
     """Count the done blocks and their voxels by the second in which they were done."""
-    done = rows["rank"] == STATE_RANK["done"]
+    done = rows["rank"] == BlockState.DONE
     ends = np.floor(rows["finished"][done])
     order = np.argsort(ends, kind="stable")
     second, starts = np.unique(ends[order], return_index=True)

@@ -6,7 +6,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.journal.records import RANK_STATE, STATE_RANK
+from agq.blockwise.journal.records import BlockState
 
 #: One row per block with a terminal line: 77 bytes.
 ROW: Final = np.dtype(
@@ -59,9 +59,6 @@ class BlockTable:
         if rows is not None:
             self._index_all()
 
-    def __len__(self) -> int:
-        return self._size
-
     @property
     def rows(self) -> NDArray[np.void]:
         """View of all rows, dtype ROW."""
@@ -96,7 +93,7 @@ class BlockTable:
         self.version += 1
 
     def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """State ranks (0 none, 1 failed, 2 skipped, 3 done) of block numbers, any order."""
+        """State of each block number, any order; see `BlockState`."""
         out = np.zeros(len(blocks), np.uint8)
         if not self._size or not len(blocks):
             return out
@@ -113,13 +110,13 @@ class BlockTable:
 
     def counts(self) -> dict[str, int]:
         """Count the blocks by state."""
-        counts = np.bincount(self.rows["rank"], minlength=len(RANK_STATE))
-        return {state: int(counts[rank]) for state, rank in STATE_RANK.items()}
+        counts = np.bincount(self.rows["rank"], minlength=len(BlockState))
+        return {state.word: int(counts[state]) for state in BlockState if state}
 
     def sums(self) -> dict[str, float]:
         """Add up the done blocks."""
         rows = self.rows
-        done = rows["rank"] == STATE_RANK["done"]
+        done = rows["rank"] == BlockState.DONE
         counted = {n: int(rows[n].sum(where=done, dtype=np.int64)) for n in _COUNTED}
         seconds = {n: float(rows[n].sum(where=done, dtype=np.float64)) for n in _TIMED}
         return {**counted, **seconds}
@@ -127,7 +124,7 @@ class BlockTable:
     def recent(self, since: float) -> tuple[int, int]:
         """Count the blocks done in the second of a time or later, and their voxels."""
         rows = self.rows
-        late = (rows["finished"] >= math.floor(since)) & (rows["rank"] == STATE_RANK["done"])
+        late = (rows["finished"] >= math.floor(since)) & (rows["rank"] == BlockState.DONE)
         return int(late.sum()), int(rows["voxels"].sum(where=late, dtype=np.int64))
 
     def _index_all(self) -> None:

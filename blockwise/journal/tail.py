@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from agq.blockwise.journal.records import BadLineError, Event, WorkerInfo, decode
 
 _POLL_BYTES = 8 << 20
+_WORKER = TypeAdapter(WorkerInfo)
 
 
 class JournalTail:
@@ -72,7 +75,7 @@ class JournalTail:
             If a file may not be read.
         """
         events: list[Event] = []
-        for name in self.names():
+        for name in self.files():
             if limit <= 0:
                 break
             if name in self.ended:
@@ -90,8 +93,8 @@ class JournalTail:
             self.positions[name] = start + len(data)
         return events
 
-    def names(self) -> list[str]:
-        """List the journal files that are there now, by name."""
+    def files(self) -> list[str]:
+        """List the names of the present journal files."""
         try:
             with os.scandir(self.folder) as entries:
                 return sorted(e.name for e in entries if e.name.endswith(".jsonl"))
@@ -178,8 +181,8 @@ def worker_of(event: Event) -> WorkerInfo:
     described: Any = event.data.get("worker") if event.kind == "worker" else None
     if isinstance(described, dict):
         try:
-            return WorkerInfo.from_dict(described)
-        except BadLineError:
+            return _WORKER.validate_python(described)
+        except ValidationError:
             pass
     host, _, rest = event.file.rpartition(".")[0].partition("-")
     pid = rest.partition("-")[0]

@@ -131,8 +131,8 @@ class JournalWriter:
         size = 0
         wrote = False
         for record in records:
-            own = replace(record, token=self.token, worker=self.worker.name)
-            line = encode("block", time.time(), self.token, own.to_dict())
+            signed = replace(record, token=self.token, worker=self.worker.name)
+            line = encode("block", time.time(), self.token, signed.to_dict())
             lines.append(line)
             size += len(line)
             wrote = True

@@ -30,6 +30,7 @@ from pymongo.errors import (
 )
 from pymongo.synchronous import monitor
 
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.ledger.schema import VALIDATORS
 from agq.blockwise.ledger.settings import (
     URI_VARIABLE,
@@ -39,10 +40,9 @@ from agq.blockwise.ledger.settings import (
     mask_secrets,
     shown_uri,
 )
-from agq.blockwise.ledger.updates import RANK, Document, begin_update, block_update, worker_update
+from agq.blockwise.ledger.updates import Document, begin_update, block_update, worker_update
 
 __all__ = [
-    "RANK",
     "URI_VARIABLE",
     "Ledger",
     "LedgerError",
@@ -166,8 +166,8 @@ class Ledger:
         """
         if self._prepared:
             return
-        there = self.runs.database.list_collection_names()
-        for name in VALIDATORS.keys() - set(there):
+        existing = self.runs.database.list_collection_names()
+        for name in VALIDATORS.keys() - set(existing):
             # Another coordinator may be faster.
             with contextlib.suppress(CollectionInvalid):
                 self.runs.database.create_collection(name, validator=VALIDATORS[name])
@@ -215,7 +215,7 @@ class Ledger:
         self.runs.update_one({"_id": run}, update, upsert=True)
 
     def set_totals(self, run: str, stage: str, size: int, totals: Document) -> None:
-        """Set the totals of a stage unless those there were made from more journal bytes."""
+        """Set the totals of a stage, unless its totals were made from more journal bytes."""
         path = f"stages.{stage}.totals"
         older = [{f"{path}.bytes": {"$lte": size}}, {path: {"$exists": False}}]
         update = {"$set": {path: totals | {"bytes": size}}}
@@ -255,8 +255,8 @@ class Ledger:
 
     def delivered(self, run: str, stage: str) -> dict[str, int]:
         """Return the bytes of each journal file that are already here."""
-        found = self.workers.find({"run": run, "stage": stage}, {"file": 1, "delivered": 1})
-        return {doc["file"]: int(doc["delivered"]) for doc in found}
+        workers = self.workers.find({"run": run, "stage": stage}, {"file": 1, "delivered": 1})
+        return {doc["file"]: int(doc["delivered"]) for doc in workers}
 
     def find_run(self, run: str) -> Document | None:
         """Return the document of a run."""
@@ -268,6 +268,12 @@ class Ledger:
         """Yield block documents by block number (limit 0: all)."""
         query = {"run": run, "stage": stage} | ({"state": state} if state else {})
         yield from self.blocks.find(query).sort("block", ASCENDING).limit(limit)
+
+    def ended_blocks(self, run: str, stage: str, fields: Sequence[str]) -> Iterator[Document]:
+        """Yield some fields of every block that has ended."""
+        ended = [state.word for state in BlockState if state]
+        query = {"run": run, "stage": stage, "state": {"$in": ended}}
+        yield from self.blocks.find(query, dict.fromkeys(fields, 1))
 
     def failure_reasons(self, run: str, stage: str) -> Iterator[tuple[str, int, int]]:
         """Yield each reason of failed blocks, their number, and the first of them, in no order."""

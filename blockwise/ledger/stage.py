@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -10,11 +11,10 @@ from typing import Final
 from pymongo import UpdateOne
 
 from agq.blockwise.journal.reader import Journal
-from agq.blockwise.journal.records import BadLineError, Event
+from agq.blockwise.journal.records import BadLineError, BlockState, Event, Order
 from agq.blockwise.journal.tail import JournalTail, WorkerState
 from agq.blockwise.ledger.database import Ledger, mask_secrets
 from agq.blockwise.ledger.updates import (
-    RANK,
     Attempt,
     Document,
     begin_update,
@@ -24,11 +24,10 @@ from agq.blockwise.ledger.updates import (
 
 _BATCH_BYTES: Final = 256 << 10
 _BULK: Final = 500
-_RECENT_S: Final = 60.0
 #: A worker with a deep prefetch queue may have begun many blocks.
 _MAX_CURRENT: Final = 16
+_WORKER_FIELDS: Final = ("last", "done", "skipped", "failed", "voxels", "exit")
 
-_Order = tuple[int, float, int, str]
 _Make = Callable[..., UpdateOne]
 
 
@@ -110,7 +109,7 @@ class StageFeed:
         return False
 
     def _send_blocks(self) -> None:
-        newest: dict[int, tuple[_Order, _Make]] = {}
+        newest: dict[int, tuple[Order, _Make]] = {}
         failed: defaultdict[int, list[Attempt]] = defaultdict(list)
         for event in self._batch:
             try:
@@ -126,20 +125,18 @@ class StageFeed:
         for start in range(0, len(updates), _BULK):
             self.refused += self._ledger.write("blocks", updates[start : start + _BULK])
 
-    def _update_of(self, event: Event) -> tuple[int, _Order, _Make]:
+    def _update_of(self, event: Event) -> tuple[int, Order, _Make]:
         worker = self._journal.workers.get(event.token)
         info = worker.info if worker else None
         where = self._run, self.name
         if event.kind == "block":
             record = event.record
-            order = RANK[record.state], record.finished, record.attempt, record.token
-            return record.block, order, partial(block_update, *where, record, info)
+            return record.block, record.order, partial(block_update, *where, record, info)
         if event.kind == "begin":
             block, attempt = int(event.data["block"]), int(event.data.get("attempt", 1))
-            order = RANK["running"], event.time, attempt, event.token
-            who = event.token, info
-            return block, order, partial(begin_update, *where, block, attempt, event.time, *who)
-        return -1, (0, 0.0, 0, ""), partial(UpdateOne, {}, {})
+            begun = Order(BlockState.OPEN, event.time, attempt, event.token)
+            return block, begun, partial(begin_update, *where, block, begun, info)
+        return -1, Order(BlockState.OPEN, 0.0, 0, ""), partial(UpdateOne, {}, {})
 
     def _send_workers(self) -> None:
         files = {event.file: event.token for event in self._batch}
@@ -171,21 +168,8 @@ class StageFeed:
         started = time.monotonic()
         if key == self._totals_key or (started < self._totals_time and not at_once):
             return
-        journal = self._journal
         now = time.time()
-        sums = journal.totals()
-        session = journal.recent(since or sums["started"])
-        blocks, voxels = journal.recent(now - _RECENT_S)
-        totals = {
-            **journal.counts(),
-            **sums,
-            "running": len(journal.running()),
-            "duplicates": len(journal.duplicates),
-            "conflicts": len(journal.conflicts),
-            "session": {"blocks": session[0], "voxels": session[1]},
-            "recent": {"seconds": _RECENT_S, "blocks": blocks, "voxels": voxels},
-            "updated": now,
-        }
+        totals = self._journal.progress(since, now) | {"updated": now}
         self._ledger.set_totals(self._run, self.name, size, totals)
         self._totals_key = key
         # At 10^7 blocks adding up takes a good part of a second: do not spend all time on it.
@@ -198,29 +182,13 @@ def _worker_fields(worker: WorkerState | None) -> Document:
         return {}
     info = worker.info
     current = sorted((begun, block, attempt) for block, (attempt, begun) in worker.current.items())
-    return mask_secrets(
-        {
-            "name": info.name,
-            "host": info.host,
-            "pid": info.pid,
-            "device": info.device,
-            "job": info.job,
-            "gpu": info.gpu,
-            "gpu_bytes": info.gpu_bytes,
-            "voxels_per_s": worker.voxels / max(worker.last - info.started, 1e-3),
-            "started": info.started,
-            "last": worker.last,
-            "done": worker.done,
-            "skipped": worker.skipped,
-            "failed": worker.failed,
-            "voxels": worker.voxels,
-            "exit": worker.exit,
-            "current": [
-                {"block": block, "attempt": attempt, "begun": begun}
-                for begun, block, attempt in current[-_MAX_CURRENT:]
-            ],
-        }
-    ) | {"token": worker.token}
+    fields = asdict(info) | {name: getattr(worker, name) for name in _WORKER_FIELDS}
+    fields["voxels_per_s"] = worker.voxels / max(worker.last - info.started, 1e-3)
+    fields["current"] = [
+        {"block": block, "attempt": attempt, "begun": begun}
+        for begun, block, attempt in current[-_MAX_CURRENT:]
+    ]
+    return mask_secrets(fields) | {"token": worker.token}
 
 
 def count_lines(folder: Path, sent: Mapping[str, int]) -> int:

@@ -1,15 +1,12 @@
-"""The updates that bring ledger documents to what the journal says, whatever is there already."""
+"""Updates that make ledger documents say what the journal says, unless they say newer things."""
 
 from collections.abc import Sequence
 from typing import Any, Final
 
 from pymongo import UpdateOne
 
-from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, Order, WorkerInfo
 from agq.blockwise.ledger.settings import storable
-
-#: Precedence of block states: a document never goes back.
-RANK: Final[dict[str, int]] = {"queued": 0, "running": 1, "failed": 2, "skipped": 3, "done": 4}
 
 _I64: Final = 2**63 - 1
 _MAX_ERROR: Final = 4096
@@ -52,62 +49,58 @@ def block_update(
         fields[name] = float(getattr(record, name))
     for name in ("labels", "components", "dropped", "voxels"):
         fields[name] = min(int(getattr(record, name)), _I64)
-    of = (record.block, record.attempt, record.finished, record.token)
-    return _block(run, stage, *of, worker, fields, earlier)
+    return _block(run, stage, record.block, record.order, worker, fields, earlier)
 
 
 def begin_update(
     run: str,
     stage: str,
     block: int,
-    attempt: int,
-    begun: float,
-    token: str,
+    begun: Order,
     worker: WorkerInfo | None = None,
     *,
     earlier: Sequence[Attempt] = (),
 ) -> UpdateOne:
     """Update that marks a block as running, unless it has ended; `earlier` as in `block_update`."""
-    fields: Document = {"state": "running", "started": begun}
-    return _block(run, stage, block, attempt, begun, token, worker, fields, earlier)
+    fields: Document = {"state": "running", "started": begun.time}
+    return _block(run, stage, block, begun, worker, fields, earlier)
 
 
 def _block(
     run: str,
     stage: str,
     block: int,
-    attempt: int,
-    when: float,
-    token: str,
+    order: Order,
     worker: WorkerInfo | None,
     fields: Document,
     earlier: Sequence[Attempt],
 ) -> UpdateOne:
-    key = f"{run}/{stage}/{block}"
-    order = [RANK[fields["state"]], float(when), min(attempt, _I64), token]
+    name = f"{run}/{stage}/{block}"
+    # Documents count from 1: 0 is for a block that is queued.
+    key = [order.state + 1, float(order.time), min(order.attempt, _I64), order.token]
     document = fields | {
-        "_id": key,
+        "_id": name,
         "run": run,
         "stage": stage,
         "block": block,
-        "attempt": order[2],
-        "token": token,
+        "attempt": key[2],
+        "token": order.token,
         "worker": worker and storable(worker.name),
         "host": worker and storable(worker.host),
         "device": worker and worker.device,
         "job": worker and worker.job,
-        "order": order,
+        "order": key,
     }
     # In a pipeline a value such as "$5 off" would be a field path: hence $literal. A missing
     # order is smaller than any array, so the first write of a block always counts.
-    newer = {"$gt": [{"$literal": order}, "$order"]}
+    newer = {"$gt": [{"$literal": key}, "$order"]}
     kept = {"$cond": [newer, {"$literal": document}, "$$ROOT"]}
     # By a key of its own for each attempt, so that their order and repetition do not matter.
-    known = {"$ifNull": ["$attempts", {"$literal": {}}]}
+    kept_attempts = {"$ifNull": ["$attempts", {"$literal": {}}]}
     added = {f"{r.token}-{min(r.attempt, _I64)}": _attempt(r, w) for r, w in earlier}
-    history = {"attempts": {"$mergeObjects": [known, {"$literal": added}]}}
+    history = {"attempts": {"$mergeObjects": [kept_attempts, {"$literal": added}]}}
     whole = {"$mergeObjects": [kept, history]}
-    return UpdateOne({"_id": key}, [{"$replaceWith": whole}], upsert=True)
+    return UpdateOne({"_id": name}, [{"$replaceWith": whole}], upsert=True)
 
 
 def _attempt(record: BlockRecord, worker: WorkerInfo | None) -> Document:

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.writer import BlockWriter
-from agq.blockwise.journal.records import STATE_RANK, this_worker
+from agq.blockwise.journal.records import BlockState, this_worker
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
 from agq.blockwise.predict.local_processes import (
     DRAINED,
@@ -201,7 +201,7 @@ class _Run:
         self._last_loss: dict[int, str] = {}
         # (token, block) begun and not ended, by processes that did not say that they leave.
         self._open: set[tuple[str, int]] = set()
-        # By place in `numbers`: the best outcome so far, as in STATE_RANK.
+        # By place in `numbers`: the best outcome so far, as `BlockState`.
         self._ranks = np.zeros(numbers.size, np.uint8)
         # Sums over the records of done blocks.
         self._totals: dict[str, Any] = dict.fromkeys(("voxels", "labels", "dropped"), 0)
@@ -255,7 +255,7 @@ class _Run:
             together = bool(pending.size)
             batch = pending if together else alone
             code = self._session(batch, alone=not together)
-            left = batch[self._journal.ranks(batch) < STATE_RANK["skipped"]]
+            left = batch[self._journal.ranks(batch) < BlockState.SKIPPED]
             progress = left.size < batch.size
             crashes = crashes + 1 if code and not progress else 0
             if crashes > _DISPATCHER_RESTARTS:
@@ -358,9 +358,9 @@ class _Run:
             self._failures[record.block].append(record.token)
         else:
             self._deaths_in_a_row = self._crashes_at_start = 0
-        if STATE_RANK[record.state] <= self._ranks[place]:
+        if record.order.state <= self._ranks[place]:
             return
-        self._ranks[place] = STATE_RANK[record.state]
+        self._ranks[place] = record.order.state
         if record.state == "done":
             for name in self._totals:
                 self._totals[name] += getattr(record, name)
@@ -413,15 +413,15 @@ class _Run:
                 for number in numbers.tolist()
             )
 
-    def _count(self, state: str) -> int:
-        return int(np.count_nonzero(self._ranks == STATE_RANK[state]))
+    def _count(self, state: BlockState) -> int:
+        return int(np.count_nonzero(self._ranks == state))
 
     def _progress(self) -> PredictProgress:
         return PredictProgress(
             total=int(self.numbers.size),
-            done=self._count("done"),
-            skipped=self._count("skipped"),
-            failed=self._count("failed"),
+            done=self._count(BlockState.DONE),
+            skipped=self._count(BlockState.SKIPPED),
+            failed=self._count(BlockState.FAILED),
             voxels=self._totals["voxels"],
             workers=len(self._workers),
             seconds=time.monotonic() - self._started,
@@ -429,11 +429,11 @@ class _Run:
 
     def report(self) -> PredictReport:
         """Return how the run ended."""
-        failed = self.numbers[self._ranks == STATE_RANK["failed"]]
+        failed = self.numbers[self._ranks == BlockState.FAILED]
         return PredictReport(
             blocks=int(self.numbers.size),
-            done=self._count("done"),
-            skipped=self._count("skipped"),
+            done=self._count(BlockState.DONE),
+            skipped=self._count(BlockState.SKIPPED),
             failed=tuple(failed.tolist()),
             retries=sum(map(len, self._failures.values())) + sum(self._losses.values()),
             workers_lost=self._deaths,

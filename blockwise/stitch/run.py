@@ -27,7 +27,7 @@ from distributed.comm import CommClosedError
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks import sidecar as sidecar_module
-from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.stitch import contacts as contacts_module
 from agq.blockwise.stitch.cluster import local_client
@@ -69,8 +69,6 @@ __all__ = [
 ALGORITHM_VERSION = 3
 """Raised whenever the same evidence would give another segmentation or other bytes."""
 
-_DONE = STATE_RANK["done"]
-_SKIPPED = STATE_RANK["skipped"]
 _TASKS_PER_CORE = 8
 """Of each level: enough to keep workers busy to the end, few enough for the scheduler."""
 
@@ -170,9 +168,9 @@ class _Stitch:
     def _blocks(self) -> tuple[NDArray[np.int64], str]:
         """Return the blocks to stitch, and a digest of what predict wrote for them."""
         selected, ranks, journal = find_blocks(self.spec)
-        self.report.skipped = int((ranks == _SKIPPED).sum())
-        self.report.missing = int((ranks < _SKIPPED).sum())
-        numbers = selected[ranks == _DONE]
+        self.report.skipped = int((ranks == BlockState.SKIPPED).sum())
+        self.report.missing = int((ranks < BlockState.SKIPPED).sum())
+        numbers = selected[ranks == BlockState.DONE]
         self.report.blocks = len(numbers)
         rows = journal.rows
         rows = rows[np.argsort(rows["block"])]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from agq.blockwise.blocks.spec import GridSpec
-from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.stitch.settings import Downsampling, MergeSettings, Thresholds
 from agq.blockwise.stitch.steps import Step
@@ -154,7 +154,7 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
     selected
         Block numbers, int64.
     ranks
-        State of each, as in :data:`agq.blockwise.journal.records.STATE_RANK`.
+        State of each, as in :class:`agq.blockwise.journal.records.BlockState`.
     journal
         Of the prediction, as read.
 
@@ -171,9 +171,9 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
     journal = Journal(spec.run_dir / "journal" / "predict")
     journal.require_grid(grid.n_blocks)
     ranks = journal.ranks(selected)
-    bad = selected[ranks < STATE_RANK["skipped"]]
+    bad = selected[ranks < BlockState.SKIPPED]
     if len(bad) and not spec.allow_missing:
-        failed = int((ranks == STATE_RANK["failed"]).sum())
+        failed = int((ranks == BlockState.FAILED).sum())
         named = ", ".join(str(number) for number in bad[:_NAMED])
         raise InputError(
             f"stitch: of {len(selected)} blocks {failed} failed and {len(bad) - failed} are"

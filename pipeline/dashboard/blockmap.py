@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.volumes.triples import Triple
 
 By = Literal["state", "seconds", "labels", "dropped"]
@@ -102,7 +103,7 @@ def block_values(n_blocks: int, rows: npt.NDArray[Any], by: By) -> npt.NDArray[n
         Float32 (n_blocks,).
     """
     values = np.full(n_blocks, np.nan, np.float32)
-    done = rows[(rows["rank"] == 3) & (rows["block"] < n_blocks)]
+    done = rows[(rows["rank"] == BlockState.DONE) & (rows["block"] < n_blocks)]
     values[done["block"]] = done["finished"] - done["started"] if by == "seconds" else done[by]
     return values
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import yaml
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.records import BlockState
 from agq.pipeline.status.failures import error_kind
 from agq.pipeline.status.run_status import Failure, StageStatus, WorkerStatus
 
@@ -38,7 +39,7 @@ def history(rows: npt.NDArray[Any], started: float | None, until: float) -> dict
     dict
         ``start``, ``seconds`` of one bin, and the lists ``blocks_per_s`` and ``voxels_per_s``.
     """
-    done = rows[rows["rank"] == 3]
+    done = rows[rows["rank"] == BlockState.DONE]
     ends = done["finished"]
     if started is None or not (ends >= started).any():
         started = float(ends.min()) if ends.size else until

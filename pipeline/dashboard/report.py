@@ -14,6 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
@@ -166,7 +167,7 @@ def _block_map(view: RunView, run: dict[str, Any]) -> str:
 
 
 def _plots(rows: npt.NDArray[Any], history: dict[str, Any]) -> list[tuple[str, str]]:
-    done = rows[rows["rank"] == 3]
+    done = rows[rows["rank"] == BlockState.DONE]
     if not done.size:
         return []
     figure = _figure(11, 2.4)

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
-from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.volumes.boxes import unordered
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
@@ -127,7 +127,7 @@ def score_blocks(
     grid = BlockGrid.from_dict(run.record()["identity"]["grid"])
     fragments = open_volume(run.container, "fragments", kind="labels", unit=truth.unit)
     ranks = Journal(run.journal("predict")).ranks(np.arange(grid.n_blocks))
-    numbers = np.flatnonzero(ranks == STATE_RANK["done"]).tolist()
+    numbers = np.flatnonzero(ranks == BlockState.DONE).tolist()
     task = partial(_score, fragments, truth, grid.to_dict(), ignore or BorderRule())
     scores = []
     if on_progress is not None:

@@ -21,7 +21,7 @@ from rich.console import Group
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import open_sidecar
 from agq.blockwise.journal.reader import Journal
-from agq.blockwise.journal.records import STATE_RANK
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.stitch.contacts import Evidence, collect, read_evidence
 from agq.blockwise.stitch.merge.rule import agglomerate
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
@@ -270,7 +270,7 @@ def _labels(container: Path, name: str, truth: Volume) -> Volume:
 def _evidence(job: WatershedRun) -> Evidence:
     grid = BlockGrid.from_dict(job.grid)
     journal = Journal(job.folder / "journal" / "predict")
-    present = journal.ranks(np.arange(grid.n_blocks)) == STATE_RANK["done"]
+    present = journal.ranks(np.arange(grid.n_blocks)) == BlockState.DONE
     return collect(np.flatnonzero(present), grid, present, lambda n: open_sidecar(job.folder, n))
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
-from agq.blockwise.journal.records import STATE_RANK, this_worker
+from agq.blockwise.journal.records import BlockState, this_worker
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter
 from agq.blockwise.volumes.boxes import unordered
 from agq.blockwise.volumes.create import open_array
@@ -157,7 +157,7 @@ def make_fragments(
     job = _job(run, settings)
     grid = BlockGrid.from_dict(job.grid)
     ranks = Journal(run.journal("predict")).ranks(np.arange(grid.n_blocks))
-    predicted, skipped = ranks == STATE_RANK["done"], ranks == STATE_RANK["skipped"]
+    predicted, skipped = ranks == BlockState.DONE, ranks == BlockState.SKIPPED
     if not predicted.any():
         raise InputError(f"{run.path}: no block is done yet; finish `agq predict` first")
     units: Any = open_array(run.container, "fragments", "r").attrs["units"]

@@ -69,8 +69,7 @@ def test_record_round_trip(tmp_path):
     assert journal.record(5) == expected
     assert list(journal.records()) == [expected]
     assert journal.running() == {}
-    assert journal.state(5) == "done"
-    assert journal.state(6) == ""
+    assert journal.record(5).state == "done"
     assert journal.record(6) is None
     state = journal.workers[writer.token]
     assert state.info == WORKER
@@ -113,8 +112,8 @@ def test_done_beats_skipped_beats_failed(tmp_path, order):
         other = "skipped" if state == "done" else state
         writer.finish(BlockRecord(2, other, finished=float(time)))
     journal = Journal(tmp_path)
-    assert journal.state(1) == "done"
-    assert journal.state(2) == "skipped"
+    assert journal.record(1).state == "done"
+    assert journal.record(2).state == "skipped"
     assert journal.failed() == []
 
 
@@ -218,7 +217,7 @@ def test_numbers_beyond_their_column_are_clipped_not_lost(tmp_path):
     record = BlockRecord(1, "done", attempt=10**6, labels=2**40, dropped=-1)
     JournalWriter(tmp_path, WORKER).finish(record)
     journal = Journal(tmp_path)
-    assert journal.state(1) == "done"
+    assert journal.record(1).state == "done"
     assert journal.rows["labels"][0] == 2**32 - 1
     assert journal.record(1).labels == 2**40
 

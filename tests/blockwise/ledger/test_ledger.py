@@ -11,9 +11,9 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from pymongo.errors import DuplicateKeyError, WriteError
 
+from agq.blockwise.journal.records import BlockState, Order
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.ledger.database import (
-    RANK,
     LedgerError,
     LedgerSettings,
     begin_update,
@@ -59,9 +59,9 @@ def ledger(mongo_uri):
 
 def test_any_order_and_any_number_of_times(ledger):
     events = [
-        begin_update("r", "predict", 1, 1, 1.0, "aa", WORKER),
+        begin_update("r", "predict", 1, Order(BlockState.OPEN, 1.0, 1, "aa"), WORKER),
         block_update("r", "predict", record(1, "failed", finished=2.0, token="aa"), WORKER),
-        begin_update("r", "predict", 1, 2, 3.0, "bb", WORKER),
+        begin_update("r", "predict", 1, Order(BlockState.OPEN, 3.0, 2, "bb"), WORKER),
         block_update("r", "predict", record(1, attempt=2, finished=4.0, token="bb"), WORKER),
         block_update("r", "predict", record(1, attempt=2, finished=5.0, token="cc"), WORKER),
         block_update("r", "predict", record(1, "failed", finished=9.0, token="dd"), WORKER),
@@ -82,14 +82,15 @@ def test_any_order_and_any_number_of_times(ledger):
 
 
 def test_state_never_goes_back(ledger):
-    states = [s for s in RANK if s not in ("queued", "running")]
+    states = [state.word for state in BlockState if state]
     for first, second in itertools.product(states, states):
         ledger.blocks.delete_many({})
         ledger.write("blocks", [block_update("r", "s", record(0, first, finished=1.0))])
         ledger.write("blocks", [block_update("r", "s", record(0, second, finished=2.0))])
-        ledger.write("blocks", [begin_update("r", "s", 0, 9, 99.0, "zz")])
+        begun = Order(BlockState.OPEN, 99.0, 9, "zz")
+        ledger.write("blocks", [begin_update("r", "s", 0, begun)])
         (doc,) = ledger.find_blocks("r", "s")
-        assert doc["state"] == max(first, second, key=RANK.__getitem__)
+        assert doc["state"] == max(first, second, key=BlockState.of)
 
 
 def test_text_with_dollars_and_surrogates_is_stored_as_it_is(ledger):

@@ -1,0 +1,117 @@
+"""How far a stage is, as the ledger says it."""
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from agq.blockwise.journal.progress import RECENT_S
+from agq.blockwise.journal.records import BlockRecord, BlockState, WorkerInfo
+from agq.blockwise.journal.tail import WorkerState
+from agq.blockwise.ledger.database import Ledger
+from agq.blockwise.ledger.updates import Document
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_INFO: Final = ("name", "host", "pid", "device", "job", "started", "gpu", "gpu_bytes")
+_STATE: Final = ("token", "last", "done", "skipped", "failed", "voxels", "exit")
+_ROW: Final = ("block", "started", "finished", "labels", "dropped", "voxels")
+#: All rows are read again after so many seconds.
+_ROWS_S: Final = 15.0
+_MAX_FAILURES: Final = 10_000
+
+
+class LedgerStage:
+    """The documents of one stage; a `StageProgress`, as the `Journal` is.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        The database.
+    run, stage : str
+        The run's id and the stage's name.
+
+    Attributes
+    ----------
+    workers : dict of str to WorkerState
+        By token, as of the last call of `refresh`.
+
+    Raises
+    ------
+    PyMongoError
+        From every method, if the database is away.
+    """
+
+    def __init__(self, ledger: Ledger, run: str, stage: str) -> None:
+        self.workers: dict[str, WorkerState] = {}
+        self._ledger = ledger
+        self._key = run, stage
+        self._totals: Document = {}
+        self._rows: npt.NDArray[Any] | None = None
+        self._rows_read = 0.0
+
+    def refresh(self, totals: Document) -> None:
+        """Take the totals that the document of the run has now, and read the workers."""
+        self._totals = totals
+        documents = self._ledger.find_workers(*self._key)
+        self.workers = {d["token"]: _worker(d) for d in documents if "last" in d}
+
+    def progress(self, since: float | None, now: float) -> Document:
+        """Return the totals; a minute that has passed since then is one without blocks."""
+        if now - self._totals.get("updated", 0.0) > RECENT_S:
+            return self._totals | {"recent": {"seconds": RECENT_S, "blocks": 0, "voxels": 0}}
+        return self._totals
+
+    def failed(self, limit: int | None = None) -> list[BlockRecord]:
+        """Return the records of the first failed blocks."""
+        documents = self._ledger.find_blocks(*self._key, "failed", limit or _MAX_FAILURES)
+        return [_record(document) for document in documents]
+
+    def reasons(self) -> Iterable[tuple[str, int, int]]:
+        """Yield the errors as the database groups them: a million blocks may have failed."""
+        return self._ledger.failure_reasons(*self._key)
+
+    def record(self, block: int) -> BlockRecord | None:
+        """Return the record of a block that has ended."""
+        document = self._ledger.blocks_of(*self._key, [block]).get(block)
+        return None if document is None or document["state"] == "running" else _record(document)
+
+    def running(self) -> list[int]:
+        """Return the blocks begun and not ended."""
+        return [block for worker in self.workers.values() for block in worker.current]
+
+    @property
+    def rows(self) -> "npt.NDArray[Any]":
+        """What the documents of ended blocks say, as rows of a journal's table."""
+        import numpy as np
+
+        from agq.blockwise.journal.table import ROW
+
+        if self._rows is None or time.monotonic() - self._rows_read >= _ROWS_S:
+            documents = list(self._ledger.ended_blocks(*self._key, (*_ROW, "state")))
+            self._rows = np.zeros(len(documents), ROW)
+            for row, document in zip(self._rows, documents, strict=True):
+                row["rank"] = BlockState.of(document["state"])
+                for name in _ROW:
+                    row[name] = document.get(name) or 0
+            self._rows_read = time.monotonic()
+        return self._rows
+
+    @property
+    def version(self) -> float:
+        """When the rows were read."""
+        return self._rows_read
+
+
+def _record(document: Document) -> BlockRecord:
+    roi = document.get("roi")
+    values = {k: v for k, v in document.items() if v is not None}
+    return BlockRecord.from_dict(values | {"roi": roi and (roi["offset"], roi["shape"])})
+
+
+def _worker(document: Document) -> WorkerState:
+    return WorkerState(
+        WorkerInfo(**{n: document[n] for n in _INFO if n in document}),
+        **{n: document[n] for n in _STATE if n in document},
+        current={c["block"]: (c["attempt"], c["begun"]) for c in document.get("current", ())},
+    )
