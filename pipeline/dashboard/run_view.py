@@ -12,6 +12,8 @@ import numpy.typing as npt
 from pymongo.errors import PyMongoError
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.progress import StageProgress
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.journal.table import ROW
 from agq.blockwise.ledger.database import Ledger
 from agq.blockwise.volumes.triples import Triple
@@ -38,17 +40,15 @@ from agq.pipeline.dashboard.details import (
 from agq.pipeline.data.inputs import roi_box
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm.jobs import queue_status
-from agq.pipeline.status.failures import failure_of_document, failure_of_record
+from agq.pipeline.status.failures import failure_of
 from agq.pipeline.status.monitor import Monitor
-from agq.pipeline.status.run_status import Failure, RunStatus
+from agq.pipeline.status.run_status import RunStatus, StageStatus
 
 STAGE: Final = "predict"
 """The stage whose blocks, workers and failures the page shows."""
 
 _POLL_S: Final = 1.0
 _PATIENCE_S: Final = 1.0
-_LEDGER_S: Final = 15.0
-_RANKS: Final = {"failed": 1, "skipped": 2, "done": 3}
 
 
 class RunView:
@@ -72,8 +72,8 @@ class RunView:
         self._polled = 0.0
         self._status: RunStatus | None = None
         self._record: dict[str, Any] = {}
+        self._progress: StageProgress | None = None
         self._rows: npt.NDArray[Any] = np.zeros(0, ROW)
-        self._rows_read = 0.0
         self._grid: BlockGrid | None = None
         self._selected: npt.NDArray[np.int64] | None = None
         self._columns: dict[str, tuple[Any, npt.NDArray[Any]]] = {}
@@ -113,7 +113,8 @@ class RunView:
             stage = next((s for s in status.stages if s.name == STAGE), None)
             now = time.time()
             until = now if stage is None or stage.finished is None else stage.finished
-            count, failures = group_failures(self._failures(), self._grid)
+            failed = map(failure_of, self._progress.failed() if self._progress else ())
+            count, failures = group_failures(failed, self._grid)
             return status.model_dump(
                 mode="json", exclude={"stages": {"__all__": {"failures", "errors"}}}
             ) | {
@@ -167,7 +168,7 @@ class RunView:
             except IndexError as error:
                 raise InputError(str(error)) from None
             roi = grid.write_roi(number)
-            found: dict[str, Any] = {
+            about: dict[str, Any] = {
                 "block": number,
                 "index": grid.index(number),
                 "code": int(self._codes()[number]),
@@ -175,10 +176,8 @@ class RunView:
                 "offset": list(roi.offset),
                 "shape": list(roi.shape),
             }
-            if self._here:
-                record = self._monitor.journal(STAGE).record(number)
-                return found | ({} if record is None else {"record": record.to_dict()})
-            return found
+            record = self._progress.record(number) if self._progress else None
+            return about | ({} if record is None else {"record": record.to_dict()})
 
     def log(self, worker: str) -> str | None:
         """Return the end of a worker's log, if it is on this machine."""
@@ -195,14 +194,15 @@ class RunView:
         if self._status is not None and time.monotonic() - self._polled < _POLL_S:
             return self._status
         self._status = self._monitor.poll()
+        self._progress = self._monitor.progress(STAGE)
         if self._ledger is None:
             self._record = self._run.record()
             grid = self._record["identity"].get("grid")
-            self._rows = self._monitor.journal(STAGE).rows
         else:
             self._record = self._ledger.find_run(self._status.id) or {}
             grid = self._record.get("grid")
-            self._read_ledger_rows(self._ledger, self._status.id)
+        if self._progress is not None:
+            self._rows = self._progress.rows
         if grid and (self._grid is None or self._grid.to_dict() != grid):
             self._grid = BlockGrid.from_dict(grid)
             self._selected = _selected(self._grid, self._record.get("config", {}))
@@ -210,53 +210,30 @@ class RunView:
         self._polled = time.monotonic()
         return self._status
 
-    def _read_ledger_rows(self, ledger: Ledger, run: str) -> None:
-        if time.monotonic() - self._rows_read < _LEDGER_S:
-            return
-        fields = ("block", "started", "finished", "labels", "dropped", "voxels")
-        found = ledger.blocks.find(
-            {"run": run, "stage": STAGE, "state": {"$in": list(_RANKS)}},
-            dict.fromkeys((*fields, "state"), 1),
-        )
-        documents = [
-            (d["block"], _RANKS[d["state"]], [d.get(f) or 0 for f in fields]) for d in found
-        ]
-        rows = np.zeros(len(documents), ROW)
-        for k, (block, rank, values) in enumerate(documents):
-            rows[k]["block"], rows[k]["rank"] = block, rank
-            for name, value in zip(fields[1:], values[1:], strict=True):
-                rows[k][name] = value
-        self._rows, self._rows_read = rows, time.monotonic()
-
     def _running(self) -> npt.NDArray[np.int64]:
-        if self._status is None or self._status.state != "running":
-            return np.zeros(0, np.int64)
-        if self._here:
-            return np.array(list(self._monitor.journal(STAGE).running()), np.int64)
-        held = (w.current for s in self._status.stages if s.name == STAGE for w in s.workers)
-        return np.array([block for blocks in held for block in blocks], np.int64)
+        running = self._status is not None and self._status.state == "running"
+        blocks = self._progress.running() if running and self._progress else []
+        return np.fromiter(blocks, np.int64)
 
-    def _version(self) -> Any:
-        if self._here:
-            return self._monitor.journal(STAGE).version
-        return self._rows_read
+    def _version(self) -> float:
+        return self._progress.version if self._progress else 0.0
 
     def _codes(self) -> npt.NDArray[np.uint8]:
         running = self._running()
         version = (self._version(), tuple(running.tolist()))
-        known = self._columns.get("state")
-        if known is None or known[0] != version:
+        cached = self._columns.get("state")
+        if cached is None or cached[0] != version:
             codes = block_states(self._known_grid().n_blocks, self._selected, self._rows, running)
-            known = self._columns["state"] = (version, codes)
-        return known[1]
+            cached = self._columns["state"] = (version, codes)
+        return cached[1]
 
     def _values(self, by: By) -> npt.NDArray[np.float32]:
-        known = self._columns.get("value")
+        cached = self._columns.get("value")
         version = (self._version(), by)
-        if known is None or known[0] != version:
+        if cached is None or cached[0] != version:
             values = block_values(self._known_grid().n_blocks, self._rows, by)
-            known = self._columns["value"] = (version, values)
-        return known[1]
+            cached = self._columns["value"] = (version, values)
+        return cached[1]
 
     @contextmanager
     def _fresh_grid(self) -> Iterator[BlockGrid]:
@@ -270,21 +247,13 @@ class RunView:
             raise InputError("the run has no block grid yet: its prediction has not begun")
         return self._grid
 
-    def _failures(self) -> Iterator[Failure]:
-        if self._here:
-            yield from map(failure_of_record, self._monitor.journal(STAGE).failed())
-        elif self._ledger is not None and self._status is not None:
-            found = self._ledger.find_blocks(self._status.id, STAGE, "failed", 10_000)
-            yield from map(failure_of_document, found)
-
-    def _workers(self, stage: Any, now: float) -> list[dict[str, Any]]:
+    def _workers(self, stage: StageStatus, now: float) -> list[dict[str, Any]]:
         begun: dict[str, float] = {}
-        if self._here:
-            for worker in self._monitor.journal(STAGE).workers.values():
-                if worker.current:
-                    begun[worker.info.name] = min(b for _, b in worker.current.values())
+        for worker in self._progress.workers.values() if self._progress else ():
+            if worker.current:
+                begun[worker.info.name] = min(b for _, b in worker.current.values())
         done = self._rows[-2000:]
-        done = done[done["rank"] == 3]
+        done = done[done["rank"] == BlockState.DONE]
         usual = float(np.median(done["finished"] - done["started"])) if done.size else 0.0
         return worker_rows(stage, begun, usual, now)
 

@@ -1,4 +1,4 @@
-"""How far a run is: from the ledger where there is one, else from the run folder alone.
+"""How far a run is: from the ledger if the run has one, else from the run folder alone.
 
 Both give the same picture, because the ledger is made from the journal. The ledger is asked first:
 it answers from totals, and from any machine. Where it is away, does not know the run, or is behind
@@ -10,20 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from agq.blockwise.journal.progress import StageProgress
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.status.failures import failures_of_journal, failures_of_ledger
-from agq.pipeline.status.run_status import QueueStatus, RunState, RunStatus, StageStatus
+from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 from agq.pipeline.status.stages import (
     Record,
     coordinator_alive,
-    journal_totals,
-    ledger_totals,
     run_state_of,
     stage_entries,
     stage_status,
-    workers_of_documents,
-    workers_of_states,
 )
 
 # numpy and the database's client are imported where they are used: a status needs one of them.
@@ -32,6 +28,7 @@ if TYPE_CHECKING:
 
     from agq.blockwise.journal.writer import Journal
     from agq.blockwise.ledger.database import Ledger
+    from agq.blockwise.ledger.progress import LedgerStage
 
 #: Stages with a journal of their own; the last two are parts of the stage "stitch".
 _JOURNALS: Final = ("predict", "relabel", "pyramid")
@@ -144,6 +141,8 @@ class Monitor:
         self._lazy = lazy
         self._queue = queue
         self._journals: dict[str, Journal] = {}
+        self._documents: dict[tuple[str, str], LedgerStage] = {}
+        self._progress: dict[str, StageProgress] = {}
         self._ended: dict[str, tuple[Record, StageStatus]] = {}
 
     def poll(self) -> RunStatus:
@@ -159,6 +158,10 @@ class Monitor:
             return status
         return status.model_copy(update={"queue": self._queue(self._run.path)})
 
+    def progress(self, stage: str) -> StageProgress | None:
+        """Return the progress of a stage as last polled; None for a stage without a journal."""
+        return self._progress.get(stage)
+
     def _poll(self) -> RunStatus:
         here = self._run.exists()
         note = None
@@ -166,9 +169,9 @@ class Monitor:
             from pymongo.errors import PyMongoError
 
             try:
-                found = self._from_ledger(self._run.record() if here else None)
-                if found is not None:
-                    return found
+                status = self._from_ledger(self._run.record() if here else None)
+                if status is not None:
+                    return status
                 note = "the ledger is behind or does not know this run: read from the journal"
             except PyMongoError as error:
                 note = f"{self._ledger.error(error)}: read from the journal"
@@ -193,40 +196,27 @@ class Monitor:
     # From the run folder
 
     def _from_journal(self, record: Record, note: str | None) -> RunStatus:
-        now = time.time()
+        begun = [stage for stage in _JOURNALS if self._run.journal(stage).is_dir()]
+        entries = stage_entries(record, begun)
+        self._progress = {
+            stage: self.journal(stage)
+            for stage in _JOURNALS
+            if stage in entries and not self._is_over(stage, entries[stage])
+        }
         alive = coordinator_alive(self._run.path)
-        entries = stage_entries(record, [s for s in _JOURNALS if self._run.journal(s).is_dir()])
-        state = run_state_of(entries.values(), alive)
-        stages = []
-        for name, entry in entries.items():
-            known = self._ended.get(name)
-            if known is not None and known[0] == entry:
-                stages.append(known[1])
-                continue
-            journal = self.journal(name) if name in _JOURNALS else None
-            totals = journal_totals(journal, entry, now) if journal else {}
-            failures, errors = (
-                failures_of_journal(journal, name, self._run.path) if journal else ((), ())
-            )
-            stages.append(
-                stage_status(
-                    name,
-                    entry,
-                    totals,
-                    state,
-                    failures=failures,
-                    errors=errors,
-                    workers=workers_of_states(
-                        journal.workers.values() if journal else (), state, now
-                    ),
-                    now=now,
-                )
-            )
-            if name != "predict" and state != "running" and entry.get("state") == "done":
+        status = self._status(record, self._run.path, entries, "journal", note, alive)
+        for stage in status.stages:
+            name, entry = stage.name, entries[stage.name]
+            if name != "predict" and status.state != "running" and entry.get("state") == "done":
                 # A table of 10^6 blocks is 77 MB: what cannot change any more is let go.
                 self._journals.pop(name, None)
-                self._ended[name] = (entry, stages[-1])
-        return _status(record, self._run.path, state, "journal", note, now, stages)
+                self._progress.pop(name, None)
+                self._ended[name] = (entry, stage)
+        return status
+
+    def _is_over(self, stage: str, entry: Record) -> bool:
+        """Tell whether the status of a stage is final."""
+        return stage in self._ended and self._ended[stage][0] == entry
 
     def journal(self, stage: str) -> "Journal":
         """Return the journal of a stage, read up to now."""
@@ -242,79 +232,83 @@ class Monitor:
     # From the ledger
 
     def _from_ledger(self, here: Record | None) -> RunStatus | None:
-        """Status from the ledger; None where the journal here says more."""
+        """Status from the ledger; None if the journal on this machine says more."""
         assert self._ledger is not None
         if here is not None:
-            known = self._ledger.find_run(here["id"])
+            document = self._ledger.find_run(here["id"])
         else:
-            known = self._ledger.runs.find_one(
+            document = self._ledger.runs.find_one(
                 {"$or": [{"run_dir": str(self._run.path)}, {"_id": self._run.path.name}]},
                 sort=[("created", -1)],
             )
-            if known is None:
+            if document is None:
                 raise InputError(f"{self._run.path} is not a run folder, and unknown to the ledger")
-        if known is None or (here is not None and self._behind(known)):
+        if document is None or (here is not None and self._behind(document)):
             return None
-        now = time.time()
         # What the coordinator says of its stages is in run.json sooner than in the ledger.
-        record = known | {"stages": here["stages"]} if here else known
+        record = document | {"id": document["_id"]} | ({"stages": here["stages"]} if here else {})
         # Here it may be mounted or moved elsewhere than where its coordinator works.
-        path = self._run.path if here else Path(known.get("run_dir", self._run.path))
-        totals = {name: s.get("totals", {}) for name, s in known.get("stages", {}).items()}
-        alive = coordinator_alive(self._run.path) if here is not None else None
-        entries = stage_entries(record, [name for name in totals if totals[name]])
-        state = run_state_of(entries.values(), alive)
-        stages = []
-        for name, entry in entries.items():
-            total = ledger_totals(totals.get(name, {}), entry, now)
-            failures, errors = (
-                failures_of_ledger(self._ledger, known["_id"], name, path)
-                if total.get("failed")
-                else ((), ())
-            )
-            workers = self._ledger.find_workers(known["_id"], name) if total else ()
-            stages.append(
-                stage_status(
-                    name,
-                    entry,
-                    total,
-                    state,
-                    failures=failures,
-                    errors=errors,
-                    workers=workers_of_documents(workers, state, now),
-                    now=now,
-                )
-            )
-        updated = max([known.get("updated", 0.0), *(t.get("updated", 0) for t in totals.values())])
-        return _status(record | {"id": known["_id"]}, path, state, "ledger", None, updated, stages)
+        path = self._run.path if here else Path(document.get("run_dir", self._run.path))
+        stages = document.get("stages", {}).items()
+        totals = {name: stage["totals"] for name, stage in stages if stage.get("totals")}
+        self._progress = {
+            name: self._documents_of(document["_id"], name, sums) for name, sums in totals.items()
+        }
+        entries = stage_entries(record, totals)
+        alive = None if here is None else coordinator_alive(self._run.path)
+        status = self._status(record, path, entries, "ledger", None, alive)
+        times = [
+            document.get("updated", 0.0),
+            *(sums.get("updated", 0) for sums in totals.values()),
+        ]
+        return status.model_copy(update={"updated": max(times)})
 
-    def _behind(self, known: Record) -> bool:
+    def _documents_of(self, run: str, stage: str, totals: Record) -> StageProgress:
+        from agq.blockwise.ledger.progress import LedgerStage
+
+        assert self._ledger is not None
+        documents = self._documents.get((run, stage))
+        if documents is None:
+            documents = self._documents[run, stage] = LedgerStage(self._ledger, run, stage)
+        documents.refresh(totals)
+        return documents
+
+    def _behind(self, document: Record) -> bool:
         for stage in _JOURNALS:
             size = sum(p.stat().st_size for p in self._run.journal(stage).glob("*.jsonl"))
-            totals = known.get("stages", {}).get(stage, {}).get("totals", {})
+            totals = document.get("stages", {}).get(stage, {}).get("totals", {})
             old = time.time() - totals.get("updated", 0.0) > _BEHIND_S
             if size > totals.get("bytes", 0) and old:
                 return True
         return False
 
+    # From both
 
-def _status(
-    record: Record,
-    path: Path,
-    state: RunState,
-    source: Literal["ledger", "journal"],
-    note: str | None,
-    updated: float,
-    stages: list[StageStatus],
-) -> RunStatus:
-    return RunStatus(
-        id=str(record.get("id", "")),
-        name=str(record.get("name", path.name)),
-        run_dir=str(path),
-        state=state,
-        source=source,
-        note=note,
-        created=record.get("created"),
-        updated=updated,
-        stages=tuple(stages),
-    )
+    def _status(
+        self,
+        record: Record,
+        path: Path,
+        entries: dict[str, Record],
+        source: Literal["ledger", "journal"],
+        note: str | None,
+        alive: bool | None,
+    ) -> RunStatus:
+        now = time.time()
+        state = run_state_of(entries.values(), alive)
+        stages = [
+            self._ended[name][1]
+            if self._is_over(name, entry)
+            else stage_status(name, entry, self._progress.get(name), state, path, now)
+            for name, entry in entries.items()
+        ]
+        return RunStatus(
+            id=str(record.get("id", "")),
+            name=str(record.get("name", path.name)),
+            run_dir=str(path),
+            state=state,
+            source=source,
+            note=note,
+            created=record.get("created"),
+            updated=now,
+            stages=tuple(stages),
+        )

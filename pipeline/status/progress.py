@@ -90,7 +90,7 @@ class RunProgress:
     console : Console, optional
         Where to (default: standard error, so that standard output stays for results).
     line_s : float
-        Seconds between two lines of one stage where there is no terminal.
+        Seconds between two lines of one stage without a terminal.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class RunProgress:
             self._bars.stop()
 
     def start(self, stage: str, total: int, *, done: int = 0) -> None:
-        """Begin a stage of `total` items of which `done` were there before."""
+        """Begin a stage of `total` items of which `done` were done before."""
         bar = None
         if self._bars is not None:
             bar = self._bars.add_task(stage, total=total, completed=done, note="")

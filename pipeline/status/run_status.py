@@ -4,18 +4,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from agq.blockwise.journal.records import error_line
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 RunState = Literal["new", "running", "stopped", "failed", "done"]
-
-
-def error_line(error: str | None) -> str:
-    """Return the last line of a traceback, which says what was wrong."""
-    lines = (error or "").strip().splitlines()
-    return lines[-1].strip() if lines else "no error recorded"
 
 
 class _Model(BaseModel):

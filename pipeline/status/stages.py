@@ -5,27 +5,20 @@ import socket
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from agq.pipeline.status.run_status import (
-    Failure,
-    FailureGroup,
-    RunState,
-    StageStatus,
-    WorkerStatus,
-)
+from agq.blockwise.journal.progress import StageProgress
+from agq.blockwise.journal.tail import WorkerState
+from agq.pipeline.status.failures import MAX_FAILURES, failure_groups, failure_of
+from agq.pipeline.status.run_status import RunState, StageStatus, WorkerStatus
 
-if TYPE_CHECKING:
-    from agq.blockwise.journal.writer import Journal, WorkerState
+Record = dict[str, Any]
 
 _ORDER: Final = ("predict", "stitch", "relabel", "pyramid", "evaluate")
-_RECENT_S: Final = 60.0
 _SILENT_S: Final = 120.0
 _MAX_WORKERS: Final = 200
 _MIN_DONE: Final = 3
 _MIN_WORKERS: Final = 3
-
-Record = dict[str, Any]
 
 
 def coordinator_alive(run_dir: Path) -> bool | None:
@@ -85,39 +78,12 @@ def run_state_of(entries: Iterable[Record], alive: bool | None) -> RunState:
     return "done" if states and all(s == "done" for s in states) else "new"
 
 
-def journal_totals(journal: "Journal", entry: Record, now: float) -> Record:
-    """Add up a journal, in the form in which the ledger keeps totals."""
-    totals: Record = {**journal.counts(), **journal.totals()}
-    since = entry.get("started") or totals["started"]
-    blocks, voxels = journal.recent(since)
-    recent_blocks, recent_voxels = journal.recent(now - _RECENT_S)
-    return totals | {
-        "running": len(journal.running()),
-        "duplicates": len(journal.duplicates),
-        "conflicts": len(journal.conflicts),
-        "session": {"blocks": blocks, "voxels": voxels},
-        "recent": {"seconds": _RECENT_S, "blocks": recent_blocks, "voxels": recent_voxels},
-    }
-
-
-def ledger_totals(totals: Record, entry: Record, now: float) -> Record:
-    """Totals of the ledger; a minute that has passed since then is a minute without blocks."""
-    if not totals:
-        return {}
-    if now - totals.get("updated", 0.0) > _RECENT_S:
-        totals = totals | {"recent": {"seconds": _RECENT_S, "blocks": 0, "voxels": 0}}
-    return totals
-
-
 def stage_status(
     name: str,
     entry: Record,
-    totals: Record,
+    progress: StageProgress | None,
     run_state: RunState,
-    *,
-    failures: tuple[Failure, ...],
-    errors: tuple[FailureGroup, ...],
-    workers: tuple[WorkerStatus, ...],
+    run_dir: Path,
     now: float,
 ) -> StageStatus:
     """Put one stage together.
@@ -128,15 +94,16 @@ def stage_status(
         Stage.
     entry : dict
         What the coordinator says of it: state, blocks_total, started, finished.
-    totals : dict
-        What its journal adds up to; empty where it has none.
+    progress : StageProgress or None
+        What its blocks and workers say; None if it has no journal.
     run_state : str
         State of the run.
-    failures, errors, workers
-        The first of its failed blocks, all of them by error, and its workers.
+    run_dir : Path
+        Run folder, for the names of logs.
     now : float
         Seconds since the epoch.
     """
+    totals = progress.progress(entry.get("started"), now) if progress else {}
     state = _stage_state(entry, totals, run_state)
     total = entry.get("blocks_total")
     started = entry.get("started") or totals.get("started") or None
@@ -146,9 +113,8 @@ def stage_status(
     rates: Record = {}
     if totals and started:
         seconds = max((finished or now) - started, 1e-3)
-        session: Record = totals["session"]
-        rates["blocks_per_s"] = session.get("blocks", 0) / seconds
-        rates["voxels_per_s"] = session.get("voxels", 0) / seconds
+        rates["blocks_per_s"] = totals["session"]["blocks"] / seconds
+        rates["voxels_per_s"] = totals["session"]["voxels"] / seconds
         if state == "running":
             recent = totals["recent"]
             window = max(min(recent["seconds"], seconds), 1e-3)
@@ -158,6 +124,7 @@ def stage_status(
             left = None if total is None else total - totals["done"] - totals["skipped"]
             if left is not None and rate > 0:
                 rates["eta_s"] = max(left, 0) / rate
+    failed = progress if progress and totals.get("failed") else None
     names = ("done", "skipped", "failed", "voxels", "duplicates", "conflicts")
     return StageStatus(
         name=name,
@@ -169,9 +136,12 @@ def stage_status(
         started=started,
         finished=finished,
         error=entry.get("error"),
-        failures=failures,
-        errors=errors,
-        workers=workers,
+        failures=tuple(map(failure_of, failed.failed(MAX_FAILURES))) if failed else (),
+        errors=failure_groups(failed, name, run_dir) if failed else (),
+        workers=_newest(
+            worker_status(worker, run_state, now)
+            for worker in (progress.workers.values() if progress else ())
+        ),
     )
 
 
@@ -188,53 +158,32 @@ def _stage_state(
     return "running" if run_state == "running" else "stopped"
 
 
-def workers_of_states(
-    workers: "Iterable[WorkerState]", run_state: RunState, now: float
-) -> tuple[WorkerStatus, ...]:
-    """Workers of a journal."""
-    return _newest(
-        WorkerStatus(
-            name=w.info.name,
-            host=w.info.host,
-            pid=w.info.pid,
-            device=w.info.device,
-            job=w.info.job,
-            state=_worker_state(w.exit, w.last, w.info.started, w.done, run_state, now),
-            started=w.info.started,
-            last=w.last,
-            done=w.done,
-            failed=w.failed,
-            gpu=w.info.gpu,
-            current=tuple(sorted(w.current, key=lambda b: w.current[b][1])),
-        )
-        for w in workers
-    )
-
-
-def workers_of_documents(
-    documents: Iterable[Record], run_state: RunState, now: float
-) -> tuple[WorkerStatus, ...]:
-    """Workers of ledger documents."""
-    names = ("name", "host", "pid", "device", "job", "started", "last", "done", "failed")
-    return _newest(
-        WorkerStatus(
-            **{n: d.get(n) for n in names},
-            gpu=d.get("gpu"),
-            state=_worker_state(d["exit"], d["last"], d["started"], d["done"], run_state, now),
-            current=tuple(c["block"] for c in d.get("current", ())),
-        )
-        for d in documents
-        if "last" in d
+def worker_status(worker: WorkerState, run_state: RunState, now: float) -> WorkerStatus:
+    """Say of a worker what a status shows."""
+    info = worker.info
+    return WorkerStatus(
+        name=info.name,
+        host=info.host,
+        pid=info.pid,
+        device=info.device,
+        job=info.job,
+        state=_worker_state(worker, run_state, now),
+        started=info.started,
+        last=worker.last,
+        done=worker.done,
+        failed=worker.failed,
+        gpu=info.gpu,
+        current=tuple(sorted(worker.current, key=lambda block: worker.current[block][1])),
     )
 
 
 def _worker_state(
-    exit_reason: str | None, last: float, started: float, done: int, run_state: RunState, now: float
+    worker: WorkerState, run_state: RunState, now: float
 ) -> Literal["running", "silent", "ended"]:
-    if exit_reason is not None or run_state != "running":
+    if worker.exit is not None or run_state != "running":
         return "ended"
-    usual = (last - started) / done if done else 0.0
-    return "silent" if now - last > max(_SILENT_S, 5 * usual) else "running"
+    usual = (worker.last - worker.info.started) / worker.done if worker.done else 0.0
+    return "silent" if now - worker.last > max(_SILENT_S, 5 * usual) else "running"
 
 
 def _with_stragglers(workers: list[WorkerStatus]) -> list[WorkerStatus]:

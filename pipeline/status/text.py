@@ -87,14 +87,14 @@ def _stages(stages: Iterable[StageStatus]) -> WholeTable:
     for stage in stages:
         done, total = stage.ended_blocks, stage.blocks_total
         # A stage without a journal of its own says only whether it is over.
-        own = bool(done or stage.failed or stage.running)
-        if not own and stage.state == "done":
+        counted = bool(done or stage.failed or stage.running)
+        if not counted and stage.state == "done":
             done = total or 1
         table.add_row(
             Text(stage.name),
             Text(stage.state, _STYLES[stage.state]),
             ProgressBar(total=max(total or done, 1), completed=done, width=_BAR),
-            Text(f"{done}/{'?' if total is None else total}" if own else ""),
+            Text(f"{done}/{'?' if total is None else total}" if counted else ""),
             Text(str(stage.failed), "red") if stage.failed else Text(""),
             Text("" if stage.eta_s is None else duration(stage.eta_s)),
         )

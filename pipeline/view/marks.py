@@ -10,7 +10,6 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.status.failures import failure_of_record
 
 NANOMETRES: Final = {"nm": 1.0, "angstrom": 0.1, "pm": 0.001}
 """Nanometres per world unit."""
@@ -111,12 +110,12 @@ def _blocks(grid: BlockGrid, size: tuple[float, ...], at: Sequence[int] | None) 
 
 def _failed(run: RunFolder, grid: BlockGrid, size: tuple[float, ...]) -> Marks:
     items = []
-    for record in Journal(run.journal("predict")).failed()[:MAX_POINTS]:
+    for record in Journal(run.journal("predict")).failed(MAX_POINTS):
         if record.block >= grid.n_blocks:
             continue
         low, high = _corners(grid, record.block)
         middle = tuple((a + b) / 2 for a, b in zip(low, high, strict=True))
-        text = f"block {record.block}: {failure_of_record(record).summary}"
+        text = f"block {record.block}: {record.summary}"
         items.append((text, (middle,)))
     return Marks("failed blocks", "#ff00ff", size, tuple(items))
 

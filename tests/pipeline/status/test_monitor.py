@@ -18,10 +18,11 @@ from agq.blockwise.journal.records import encode
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo, compact
 from agq.blockwise.ledger.database import LedgerSettings, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.progress import LedgerStage
 from agq.blockwise.predict.coordinator import PredictProgress
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.status.failures import failures_of_ledger
+from agq.pipeline.status.failures import MAX_FAILURES, failure_groups
 from agq.pipeline.status.monitor import Monitor, load_status, watch
 from agq.pipeline.status.progress import RunProgress
 from agq.pipeline.status.run_status import QueueStatus, RunStatus
@@ -389,8 +390,9 @@ def test_every_failed_block_is_counted_whatever_its_error_says(ledger):
          "order": "", "attempt": 1, "token": "t", "reason": text}
         for k, text in enumerate(texts)
     )  # fmt: skip
-    first, groups = failures_of_ledger(ledger, "r", "predict", Path("/r"))
-    assert [failure.block for failure in first] == list(range(20))
+    stage = LedgerStage(ledger, "r", "predict")
+    groups = failure_groups(stage, "predict", Path("/r"))
+    assert [record.block for record in stage.failed(MAX_FAILURES)] == list(range(20))
     assert [(g.count, g.example.block) for g in groups] == [(10_500, 0), (500, 10_500)]
 
 
