@@ -46,13 +46,13 @@ def average(
     loaded = [load(path) for path in checkpoints]
     first = loaded[0]
     for path, other in zip(checkpoints[1:], loaded[1:], strict=True):
-        here, there = first.config.model_dump(), other.config.model_dump()
+        expected, values = first.config.model_dump(), other.config.model_dump()
         margin = "background_margin"
-        here[margin], there[margin] = (c.provenance.get(margin, 0.0) for c in (first, other))
-        if differing := [name for name in here if here[name] != there[name]]:
+        expected[margin], values[margin] = (c.provenance.get(margin, 0.0) for c in (first, other))
+        if differing := [n for n in values if values[n] != expected[n]]:
             raise InputError(
                 f"checkpoint {path} cannot be averaged with {checkpoints[0]}: these settings "
-                f"differ: {', '.join(f'{n} {there[n]} / {here[n]}' for n in differing)}"
+                f"differ: {', '.join(f'{n} {values[n]} / {expected[n]}' for n in differing)}"
             )
 
     def mean(key: str, value: Tensor) -> Tensor:

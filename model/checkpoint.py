@@ -66,9 +66,9 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         return path
     if path.is_dir():
         raise InputError(f"checkpoint {name} is a folder: give the file itself")
-    known = ", ".join(repr(n) for n in BUNDLED)
+    names = ", ".join(repr(n) for n in BUNDLED)
     raise InputError(
-        f"checkpoint {name} does not exist: give a .safetensors or .pth.tar file, or {known}"
+        f"checkpoint {name} does not exist: give a .safetensors or .pth.tar file, or {names}"
     )
 
 

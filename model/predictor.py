@@ -183,18 +183,19 @@ class AGQPredictor:
         """Run the network on one block and return its masks, as `predict` sees them."""
         (image,) = self._images([block])
         with self._computing():
-            found = self._run(image)
-            channels, mass = self._assign(found)
-            logits = found.maps.affinity_logits.cpu().numpy()
-        return BlockMasks(logits, channels, mass, found.seeds.components, found.seeds.dropped)
+            decoded = self._run(image)
+            channels, mass = self._assign(decoded)
+            logits = decoded.maps.affinity_logits.cpu().numpy()
+        seeds = decoded.seeds
+        return BlockMasks(logits, channels, mass, seeds.components, seeds.dropped)
 
     def _predict(self, image: np.ndarray) -> BlockPrediction:
         with self._computing():
-            found = self._run(image)
-            affinities = self._affinities(found)
-            seeds = found.seeds
+            decoded = self._run(image)
+            affinities = self._affinities(decoded)
+            seeds = decoded.seeds
             if self.config.pieces == "masks":
-                channels, _ = self._assign(found)
+                channels, _ = self._assign(decoded)
                 if self.config.min_affinity > 0:
                     channels = split_at_membranes(
                         channels, affinities, self.config.min_affinity, self.config.voxel_size
@@ -202,7 +203,7 @@ class AGQPredictor:
                 labels, n = connected_labels(channels)
                 return BlockPrediction(labels, affinities, seeds.components, seeds.dropped, n)
             labels, n = supervoxels(affinities)
-            members = memberships(found.head, found.maps.mask_features, labels, n)
+            members = memberships(decoded.head, decoded.maps.mask_features, labels, n)
         return BlockPrediction(
             labels,
             affinities,
@@ -228,15 +229,15 @@ class AGQPredictor:
         seeds = seeds_of(self.network, maps)
         return _Decoded(x, maps, seeds, decode(self.network, maps, seeds))
 
-    def _assign(self, found: _Decoded) -> tuple[np.ndarray, np.ndarray]:
-        features = found.maps.mask_features
-        return assign_voxels(found.head, features, found.size, self.config.min_mass)
+    def _assign(self, decoded: _Decoded) -> tuple[np.ndarray, np.ndarray]:
+        features = decoded.maps.mask_features
+        return assign_voxels(decoded.head, features, decoded.size, self.config.min_mass)
 
-    def _affinities(self, found: _Decoded) -> np.ndarray:
-        own = found.maps.affinity_logits
+    def _affinities(self, decoded: _Decoded) -> np.ndarray:
+        logits = decoded.maps.affinity_logits
         if self.config.flips == "none":
-            return quantised_affinities(own, found.size)
-        mean = flipped_affinities(own, self._affinity_logits, found.image, self.config.flips)
+            return quantised_affinities(logits, decoded.size)
+        mean = flipped_affinities(logits, self._affinity_logits, decoded.image, self.config.flips)
         return mean.mul_(255).round_().to(torch.uint8).cpu().numpy()
 
     def _affinity_logits(self, image: torch.Tensor) -> torch.Tensor:
@@ -295,9 +296,9 @@ def resolve_device(name: str) -> torch.device:
     if device is None or device.type not in {"cpu", "cuda", "mps"}:
         raise InputError(f"device {name!r}: give auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= found:
-            raise InputError(f"device {name!r} does not exist: torch sees {found} CUDA devices")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(f"device {name!r} does not exist: torch sees {count} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps' does not exist on this machine: give auto or cpu")
     return device

@@ -132,7 +132,7 @@ class Branch:
         self.biases = biases
         self.coordinate_weight = coordinate_weight
         self.projection = projection
-        self.known: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
+        self._last: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, branch: ConvBranch) -> Branch:
@@ -202,15 +202,15 @@ class Branch:
 
     def _coordinates(self, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Return what the coordinate channels add: per section (z, C), and anywhere (y, x, C)."""
-        known = self.known
-        if known is None or known[0] != size:
+        last = self._last
+        if last is None or last[0] != size:
             w = self.coordinate_weight  # (out, [z, x, y], kz, ky, kx)
             along_z = _line(w[:, 0].sum((2, 3)), size[0])
             along_x = _line(w[:, 1].sum((1, 2)), size[2])
             along_y = _line(w[:, 2].sum((1, 3)), size[1])
             # One assignment: other threads may be at work with another size.
-            self.known = known = (size, along_z, along_y[:, None] + along_x[None])
-        return known[1], known[2]
+            self._last = last = (size, along_z, along_y[:, None] + along_x[None])
+        return last[1], last[2]
 
     def _activate(self, section: Tensor, out: Tensor) -> Tensor:
         # Branches with batch norms have ReLU, those without have ELU.

@@ -28,7 +28,7 @@ def mirror_axes(flips: Flips) -> Iterator[Axes]:
 
 
 def flipped_affinities(
-    own: Tensor, run: Callable[[Tensor], Tensor], image: Tensor, flips: Flips
+    plain: Tensor, run: Callable[[Tensor], Tensor], image: Tensor, flips: Flips
 ) -> Tensor:
     """Return the affinities of a block, averaged over its mirror images.
 
@@ -38,7 +38,7 @@ def flipped_affinities(
 
     Parameters
     ----------
-    own : Tensor
+    plain : Tensor
         float32 (3, z1, y1, x1) affinity logits of the block as it is.
     run : callable
         Gives the logits of an image (z, y, x).
@@ -54,19 +54,19 @@ def flipped_affinities(
         order, so the result is repeatable.
     """
     size = (image.shape[0], image.shape[1], image.shape[2])
-    total = resized_affinities(own, size)
+    total = resized_affinities(plain, size)
     count = torch.ones_like(total)
     for axes in mirror_axes(flips):
         logits = run(image.flip(axes).contiguous())
-        found = resized_affinities(logits, size).flip([axis + 1 for axis in axes])
+        turned_back = resized_affinities(logits, size).flip([axis + 1 for axis in axes])
         for channel in range(3):
             if channel in axes:
                 n = size[channel]
                 total[channel].narrow(channel, 1, n - 1).add_(
-                    found[channel].narrow(channel, 0, n - 1)
+                    turned_back[channel].narrow(channel, 0, n - 1)
                 )
                 count[channel].narrow(channel, 1, n - 1).add_(1)
             else:
-                total[channel].add_(found[channel])
+                total[channel].add_(turned_back[channel])
                 count[channel].add_(1)
     return total.div_(count)

@@ -1,6 +1,7 @@
 """One training run: the network, its optimizer and average, its steps, state and export."""
 
 import json
+import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 from agq.errors import InputError
 from agq.model import checkpoint
 from agq.model.network.agq import AGQ, AGQOutput
-from agq.model.training.config import TrainConfig
+from agq.model.network.blocks import ReplicateConv3d
+from agq.model.predictor import resolve_device
+from agq.model.training.config import OptimizerConfig, TrainConfig
 from agq.model.training.data.crops import Batch, CropSource
 from agq.model.training.distributed import Ranks, synchronise_norms
 from agq.model.training.half import HalfRunner
-from agq.model.training.init import initialise
-from agq.model.training.losses.losses import item_losses
-from agq.model.training.schedule import learning_rate, progress
+from agq.model.training.losses import item_losses
 from agq.model.training.state import Ema
 
 
 def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:  # noqa: B008
-    """Return the device of a name; "auto" takes CUDA, then MPS, then the CPU.
-
-    Of several processes on a machine each takes the GPU of its local rank.
-    """
+    """Return the device of a name; of several processes each takes the GPU of its local rank."""
     if ranks.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         if ranks.local >= torch.cuda.device_count():
             raise InputError(
@@ -35,14 +33,55 @@ def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:  # noqa: B00
                 "start as many processes as there are GPUs (torchrun --nproc-per-node)"
             )
         return torch.device("cuda", ranks.local)
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise InputError(f"device {name!r} is unknown: {error}") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return resolve_device(name)
+
+
+def initialise(network: nn.Module) -> None:
+    """Draw the kernels of all convolutions by He et al. (2015), in place.
+
+    The branches have no norms: with torch's default (a third of this variance) four layers
+    shrink the picture to a hundredth, and training spends its first thousand steps undoing that.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Other layers keep torch's defaults.
+    """
+    for module in network.modules():
+        if isinstance(module, ReplicateConv3d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+
+def progress(step: int, steps: int, minutes: float, budget: float | None) -> float:
+    """Return the share of the schedule that is over, in [0, 1].
+
+    Parameters
+    ----------
+    step, steps : int
+        Steps done and planned.
+    minutes : float
+        Training time so far, earlier parts of a resumed run included.
+    budget : float or None
+        Minutes planned; None where only steps count.
+    """
+    by_time = minutes / budget if budget else 0.0
+    return min(1.0, max(step / steps, by_time))
+
+
+def learning_rate(step: int, done: float, config: OptimizerConfig) -> float:
+    """Return the rate of a step: linear warm-up by steps, times a half cosine of the progress.
+
+    Parameters
+    ----------
+    step : int
+        Steps done before this one.
+    done : float
+        `progress` before this step.
+    config : OptimizerConfig
+        Base rate and warm-up.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 class Trainer:

@@ -56,11 +56,11 @@ def adapted_rand_error(labels: np.ndarray, truth: np.ndarray) -> float:
     labels, truth : numpy.ndarray
         Integer arrays of one shape.
     """
-    known = truth > 0
-    if not known.any():
+    inside = truth > 0
+    if not inside.any():
         return 0.0
-    rows = np.unique(truth[known], return_inverse=True)[1]
-    columns = np.unique(labels[known], return_inverse=True)[1]
+    rows = np.unique(truth[inside], return_inverse=True)[1]
+    columns = np.unique(labels[inside], return_inverse=True)[1]
     table = sparse.coo_matrix((np.ones(len(rows)), (rows, columns))).tocsr()
     n = table.sum()
     pairs = table.multiply(table).sum() - n
@@ -123,12 +123,12 @@ class Validator:
         by_volume: dict[str, list[float]] = {}
         self.samples = []
         for name, raw, truth in self.blocks:
-            found = predictor.predict([raw])[0]
-            labels = found.labels
+            (prediction,) = predictor.predict([raw])
+            labels = prediction.labels
             filled = fill_background(labels, self.config.network.voxel_size)
             error = adapted_rand_error(filled, truth)
             if name not in by_volume:
-                arrays = (raw, truth, labels, found.affinities)
+                arrays = (raw, truth, labels, prediction.affinities)
                 names = ("raw", "truth", "prediction", "affinities")
                 self.samples.append(dict(zip(names, arrays, strict=True)))
             by_volume.setdefault(name, []).append(error)
@@ -137,19 +137,19 @@ class Validator:
                     error,
                     adapted_rand_error(labels, truth),
                     float((labels == 0).mean()),
-                    found.n_labels,
+                    prediction.n_labels,
                     len(np.unique(truth)) - 1,
-                    _affinity_accuracy(found.affinities, truth),
+                    _affinity_accuracy(prediction.affinities, truth),
                 )
             )
-        error, as_is, background, found_labels, true_labels, accuracy = (
+        error, as_is, background, n_labels, true_labels, accuracy = (
             float(value) for value in np.mean(np.array(rows, dtype=np.float64), axis=0)
         )
         return Score(
             error=error,
             error_as_is=as_is,
             background=background,
-            labels=found_labels,
+            labels=n_labels,
             truth=true_labels,
             affinity_accuracy=accuracy,
             by_volume={name: float(np.mean(errors)) for name, errors in by_volume.items()},

@@ -119,15 +119,10 @@ def affinities_of(labels: np.ndarray) -> np.ndarray:
         (3, z, y, x) float32 of 0 and 1, channels in the order z, y, x.
     """
     out = np.empty((3, *labels.shape), dtype=np.float32)
-    inside = labels > 0
     for axis in range(3):
-        own: list[slice] = [slice(None)] * 3
-        previous: list[slice] = [slice(None)] * 3
-        first: list[slice] = [slice(None)] * 3
-        own[axis], previous[axis], first[axis] = slice(1, None), slice(None, -1), slice(0, 1)
-        same = (labels[tuple(own)] == labels[tuple(previous)]) & inside[tuple(own)]
-        out[axis][tuple(own)] = same
-        out[axis][tuple(first)] = inside[tuple(first)]
+        along, same = np.moveaxis(labels, axis, 0), np.moveaxis(out[axis], axis, 0)
+        same[:1] = along[:1] > 0
+        same[1:] = (along[1:] == along[:-1]) & (along[1:] > 0)
     return out
 
 
@@ -264,29 +259,28 @@ def make_targets(
     z, y, x = labels.shape
     shape = p1_shape((z, y, x), isotropic)
     masks = instance_masks(pieces, shape, min_voxels)
-    known, pairs = (None, None) if valid is None else _known(valid, shape)
-    if known is not None:
-        masks = masks * known
+    voxels, pairs = (None, None) if valid is None else _valid_targets(valid, shape)
+    if voxels is not None:
+        masks = masks * voxels
     drawn, owners = sample_voxels(masks, samples, exponent, rng)
     return Targets(
         affinities=resize(torch.from_numpy(affinities_of(pieces)), shape),
         masks=masks,
         samples=drawn,
         sample_instances=owners,
-        valid=known,
+        valid=voxels,
         affinities_valid=pairs,
     )
 
 
-def _known(valid: np.ndarray, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _valid_targets(
+    valid: np.ndarray, shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where voxels, and their pairs with the previous voxel on each axis, are known."""
     pairs = np.repeat(valid[None], 3, axis=0)
     for axis in range(3):
-        own: list[slice] = [slice(None)] * 3
-        previous: list[slice] = [slice(None)] * 3
-        own[axis], previous[axis] = slice(1, None), slice(None, -1)
-        pairs[axis][tuple(own)] &= valid[tuple(previous)]
+        np.moveaxis(pairs[axis], axis, 0)[1:] &= np.moveaxis(valid, axis, 0)[:-1]
     both = torch.from_numpy(np.concatenate([valid[None], pairs]).astype(np.float32))
     # A voxel of the coarser grid is known if all that it is made of is.
-    known = resize(both, shape) > 0.999
-    return known[0], known[1:]
+    valid_at_p1 = resize(both, shape) > 0.999
+    return valid_at_p1[0], valid_at_p1[1:]

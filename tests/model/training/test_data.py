@@ -10,9 +10,8 @@ import zarr
 from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.training.config import AugmentConfig, TrainConfig, VolumeConfig
-from agq.model.training.data.augment import augment, margin, misalign, orient, shade
+from agq.model.training.data.augment import augment, margin, misalign, orient, shade, spoil
 from agq.model.training.data.crops import CropSource, TrainingVolume
-from agq.model.training.data.faults import spoil
 from agq.model.training.data.targets import affinities_of, make_targets
 from agq.model.training.data.warp import warp, warp_margin
 

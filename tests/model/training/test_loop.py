@@ -17,9 +17,8 @@ from agq.model.network.agq import AGQ
 from agq.model.training.config import OptimizerConfig
 from agq.model.training.half import HalfRunner
 from agq.model.training.loop import train
-from agq.model.training.schedule import learning_rate, progress
 from agq.model.training.state import Ema, load_state
-from agq.model.training.trainer import Trainer
+from agq.model.training.trainer import Trainer, learning_rate, progress
 from tests.helpers.training import NETWORK, config_of, losses_of
 
 

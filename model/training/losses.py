@@ -1,17 +1,68 @@
 """The losses of AGQ training, over all predictions of the decoder.
 
 Weights and definitions follow the published training: dice of matched masks 3.0, soft-target
-cross-entropy over channels 0.3, pixel-wise instance discrimination 0.1, affinities 1.0.
+cross-entropy over channels 0.3, pixel-wise instance discrimination 0.1, affinities 1.0. One
+Hungarian matching on dice scores says which query answers for which instance.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 
 from agq.model.training.config import LossWeights
 from agq.model.training.data.targets import Targets
-from agq.model.training.losses.matching import match
+
+
+def dice_scores(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Return the dice score of every query with every instance.
+
+    dice(p, t) = 2 sum(p t) / (sum(p^2) + sum(t^2)), the form of SOLO, CondInst and K-Net.
+
+    Parameters
+    ----------
+    probabilities : torch.Tensor
+        (Q, ...) softmaxed masks, without the background.
+    masks : torch.Tensor
+        (N, ...) target masks of the same trailing shape.
+
+    Returns
+    -------
+    torch.Tensor
+        (Q, N) in [0, 1].
+    """
+    p, t = probabilities.flatten(1), masks.flatten(1)
+    total = p.square().sum(1)[:, None] + t.square().sum(1)[None, :]
+    return 2.0 * (p @ t.T) / total.clamp_min(1e-6)
+
+
+@torch.no_grad()
+def match(
+    logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Assign queries to instances so that the sum of their dice scores is greatest.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        (1 + Q, z1, y1, x1) mask logits, channel 0 the background.
+    masks : torch.Tensor
+        (N, z1, y1, x1) target masks, 0 where not valid.
+    valid : torch.Tensor or None
+        (z1, y1, x1) bool: voxels that count; None: all.
+
+    Returns
+    -------
+    queries, instances : torch.Tensor
+        (M,) int64 each, M = min(Q, N); query q is channel q + 1 of `logits`.
+    """
+    probabilities = logits.float().softmax(0)[1:]
+    scores = dice_scores(probabilities if valid is None else probabilities * valid, masks)
+    rows, columns = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
+    return torch.as_tensor(rows, device=logits.device), torch.as_tensor(
+        columns, device=logits.device
+    )
 
 
 def dice_loss(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -169,37 +220,39 @@ def item_losses(
     """
     valid = targets.valid
     queries, instances = match(predictions[0], targets.masks, valid)
-    dice = torch.zeros((), device=affinity_logits.device)
-    entropy = torch.zeros((), device=affinity_logits.device)
-    last = dice
     wanted = channel_targets(len(predictions[0]), targets.masks, queries, instances)
+    dices, entropies = [], []
     for logits in predictions:
         log_probabilities = logits.float().log_softmax(0)
         matched = log_probabilities[queries + 1].exp()
-        last = dice_loss(matched if valid is None else matched * valid, targets.masks[instances])
-        dice = dice + last
-        entropy = entropy + cross_entropy(log_probabilities, wanted, valid=valid)
+        if valid is not None:
+            matched = matched * valid
+        dices.append(dice_loss(matched, targets.masks[instances]))
+        entropies.append(cross_entropy(log_probabilities, wanted, valid=valid))
     flat = torch.cat([torch.zeros_like(predictions[-1][:1]), predictions[-1][1:]])
     zero_background = cross_entropy(
         flat.float().log_softmax(0), wanted, weights.background_weight, valid
     )
     sampled = mask_features.flatten(1)[:, targets.samples].T.float()
-    insdis = discrimination_loss(sampled, targets.sample_instances, weights.temperature)
-    affinity = affinity_loss(affinity_logits.float(), targets.affinities, targets.affinities_valid)
-    total = (
-        weights.dice * dice
-        + weights.cross_entropy * entropy
-        + weights.discrimination * insdis
-        + weights.affinity * affinity
-        + weights.zero_background * zero_background
-    )
     terms = {
-        "loss": float(total.detach()),
-        "dice": float(dice.detach()),
-        "dice_last": float(last.detach()),
-        "cross_entropy": float(entropy.detach()),
-        "zero_background": float(zero_background.detach()),
-        "discrimination": float(insdis.detach()),
-        "affinity": float(affinity.detach()),
+        "dice": _total(dices),
+        "cross_entropy": _total(entropies),
+        "discrimination": discrimination_loss(
+            sampled, targets.sample_instances, weights.temperature
+        ),
+        "affinity": affinity_loss(
+            affinity_logits.float(), targets.affinities, targets.affinities_valid
+        ),
+        "zero_background": zero_background,
     }
-    return total, terms
+    total = _total([getattr(weights, name) * term for name, term in terms.items()])
+    shown = {"loss": total, "dice_last": dices[-1], **terms}
+    return total, {name: float(term.detach()) for name, term in shown.items()}
+
+
+def _total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add up, first to last: another order would round otherwise."""
+    total = torch.zeros((), device=terms[0].device)
+    for term in terms:
+        total = total + term
+    return total
