@@ -19,7 +19,7 @@ from agq.errors import InputError, RunStoppedError
 from agq.pipeline.config.recorded import read_target
 from agq.pipeline.config.schema import Config, parse_config
 from agq.pipeline.data.arrays import array_of, store_array
-from agq.pipeline.data.inputs import open_section
+from agq.pipeline.data.inputs import open_input
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run import stages
@@ -236,7 +236,7 @@ class Run:
 
     def raw(self) -> Array:
         """Return the raw volume; nothing is read before it is sliced."""
-        return array_of(open_section(self.config.input.raw, self._folder, "raw", "input.raw"))
+        return array_of(open_input(self.config.input.raw, self._folder, "raw", "input.raw"))
 
     def fragments(self) -> Array:
         """Return the labels of all blocks before the stitch; 0 where there are none yet."""

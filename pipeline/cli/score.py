@@ -43,7 +43,7 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     """Open the truth named, or that of a run's configuration; only what lies in the run's ROI."""
     from agq.blockwise.blocks.grid import BlockGrid
     from agq.pipeline.config.schema import parse_config
-    from agq.pipeline.data.inputs import open_section, roi_box, world_roi
+    from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 
     record = run.record()
     config = parse_config({**record["config"], "ledger": None}, source=str(run.record_path))
@@ -51,7 +51,7 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
         # In the unit of the ROI and of what is scored.
         truth = open_location(location, "labels", config.input.raw.unit)
     elif config.evaluate is not None:
-        truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
+        truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth")
     else:
         raise InputError(f"{run.path}: its configuration names no truth; give --truth")
     if config.input.roi is None:

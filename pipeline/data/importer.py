@@ -90,35 +90,36 @@ def import_volume(
     container = Path(out_container)
     stack = open_sections(source, key)
     dtype = _stored_dtype(stack, kind)
-    size = checked_triple("voxel_size", voxel_size, 1)
-    place = checked_triple("offset", offset)
     if chunks is None:
         chunks = default_chunks(stack.shape, dtype.itemsize)
-    wanted = checked_triple("chunks", chunks, 1)
-    chunk_shape = [min(c, s) for c, s in zip(wanted, stack.shape, strict=True)]
-    identity = _identity(stack, kind, dtype, size, place, chunk_shape, unit)
+    # Their order is part of the digest, by which an import of an earlier release goes on.
+    array: dict[str, Any] = {
+        "dtype": dtype,
+        "voxel_size": checked_triple("voxel_size", voxel_size, 1),
+        "offset": checked_triple("offset", offset),
+        "chunks": list(map(min, checked_triple("chunks", chunks, 1), stack.shape)),
+        "unit": unit,
+    }
+    identity = _identity(stack, kind, *array.values())
     final = container / dataset
-    opened: Kind = kind or ("raw" if dtype.name in DTYPES["raw"] else "labels")
     if final.exists():
         _require_same(final, identity)
-        return open_volume(container, dataset, kind=opened, unit=unit)
-    hidden = (final.parent / f".{final.name}.importing").relative_to(container).as_posix()
-    try:
-        array = _begin(container, hidden, identity, stack, dtype, size, place, chunk_shape, unit)
-        _copy(stack, array, identity, on_progress)
-        fsync_path(container / hidden / "zarr.json")
-        fsync_path(container / hidden)
-        (container / hidden).rename(final)
-        fsync_path(final.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        needed = format_bytes(int(np.prod(stack.shape)) * dtype.itemsize)
-        raise InputError(
-            f"{final}: cannot be written ({error.strerror}); up to {needed} are needed: free some "
-            "space or choose another folder, then import again to go on"
-        ) from error
-    return open_volume(container, dataset, kind=opened, unit=unit)
+    else:
+        hidden = final.parent / f".{final.name}.importing"
+        try:
+            unfinished = _begin(container, hidden, identity, shape=stack.shape, **array)
+            _copy(stack, unfinished, identity, on_progress)
+            _publish(hidden, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            needed = format_bytes(int(np.prod(stack.shape)) * dtype.itemsize)
+            raise InputError(
+                f"{final}: cannot be written ({error.strerror}); up to {needed} are needed: free "
+                "some space or choose another folder, then import again to go on"
+            ) from error
+    kind = kind or ("raw" if dtype.name in DTYPES["raw"] else "labels")
+    return open_volume(container, dataset, kind=kind, unit=unit)
 
 
 def default_chunks(shape: Sequence[int], itemsize: int) -> Triple:
@@ -180,37 +181,29 @@ def _require_same(final: Path, identity: dict[str, Any]) -> None:
 
 
 def _begin(
-    container: Path,
-    hidden: str,
-    identity: dict[str, Any],
-    stack: Sections,
-    dtype: np.dtype[Any],
-    voxel_size: Sequence[int],
-    offset: Sequence[int],
-    chunks: Sequence[int],
-    unit: str,
+    container: Path, hidden: Path, identity: dict[str, Any], **array: Any
 ) -> "zarr.Array[Any]":
     """Reopen the unfinished array of the same import, or start a new one."""
+    name = hidden.relative_to(container).as_posix()
     try:
-        array = open_array(container, hidden)
-        record: Any = array.attrs.get(_RECORD)
+        unfinished = open_array(container, name)
+        record: Any = unfinished.attrs.get(_RECORD)
         if record["digest"] == identity["digest"]:
-            return array
+            return unfinished
     except Exception:
         # Whatever an interrupted import left, in whatever state, is only worth keeping if whole.
         record = None
-    shutil.rmtree(container / hidden, ignore_errors=True)
-    return create_array(
-        container,
-        hidden,
-        shape=stack.shape,
-        chunks=chunks,
-        dtype=dtype,
-        voxel_size=voxel_size,
-        offset=offset,
-        unit=unit,
-        attributes={_RECORD: {**identity, "sections": 0}},
-    )
+    shutil.rmtree(hidden, ignore_errors=True)
+    attributes = {_RECORD: {**identity, "sections": 0}}
+    return create_array(container, name, **array, attributes=attributes)
+
+
+def _publish(hidden: Path, final: Path) -> None:
+    """Give a complete array its name; both survive a crash of the machine."""
+    fsync_path(hidden / "zarr.json")
+    fsync_path(hidden)
+    hidden.rename(final)
+    fsync_path(final.parent)
 
 
 def _copy(

@@ -14,7 +14,7 @@ from agq.pipeline.data.importer import import_volume, is_importable
 from agq.pipeline.folder import RunFolder
 
 
-def open_section(section: VolumeSettings, run: RunFolder, kind: Kind, field: str) -> Volume:
+def open_input(settings: VolumeSettings, run: RunFolder, kind: Kind, field: str) -> Volume:
     """Open a configured volume; image files are imported into the run folder first.
 
     Raises
@@ -22,42 +22,27 @@ def open_section(section: VolumeSettings, run: RunFolder, kind: Kind, field: str
     InputError
         With the configuration field in front.
     """
-    path, dataset = section.path, section.dataset
+    path, dataset = settings.path, settings.dataset
     try:
         if is_importable(path):
-            path, dataset = str(_import_once(section, run, kind)), kind
-        return open_volume(
-            path,
-            dataset,
-            voxel_size=section.voxel_size,
-            offset=section.offset,
-            level=section.level,
-            kind=kind,
-            unit=section.unit,
-        )
+            path, dataset = str(_import_once(settings, run, kind)), kind
+        placed = settings.model_dump(exclude={"path", "dataset"})
+        return open_volume(path, dataset, kind=kind, **placed)
     except InputError as error:
         raise InputError(f"{field}: {error}") from error.__cause__
 
 
-def _import_once(section: VolumeSettings, run: RunFolder, kind: Kind) -> Path:
+def _import_once(settings: VolumeSettings, run: RunFolder, kind: Kind) -> Path:
     """Import image files into the run folder; returns at once if that was done before."""
-    if section.voxel_size is None:
-        raise InputError(
-            f"{section.path} holds no voxel size; give voxel_size (z, y, x) in {section.unit}"
-        )
-    place = Path(section.path).expanduser().absolute()
-    key = repr((str(place), section.dataset, section.voxel_size, section.offset, section.unit))
+    path, dataset, offset, unit = settings.path, settings.dataset, settings.offset, settings.unit
+    size = settings.voxel_size
+    if size is None:
+        raise InputError(f"{path} holds no voxel size; give voxel_size (z, y, x) in {unit}")
+    key = repr((str(Path(path).expanduser().absolute()), dataset, size, offset, unit))
     name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zarr"
     target = run.path / "imported" / name
     import_volume(
-        section.path,
-        target,
-        kind,
-        section.voxel_size,
-        key=section.dataset,
-        offset=section.offset or (0, 0, 0),
-        kind=kind,
-        unit=section.unit,
+        path, target, kind, size, key=dataset, offset=offset or (0, 0, 0), kind=kind, unit=unit
     )
     return target
 

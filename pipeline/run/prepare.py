@@ -15,11 +15,16 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.ledger.database import connect
 from agq.blockwise.predict.predictor import resolve_factory
 from agq.blockwise.storage.files import require_free_space, require_writable
-from agq.blockwise.volumes.open import Volume
+from agq.blockwise.volumes.open import Kind, Volume
 from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
-from agq.pipeline.config.schema import DEFAULT_FACTORY, EARLIER_FACTORY, Config
-from agq.pipeline.data.inputs import open_section, roi_box, world_roi
+from agq.pipeline.config.schema import (
+    DEFAULT_FACTORY,
+    EARLIER_FACTORY,
+    Config,
+    VolumeSettings,
+)
+from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
 
 # Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
@@ -95,26 +100,15 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
 
     Raises
     ------
-    InputError, InputError
+    InputError
         One line that names the field or file and the fix.
     """
     run = RunFolder(Path(config.run_dir))
     if check_output:
         require_writable(run.path, "run_dir")
-    raw = open_section(config.input.raw, run, "raw", "input.raw")
-    mask = None
-    if config.input.mask is not None:
-        mask = open_section(config.input.mask, run, "mask", "input.mask")
-        _same_unit(mask, raw, "input.mask")
-    truth = None
-    if config.evaluate is not None:
-        truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
-        _same_unit(truth, raw, "evaluate.truth")
-        if tuple(truth.voxel_size) != tuple(raw.voxel_size):
-            raise InputError(
-                f"evaluate.truth: voxel size {tuple(truth.voxel_size)} differs from the raw "
-                f"volume's {tuple(raw.voxel_size)}"
-            )
+    raw = open_input(config.input.raw, run, "raw", "input.raw")
+    mask = _open_beside(raw, config.input.mask, run, "mask", "input.mask")
+    truth = None if config.evaluate is None else config.evaluate.truth
     options, model_identity, trained_shape = _model(config, workers_here)
     grid = _grid(config, raw, trained_shape)
     box = roi_box(config.input.roi, grid)
@@ -123,54 +117,78 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
         run=run,
         raw=raw,
         mask=mask,
-        truth=truth,
+        truth=_open_beside(raw, truth, run, "labels", "evaluate.truth"),
         grid=grid,
         box=box,
         selected=grid.select(*(box or ((0, 0, 0), grid.volume_shape))),
         predictor_options=options,
         identity={
             "raw": raw.describe(),
-            "mask": None if mask is None else mask.describe(),
+            "mask": mask and mask.describe(),
             "grid": grid.to_dict(),
             "model": model_identity,
             "affinities": config.output.affinities,
         },
     )
-    try:
-        prepared.scored_truth()
-    except InputError as error:
-        raise InputError(f"evaluate.truth: {error}") from None
+    _check_truth(prepared)
     if check_output:
-        done = run.exists()
-        if not done:
-            require_free_space(run.path, sum(prepared.disk_estimate().values()), "run_dir")
-        if config.ledger is not None and config.ledger.required:
-            ledger = connect(config.ledger)
-            if ledger is not None:
-                # Before the run: a user without the right to write would be refused at its end, or
-                # after --overwrite has deleted the earlier run.
-                ledger.require_writable()
-                ledger.close()
+        _check_output(prepared)
     return prepared
 
 
-def _same_unit(volume: Volume, raw: Volume, field: str) -> None:
+def _open_beside(
+    raw: Volume, settings: VolumeSettings | None, run: RunFolder, kind: Kind, field: str
+) -> Volume | None:
+    """Open an optional volume that lies in the same world as the raw one."""
+    if settings is None:
+        return None
+    volume = open_input(settings, run, kind, field)
     if volume.unit != raw.unit:
         raise InputError(
             f"{field}.unit: {volume.unit} differs from input.raw.unit {raw.unit}; use one unit"
         )
+    return volume
+
+
+def _check_truth(prepared: Prepared) -> None:
+    if prepared.truth is None:
+        return
+    size, raw_size = tuple(prepared.truth.voxel_size), tuple(prepared.raw.voxel_size)
+    if size != raw_size:
+        raise InputError(
+            f"evaluate.truth: voxel size {size} differs from the raw volume's {raw_size}"
+        )
+    try:
+        prepared.scored_truth()
+    except InputError as error:
+        raise InputError(f"evaluate.truth: {error}") from None
+
+
+def _check_output(prepared: Prepared) -> None:
+    """Check the room on the disk, and that a database that the run needs takes its records."""
+    run, ledger_settings = prepared.run, prepared.config.ledger
+    if not run.exists():
+        require_free_space(run.path, sum(prepared.disk_estimate().values()), "run_dir")
+    if ledger_settings is None or not ledger_settings.required:
+        return
+    ledger = connect(ledger_settings)
+    if ledger is not None:
+        # Before the run: a user without the right to write would be refused at its end, or after
+        # --overwrite has deleted the earlier run.
+        ledger.require_writable()
+        ledger.close()
 
 
 def _model(
     config: Config, workers_here: bool
 ) -> tuple[dict[str, Any], dict[str, Any], Triple | None]:
-    """Check the model section; return factory options, identity and the size trained at."""
-    section = config.model
-    if section.factory != DEFAULT_FACTORY:
-        resolve_factory(section.factory)
-        options = dict(section.options or {})
-        return options, {"factory": section.factory, "options": options}, None
-    if section.options is not None:
+    """Check the settings of the model; return factory options, identity and the size trained at."""
+    model = config.model
+    if model.factory != DEFAULT_FACTORY:
+        resolve_factory(model.factory)
+        options = dict(model.options or {})
+        return options, {"factory": model.factory, "options": options}, None
+    if model.options is not None:
         raise InputError("model.options: only a model.factory of your own takes them; remove it")
     # torch takes seconds to load, and stitching another model's labels never needs it.
     from agq.model import checkpoint as checkpoints
@@ -178,7 +196,7 @@ def _model(
     from agq.model.settings import PredictorSettings
 
     settings = PredictorSettings(
-        **section.model_dump(exclude={"factory", "options"}), threads=config.workers.threads
+        **model.model_dump(exclude={"factory", "options"}), threads=config.workers.threads
     )
     path = checkpoints.resolve(settings.checkpoint)
     loaded = checkpoints.load(path)

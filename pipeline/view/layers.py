@@ -187,16 +187,16 @@ def config_layers(config: Config) -> list[Layer]:
         Configuration of the run.
     """
     from agq.pipeline.data.importer import is_importable
-    from agq.pipeline.data.inputs import open_section
+    from agq.pipeline.data.inputs import open_input
 
     run = RunFolder(Path(config.run_dir))
     section = config.input.raw
-    raw = open_section(section, run, "raw", "input.raw")
+    raw = open_input(section, run, "raw", "input.raw")
 
     def open_level(level: int) -> Volume:
         # The configuration gives the voxel size of the level that it names.
         finer = {"level": (section.level or 0) + level, "voxel_size": None, "offset": None}
-        return open_section(section.model_copy(update=finer), run, "raw", "input.raw")
+        return open_input(section.model_copy(update=finer), run, "raw", "input.raw")
 
     coarser = [] if is_importable(section.path) else volume_levels(open_level)
     layers = [
@@ -204,6 +204,6 @@ def config_layers(config: Config) -> list[Layer]:
         *run_layers(run.container, raw.unit),
     ]
     if config.evaluate is not None:
-        truth = open_section(config.evaluate.truth, run, "labels", "evaluate.truth")
+        truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth")
         layers.append(volume_layer("truth", truth, "segmentation", visible=False))
     return layers

@@ -22,7 +22,7 @@ from agq.errors import InputError
 from agq.pipeline.config.schema import VolumeSettings
 from agq.pipeline.data import importer, sections
 from agq.pipeline.data.importer import import_volume, is_importable
-from agq.pipeline.data.inputs import open_section
+from agq.pipeline.data.inputs import open_input
 from agq.pipeline.folder import RunFolder
 
 SHAPE = (11, 20, 30)
@@ -316,19 +316,19 @@ def test_a_run_imports_its_input_once(tmp_path: Path) -> None:
         (tmp_path / "em", "pm"),
     ):
         section = VolumeSettings(path=str(path), voxel_size=SIZE, offset=(30, 0, 6), unit=unit)
-        first = open_section(section, run_folder, "raw", "input.raw")
+        first = open_input(section, run_folder, "raw", "input.raw")
         check(first, stack())
         assert tuple(first.offset) == (30, 0, 6)
         assert first.unit == unit
         file = Path(first.path) / "raw" / "zarr.json"
         before = file.stat().st_mtime_ns
-        again = open_section(section, run_folder, "raw", "input.raw")
+        again = open_input(section, run_folder, "raw", "input.raw")
         assert again.describe() == first.describe()
         assert file.stat().st_mtime_ns == before
     assert len(list((tmp_path / "run" / "imported").iterdir())) == 3
     save_sections(tmp_path / "em", stack()[::-1])
     with pytest.raises(InputError, match=r"input\.raw: .*raw already exists .* not this import"):
-        open_section(section, run_folder, "raw", "input.raw")
+        open_input(section, run_folder, "raw", "input.raw")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_input_of_a_run_that_cannot_be_imported(tmp_path: Path, change: Any, mes
     tifffile.imwrite(tmp_path / "a.tif", stack())
     section = VolumeSettings(**({"path": str(tmp_path / "a.tif"), "voxel_size": SIZE} | change))
     with pytest.raises(InputError, match=message):
-        open_section(section, RunFolder(tmp_path / "run"), "raw", "input.raw")
+        open_input(section, RunFolder(tmp_path / "run"), "raw", "input.raw")
 
 
 # ----------------------------------------------------------------- once, whole, and again
