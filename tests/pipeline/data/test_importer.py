@@ -327,7 +327,7 @@ def test_a_run_imports_its_input_once(tmp_path: Path) -> None:
         assert file.stat().st_mtime_ns == before
     assert len(list((tmp_path / "run" / "imported").iterdir())) == 3
     save_sections(tmp_path / "em", stack()[::-1])
-    with pytest.raises(InputError, match=r"input\.raw: .*raw already exists .* not this import"):
+    with pytest.raises(InputError, match=r"input\.raw: .*raw already exists .* another import"):
         open_input(section, run_folder, "raw", "input.raw")
 
 
