@@ -20,7 +20,7 @@ from agq.model.training.config import OptimizerConfig, TrainConfig
 from agq.model.training.data.crops import Batch, CropSource
 from agq.model.training.distributed import Ranks, synchronise_norms
 from agq.model.training.half import HalfRunner
-from agq.model.training.losses import item_losses
+from agq.model.training.losses.losses import item_losses
 from agq.model.training.state import Ema
 
 

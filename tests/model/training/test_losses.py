@@ -9,16 +9,15 @@ import torch
 
 from agq.model.training.config import LossWeights
 from agq.model.training.data.targets import Targets
-from agq.model.training.losses import (
+from agq.model.training.losses.losses import (
     affinity_loss,
     channel_targets,
     cross_entropy,
     dice_loss,
-    dice_scores,
     discrimination_loss,
     item_losses,
-    match,
 )
+from agq.model.training.losses.matching import dice_scores, match
 
 SHAPE = (2, 3, 4)
 

@@ -62,7 +62,7 @@ def test_the_weight_of_masks_is_in_the_evidence_and_in_the_identity(finished, ti
     config = write_config(tmp_path, tissue)
     alone = agq("predict", config, *SUPERVOXELS, "--set", "model.mask_weight=0")
     assert alone.returncode == 0, alone.stderr
-    ours, plain = read_sidecar(finished, 0)(tmp_path / "run", 0)
+    ours, plain = read_sidecar(finished, 0), read_sidecar(tmp_path / "run", 0)
     assert np.array_equal(ours.u, plain.u)
     assert np.array_equal(ours.count, plain.count)
     # 0.3 of the evidence is not the affinities'.

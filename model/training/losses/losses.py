@@ -1,68 +1,17 @@
 """The losses of AGQ training, over all predictions of the decoder.
 
 Weights and definitions follow the published training: dice of matched masks 3.0, soft-target
-cross-entropy over channels 0.3, pixel-wise instance discrimination 0.1, affinities 1.0. One
-Hungarian matching on dice scores says which query answers for which instance.
+cross-entropy over channels 0.3, pixel-wise instance discrimination 0.1, affinities 1.0.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 
 from agq.model.training.config import LossWeights
 from agq.model.training.data.targets import Targets
-
-
-def dice_scores(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Return the dice score of every query with every instance.
-
-    dice(p, t) = 2 sum(p t) / (sum(p^2) + sum(t^2)), the form of SOLO, CondInst and K-Net.
-
-    Parameters
-    ----------
-    probabilities : torch.Tensor
-        (Q, ...) softmaxed masks, without the background.
-    masks : torch.Tensor
-        (N, ...) target masks of the same trailing shape.
-
-    Returns
-    -------
-    torch.Tensor
-        (Q, N) in [0, 1].
-    """
-    p, t = probabilities.flatten(1), masks.flatten(1)
-    total = p.square().sum(1)[:, None] + t.square().sum(1)[None, :]
-    return 2.0 * (p @ t.T) / total.clamp_min(1e-6)
-
-
-@torch.no_grad()
-def match(
-    logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Assign queries to instances so that the sum of their dice scores is greatest.
-
-    Parameters
-    ----------
-    logits : torch.Tensor
-        (1 + Q, z1, y1, x1) mask logits, channel 0 the background.
-    masks : torch.Tensor
-        (N, z1, y1, x1) target masks, 0 where not valid.
-    valid : torch.Tensor or None
-        (z1, y1, x1) bool: voxels that count; None: all.
-
-    Returns
-    -------
-    queries, instances : torch.Tensor
-        (M,) int64 each, M = min(Q, N); query q is channel q + 1 of `logits`.
-    """
-    probabilities = logits.float().softmax(0)[1:]
-    scores = dice_scores(probabilities if valid is None else probabilities * valid, masks)
-    rows, columns = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
-    return torch.as_tensor(rows, device=logits.device), torch.as_tensor(
-        columns, device=logits.device
-    )
+from agq.model.training.losses.matching import match
 
 
 def dice_loss(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
