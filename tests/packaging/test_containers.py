@@ -39,7 +39,7 @@ def test_every_copied_path_is_let_through_to_the_builder() -> None:
     ]
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     definition = (DOCKER / "apptainer.def").read_text()
-    assert len(copied) == 9
+    assert len(copied) == 10
     for path in copied:
         assert (ROOT / path).exists()
         assert f"!{path}" in ignored

@@ -63,7 +63,9 @@ def test_a_tab_imports_no_command(tmp_path):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_shown_for_a_shell(main, shell):
+def test_completion_is_shown_for_a_shell(main, monkeypatch, shell):
+    # Otherwise typer looks for the shell among the parents of this process; there may be none.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     code, text, _ = main("--show-completion", shell)
     assert code == 0
     assert "_AGQ_COMPLETE" in text
