@@ -55,6 +55,20 @@ def test_every_command_and_option_exists() -> None:
     assert count > 30
 
 
+def test_every_path_exists() -> None:
+    """Paths are given from the root of the repository, those of tests also from `tests/`."""
+    tops = "agq|benchmarks|blockwise|configs|docker|docs|model|pipeline|tests"
+    missing = []
+    count = 0
+    for file in PAGES:
+        for path in re.findall(rf"`((?:{tops})/[\w./-]+)`", file.read_text(encoding="utf-8")):
+            count += 1
+            if not (ROOT / path).exists() and not (ROOT / "tests" / path).exists():
+                missing.append(f"{file.name}: {path}")
+    assert not missing
+    assert count > 20
+
+
 def test_troubleshooting_quotes_messages_of_the_code() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^`([^`]+)`\n: ", text, re.M)
