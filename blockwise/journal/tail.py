@@ -163,6 +163,8 @@ class WorkerState:
         Blocks begun and not ended: attempt and time of the begin line.
     exit : str or None
         Why it ended, None while it runs (or if it was killed).
+    left : list of int
+        Blocks that it had in hand when it ended.
     """
 
     info: WorkerInfo
@@ -174,6 +176,7 @@ class WorkerState:
     voxels: int = 0
     current: dict[int, tuple[int, float]] = field(default_factory=dict)
     exit: str | None = None
+    left: list[int] = field(default_factory=list)
 
 
 def worker_of(event: Event) -> WorkerInfo:
@@ -221,6 +224,7 @@ def follow_worker(workers: dict[str, WorkerState], event: Event) -> WorkerState:
                 state.failed += 1
         elif event.kind == "exit":
             state.exit = str(data.get("reason", "end"))
+            state.left += state.current
             state.current.clear()
     except (KeyError, TypeError, ValueError) as error:
         raise BadLineError(str(error)) from error

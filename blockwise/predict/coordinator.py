@@ -235,13 +235,14 @@ class _Run:
             self._workers.stop(grace_s=_LEAVE_S if ended else 0.0)
 
     def clean_up(self) -> None:
-        """Remove what killed workers left half written, those of earlier runs too.
+        """Remove what workers left half written, those of earlier runs too.
 
-        The journal knows the blocks: a killed worker began them and never wrote how they ended.
-        No worker writes any more.
+        The journal knows the blocks: a worker that was killed, or told to end at once, began them
+        and never wrote how they ended. No worker writes any more.
         """
         self._journal.refresh()
-        blocks = {block for worker in self._journal.workers.values() for block in worker.current}
+        workers = self._journal.workers.values()
+        blocks = {block for worker in workers for block in (*worker.current, *worker.left)}
         if blocks:
             writer = BlockWriter.open(
                 Path(self.spec.run_dir), self.grid, affinities=self.spec.affinities

@@ -9,10 +9,13 @@ import pytest
 import zarr
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.sidecar import build_sidecar
+from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.journal.reader import compact
+from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.snapshot import open_snapshot
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.writer import Journal, JournalWriter
 from agq.blockwise.predict.coordinator import PredictProgress, PredictSpec, run_predict
+from agq.blockwise.predict.paths import journal_folder
 from agq.blockwise.volumes.create import chunk_file, open_array
 from agq.errors import InputError, RunStoppedError
 from tests.helpers import fakes
@@ -184,6 +187,23 @@ def test_a_block_that_kills_its_worker_fails_alone(tmp_path):
         file.write_bytes(b"half")
     run_predict(spec, ALL[:0])
     assert [file.exists() for file in litter] == [False, True]
+
+
+def test_what_a_worker_told_to_end_left_half_written_goes(tmp_path):
+    spec = make_run(tmp_path, raw_volume())
+    folder = journal_folder(spec.run_dir)
+    writer = JournalWriter(folder, this_worker("told"))
+    writer.begin(13)
+    writer.close("terminated")
+    sidecar = sidecar_path(Path(spec.run_dir), 13)
+    half = sidecar.with_name(f".{sidecar.name}.{'0f' * 8}.tmp")
+    half.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(2):  # the second time from a snapshot of the journal
+        half.write_bytes(b"half")
+        run_predict(spec, ALL[:0])
+        assert not half.exists()
+        assert not journal(spec).running()
+        compact(folder)
 
 
 @pytest.mark.slow
