@@ -18,11 +18,9 @@ one that finds itself broken (*drained*), is not held against the block: it is h
 
 import contextlib
 import shutil
-import signal
-import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ from agq.blockwise.predict.local_processes import (
     LocalWorker,
     LocalWorkers,
     describe_exit,
+    termination_unwinds,
 )
 from agq.blockwise.predict.paths import journal_folder, retry_path, session_path
 from agq.blockwise.predict.spec import PredictSpec, Session
@@ -169,7 +168,7 @@ def run_predict(
     spec.save()
     run = _Run(spec, numbers, on_progress)
     if numbers.size:
-        with _sigterm_raises():
+        with termination_unwinds():
             run.execute()
     run.clean_up()
     return run.report()
@@ -441,20 +440,3 @@ class _Run:
             wall_s=time.monotonic() - self._started,
             **self._totals,
         )
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that workers are stopped; main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,8 +1,6 @@
 """A run while a command works on it: its lock, its record, its ledger and its progress."""
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +8,7 @@ from typing import Any, Literal
 
 from agq.blockwise.ledger.database import LedgerSettings, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.predict.local_processes import termination_unwinds
 from agq.pipeline.config.schema import masked
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.status.progress import Progress, Tell, open_progress
@@ -83,7 +82,7 @@ def open_session(
         If another process works on the run, or the folder holds a different run.
     """
     run = prepared.run
-    with run.lock(), _termination_unwinds():
+    with run.lock(), termination_unwinds():
         if overwrite:
             run.clear()
         run.create(masked(prepared.config), prepared.identity)
@@ -124,20 +123,3 @@ def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
                 report.undelivered,
                 report.error,
             )
-
-
-@contextmanager
-def _termination_unwinds() -> Iterator[None]:
-    """Let SIGTERM (a cluster's way to say stop) unwind like Ctrl-C: workers end, records close."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-
-    def stop(signum: int, _frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
