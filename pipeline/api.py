@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agq.blockwise.predict.coordinator import PredictReport
-from agq.blockwise.stitch.spec import StitchReport
+from agq.blockwise.stitch.run import StitchReport
 from agq.blockwise.volumes.open import Kind, open_volume
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.config.recorded import read_target

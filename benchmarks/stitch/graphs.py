@@ -19,8 +19,8 @@ from agq.blockwise.stitch.contacts import (
     NodeTable,
     load_contacts,
 )
+from agq.blockwise.stitch.merge.agglomeration import Merge, scores
 from agq.blockwise.stitch.merge.kernel import connected_components
-from agq.blockwise.stitch.merge.rule import Merge, scores
 from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTree
 from agq.blockwise.storage.arrays import load_arrays

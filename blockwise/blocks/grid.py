@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from funlib.geometry import Coordinate, Roi
+from pydantic import field_validator
 
 from agq.blockwise.volumes.triples import Box, Triple, checked_triple, triple
 from agq.errors import InputError
+from agq.settings import Settings
 
 LOCAL_BITS = 21
 """Bits of a fragment id that hold the label inside its block (17 x 257 x 257 voxels need 21)."""
@@ -294,3 +296,22 @@ class BlockGrid:
 
     def _origin(self, number: int) -> Triple:
         return triple(i * w for i, w in zip(self.index(number), self.write_shape, strict=True))
+
+
+class GridSpec(Settings):
+    """What the specifications of a prediction and of a stitch share; JSON round trip."""
+
+    grid: dict[str, Any]
+    """`BlockGrid.to_dict` of the whole volume."""
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_is_valid(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return BlockGrid.from_dict(value).to_dict()
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    def block_grid(self) -> BlockGrid:
+        """Return the grid of the whole volume."""
+        return BlockGrid.from_dict(self.grid)

@@ -19,7 +19,7 @@ from pydantic import (
     ValidationError,
 )
 
-from agq.blockwise.blocks.spec import GridSpec
+from agq.blockwise.blocks.grid import GridSpec
 from agq.blockwise.predict.paths import session_path, spec_path
 from agq.blockwise.predict.settings import AttemptSettings
 from agq.blockwise.storage.files import write_atomic

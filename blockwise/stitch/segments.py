@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from agq.blockwise.stitch.contacts import NodeTable
-from agq.blockwise.stitch.merge.graph import MergeTable, positions
+from agq.blockwise.stitch.merge.agglomeration import MergeTable, positions
 from agq.blockwise.stitch.merge.kernel import connected_components
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.settings import SegmentIds

@@ -12,7 +12,7 @@ from agq.pipeline.config.recorded import read_target
 from agq.terminal import console
 
 if TYPE_CHECKING:
-    from agq.blockwise.stitch.spec import StitchReport
+    from agq.blockwise.stitch.run import StitchReport
 
 out = console()
 

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.stitch.contacts import Evidence
-from agq.blockwise.stitch.merge.graph import positions
+from agq.blockwise.stitch.merge.agglomeration import Agglomeration, agglomerate, positions
 from agq.blockwise.stitch.merge.kernel import connected_components
-from agq.blockwise.stitch.merge.rule import Agglomeration, agglomerate
 from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds
 from agq.pipeline.evaluate.contingency import BlockCounts
 from agq.pipeline.evaluate.scores import LEGEND, SHORT, Scores, scores_of

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, imported_grid
-from agq.blockwise.stitch.run import run_stitch
+from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
-from agq.blockwise.stitch.spec import StitchReport
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import InputError
 from agq.pipeline.config.yaml_settings import parse_values

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq.blockwise.stitch.merge.rule import agglomerate
+from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import local_client, run_stitch
 from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.volumes.create import open_array

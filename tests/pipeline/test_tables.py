@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from agq import terminal
-from agq.blockwise.stitch.spec import StitchReport
+from agq.blockwise.stitch.run import StitchReport
 from agq.pipeline.evaluate.block_scores import BlockReport, BlockScore
 from agq.pipeline.evaluate.scores import VARIANTS, Disagreement, EvaluationReport, Scores
 from agq.pipeline.evaluate.sweep import Point, points_table

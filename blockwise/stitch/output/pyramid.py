@@ -31,7 +31,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agq.blockwise.journal.work import run_journalled
+from agq.blockwise.journal.writer import run_journalled
 from agq.blockwise.stitch.settings import Downsampling
 from agq.blockwise.stitch.steps import Task
 from agq.blockwise.storage.files import Unsynced

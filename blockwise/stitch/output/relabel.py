@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
-from agq.blockwise.journal.work import run_journalled
+from agq.blockwise.journal.writer import run_journalled
 from agq.blockwise.stitch.steps import Task
 from agq.blockwise.storage.arrays import load_arrays, save_arrays
 from agq.blockwise.storage.files import Unsynced

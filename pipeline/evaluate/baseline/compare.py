@@ -23,7 +23,7 @@ from agq.blockwise.blocks.sidecar import open_sidecar
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.stitch.contacts import Evidence, collect, read_evidence
-from agq.blockwise.stitch.merge.rule import agglomerate
+from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.storage.files import write_atomic

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agq.blockwise.stitch.contacts import SAME, ContactTable, face_contacts, read_evidence
-from agq.blockwise.stitch.merge.rule import agglomerate, scores
+from agq.blockwise.stitch.merge.agglomeration import agglomerate, scores
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import Thresholds
 from agq.errors import InputError

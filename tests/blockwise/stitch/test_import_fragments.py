@@ -13,7 +13,7 @@ import zarr
 from rich.console import Console
 
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, local_labels
-from agq.blockwise.stitch.merge.rule import agglomerate
+from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import StitchReport, local_client, run_stitch
 from agq.blockwise.stitch.settings import Thresholds
 from agq.errors import InputError

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
 from agq.blockwise.stitch.contacts import ContactTable, Evidence, NodeTable
-from agq.blockwise.stitch.merge.rule import Merge
+from agq.blockwise.stitch.merge.agglomeration import Merge
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.segments import Cut, Map, Resolve, WriteSegments
 from agq.blockwise.stitch.settings import Thresholds

@@ -8,7 +8,7 @@ import zarr
 from ome_zarr_models.v05 import ImageLabel
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.stitch.merge.rule import scores
+from agq.blockwise.stitch.merge.agglomeration import scores
 from agq.blockwise.stitch.output.pyramid import plan_levels
 from agq.blockwise.stitch.run import local_client, run_stitch
 from agq.blockwise.stitch.settings import Thresholds

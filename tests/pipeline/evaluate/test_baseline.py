@@ -12,7 +12,7 @@ import pytest
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.stitch.cluster import local_client
-from agq.blockwise.stitch.merge.rule import agglomerate
+from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.volumes.create import create_affinities, create_array, open_array, write_chunk

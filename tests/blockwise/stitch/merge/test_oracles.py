@@ -9,7 +9,7 @@ import pytest
 from skimage.metrics import variation_of_information
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.stitch.merge.rule import agglomerate, scores
+from agq.blockwise.stitch.merge.agglomeration import agglomerate, scores
 from agq.blockwise.stitch.settings import Thresholds
 from tests.helpers.agglomeration import by_waterz, needs_compiler
 from tests.helpers.fragments import GRID, make_run, make_truth, same_partition

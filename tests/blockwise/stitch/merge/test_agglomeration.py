@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agq.blockwise.stitch.contacts import ContactTable
+from agq.blockwise.stitch.merge.agglomeration import MergeTable, agglomerate, scores
 from agq.blockwise.stitch.merge.kernel import compare_fractions
-from agq.blockwise.stitch.merge.rule import MergeTable, agglomerate, scores
 from agq.blockwise.stitch.settings import Thresholds
 from agq.errors import InputError
 from tests.helpers.agglomeration import greedy

@@ -1,7 +1,6 @@
 import errno
 
-from agq.blockwise.journal.work import run_journalled
-from agq.blockwise.journal.writer import Journal, JournalWriter
+from agq.blockwise.journal.writer import Journal, JournalWriter, run_journalled
 from agq.blockwise.storage import files
 from agq.blockwise.storage.files import Unsynced
 from agq.errors import InputError
