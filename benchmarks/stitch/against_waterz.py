@@ -13,7 +13,9 @@ from volumes import STEPS, CpuTime, make_array, warm_up
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
-from agq.blockwise.stitch.run import StitchSpec, local_client, run_stitch
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import StitchSpec, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.create import open_array, write_chunk
 
@@ -111,7 +113,7 @@ def by_waterz(folder: Path, send: Any) -> None:
 def by_us(folder: Path, workers: int | None, send: Any) -> None:
     """Stitch; send the report, CPU seconds by step, and peaks of workers and client."""
     grid = BlockGrid(SHAPE, (30, 6, 6))
-    with local_client(workers=workers) as client:
+    with dask_client(DaskSettings(workers=workers)) as client:
         warm_up(client, folder)
         cpu = CpuTime(client)
         report = run_stitch(StitchSpec(run_dir=folder, grid=grid.to_dict()), client, cpu)

@@ -18,7 +18,9 @@ from scipy.ndimage import zoom
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import Sidecar, SidecarFile, build_sidecar, sidecar_path
 from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
-from agq.blockwise.stitch.run import StitchReport, StitchSpec, local_client, run_stitch
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import StitchReport, StitchSpec, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.create import create_array, open_array, write_chunk
 
@@ -170,7 +172,7 @@ def volume(blocks: Sequence[int], workers: int | None, folder: Path) -> None:
     """Print the time of each step of a stitch, and of plain copies before and after it."""
     grid = made_grid(blocks)
     prepare(folder, grid)
-    with local_client(workers=workers) as client:
+    with dask_client(DaskSettings(workers=workers)) as client:
         warm_up(client, folder)
         cpu = CpuTime(client)
         cpu("copy")
@@ -205,7 +207,7 @@ SUPERBLOCK = (4, 4, 4)
 
 def _measure(blocks: Sequence[int], workers: int | None, folder: Path, send: Any) -> None:
     grid = made_grid(blocks)
-    with local_client(workers=workers) as client:
+    with dask_client(DaskSettings(workers=workers)) as client:
         spec = StitchSpec(run_dir=folder, grid=grid.to_dict(), superblock=SUPERBLOCK)
         report = run_stitch(spec, client)
         peaks = client.run(peak_mib)

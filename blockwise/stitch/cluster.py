@@ -6,52 +6,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from distributed import Client, LocalCluster, Nanny, Status
 from distributed.security import Security
 
 from agq.blockwise.spawn import spawning_apart
+from agq.blockwise.stitch.settings import DaskSettings
 from agq.errors import InputError
-
-
-@dataclass(frozen=True)
-class TlsFiles:
-    """Certificates for a scheduler at a ``tls://`` address, as PEM files.
-
-    Attributes
-    ----------
-    ca_file
-        Authority that signed the certificates of scheduler and workers.
-    cert_file, key_file
-        Certificate and private key of this client.
-    """
-
-    ca_file: Path
-    cert_file: Path
-    key_file: Path
-
-    def security(self) -> Security:
-        """Return what dask takes.
-
-        Raises
-        ------
-        InputError
-            If a file cannot be read.
-        """
-        for name in ("ca_file", "cert_file", "key_file"):
-            try:
-                getattr(self, name).read_bytes()
-            except OSError as error:
-                path = getattr(self, name)
-                raise InputError(f"stitch.dask.{name}: {path}: {error.strerror}") from None
-        return Security(
-            tls_ca_file=str(self.ca_file),
-            tls_client_cert=str(self.cert_file),
-            tls_client_key=str(self.key_file),
-            require_encryption=True,
-        )
 
 
 class _Nanny(Nanny):
@@ -63,26 +24,18 @@ class _Nanny(Nanny):
 
 
 @contextmanager
-def local_client(
-    address: str | None = None,
-    *,
-    tls: TlsFiles | None = None,
-    workers: int | None = None,
-    processes: bool = True,
-    timeout: float = 30.0,
+def dask_client(
+    settings: DaskSettings | None = None, *, processes: bool = True, timeout: float = 30.0
 ) -> Iterator[Client]:
     """Yield a dask client and close what was started for it.
 
+    Without an address a cluster is started on this machine, on loopback only. Its workers have one
+    thread each: the tasks hold the interpreter lock between compiled parts.
+
     Parameters
     ----------
-    address
-        Of a running scheduler (``tcp://host:8786``, ``tls://...``); its workers must see the run
-        folder under the same path. None: start a cluster on this machine, on loopback only.
-    tls
-        Certificates for a ``tls://`` address; None: those of dask's own configuration, if any.
-    workers
-        Worker processes of the local cluster; None: one per usable core. They have one thread
-        each: the tasks hold the interpreter lock between compiled parts.
+    settings
+        Address, certificates and workers; None: the defaults.
     processes
         False: workers are threads of this process (quick to start; for small volumes).
     timeout
@@ -98,11 +51,12 @@ def local_client(
     InputError
         If nothing answers at the address, or the certificates do not fit.
     """
-    if address is not None:
-        with _connect(address, tls, timeout) as client:
+    settings = settings or DaskSettings()
+    if settings.address is not None:
+        with _connect(settings.address, settings, timeout) as client:
             yield client
         return
-    count = workers or len(os.sched_getaffinity(0))
+    count = settings.workers or len(os.sched_getaffinity(0))
     with (
         LocalCluster(
             n_workers=count if processes else 1,
@@ -123,12 +77,31 @@ def local_client(
         yield client
 
 
-def _connect(address: str, tls: TlsFiles | None, timeout: float) -> Client:
-    security = None if tls is None else tls.security()
+def _connect(address: str, settings: DaskSettings, timeout: float) -> Client:
+    security = _security(settings)
     try:
         return Client(address, timeout=timeout, security=security)
     except (OSError, ValueError, TypeError) as error:
         hint = ""
-        if tls is None and address.startswith("tls://"):
+        if security is None and address.startswith("tls://"):
             hint = "; name stitch.dask.ca_file, cert_file and key_file"
         raise InputError(f"dask scheduler {address}: cannot connect ({error}){hint}") from None
+
+
+def _security(settings: DaskSettings) -> Security | None:
+    """Return the certificates as dask takes them; None: those of its own configuration, if any."""
+    if settings.ca_file is None:
+        return None
+    files = settings.model_dump(include={"ca_file", "cert_file", "key_file"})
+    for name, path in files.items():
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise InputError(f"stitch.dask.{name}: {path}: {error.strerror}") from None
+    ca_file, cert_file, key_file = map(str, files.values())
+    return Security(
+        tls_ca_file=ca_file,
+        tls_client_cert=cert_file,
+        tls_client_key=key_file,
+        require_encryption=True,
+    )

@@ -34,7 +34,6 @@ from agq.blockwise.blocks.grid import GridSpec
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.journal.writer import Journal
 from agq.blockwise.stitch import contacts as contacts_module
-from agq.blockwise.stitch.cluster import local_client
 from agq.blockwise.stitch.contacts import Collect
 from agq.blockwise.stitch.merge.agglomeration import Merge
 from agq.blockwise.stitch.output.pyramid import (
@@ -69,7 +68,6 @@ __all__ = [
     "StitchReport",
     "StitchSpec",
     "find_blocks",
-    "local_client",
     "run_stitch",
 ]
 

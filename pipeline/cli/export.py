@@ -54,8 +54,9 @@ def precomputed(
 
     Stopped anywhere, the same command goes on there.
     """
-    from agq.blockwise.stitch.cluster import local_client
+    from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.output.precomputed import export_precomputed, plan_export
+    from agq.blockwise.stitch.settings import DaskSettings
     from agq.pipeline.status.progress import RunProgress
 
     options: dict[str, Any] = {"kind": "raw" if image else "labels", "unit": unit}
@@ -81,7 +82,7 @@ def precomputed(
             )
     if dry_run:
         return
-    with local_client(workers=workers) as client, RunProgress(None) as progress:
+    with dask_client(DaskSettings(workers=workers)) as client, RunProgress(None) as progress:
         written = export_precomputed(
             levels,
             scales,

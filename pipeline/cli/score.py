@@ -193,7 +193,7 @@ def watershed(
     as_json: AsJson = False,
 ) -> None:
     """Compare with seeded watershed and agglomeration of the same network's affinities."""
-    from agq.blockwise.stitch.cluster import local_client
+    from agq.blockwise.stitch.cluster import dask_client
     from agq.pipeline.evaluate.baseline.compare import MEAN, METHODS, QUANTILE, Search, compare
     from agq.pipeline.evaluate.baseline.watershed import WatershedSettings
     from agq.pipeline.evaluate.contingency import BorderRule
@@ -213,7 +213,7 @@ def watershed(
     )
     run = RunFolder(run_dir)
     ignore = BorderRule(ignore_border, border_3d)
-    with run.lock(), local_client() as client, RunProgress(run.path) as progress:
+    with run.lock(), dask_client() as client, RunProgress(run.path) as progress:
         labels = truth_of(run, truth)
         report = compare(run, labels, client, search, ignore=ignore, on_progress=progress.step)
     plot_curves(run.path / "baseline.png", report.curves, [report.agq, *report.chosen])
@@ -236,7 +236,7 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Score many stitching thresholds of a stitched run without stitching again."""
-    from agq.blockwise.stitch.cluster import local_client
+    from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.contacts import read_evidence
     from agq.blockwise.storage.files import write_atomic
     from agq.pipeline.evaluate.baseline.compare import fragment_counts
@@ -246,7 +246,7 @@ def sweep(
     run = RunFolder(run_dir)
     labels = truth_of(run, truth)
     evidence = read_evidence(run.path)
-    with local_client() as client:
+    with dask_client() as client:
         ignore = BorderRule(ignore_border, border_3d)
         counts = fragment_counts(run, labels, client=client, ignore=ignore)
     points = two_thresholds(

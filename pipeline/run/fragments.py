@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, imported_grid
 from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import InputError
 from agq.pipeline.config.yaml_settings import parse_values
-from agq.pipeline.run.stages import dask_client, stitch_spec
+from agq.pipeline.run.stages import stitch_spec
 from agq.pipeline.status.progress import Tell, open_progress
 from agq.settings import Settings
 

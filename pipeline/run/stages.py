@@ -27,9 +27,9 @@ from agq.blockwise.predict.coordinator import (
     run_predict,
 )
 from agq.blockwise.predict.settings import AttemptSettings
-from agq.blockwise.stitch.cluster import TlsFiles
-from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, local_client, run_stitch
-from agq.blockwise.stitch.settings import DaskSettings, PyramidSettings, StitchSettings
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, run_stitch
+from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.pipeline.evaluate.scores import EvaluationReport
@@ -200,14 +200,6 @@ def stitch_spec(
         levels=None if pyramid.levels == "auto" else pyramid.levels + 1,
         downsampling=pyramid.downsampling,
     )
-
-
-def dask_client(section: DaskSettings) -> AbstractContextManager[Client]:
-    """Return a context with dask's client, as the configuration says."""
-    tls = None
-    if section.ca_file and section.cert_file and section.key_file:
-        tls = TlsFiles(section.ca_file, section.cert_file, section.key_file)
-    return local_client(section.address, tls=tls, workers=section.workers)
 
 
 def stitch(

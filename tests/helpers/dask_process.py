@@ -2,11 +2,12 @@
 
 import time
 
-from agq.blockwise.stitch.cluster import local_client
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.settings import DaskSettings
 
 
 def main() -> None:
-    with local_client(workers=2) as client:
+    with dask_client(DaskSettings(workers=2)) as client:
         print(client.scheduler.address, flush=True)
         time.sleep(600)
 

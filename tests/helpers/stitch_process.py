@@ -10,7 +10,9 @@ import sys
 import threading
 from pathlib import Path
 
-from agq.blockwise.stitch.run import StitchSpec, local_client, run_stitch
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import StitchSpec, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings
 
 
 def die() -> None:
@@ -25,7 +27,7 @@ def main() -> None:
         if when[0] == step and done >= int(when[1]):
             die()
 
-    with local_client(processes=processes > 0, workers=processes or 2) as client:
+    with dask_client(DaskSettings(workers=processes or 2), processes=processes > 0) as client:
         if when[0] == "after":
             threading.Timer(float(when[1]), die).start()
         run_stitch(spec, client, progress)

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
-from agq.blockwise.stitch.run import local_client, run_stitch
-from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.run import run_stitch
+from agq.blockwise.stitch.settings import DaskSettings, Thresholds
 from agq.blockwise.volumes.create import open_array
 from tests.helpers.fragments import GRID, Run, folder_bytes, make_run, write_run
 from tests.helpers.whole_volume import contacts_from_volume
@@ -18,7 +19,7 @@ STEPS = ["contacts", "agglomerate", "lut", "relabel", "pyramid"]
 
 @pytest.fixture(scope="module")
 def client():
-    with local_client(processes=False, workers=2) as made:
+    with dask_client(DaskSettings(workers=2), processes=False) as made:
         yield made
 
 

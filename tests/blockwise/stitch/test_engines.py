@@ -9,12 +9,11 @@ import pytest
 from distributed import LocalCluster
 from distributed.security import Security
 
-from agq.blockwise.stitch.cluster import TlsFiles
-from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.stitch.steps import Workers
 from agq.errors import InputError
-from agq.pipeline.run.stages import dask_client
 from tests.helpers.fragments import GRID, make_run, write_run
 from tests.helpers.stitch_runs import results
 
@@ -39,7 +38,7 @@ def test_scheduler_behind_tls(tmp_path, certificates):
     run = make_run(GRID, seed=5)
     for name in ("local", "tls"):
         write_run(run, tmp_path / name)
-    with local_client(workers=1) as client:
+    with dask_client(DaskSettings(workers=1)) as client:
         run_stitch(run.spec(tmp_path / "local"), client)
     with LocalCluster(
         n_workers=1, threads_per_worker=1, security=security, protocol="tls://",
@@ -52,7 +51,7 @@ def test_scheduler_behind_tls(tmp_path, certificates):
             run_stitch(run.spec(tmp_path / "tls"), client)
         with (
             pytest.raises(InputError, match=r"cannot connect.*stitch\.dask\.ca_file"),
-            local_client(address, timeout=2),
+            dask_client(DaskSettings(address=address), timeout=2),
         ):
             pass
         other = Security.temporary()
@@ -60,10 +59,10 @@ def test_scheduler_behind_tls(tmp_path, certificates):
         for name, pem in (("cert_file", other.tls_client_cert), ("key_file", other.tls_client_key)):
             strangers[name] = tmp_path / name
             strangers[name].write_text(pem)
-        wrong = TlsFiles(files["ca_file"], **strangers)
+        wrong = DaskSettings(address=address, **files | strangers)
         with (
             pytest.raises(InputError, match="cannot connect"),
-            local_client(address, tls=wrong, timeout=2),
+            dask_client(wrong, timeout=2),
         ):
             pass
     assert results(tmp_path / "tls") == results(tmp_path / "local")
@@ -88,7 +87,7 @@ Workers(Client(address), Path(folder)).run("slow", [Slow([1])])
 
 def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
     """A scheduler lets what runs go on; its files must not appear among those of the next."""
-    with local_client(workers=1) as cluster:
+    with dask_client(DaskSettings(workers=1)) as cluster:
         address = cluster.scheduler.address
         with subprocess.Popen([sys.executable, "-c", LEAVES_A_TASK, address, tmp_path]) as client:
             while not (tmp_path / "begun").exists():
@@ -109,9 +108,9 @@ def test_certificates_are_checked_first(tmp_path, certificates):
         DaskSettings(address="tls://host:8786", ca_file=files["ca_file"])
     with pytest.raises(ValueError, match="starts with tls://"):
         DaskSettings(address="tcp://host:8786", **files)
-    absent = TlsFiles(**files | {"key_file": tmp_path / "none.pem"})
+    absent = files | {"key_file": tmp_path / "none.pem"}
     with (
         pytest.raises(InputError, match=r"stitch\.dask\.key_file: .*none\.pem: No such file"),
-        local_client("tls://127.0.0.1:1", tls=absent),
+        dask_client(DaskSettings(address="tls://127.0.0.1:1", **absent)),
     ):
         pass

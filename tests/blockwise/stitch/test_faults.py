@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 from agq.blockwise.journal.writer import Journal
-from agq.blockwise.stitch.run import StitchError, StitchSpec, local_client, run_stitch
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import StitchError, StitchSpec, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.volumes.create import create_array
 from tests.helpers import ROOT
 from tests.helpers.fragments import GRID, write_run
@@ -65,7 +67,7 @@ def moments(run, tmp_path_factory) -> list[tuple[str, int]]:
     """Return every call of the progress of a stitch: a step, and how much of it is done."""
     folder, seen = tmp_path_factory.mktemp("moments"), []
     write_run(run, folder)
-    with local_client(processes=False, workers=2) as client:
+    with dask_client(DaskSettings(workers=2), processes=False) as client:
         run_stitch(
             run.spec(folder, superblock=(1, 1, 1), batch_blocks=2),
             client,
@@ -79,7 +81,7 @@ def moments(run, tmp_path_factory) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_killed_worker_changes_nothing(run, run_dir, undisturbed, seed, moments):
     step, done = moments[np.random.default_rng(seed).integers(len(moments))]
-    with local_client(workers=2) as cluster:
+    with dask_client(DaskSettings(workers=2)) as cluster:
         pids = list(cluster.run(lambda: __import__("os").getpid()).values())
         killed = []
 
@@ -114,7 +116,7 @@ def test_killed_scheduler_is_one_error_and_resumes(run, run_dir, undisturbed, se
                 cluster.kill()
 
         with pytest.raises(StitchError, match="lost the dask scheduler"):  # noqa: SIM117
-            with local_client(address) as client:
+            with dask_client(DaskSettings(address=address)) as client:
                 run_stitch(spec, client, kill)
         assert cluster.wait() == -signal.SIGKILL
     assert in_a_process(spec, 1, "never") == 0

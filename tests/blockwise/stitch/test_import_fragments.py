@@ -12,10 +12,11 @@ import tensorstore as ts
 import zarr
 from rich.console import Console
 
+from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, local_labels
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
-from agq.blockwise.stitch.run import StitchReport, local_client, run_stitch
-from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.run import StitchReport, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings, Thresholds
 from agq.errors import InputError
 from tests.helpers.fragments import same_partition
 from tests.helpers.runs import agq
@@ -25,7 +26,7 @@ from tests.helpers.whole_volume import contacts_from_volume
 
 @pytest.fixture(scope="module")
 def client():
-    with local_client(processes=False, workers=2) as made:
+    with dask_client(DaskSettings(workers=2), processes=False) as made:
         yield made
 
 

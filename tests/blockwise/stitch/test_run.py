@@ -10,8 +10,9 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import sidecar_path
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
 from agq.blockwise.stitch import run as stitch
-from agq.blockwise.stitch.run import StitchError, StitchSpec, local_client, run_stitch
-from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import StitchError, StitchSpec, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings, Thresholds
 from agq.blockwise.volumes.create import chunk_file, open_array
 from agq.errors import InputError
 from agq.pipeline.cli.export import version_of
@@ -118,22 +119,26 @@ def test_part_of_the_volume(run, run_dir, client):
 
 @pytest.mark.parametrize("batch_blocks", [1, 3, 256])
 def test_batches_and_workers_change_nothing(run, run_dir, undisturbed, batch_blocks):
-    with local_client(processes=False, workers=1) as alone:
+    with dask_client(DaskSettings(workers=1), processes=False) as alone:
         run_stitch(run.spec(run_dir, batch_blocks=batch_blocks), alone)
     assert results(run_dir) == undisturbed
 
 
 def test_processes_and_an_existing_scheduler(run, run_dir, undisturbed):
-    with local_client(workers=2) as cluster:
+    with dask_client(DaskSettings(workers=2)) as cluster:
         address = cluster.scheduler.address
         assert address.startswith("tcp://127.0.0.1:")
         assert cluster.dashboard_link.startswith("http://127.0.0.1:")
         assert len(cluster.ncores()) == 2
-        with local_client(address) as guest:
+        existing = DaskSettings(address=address)
+        with dask_client(existing) as guest:
             run_stitch(run.spec(run_dir), guest)
         assert len(cluster.ncores()) == 2
     assert results(run_dir) == undisturbed
-    with pytest.raises(InputError, match="cannot connect"), local_client(address, timeout=2):
+    with (
+        pytest.raises(InputError, match="cannot connect"),
+        dask_client(DaskSettings(address=address), timeout=2),
+    ):
         pass
 
 

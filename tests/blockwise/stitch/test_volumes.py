@@ -8,10 +8,11 @@ import zarr
 from ome_zarr_models.v05 import ImageLabel
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.merge.agglomeration import scores
 from agq.blockwise.stitch.output.pyramid import plan_levels
-from agq.blockwise.stitch.run import local_client, run_stitch
-from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.run import run_stitch
+from agq.blockwise.stitch.settings import DaskSettings, Thresholds
 from agq.blockwise.volumes.create import open_array
 from agq.pipeline.data.synthetic.volume import write
 from tests.helpers.agglomeration import by_waterz, needs_compiler
@@ -53,7 +54,7 @@ def test_workers_superblocks_and_blocks_change_nothing(truth, tmp_path):
     # Every superblock shape with two workers, some of them with one and four.
     for workers, superblocks in ((2, SUPERBLOCKS), (1, SUPERBLOCKS[::3]), (4, SUPERBLOCKS[1::2])):
         cases = [*itertools.product(superblocks, (0.6,)), (superblocks[-1], 0.0)]
-        with local_client(workers=workers) as cluster:
+        with dask_client(DaskSettings(workers=workers)) as cluster:
             assert len(cluster.ncores()) == workers
             for block, (superblock, noise) in itertools.product(BLOCKS, cases):
                 folder = tmp_path / str((workers, block, superblock, noise))

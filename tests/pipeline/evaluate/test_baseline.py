@@ -11,10 +11,10 @@ import pytest
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
-from agq.blockwise.stitch.cluster import local_client
+from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import run_stitch
-from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.settings import DaskSettings, Thresholds
 from agq.blockwise.volumes.create import create_affinities, create_array, open_array, write_chunk
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
@@ -38,7 +38,7 @@ SMALL = WatershedSettings(seed_distance=3, context=4)
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
-    with local_client(processes=False, workers=2) as made:
+    with dask_client(DaskSettings(workers=2), processes=False) as made:
         yield made
 
 

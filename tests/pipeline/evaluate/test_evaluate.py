@@ -14,7 +14,8 @@ from rich.console import Console
 from scipy import ndimage
 from skimage.metrics import adapted_rand_error, variation_of_information
 
-from agq.blockwise.stitch.cluster import local_client
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.volumes.boxes import unordered
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import Contingency
@@ -216,7 +217,7 @@ def test_on_dask_workers_the_figures_are_the_same(tmp_path: Path) -> None:
     truth, labels = blobs(10, 12, zeros=0.1), blobs(11, 14, zeros=0.1)
     a, b = stored(tmp_path / "s", labels), stored(tmp_path / "t", truth)
     seen: list[tuple[int, int]] = []
-    with local_client(workers=2, processes=False) as client:
+    with dask_client(DaskSettings(workers=2), processes=False) as client:
         report = evaluate(
             a, b, client=client, block=(4, 16, 16), on_progress=lambda *done: seen.append(done)
         )
