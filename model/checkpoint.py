@@ -90,8 +90,6 @@ def save(
         File to write; replaced if it exists.
     model : nn.Module or mapping of str to Tensor
         The network or its state dict.
-    config : ModelConfig
-        Its configuration.
     provenance : mapping, optional
         JSON-serialisable facts on how the weights came to be.
     half : bool

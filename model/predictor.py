@@ -51,8 +51,6 @@ class BlockPrediction:
         Seed regions found: connected components of the foreground above the size limit.
     dropped : int
         Of these, how many exceed the limit on queries and were not used.
-    n_labels : int
-        Number of labels.
     memberships : np.ndarray, optional
         int64 (1 + n_labels, queries): for supervoxels, how much of each mask is in every one
         (`agq.model.decode.supervoxels.memberships`).

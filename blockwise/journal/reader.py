@@ -54,11 +54,6 @@ class Journal:
         then raise `journal.snapshot.SnapshotError`, if the snapshot is damaged, or was replaced on
         a network file system; a journal read anew, or not lazily, goes on.
 
-    Attributes
-    ----------
-    workers : dict of str to WorkerState
-        By token.
-
     Raises
     ------
     OSError
@@ -169,8 +164,6 @@ class Journal:
         ----------
         since : float or None
             When the stage was started last, seconds since the epoch; None: at its first block.
-        now : float
-            Seconds since the epoch.
         """
         totals = self.totals()
         session = self.recent(since or totals["started"])

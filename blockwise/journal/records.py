@@ -79,20 +79,10 @@ class WorkerInfo:
     ----------
     name : str
         Name of the worker in reports, unique enough for people (``worker-3``).
-    host : str
-        Machine name.
-    pid : int
-        Process id on that machine.
     device : str
         Device the predictor runs on (``cpu``, ``cuda:1``).
-    job : str or None
-        Batch job id, where there is one.
     started : float
         Start of the process, seconds since the epoch.
-    gpu : str or None
-        Name of its GPU.
-    gpu_bytes : int or None
-        Memory of that GPU.
     """
 
     name: str
@@ -128,8 +118,6 @@ class BlockRecord:
     ----------
     block : int
         Block number in the grid of the whole volume.
-    state : {"done", "skipped", "failed"}
-        Outcome.
     attempt : int
         Attempt in this run, from 1.
     token : str
@@ -245,10 +233,6 @@ class Event:
         When it was written, seconds since the epoch.
     token : str
         Random token of the process that wrote it.
-    data : dict
-        The whole JSON object.
-    file : str
-        Name of the journal file.
     offset : int
         Byte at which the line starts.
     """

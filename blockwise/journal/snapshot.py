@@ -45,20 +45,6 @@ class SnapshotError(InputError):
 def write_snapshot(folder: Path, table: BlockTable, meta: dict[str, Any]) -> Path:
     """Replace the snapshot of a journal folder.
 
-    Parameters
-    ----------
-    folder : Path
-        Journal folder of one stage.
-    table : BlockTable
-        The present record of every block.
-    meta : dict
-        JSON-able rest.
-
-    Returns
-    -------
-    Path
-        The file, durable.
-
     Raises
     ------
     OSError
@@ -97,8 +83,6 @@ class Snapshot:
 
     Attributes
     ----------
-    meta : dict
-        The JSON member.
     close : callable
         Closes the file; otherwise it is closed when this object is collected.
 

@@ -33,8 +33,6 @@ class JournalTail:
     ----------
     positions : dict of str to int
         Bytes read of each file; always the start of a line.
-    ended : set of str
-        As the parameter, kept up to date.
     garbage : int
         Complete lines that could not be understood.
     """
@@ -149,16 +147,10 @@ class WorkerState:
 
     Attributes
     ----------
-    info : WorkerInfo
-        The process that writes the file.
-    token : str
-        Its random token.
     last : float
         Time of its last line, seconds since the epoch.
     done, skipped, failed : int
         Block ends it has written, retries included.
-    voxels : int
-        Voxels of its done blocks.
     current : dict of int to (int, float)
         Blocks begun and not ended: attempt and time of the begin line.
     exit : str or None

@@ -66,16 +66,12 @@ class JournalWriter:
     ----------
     folder : Path
         ``<run>/journal/<stage>``; made if missing.
-    worker : WorkerInfo
-        The process that writes.
 
     Attributes
     ----------
     token : str
         16 random hex digits. It tells two processes apart even if a scheduler runs one job twice
         under one id.
-    path : Path
-        The file.
 
     Raises
     ------

@@ -69,15 +69,11 @@ class Ledger:
     ----------
     uri : str
         MongoDB URI with its password.
-    settings : LedgerSettings
-        Database name and timeouts.
 
     Attributes
     ----------
     shown : str
         The URI as messages may show it.
-    runs, blocks, workers : Collection
-        The three collections.
 
     Raises
     ------
@@ -318,11 +314,6 @@ class Ledger:
 
 def connect(settings: LedgerSettings) -> Ledger | None:
     """Open the ledger that the settings name.
-
-    Parameters
-    ----------
-    settings : LedgerSettings
-        Where it is, and whether the run needs it.
 
     Returns
     -------

@@ -59,8 +59,6 @@ class LedgerFeeder:
     ----------
     ledger : Ledger
         Where to; it may be away at any time. The feeder does not close it.
-    run_id : str
-        The run.
     folders : mapping of str to Path
         Journal folder of each stage; they need not exist yet.
     run_info : dict, optional
@@ -119,11 +117,6 @@ class LedgerFeeder:
         ----------
         timeout : float
             Seconds to try at most; then the rest stays in the journal.
-
-        Returns
-        -------
-        FeedReport
-            What has been delivered and what has not.
         """
         self._deadline = time.monotonic() + timeout
         self._wake.set()

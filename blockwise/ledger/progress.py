@@ -24,13 +24,6 @@ _MAX_FAILURES: Final = 10_000
 class LedgerStage:
     """The documents of one stage; a `StageProgress`, as the `Journal` is.
 
-    Parameters
-    ----------
-    ledger : Ledger
-        The database.
-    run, stage : str
-        The run's id and the stage's name.
-
     Attributes
     ----------
     workers : dict of str to WorkerState

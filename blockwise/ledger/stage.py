@@ -36,10 +36,6 @@ class StageFeed:
 
     Parameters
     ----------
-    ledger : Ledger
-        Where to.
-    run, stage : str
-        The run's id and the stage's name.
     folder : Path
         Journal folder; it need not exist yet.
     full : bool

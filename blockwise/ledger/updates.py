@@ -27,12 +27,8 @@ def block_update(
 
     Parameters
     ----------
-    run, stage : str
-        Run and stage.
     record : BlockRecord
         End of an attempt; a failed one is also kept among the block's ``attempts``.
-    worker : WorkerInfo, optional
-        The worker that made it.
     earlier : sequence of (BlockRecord, WorkerInfo or None)
         Further failed attempts, to keep.
     """
@@ -125,8 +121,6 @@ def worker_update(
 
     Parameters
     ----------
-    run, stage, file : str
-        Run, stage and journal file of the worker.
     fields : dict
         What the first `read` bytes of the file say.
     read, delivered : int

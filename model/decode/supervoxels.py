@@ -115,8 +115,6 @@ def memberships(
         float32 (z1, y1, x1, C).
     labels : np.ndarray
         (z, y, x) supervoxels, 0 background.
-    n_labels : int
-        Number of them.
 
     Returns
     -------

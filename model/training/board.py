@@ -11,11 +11,6 @@ from agq.errors import InputError
 class Board:
     """Writes what TensorBoard shows; does nothing without a folder.
 
-    Parameters
-    ----------
-    folder : pathlib.Path or None
-        Output folder of the run.
-
     Raises
     ------
     InputError
@@ -49,8 +44,6 @@ class Board:
 
         Parameters
         ----------
-        step : int
-            Number of the step.
         samples : list of dict
             Arrays by name: uint8 (z, y, x) greys, uint8 (3, z, y, x) affinities, or other
             integers (z, y, x): labels.

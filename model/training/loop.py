@@ -111,11 +111,6 @@ def train(config: TrainConfig, resume: bool = False, max_steps: int | None = Non
         Stop, resumable, once this many steps are done in all; the schedule stays that of the
         config.
 
-    Returns
-    -------
-    TrainReport
-        How far it came.
-
     Raises
     ------
     InputError

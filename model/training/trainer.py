@@ -41,11 +41,6 @@ def initialise(network: nn.Module) -> None:
 
     The branches have no norms: with torch's default (a third of this variance) four layers
     shrink the picture to a hundredth, and training spends its first thousand steps undoing that.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        Other layers keep torch's defaults.
     """
     for module in network.modules():
         if isinstance(module, ReplicateConv3d):
@@ -57,8 +52,6 @@ def progress(step: int, steps: int, minutes: float, budget: float | None) -> flo
 
     Parameters
     ----------
-    step, steps : int
-        Steps done and planned.
     minutes : float
         Training time so far, earlier parts of a resumed run included.
     budget : float or None
@@ -73,12 +66,8 @@ def learning_rate(step: int, done: float, config: OptimizerConfig) -> float:
 
     Parameters
     ----------
-    step : int
-        Steps done before this one.
     done : float
         `progress` before this step.
-    config : OptimizerConfig
-        Base rate and warm-up.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * done))
@@ -89,8 +78,6 @@ class Trainer:
 
     Parameters
     ----------
-    config : TrainConfig
-        The run.
     ranks : Ranks
         Which process this is; with several, their process group must be joined.
 

@@ -86,11 +86,6 @@ class Validator:
     """Blocks drawn from the validation volumes, read once; always the same for a seed.
 
     Their truth is connected pieces: what leaves the block and comes back is two objects.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        Validation volumes, number of blocks and the network's voxel size.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -111,13 +106,7 @@ class Validator:
                 self.blocks.append((str(volume_config.container), raw, relabel_pieces(truth)))
 
     def score(self, checkpoint: Path) -> Score:
-        """Run a checkpoint over all blocks and compare with the truth.
-
-        Parameters
-        ----------
-        checkpoint : pathlib.Path
-            An exported model.
-        """
+        """Run a checkpoint over all blocks and compare with the truth."""
         predictor = AGQPredictor(checkpoint, device=self.config.device)
         rows = []
         by_volume: dict[str, list[float]] = {}

@@ -62,14 +62,10 @@ def block_states(
 
     Parameters
     ----------
-    n_blocks
-        Blocks of the volume.
     selected
         Numbers of the blocks of the run; None for all.
     rows
         Columns ``block`` and ``rank`` of the blocks that have ended, as in the journal's table.
-    running
-        Blocks begun and not ended.
 
     Returns
     -------
@@ -90,10 +86,6 @@ def block_values(n_blocks: int, rows: npt.NDArray[Any], by: By) -> npt.NDArray[n
 
     Parameters
     ----------
-    n_blocks
-        Blocks of the volume.
-    rows
-        Rows of the journal's table.
     by
         ``seconds`` from begin to end, ``labels``, or ``dropped``.
 
@@ -115,8 +107,6 @@ def layer(
 
     Parameters
     ----------
-    grid
-        The block grid.
     column
         A number per block; the largest of a cell's blocks is kept.
     axis, index
@@ -163,12 +153,8 @@ def block_in_cell(
 
     Parameters
     ----------
-    grid, codes
-        The grid and the state of every block.
     at
         Index (z, y, x) of the first block of the cell.
-    axis, step
-        As for the image.
 
     Raises
     ------

@@ -27,8 +27,6 @@ def history(rows: npt.NDArray[Any], started: float | None, until: float) -> dict
 
     Parameters
     ----------
-    rows
-        Rows of the journal's table.
     started
         Last start of the stage; earlier blocks are left out. None: the first block.
     until
@@ -65,14 +63,10 @@ def worker_rows(
 
     Parameters
     ----------
-    stage
-        The stage.
     begun
         Start time of the oldest block that each worker holds, by its name.
     usual_s
         Median seconds of a block, 0 if unknown.
-    now
-        Seconds since the epoch.
     """
     rates = {w.name: w.done / max(w.last - w.started, 1e-3) for w in stage.workers}
     typical = {
@@ -118,8 +112,6 @@ def group_failures(
 
     Parameters
     ----------
-    failures
-        Failed blocks.
     grid
         Gives the voxel in the middle of a block; None leaves it out.
 

@@ -87,8 +87,6 @@ def write_snapshot(
 
     Parameters
     ----------
-    config
-        Configuration of the run.
     out_png
         File to write; its folder must exist.
     at

@@ -56,8 +56,6 @@ class RunView:
 
     Parameters
     ----------
-    run_dir
-        Run folder.
     ledger
         Read if the run folder is not on this machine.
     """

@@ -45,8 +45,6 @@ class Dashboard:
 
     Parameters
     ----------
-    runs
-        The runs to show.
     host, port
         Address to listen on; port 0 takes any free one.
     token

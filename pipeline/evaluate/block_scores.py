@@ -112,8 +112,6 @@ def score_blocks(
         A run with predictions.
     truth
         Ground truth, of the run's voxel size; blocks outside of it are left out.
-    ignore
-        Which voxels near borders of the truth are left out.
     client
         A `distributed.Client`; None: threads.
     on_progress

@@ -27,8 +27,6 @@ class Contingency(Columns):
 
     Attributes
     ----------
-    truth, segment
-        Labels.
     count
         Voxels with this pair.
     block
@@ -246,10 +244,6 @@ def count_block(
 
     Parameters
     ----------
-    segmentation, truth
-        The volumes.
-    window
-        The voxels they share.
     numbered
         Number of the block and its box in the window.
 

@@ -139,11 +139,6 @@ def evaluate(
     options
         See `CountOptions`.
 
-    Returns
-    -------
-    EvaluationReport
-        Entropies in bits.
-
     Raises
     ------
     InputError

@@ -161,8 +161,6 @@ class EvaluationReport(Tabled):
 
     Attributes
     ----------
-    segmentation, truth
-        What was compared.
     offset, shape, voxel_size, unit
         Where: world units, voxels, world units; (z, y, x).
     ignored_border

@@ -237,8 +237,6 @@ def expected_run_length(skeletons: Skeletons, segments: Labels, *, tolerance: in
 
     Parameters
     ----------
-    skeletons
-        Of the truth.
     segments
         Segment at each node (`segments_at`); 0 is background.
     tolerance

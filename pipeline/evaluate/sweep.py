@@ -34,12 +34,8 @@ class Point:
 
     Attributes
     ----------
-    method
-        What was agglomerated, and how.
     setting
         Thresholds by name, as affinities.
-    segments
-        Segments of the volume.
     scores
         By the names of `agq.pipeline.evaluate.scores.VARIANTS`.
     """
@@ -107,19 +103,7 @@ def two_thresholds(
     across: Iterable[float],
     within: Iterable[float],
 ) -> list[Point]:
-    """Agglomerate evidence with every pair of thresholds and score each.
-
-    Parameters
-    ----------
-    method
-        Name of the rows.
-    counts
-        Of the fragments against the truth.
-    evidence
-        All fragments and their contacts.
-    across, within
-        Thresholds to combine.
-    """
+    """Agglomerate evidence with every pair of thresholds and score each."""
     points = []
     for w in within:
         for a in across:

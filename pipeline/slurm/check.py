@@ -28,14 +28,10 @@ class Partition:
 
     Attributes
     ----------
-    name, default, up
-        Name; whether it is the cluster's default; whether it takes jobs.
     max_minutes
         Longest time limit; None for no limit.
     grace_s
         Seconds between SIGTERM and SIGKILL when a job is pre-empted.
-    nodes
-        Its kinds of nodes.
     """
 
     name: str

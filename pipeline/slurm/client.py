@@ -22,18 +22,10 @@ class QueueEntry:
 
     Attributes
     ----------
-    job
-        Id of the job or array.
     task
         Array task, such as ``3`` or ``[4-7%2]``; empty for a single job.
     state, reason
         As squeue says (PENDING, RUNNING, COMPLETING, ...; Resources, Priority, ...).
-    node
-        Where it runs.
-    elapsed
-        How long it has run.
-    name
-        Job name.
     """
 
     job: int

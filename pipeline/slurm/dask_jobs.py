@@ -65,10 +65,6 @@ class WorkerJobs:
 
     Parameters
     ----------
-    cluster
-        The dask cluster whose workers the jobs are.
-    count
-        Number of jobs.
     logs
         Folder of the jobs' logs, which messages name.
     """

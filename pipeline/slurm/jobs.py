@@ -279,10 +279,6 @@ def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool
 
     Parameters
     ----------
-    config
-        The run.
-    stages
-        Stages to submit.
     after_predict
         Let the stitch wait for the prediction that is in the queue already.
 
@@ -385,8 +381,6 @@ def cancel(run_dir: Path, *, wait_s: float = 30.0) -> int:
 
     Parameters
     ----------
-    run_dir
-        Run folder.
     wait_s
         Seconds for running jobs to finish the blocks in hand.
 

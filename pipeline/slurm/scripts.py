@@ -66,8 +66,6 @@ def worker_script(section: "SlurmSettings", run_dir: Path, here: Path) -> Script
 
     Parameters
     ----------
-    section
-        The `slurm` settings.
     run_dir
         Run folder, absolute.
     here
@@ -194,8 +192,6 @@ def submit_arguments(
     ----------
     name
         Name of the script, as in `Script`.
-    run_dir
-        Run folder.
     array
         Array tasks, such as ``0-7%4``.
     after

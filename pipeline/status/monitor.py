@@ -48,10 +48,6 @@ def load_status(
     ----------
     run_dir : Path
         Run folder. With a ledger that knows it, it need not be on this machine.
-    ledger : Ledger, optional
-        Ask it first.
-    queue : callable, optional
-        Asked for the jobs of a submitted run.
 
     Raises
     ------
@@ -73,21 +69,8 @@ def watch(
 
     Parameters
     ----------
-    run_dir : Path
-        Run folder.
-    ledger : Ledger, optional
-        Ask it first.
-    queue : callable, optional
-        Asked for the jobs of a submitted run.
-    interval_s : float
-        Seconds between updates.
     console : Console, optional
         Where to; without a terminal only the last picture is printed.
-
-    Returns
-    -------
-    RunStatus
-        The last state seen.
 
     Raises
     ------
@@ -118,8 +101,6 @@ class Monitor:
 
     Parameters
     ----------
-    run_dir : Path
-        Run folder.
     ledger : Ledger, optional
         Ask it first.
     lazy : bool

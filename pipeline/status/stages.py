@@ -90,18 +90,10 @@ def stage_status(
 
     Parameters
     ----------
-    name : str
-        Stage.
     entry : dict
         What the coordinator says of it: state, blocks_total, started, finished.
     progress : StageProgress or None
         What its blocks and workers say; None if it has no journal.
-    run_state : str
-        State of the run.
-    run_dir : Path
-        Run folder, for the names of logs.
-    now : float
-        Seconds since the epoch.
     """
     totals = progress.progress(entry.get("started"), now) if progress else {}
     state = _stage_state(entry, totals, run_state)

@@ -33,18 +33,7 @@ _BAR = 14
 
 
 def render(status: RunStatus) -> RenderableType:
-    """Draw a status.
-
-    Parameters
-    ----------
-    status : RunStatus
-        What to draw.
-
-    Returns
-    -------
-    RenderableType
-        For `rich.console.Console.print` or `rich.live.Live`.
-    """
+    """Draw a status."""
     parts: list[RenderableType] = [_header(status)]
     if status.queue is not None:
         parts.append(_queue(status.queue))

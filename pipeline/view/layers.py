@@ -24,16 +24,12 @@ class Layer:
 
     Attributes
     ----------
-    name
-        Shown in the browser.
     kind
         Decides how it is drawn.
     data
         Anything with ``shape``, ``dtype`` and slices: (z, y, x), affinities (3, z, y, x).
     voxel_size, offset
         World units, (z, y, x).
-    unit
-        The world unit.
     visible
         Whether it is switched on at first.
     """
@@ -52,8 +48,6 @@ class LazyVolume:
 
     Parameters
     ----------
-    volume
-        The volume.
     unsigned
         Show signed and boolean labels as unsigned ones: the browser draws no others.
     coarser
@@ -126,30 +120,13 @@ def volume_layer(
     visible: bool = True,
     coarser: Sequence[Volume] = (),
 ) -> Layer:
-    """Make a layer of a volume.
-
-    Parameters
-    ----------
-    name, kind, visible
-        As in `Layer`.
-    volume
-        The volume; it is read only where the browser looks.
-    coarser
-        Its lower resolutions.
-    """
+    """Make a layer of a volume."""
     data = LazyVolume(volume, unsigned=kind == "segmentation", coarser=coarser)
     return Layer(name, kind, data, volume.voxel_size, volume.offset, volume.unit, visible)
 
 
 def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
     """Return the layers that a run has written so far.
-
-    Parameters
-    ----------
-    container
-        The run's zarr container.
-    unit
-        World unit of the run.
 
     Returns
     -------
@@ -179,13 +156,7 @@ def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
 
 
 def config_layers(config: Config) -> list[Layer]:
-    """Return the layers of a run: its input, what it has written so far, and the ground truth.
-
-    Parameters
-    ----------
-    config
-        Configuration of the run.
-    """
+    """Return the layers of a run: its input, what it has written so far, and the ground truth."""
     from agq.pipeline.data.importer import is_importable
     from agq.pipeline.data.inputs import open_input
 

@@ -27,8 +27,6 @@ class Marks:
 
     Attributes
     ----------
-    name
-        Shown in the browser.
     colour
         CSS colour.
     voxel_size
@@ -54,8 +52,6 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
     ----------
     run
         Run folder; without a run in it there are no marks.
-    unit
-        World unit of the run.
     at
         Voxel (z, y, x) that the viewer starts at; default the middle of the volume.
 

@@ -33,8 +33,6 @@ def portable_state(
 
     Parameters
     ----------
-    config
-        Configuration of the run.
     base_url
         Address of the run folder: http(s)://, s3:// or gs://.
     raw_url

@@ -99,8 +99,6 @@ def fill_state(
 
     Parameters
     ----------
-    state
-        The state.
     layers
         Layers with neuroglancer's layer of each; one with None only counts as the first.
     marks, at

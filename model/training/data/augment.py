@@ -21,10 +21,6 @@ def orient(
     ----------
     raw, labels : numpy.ndarray
         (z, y, x). Quarter turns need equal sizes in y and x; other crops get half turns only.
-    config : AugmentConfig
-        Which of the two is allowed.
-    rng : numpy.random.Generator
-        Source of the choice.
 
     Returns
     -------
@@ -64,15 +60,6 @@ def misalign(
         (z, y + 2 m, x + 2 m) with m = `config.max_shift`.
     shape : tuple of int
         Shape (z, y, x) wanted.
-    config : AugmentConfig
-        Chance and largest jump.
-    rng : numpy.random.Generator
-        Source of the choice.
-
-    Returns
-    -------
-    raw, labels : numpy.ndarray
-        Of the shape wanted.
     """
     z, y, x = shape
     margin = config.max_shift
@@ -97,10 +84,6 @@ def shade(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> n
     ----------
     raw : numpy.ndarray
         (z, y, x) float32 in [0, 1].
-    config : AugmentConfig
-        Sizes of the changes.
-    rng : numpy.random.Generator
-        Source of the choice.
 
     Returns
     -------
@@ -130,10 +113,6 @@ def spoil(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> n
     ----------
     raw : numpy.ndarray
         (z, y, x) float32 in [0, 1].
-    config : AugmentConfig
-        Chances.
-    rng : numpy.random.Generator
-        Source of the choice.
 
     Returns
     -------
@@ -190,8 +169,6 @@ def augment(
         The same shape, integers.
     shape : tuple of int
         Crop (z, y, x).
-    config : AugmentConfig
-        What is varied.
     rng : numpy.random.Generator
         Every number drawn comes from it.
 

@@ -26,11 +26,6 @@ Shape = tuple[int, int, int]
 class TrainingVolume:
     """A raw and a label array, opened lazily; only crops are ever read.
 
-    Parameters
-    ----------
-    config : VolumeConfig
-        Where the arrays are.
-
     Raises
     ------
     InputError
@@ -84,8 +79,6 @@ class TrainingVolume:
         ----------
         start : tuple of int
             First voxel (z, y, x); may be negative.
-        shape : tuple of int
-            Voxels on each axis.
 
         Returns
         -------
@@ -112,8 +105,6 @@ class Batch:
 
     Attributes
     ----------
-    step : int
-        Number of the step.
     raw : torch.Tensor
         (B, 1, z, y, x) float32, normalised to [-1, 1].
     targets : list of Targets
@@ -135,8 +126,6 @@ class CropSource:
 
     Parameters
     ----------
-    config : TrainConfig
-        Volumes, crop size, augmentation and seed.
     rank : int
         Of this process: each makes other items of the same step.
 
@@ -197,8 +186,6 @@ class CropSource:
 
         Parameters
         ----------
-        first, stop : int
-            Steps.
         threads : int
             Threads; two batches per thread are kept ready.
         """

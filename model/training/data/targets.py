@@ -194,12 +194,8 @@ def sample_voxels(
     ----------
     masks : torch.Tensor
         (N, z1, y1, x1) soft masks; a voxel belongs to the instance whose mask is above one half.
-    count : int
-        Number of voxels to draw.
     exponent : float
         0 draws voxels uniformly, 1 draws instances uniformly.
-    rng : numpy.random.Generator
-        Source of the draw.
 
     Returns
     -------
@@ -245,8 +241,6 @@ def make_targets(
         Voxels drawn for the discrimination loss.
     exponent : float
         How strongly small instances are favoured in that draw.
-    rng : numpy.random.Generator
-        Source of the draw.
     valid : numpy.ndarray or None
         (z, y, x) bool: where the labels are known (they are 0 elsewhere); None: everywhere.
 

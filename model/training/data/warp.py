@@ -23,8 +23,6 @@ def warp_margin(shape: tuple[int, int, int], config: AugmentConfig) -> int:
     ----------
     shape : tuple of int
         (z, y, x) of what is wanted after warping.
-    config : AugmentConfig
-        Sizes of the changes.
     """
     if config.warp == 0:
         return 0
@@ -46,10 +44,6 @@ def warp(
         (z, y + 2 m, x + 2 m), m = `warp_margin`.
     shape : tuple of int
         Shape (z, y, x) wanted.
-    config : AugmentConfig
-        Chance and sizes.
-    rng : numpy.random.Generator
-        Source of the choice.
 
     Returns
     -------

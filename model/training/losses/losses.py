@@ -107,8 +107,6 @@ def discrimination_loss(
         (K, C) L2-normalised features.
     instances : torch.Tensor
         (K,) int64.
-    temperature : float
-        Softmax temperature.
 
     Returns
     -------
@@ -155,10 +153,6 @@ def item_losses(
         Mask logits (1 + Q, z1, y1, x1) of every iteration, first to last, channel 0 background.
     mask_features : torch.Tensor
         (C, z1, y1, x1), L2-normalised over C.
-    targets : Targets
-        The targets of the item.
-    weights : LossWeights
-        Weights of the terms and the temperature.
 
     Returns
     -------

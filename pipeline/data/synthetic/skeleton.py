@@ -221,8 +221,6 @@ def skeletons(seed: int, low: npt.NDArray[np.float64], high: npt.NDArray[np.floa
 
     Parameters
     ----------
-    seed
-        Seed of the volume.
     low, high
         Corners (z, y, x) of the box in pixels, after warping.
     """

@@ -143,8 +143,6 @@ def cells(seed: int, z: float, shift: Any, start: Any, scale: Any, lines: Any, p
 
     Parameters
     ----------
-    seed
-        Seed of the volume.
     z
         Position of the plane in pixels.
     shift

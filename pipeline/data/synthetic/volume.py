@@ -168,8 +168,6 @@ def block(
     ----------
     start, stop
         First and past-the-end voxel (z, y, x); the volume has no bounds.
-    params
-        The volume.
 
     Returns
     -------
@@ -258,8 +256,6 @@ def write(
         Local zarr group, made if missing; arrays of these names and this layout are overwritten.
     shape
         Voxels (z, y, x).
-    seed
-        Seed of the volume.
     voxel_size
         Voxel size (z, y, x) in nm.
     block

@@ -50,10 +50,6 @@ class BaselineReport:
 
     Attributes
     ----------
-    run, truth
-        What was compared with what.
-    settings
-        Of the watershed.
     agq
         The run's own segmentation, small segments kept.
     chosen
@@ -61,8 +57,6 @@ class BaselineReport:
     final
         The run's own segmentation and the baselines at those thresholds as volumes, small
         segments removed from all of them as the run's `stitch.min_size` says.
-    min_size
-        That size in voxels.
     curves
         Every threshold tried; empty where thresholds were given.
     tuned_on
@@ -127,8 +121,6 @@ class Search:
         Affinities to search over.
     tuned_on
         Take settings and best thresholds from the report of this run and search nothing.
-    criterion
-        What a search minimises.
     """
 
     settings: WatershedSettings | None = None
@@ -153,14 +145,8 @@ def compare(
     ----------
     run
         A stitched run that kept its affinities.
-    truth
-        Ground truth.
     client
         A `distributed.Client` whose workers see the run folder.
-    search
-        Which baselines.
-    ignore
-        Which voxels near borders of the truth are left out.
     on_progress
         Called with the name of a step, items done and items in all.
 

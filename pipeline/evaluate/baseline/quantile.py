@@ -81,14 +81,10 @@ def write_joined(job: WatershedRun, name: str, ids: Ids, segments: Ids, min_size
 
     Parameters
     ----------
-    job
-        Where the fragments are.
     name
         Array to write, new or from an earlier call.
     ids, segments
         All fragment ids (sorted) and the segment of each.
-    min_size
-        Voxels.
     """
     fragments = open_array(job.folder / "data.zarr", "fragments", "r")
     grid = BlockGrid.from_dict(job.grid)

@@ -86,8 +86,6 @@ class WatershedRun:
         Folder of the fragments: data.zarr, sidecars, journal.
     grid
         `BlockGrid.to_dict()` of the run.
-    settings
-        How fragments are made.
     """
 
     source: Path
