@@ -189,6 +189,23 @@ class MaskAgreement:
         if not 0 <= self.weight <= 1:
             raise InputError(f"weight of memberships: {self.weight} is not between 0 and 1")
 
+    def of_pieces(self, origin: NDArray[np.int64]) -> MaskAgreement:
+        """Return the agreement of pieces, each with the row of the label that it is a piece of.
+
+        Raises
+        ------
+        InputError
+            If a label has no row.
+        """
+        self._require_row(int(origin.max()))
+        return MaskAgreement(self.memberships[origin], self.weight)
+
+    def _require_row(self, label: int) -> None:
+        if label >= len(self.memberships):
+            raise InputError(
+                f"memberships have {len(self.memberships)} rows, but there is a label {label}"
+            )
+
     def mixed(self, pairs: PairColumns) -> NDArray[np.int64]:
         """Return the sums of pairs of labels in 1/255, with the agreement mixed in.
 
@@ -198,10 +215,8 @@ class MaskAgreement:
             If a label has no row.
         """
         u, v = pairs.u.astype(np.int64), pairs.v.astype(np.int64)
-        if len(v) and int(v.max()) >= len(self.memberships):
-            raise InputError(
-                f"memberships have {len(self.memberships)} rows, but there is a label {v.max()}"
-            )
+        if len(v):
+            self._require_row(int(v.max()))
         rows = self.memberships.astype(np.float64)
         length = np.sqrt((rows * rows).sum(axis=1))
         lengths = length[u] * length[v]

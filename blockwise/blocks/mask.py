@@ -1,17 +1,24 @@
-"""Which blocks hold tissue: a mask of any scale, looked up block by block through world units.
+"""Where there is tissue: a mask of any scale hides blocks and voxels.
 
-Mask voxels are read tile by tile, each tile once however many blocks fall into it, and counted
-with a summed-area table, so that neither a coarse mask under 10^7 blocks nor a fine one under a
-few costs a Python loop over blocks or memory beyond a tile.
+`mask_blocks` finds the blocks that a mask touches. Mask voxels are read tile by tile, each tile
+once however many blocks fall into it, and counted with a summed-area table, so that neither a
+coarse mask under 10^7 blocks nor a fine one under a few costs a Python loop over blocks or memory
+beyond a tile.
+
+`Tissue` hides voxels of one block: those whose centre lies in no nonzero voxel of the mask.
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import cc3d
 import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.overlay import read_overlay
 from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 
@@ -22,6 +29,77 @@ BATCH = 2**19
 """Blocks looked up at once: about 300 bytes each."""
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """The voxels of a block's read box that a mask shows.
+
+    Attributes
+    ----------
+    shown
+        bool, (z, y, x).
+    pairs
+        bool, (3, z, y, x): on each axis, whether a voxel and the one before it are shown; the
+        first voxel of the volume has none before it.
+    """
+
+    shown: Bools
+    pairs: Bools
+
+    @classmethod
+    def read(cls, mask: Volume, grid: BlockGrid, number: int) -> "Tissue":
+        """Read what a mask shows of a block."""
+        start, stop = grid.read_box(number)
+        before = [min(1, first) for first in start]
+        begin = [first - n for first, n in zip(start, before, strict=True)]
+        around = read_overlay(mask, grid, begin, stop) != 0
+        shown = np.ascontiguousarray(around[tuple(slice(n, None) for n in before)])
+        pairs = np.stack([shown] * 3)
+        for axis, n in enumerate(before):
+            ahead, here = [slice(m, None) for m in before], [slice(None)] * 3
+            ahead[axis], here[axis] = slice(-1), slice(1 - n, None)
+            pairs[axis][tuple(here)] &= around[tuple(ahead)]
+        return cls(shown, pairs)
+
+    def hide(
+        self, labels: npt.NDArray[Any], affinities: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8], Ints | None]:
+        """Take labels and affinities off the hidden voxels.
+
+        A label that loses voxels is cut into its 6-connected pieces: what held them together is
+        hidden, and other blocks would not see it.
+
+        Parameters
+        ----------
+        labels, affinities
+            Over the read box, as for `blocks.writer`.
+
+        Returns
+        -------
+        labels, affinities
+            Zero where hidden; affinities also at the voxel after a hidden one.
+        origin
+            int64: the label given that each label returned is a piece of; None: all labels are
+            what they were.
+        """
+        if self.shown.all() and self.pairs.all():
+            return labels, affinities, None
+        affinities = np.where(self.pairs, affinities, np.uint8(0))
+        lost = np.zeros(int(labels.max()) + 1, np.bool_)
+        lost[labels[~self.shown]] = True
+        kept = np.where(self.shown, labels, labels.dtype.type(0))
+        if not lost[1:].any():
+            return kept, affinities, None
+        pieces, count = cc3d.connected_components(kept, connectivity=6, return_N=True)
+        origin = np.zeros(count + 1, np.int64)
+        origin[pieces.reshape(-1)] = kept.reshape(-1)
+        # A label that lost nothing stays one, whatever it is made of.
+        whole, first = np.unique(origin, return_index=True)
+        number = np.arange(count + 1)
+        number = np.where(lost[origin], number, first[np.searchsorted(whole, origin)])
+        return number.astype(np.uint32)[pieces], affinities, origin
 
 
 def mask_blocks(

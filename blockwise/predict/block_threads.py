@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import MaskAgreement
+from agq.blockwise.blocks.mask import Tissue
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
 from agq.blockwise.predict.daisy import Blocks, TakenBlock
@@ -57,10 +58,11 @@ class BlockFiles:
 
     raw: Volume
     writer: BlockWriter
+    mask: Volume | None = None
 
     @classmethod
     def open(cls, spec: PredictSpec, run_dir: Path) -> "BlockFiles":
-        """Open the raw volume and the output arrays, which must exist.
+        """Open the raw volume, its mask and the output arrays, which must exist.
 
         Raises
         ------
@@ -74,7 +76,8 @@ class BlockFiles:
                 f"{raw.name} has {raw.shape} voxels, but the run was made for {grid.volume_shape}; "
                 "use another run folder or start over with --overwrite"
             )
-        return cls(raw, BlockWriter.open(run_dir, grid, affinities=spec.affinities))
+        mask = None if spec.mask is None else open_volume(**spec.mask, kind="mask")
+        return cls(raw, BlockWriter.open(run_dir, grid, affinities=spec.affinities), mask)
 
     @property
     def grid(self) -> BlockGrid:
@@ -103,10 +106,16 @@ class BlockFiles:
         missing = [(0, want - n) for want, n in zip(self.grid.read_shape, raw.shape, strict=True)]
         return np.pad(raw, missing, mode="reflect") if any(m for _, m in missing) else raw
 
-    def write(self, number: int, prediction: Prediction) -> dict[str, str]:
+    def tissue(self, number: int) -> Tissue | None:
+        """Read what the mask shows of a block; None without a mask."""
+        return None if self.mask is None else Tissue.read(self.mask, self.grid, number)
+
+    def write(
+        self, number: int, prediction: Prediction, tissue: Tissue | None = None
+    ) -> dict[str, str]:
         """Write the outputs of a block durably; return a checksum of each.
 
-        The prediction is over the `read_shape` of the grid.
+        The prediction is over the `read_shape` of the grid; of it is kept what the mask shows.
 
         Raises
         ------
@@ -114,12 +123,17 @@ class BlockFiles:
             If the prediction has a wrong shape or type.
         """
         labels, affinities = self._checked(number, prediction)
+        origin = None
+        if tissue is not None:
+            labels, affinities, origin = tissue.hide(labels, affinities)
         memberships = getattr(prediction, "memberships", None)
         try:
             agreement = None
             if memberships is not None:
                 weight = float(getattr(prediction, "mask_weight", 0))
                 agreement = MaskAgreement(np.asarray(memberships), weight)
+                if origin is not None:
+                    agreement = agreement.of_pieces(origin)
             return self.writer.write(number, labels, affinities, agreement=agreement)
         except InputError as error:
             raise BlockError(f"the predictor's answer cannot be used: {error}") from None
@@ -374,14 +388,19 @@ class BlockLoop:
             "read_s": read_s,
             **self.files.grid.place(number),
         }
-        if raw.min() == raw.max():
+        tissue = self.files.tissue(number)
+        hidden = (
+            tissue is not None and not tissue.shown[self.files.grid.write_in_read(number)].any()
+        )
+        if hidden or raw.min() == raw.max():
             slot.release()
-            return BlockRecord(state="skipped", reason="constant", finished=time.time(), **common)
+            reason = "mask" if hidden else "constant"
+            return BlockRecord(state="skipped", reason=reason, finished=time.time(), **common)
         item = _Ready(raw, slot)
         self._ready.put(item)
         prediction, compute_s = item.result.result()
         begun = time.perf_counter()
-        sums = self.files.write(number, prediction)
+        sums = self.files.write(number, prediction, tissue)
         return BlockRecord(
             state="done",
             finished=time.time(),

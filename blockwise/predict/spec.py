@@ -35,6 +35,9 @@ class PredictSpec(AttemptSettings, GridSpec):
     raw: dict[str, Any]
     """Keyword arguments of `volumes.open.open_volume` (path, dataset, voxel_size, ...)."""
 
+    mask: dict[str, Any] | None = None
+    """The same of the mask that hides voxels; None: none is hidden."""
+
     factory: str
     """``module:callable`` that makes the predictor."""
 

@@ -101,14 +101,14 @@ def _submit(
     prepared = prepare(config, workers_here=False)
     if behind:
         # The prediction holds the lock of the run and owns its record and scripts.
-        prepared.run.require_identity(prepared.identity)
+        prepared.run.require_identity(prepared.as_begun().identity)
         jobs.save_stitch_config(config)
         _write_scripts(config, ["stitch"])
     else:
         with prepared.run.lock():
             if overwrite:
                 prepared.run.clear()
-            prepared.run.create(masked(config), prepared.identity)
+            prepared.run.create(masked(config), prepared.as_begun().identity)
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)
             _write_scripts(config, ["predict", "stitch"])

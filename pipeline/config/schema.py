@@ -68,7 +68,8 @@ class InputSettings(Settings):
     """The EM volume: 3-D, uint8, uint16 or float32 in [0, 1]."""
 
     mask: VolumeSettings | None = None
-    """Optional mask at any scale; blocks without a nonzero mask voxel are skipped."""
+    """Optional mask at any scale: voxels whose centre lies in no nonzero voxel of it stay
+    background, and blocks without any other are skipped."""
 
     roi: RoiSettings | None = None
     """Optional part of the volume."""

@@ -100,7 +100,7 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
     grid, selected = prepared.grid, prepared.selected
     done = np.zeros(selected.size, dtype=bool)
     if prepared.run.exists():
-        prepared.run.require_identity(prepared.identity)
+        prepared.run.require_identity(prepared.as_begun().identity)
         journal = Journal(prepared.run.journal("predict"))
         journal.refresh()
         done = journal.done(grid.n_blocks)[selected]

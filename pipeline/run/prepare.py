@@ -4,7 +4,7 @@ Everything that can be found out before a block runs is found out here: `agq pla
 the other commands start with it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,25 @@ class Prepared:
     predictor_options: dict[str, Any]
     identity: dict[str, Any]
 
+    @property
+    def hides_voxels(self) -> bool:
+        """Whether the mask hides voxels, and not whole blocks only."""
+        return bool(self.identity["mask"]) and "hides" in self.identity["mask"]
+
+    def as_begun(self) -> "Prepared":
+        """Return the run as the folder holds it.
+
+        Earlier releases left out whole blocks without tissue and hid no voxel. What they began
+        goes on so: its blocks would not match others, and may be stitched again at any time.
+        """
+        if not self.hides_voxels or not self.run.exists():
+            return self
+        begun = self.run.record()["identity"].get("mask")
+        if not begun or "hides" in begun:
+            return self
+        mask = {name: value for name, value in self.identity["mask"].items() if name != "hides"}
+        return replace(self, identity={**self.identity, "mask": mask})
+
     def scored_truth(self) -> Volume | None:
         """Return the truth inside the ROI: outside of it nothing is segmented."""
         if self.truth is None:
@@ -124,7 +143,7 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
         predictor_options=options,
         identity={
             "raw": raw.describe(),
-            "mask": mask and mask.describe(),
+            "mask": mask and {**mask.describe(), "hides": "voxels"},
             "grid": grid.to_dict(),
             "model": model_identity,
             "affinities": config.output.affinities,

@@ -85,6 +85,7 @@ def open_session(
     with run.lock(), termination_unwinds():
         if overwrite:
             run.clear()
+        prepared = prepared.as_begun()
         run.create(masked(prepared.config), prepared.identity)
         with _ledger(prepared) as feeder, open_progress(run.path, on_progress) as progress:
             yield Session(prepared, progress, feeder)

@@ -98,6 +98,11 @@ def predict(
         todo = np.intersect1d(todo, [record.block for record in journal.failed()])
     total = int(prepared.selected.size)
     with session.stage("predict", total) as record:
+        if prepared.mask is not None and todo.size and not prepared.hides_voxels:
+            session.progress.note(
+                "input.mask: this run was begun by a release whose mask left out whole blocks only,"
+                " and goes on so; start over with --overwrite to hide voxels"
+            )
         todo = _skip_masked(prepared, todo)
         session.progress.start("predict", total, done=total - int(todo.size))
 
@@ -141,6 +146,7 @@ def _predict_spec(prepared: Prepared, cluster: Cluster | None) -> PredictSpec:
     return PredictSpec(
         run_dir=str(prepared.run.path),
         raw=reopen_options(prepared.raw),
+        mask=reopen_options(prepared.mask) if prepared.mask and prepared.hides_voxels else None,
         grid=prepared.grid.to_dict(),
         factory=config.model.factory,
         options=prepared.predictor_options,
@@ -153,7 +159,7 @@ def _predict_spec(prepared: Prepared, cluster: Cluster | None) -> PredictSpec:
 
 
 def reopen_options(volume: Volume) -> dict[str, Any]:
-    """Return the arguments with which `open_volume` opens the same raw volume in a worker."""
+    """Return the arguments with which `open_volume` opens the same volume in a worker."""
     return {
         "path": volume.path,
         "dataset": volume.dataset or None,

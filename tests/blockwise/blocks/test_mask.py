@@ -10,7 +10,7 @@ import zarr
 from funlib.geometry import Coordinate
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.mask import mask_blocks
+from agq.blockwise.blocks.mask import Tissue, mask_blocks
 from agq.blockwise.volumes.create import create_array
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
@@ -144,3 +144,47 @@ def test_two_million_blocks_under_a_coarse_mask(tmp_path: Path) -> None:
     expected = data.repeat(4, axis=0).repeat(2, axis=1).repeat(2, axis=2) != 0
     np.testing.assert_array_equal(found.reshape(grid.shape), expected)
     assert time.perf_counter() - begin < 60
+
+
+def _tissue_of(folder: Path, shown: np.ndarray, **context: Any) -> tuple[BlockGrid, Volume]:
+    size, blocks = Coordinate(30, 6, 6), {"write_shape": (2, 4, 5), **context}
+    return BlockGrid(shown.shape, size, **blocks), mask_of(folder, shown.astype(np.uint8), size)
+
+
+@pytest.mark.parametrize("before", [(0, 0, 0), (1, 2, 1)])
+def test_hidden_voxels_and_pairs_do_not_depend_on_the_block(tmp_path: Path, before: Any) -> None:
+    shown = np.random.default_rng(0).random((5, 9, 12)) < 0.8
+    grid, mask = _tissue_of(tmp_path, shown, before=before)
+    for number in range(grid.n_blocks):
+        box = tuple(slice(a, b) for a, b in zip(*grid.read_box(number), strict=True))
+        tissue = Tissue.read(mask, grid, number)
+        assert np.array_equal(tissue.shown, shown[box])
+        for axis in range(3):
+            pairs = shown.copy()
+            later = tuple(slice(1 if d == axis else 0, None) for d in range(3))
+            pairs[later] &= np.roll(shown, 1, axis)[later]
+            assert np.array_equal(tissue.pairs[axis], pairs[box])
+
+
+def test_labels_that_lose_voxels_are_cut_and_others_stay(tmp_path: Path) -> None:
+    shown = np.ones((2, 4, 9), bool)
+    shown[:, :, 3] = False
+    grid, mask = _tissue_of(tmp_path, shown, write_shape=(2, 4, 9), after=(0, 0, 0))
+    labels = np.full((2, 4, 9), 5, np.uint16)
+    labels[:, 0, 5:] = 0
+    labels[0, 0, 6] = labels[0, 0, 8] = 2  # two pieces of one label, as the predictor says
+    affinities = np.full((3, 2, 4, 9), 200, np.uint8)
+    kept, weights, origin = Tissue.read(mask, grid, 0).hide(labels, affinities)
+    assert origin is not None
+    assert not kept[:, :, 3].any()
+    left, right, other = kept[0, 1, 0], kept[0, 1, 4], kept[0, 0, 6]
+    assert len({0, left, right, other}) == 4
+    assert kept[0, 0, 8] == other
+    assert set(np.unique(kept)) == {0, left, right, other}
+    assert origin[[left, right, other]].tolist() == [5, 5, 2]
+    assert not weights[:, :, :, 3].any()
+    assert not weights[2, :, :, 4].any()
+    assert (weights[:2, :, :, 4] == 200).all()
+    # A mask that hides nothing changes nothing.
+    grid, mask = _tissue_of(tmp_path / "all", np.ones_like(shown), write_shape=(2, 4, 9))
+    assert Tissue.read(mask, grid, 0).hide(labels, affinities) == (labels, affinities, None)

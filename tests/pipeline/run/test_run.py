@@ -184,30 +184,6 @@ def test_only_the_roi_is_scored(tmp_path):
     assert again == report
 
 
-def test_masked_blocks_are_skipped_and_recorded(tmp_path):
-    data = blobs((20, 50, 70))
-    mask = np.zeros((4, 10, 14), np.uint8)
-    mask[:, :, :7] = 1
-    write_volume(tmp_path / "in.zarr", "raw", data)
-    write_volume(tmp_path / "in.zarr", "mask", mask, voxel_size=(150, 30, 30))
-    container = str(tmp_path / "in.zarr")
-    sections = {
-        "raw": {"path": container, "dataset": "raw"},
-        "mask": {"path": container, "dataset": "mask"},
-    }
-    config = make_config(tmp_path, input=sections)
-    plan = json.loads(agq("plan", config, "--json", "--no-time").stdout)
-    assert plan["masked"] > 0
-    done = agq("run", config)
-    assert done.returncode == 0, done.stderr
-    status = json.loads(agq("status", tmp_path / "run", "--json").stdout)
-    assert '"skipped":' in json.dumps(status)
-    segmentation = open_volume(
-        tmp_path / "run" / "data.zarr", "segmentation", level=0, kind="labels"
-    )
-    assert not segmentation.read((0, 0, 48), (20, 50, 70)).any()
-
-
 def test_failed_block_ends_with_1_and_the_retry_command(tmp_path):
     data = blobs((20, 50, 70))
     # Inside one block and out of every other's window; it fails twice, then works.

@@ -1,0 +1,118 @@
+"""A mask hides voxels: what is shown is the same whatever the blocks are."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import cc3d
+import numpy as np
+import pytest
+
+from agq.blockwise.journal.records import this_worker
+from agq.blockwise.journal.writer import BlockRecord, JournalWriter
+from agq.blockwise.predict.block_threads import BlockFiles
+from agq.blockwise.stitch.run import local_client, run_stitch
+from agq.blockwise.stitch.spec import StitchSpec
+from agq.blockwise.volumes.create import open_array
+from agq.pipeline.config.schema import load_config
+from agq.pipeline.folder import RunFolder
+from agq.pipeline.run.prepare import prepare
+from agq.pipeline.run.session import open_session
+from tests.helpers import fakes
+from tests.helpers.fragments import same_partition
+from tests.helpers.predict_runs import OFFSET, SHAPE, make_grid, make_run, raw_volume
+from tests.helpers.runs import agq, blobs, make_config, write_volume
+
+BLOCKS = [(4, 16, 16), (11, 37, 40), (5, 9, 20)]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with local_client(processes=False, workers=1) as made:
+        yield made
+
+
+def run_blocks(folder: Path, raw: np.ndarray, mask: dict, write, client) -> Path:
+    """Predict every block with the mask, in this process, and stitch."""
+    grid = make_grid(raw.shape, write_shape=write, before=(1, 1, 1))
+    spec = make_run(folder, raw, grid).model_copy(update={"mask": mask})
+    run_dir = Path(spec.run_dir)
+    files = BlockFiles.open(spec, run_dir)
+    with JournalWriter(run_dir / "journal" / "predict", this_worker("here")) as journal:
+        for number in range(grid.n_blocks):
+            (prediction,) = fakes.threshold().predict([files.read(number)])
+            sums = files.write(number, prediction, files.tissue(number))
+            journal.finish(BlockRecord(number, "done", sums=sums))
+    run_stitch(StitchSpec(run_dir=run_dir, grid=grid.to_dict()), client)
+    return run_dir
+
+
+@pytest.mark.parametrize("step", [(30, 6, 6), (90, 24, 18), (20, 4, 5)])
+def test_the_visible_part_is_the_same_for_any_blocks(tmp_path, client, step):
+    raw = raw_volume()
+    extent = [n * s for n, s in zip(SHAPE, (30, 6, 6), strict=True)]
+    rng = np.random.default_rng(1)
+    coarse = rng.random([-(-n // s) for n, s in zip(extent, step, strict=True)]) < 0.8
+    coarse[:, :, coarse.shape[2] // 2] = False  # a hidden wall right through
+    write_volume(tmp_path / "m.zarr", "m", coarse.astype(np.uint8), voxel_size=step, offset=OFFSET)
+    centres = [
+        ((2 * np.arange(n) + 1) * s) // (2 * t)
+        for n, s, t in zip(SHAPE, (30, 6, 6), step, strict=True)
+    ]
+    shown = coarse[np.ix_(*centres)]
+    expected = cc3d.connected_components((raw > 128) & shown, connectivity=6)
+    assert not same_partition(
+        expected, cc3d.connected_components(raw > 128, connectivity=6) * shown
+    )
+    kept = []
+    for write in BLOCKS:
+        mask = {"path": str(tmp_path / "m.zarr"), "dataset": "m"}
+        run_dir = run_blocks(tmp_path / str(write), raw, mask, write, client)
+        found = open_array(run_dir / "data.zarr", "segmentation/s0", "r")[:]
+        assert not found[~shown].any()
+        assert same_partition(found, expected)
+        affinities = open_array(run_dir / "data.zarr", "affinities", "r")[:]
+        assert not affinities[:, ~shown].any()
+        # Where a window begins, the fake predictor compares with the window's end.
+        kept.append(affinities[:, 1:, 1:, 1:])
+    assert all(np.array_equal(kept[0], other) for other in kept[1:])
+
+
+def test_a_run_hides_voxels_and_one_of_an_earlier_release_goes_on(tmp_path):
+    """At the edge of a coarse mask that cuts blocks; then with the record of an earlier release."""
+    data = blobs((20, 50, 70))
+    mask = np.zeros((4, 10, 14), np.uint8)
+    mask[:, :, :5] = 1
+    write_volume(tmp_path / "in.zarr", "raw", data)
+    write_volume(tmp_path / "in.zarr", "mask", mask, voxel_size=(150, 30, 30))
+    container = str(tmp_path / "in.zarr")
+    sections = {
+        "raw": {"path": container, "dataset": "raw"},
+        "mask": {"path": container, "dataset": "mask"},
+    }
+    config = make_config(tmp_path, input=sections)
+    assert json.loads(agq("plan", config, "--json", "--no-time").stdout)["masked"] > 0
+    done = agq("run", config)
+    assert done.returncode == 0, done.stderr
+    status = json.loads(agq("status", tmp_path / "run", "--json").stdout)
+    assert '"skipped":' in json.dumps(status)
+    run = RunFolder(tmp_path / "run")
+    segments = open_array(run.container, "segmentation/s0", "r")[:]
+    fragments = open_array(run.container, "fragments", "r")[:]
+    assert segments[:, :, :25].any()
+    assert not segments[:, :, 25:].any()
+    assert not fragments[:, :, 25:].any()
+    identity = run.record()["identity"]
+    assert identity["mask"]["hides"] == "voxels"
+
+    prepared = prepare(load_config(config))
+    assert prepared.as_begun() is prepared
+    del identity["mask"]["hides"]
+    earlier = RunFolder(tmp_path / "earlier")
+    with earlier.lock():
+        earlier.create({}, identity)
+    prepared = replace(prepared, run=earlier)
+    with open_session(prepared, on_progress=None) as session:
+        assert not session.prepared.hides_voxels
+    with open_session(prepared, overwrite=True, on_progress=None) as session:
+        assert session.prepared.hides_voxels
