@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, ObjectStore
@@ -35,6 +35,15 @@ class LocalLocation:
         """The resolved path."""
         return str(self.root)
 
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.root.name
+
+    def parent(self) -> "LocalLocation | None":
+        """Return the folder above, if there is one."""
+        return None if self.root.parent == self.root else LocalLocation(self.root.parent)
+
     def get(self, key: str) -> bytes | None:
         """Return one whole file, or None if there is none."""
         try:
@@ -44,8 +53,8 @@ class LocalLocation:
         except OSError as error:
             raise InputError(f"{self.root / key}: cannot be read ({error.strerror})") from error
 
-    def folders(self, key: str) -> list[str]:
-        """Return the names of the folders below `key`, sorted."""
+    def folders(self, key: str) -> list[str] | None:
+        """Return the names of the folders below `key`, sorted; None where there is no listing."""
         folder = self.root / key
         try:
             return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
@@ -73,6 +82,17 @@ class RemoteLocation:
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return urlsplit(self.url).path.rstrip("/").rpartition("/")[2]
+
+    def parent(self) -> "RemoteLocation | None":
+        """Return the folder above, if there is one in the bucket or on the server."""
+        parts = urlsplit(self.url)
+        above, _, name = parts.path.rstrip("/").rpartition("/")
+        return RemoteLocation(urlunsplit(parts._replace(path=above))) if name else None
+
     def get(self, key: str) -> bytes | None:
         """Return one whole file, or None if there is none."""
         from obstore.exceptions import PermissionDeniedError
@@ -86,18 +106,18 @@ class RemoteLocation:
 
         return self._try(fetch)
 
-    def folders(self, key: str) -> list[str]:
-        """Return the names of the folders below `key`; plain web servers cannot list them."""
+    def folders(self, key: str) -> list[str] | None:
+        """Return the names of the folders below `key`; None where they cannot be listed."""
         if self.url.startswith("http"):
-            return []
+            return None
 
         from obstore.exceptions import PermissionDeniedError
 
-        def listing() -> list[str]:
+        def listing() -> list[str] | None:
             try:
                 result = _object_store(self.url).list_with_delimiter(key or None)
             except PermissionDeniedError:
-                return []
+                return None
             return sorted(prefix.rsplit("/", 1)[-1] for prefix in result["common_prefixes"])
 
         return self._try(listing)

@@ -5,7 +5,7 @@ found, costs the same in a container of any size.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,14 @@ Format = Literal["zarr3", "zarr2", "n5", "folder"]
 
 _LISTED = 20
 _DEPTH = 5
+_HEIGHT = 8
+
+_CONTAINERS = (".zarr", ".n5")
+
+_USUAL = (
+    *("s0", "0", "scale0", "raw", "image", "em", "labels", "fragments", "segmentation"),
+    *("affinities", "affs", "mask", "data", "volumes"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Metadata:
         The file's own name of the data type, for messages.
     attributes
         User attributes.
+    axis_names
+        ``dimension_names`` of zarr v3, as they stand there.
     digest
         Checksum of all the metadata.
     """
@@ -45,11 +55,17 @@ class Metadata:
     dtype: str = ""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
+    axis_names: Any = None
 
 
 def join(*parts: str) -> str:
     """Join keys, without empty parts and stray slashes."""
     return "/".join(part.strip("/") for part in parts if part.strip("/"))
+
+
+def name_of(location: Location, metadata: Metadata) -> str:
+    """Return the name of a group or array for messages."""
+    return f"{location.text}:{metadata.path}" if metadata.path else location.text
 
 
 def read_metadata(location: Location, path: str) -> Metadata | None:
@@ -61,18 +77,44 @@ def read_metadata(location: Location, path: str) -> Metadata | None:
         If a metadata file is damaged.
     """
     path = join(path)
-    for reader in (_zarr3, _zarr2, _n5):
+    for reader in _READERS.values():
         metadata = reader(location, path)
         if metadata is not None:
             return metadata
     return Metadata(path, "folder") if location.folders(path) else None
 
 
-def children(location: Location, path: str) -> Iterator[Metadata]:
-    """Yield the groups and arrays directly below a group, in natural order of their names."""
-    for name in location.folders(path):
+def groups_above(location: Location, array: Metadata) -> Iterator[tuple[str, Metadata, str]]:
+    """Yield the groups above an array, nearest first: name, metadata, the array's path inside.
+
+    Groups above the container's path count too, up to a folder named like a container.
+    """
+    key, inside = array.path, ""
+    for _ in range(_HEIGHT):
+        if not key:
+            name = location.name
+            above = location.parent()
+            if above is None or name.endswith(_CONTAINERS):
+                return
+            location, key = above, ""
+        else:
+            key, _, name = key.rpartition("/")
+        inside = join(name, inside)
+        group = _READERS[array.format](location, key)
+        if group is not None and group.shape is None:
+            yield name_of(location, group), group, inside
+
+
+def children(location: Location, group: Metadata) -> Iterator[Metadata]:
+    """Yield the groups and arrays directly below a group, in order of their names.
+
+    Where folders cannot be listed, as on web servers, the usual names are tried.
+    """
+    names = location.folders(group.path)
+    reader = read_metadata if names is not None else _READERS.get(group.format, read_metadata)
+    for name in _USUAL if names is None else names:
         if not name.startswith("."):
-            metadata = read_metadata(location, join(path, name))
+            metadata = reader(location, join(group.path, name))
             if metadata is not None:
                 yield metadata
 
@@ -83,7 +125,7 @@ def find_arrays(location: Location, path: str = "", depth: int = _DEPTH) -> Iter
     if metadata is not None and metadata.shape is not None:
         yield metadata
     elif metadata is not None and depth > 0:
-        for child in children(location, path):
+        for child in children(location, metadata):
             if child.shape is not None:
                 yield child
             else:
@@ -102,12 +144,16 @@ def contents(location: Location) -> str:
 
 
 def multiscales(group: Metadata) -> Sequence[Mapping[str, Any]]:
-    """Return the OME-Zarr multiscales of a group (NGFF 0.5 or older), or an empty list."""
+    """Return the multiscales of a group (OME-Zarr), or an empty list."""
     ome = group.attributes.get("ome")
     items = (ome if isinstance(ome, Mapping) else group.attributes).get("multiscales")
     if not isinstance(items, list):
         return []
-    return [item for item in items if isinstance(item, Mapping) and item.get("datasets")]
+    return [
+        item
+        for item in items
+        if isinstance(item, Mapping) and isinstance(item.get("datasets"), list) and item["datasets"]
+    ]
 
 
 def _json(location: Location, key: str) -> tuple[dict[str, Any], bytes] | None:
@@ -116,7 +162,7 @@ def _json(location: Location, key: str) -> tuple[dict[str, Any], bytes] | None:
         return None
     try:
         document = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise InputError(f"{location.text}: the metadata file {key} is damaged (not JSON)")
@@ -124,31 +170,28 @@ def _json(location: Location, key: str) -> tuple[dict[str, Any], bytes] | None:
 
 
 def _zarr3(location: Location, path: str) -> Metadata | None:
-    file = _json(location, join(path, "zarr.json"))
+    key = join(path, "zarr.json")
+    file = _json(location, key)
     if file is None:
         return None
     document, data = file
-    attributes = document.get("attributes") or {}
+    attributes = _attributes(document.get("attributes"), location, key)
     if document.get("node_type") != "array":
         return Metadata(path, "zarr3", attributes=attributes, digest=checksum(data))
     return Metadata(
         path,
         "zarr3",
-        tuple(document.get("shape", ())),
+        _shape(document.get("shape"), location, key),
         str(document.get("data_type")),
-        _with_dimension_names(attributes, document.get("dimension_names")),
+        attributes,
         checksum(data),
+        document.get("dimension_names"),
     )
 
 
-def _with_dimension_names(attributes: dict[str, Any], names: Any) -> dict[str, Any]:
-    if "axis_names" not in attributes and isinstance(names, list):
-        return {**attributes, "axis_names": names}
-    return attributes
-
-
 def _zarr2(location: Location, path: str) -> Metadata | None:
-    array = _json(location, join(path, ".zarray"))
+    key = join(path, ".zarray")
+    array = _json(location, key)
     user = _json(location, join(path, ".zattrs"))
     attributes, attribute_data = user or ({}, b"")
     if array is not None:
@@ -156,7 +199,7 @@ def _zarr2(location: Location, path: str) -> Metadata | None:
         return Metadata(
             path,
             "zarr2",
-            tuple(document.get("shape", ())),
+            _shape(document.get("shape"), location, key),
             str(document.get("dtype")),
             attributes,
             checksum(data + attribute_data),
@@ -167,11 +210,31 @@ def _zarr2(location: Location, path: str) -> Metadata | None:
 
 
 def _n5(location: Location, path: str) -> Metadata | None:
-    file = _json(location, join(path, "attributes.json"))
+    key = join(path, "attributes.json")
+    file = _json(location, key)
     if file is None:
         return None
     document, data = file
     if "dimensions" not in document or "dataType" not in document:
         return Metadata(path, "n5", attributes=document, digest=checksum(data))
-    shape = tuple(document["dimensions"])
+    shape = _shape(document["dimensions"], location, key)
     return Metadata(path, "n5", shape, str(document["dataType"]), document, checksum(data))
+
+
+def _attributes(values: Any, location: Location, key: str) -> Mapping[str, Any]:
+    if not isinstance(values, dict | None):
+        raise InputError(f"{location.text}: attributes in {key} are not an object")
+    return values or {}
+
+
+def _shape(values: Any, location: Location, key: str) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(n) is int and 0 <= n < 2**63 for n in values):
+        raise InputError(f"{location.text}: the shape {values!r} in {key} is not that of an array")
+    return tuple(values)
+
+
+_READERS: dict[str, Callable[[Location, str], Metadata | None]] = {
+    "zarr3": _zarr3,
+    "zarr2": _zarr2,
+    "n5": _n5,
+}

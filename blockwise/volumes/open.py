@@ -14,17 +14,10 @@ import numpy.typing as npt
 import zarr
 from funlib.geometry import Coordinate, Roi
 
+from agq.blockwise.volumes.find import find_array, sources_of
 from agq.blockwise.volumes.location import Location, locate
-from agq.blockwise.volumes.metadata import (
-    Metadata,
-    children,
-    contents,
-    find_arrays,
-    join,
-    multiscales,
-    read_metadata,
-)
-from agq.blockwise.volumes.placement import Placement, from_attributes, from_multiscale, to_world
+from agq.blockwise.volumes.metadata import Metadata, join, multiscales, name_of, read_metadata
+from agq.blockwise.volumes.placement import place
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 
@@ -62,6 +55,8 @@ class Volume:
         Whole world units, (z, y, x).
     unit
         World unit: "nm" unless asked otherwise.
+    notes
+        Lines for the user, on what was rounded or decided of its place.
     """
 
     path: str
@@ -78,6 +73,7 @@ class Volume:
     _axes: Triple
     _ndim: int
     _origin: Triple = (0, 0, 0)
+    notes: tuple[str, ...] = ()
 
     @property
     def roi(self) -> Roi:
@@ -174,7 +170,7 @@ def open_volume(
     offset: Sequence[float] | None = None,
     level: int | None = None,
     kind: Kind = "raw",
-    unit: str = "nm",
+    unit: str | None = "nm",
 ) -> Volume:
     """Open a volume of zarr v2 or v3, OME-Zarr or N5.
 
@@ -194,8 +190,7 @@ def open_volume(
     kind
         What it is used for, which decides the data types accepted (`DTYPES`).
     unit
-        World unit: "nm", "angstrom" or "pm". A volume whose voxel size is not whole in one unit
-        is exact in a smaller one.
+        World unit: "nm", "angstrom" or "pm"; None: the first in which the place is whole.
 
     Returns
     -------
@@ -206,20 +201,29 @@ def open_volume(
     ------
     InputError
         One line that names the file and the fix: nothing there, no such array (with what is
-        there), not 3-D, unsupported type, voxel size absent, different or not whole.
+        there), not 3-D, unsupported type, voxel size absent, different or not whole
+        (`placement.place` has the rule).
     """
-    location = locate(path)
-    metadata, placement = _find(location, dataset, level)
-    where = _name(location, metadata)
+    location, metadata = find_array(path, dataset, level)
+    where = name_of(location, metadata)
     shape = metadata.shape or ()
-    axes = _spatial_axes(shape, placement.axes, metadata.format == "n5", where)
+    placed = place(
+        sources_of(location, metadata),
+        shape,
+        voxel_size=voxel_size,
+        offset=offset,
+        unit=unit,
+        x_first=metadata.format == "n5",
+        where=where,
+    )
+    axes = placed.axes
+    _require_one_channel(shape, axes, where)
     array, chunks, dtype = open_stored(location, metadata, where)
     if dtype.name not in DTYPES[kind]:
         raise InputError(
             f"{where}: {kind} of type {dtype.name} cannot be used; convert it to one of "
             + ", ".join(DTYPES[kind])
         )
-    size, position = to_world(placement, voxel_size, offset, unit, where)
     return Volume(
         path=location.text,
         dataset=metadata.path,
@@ -227,13 +231,14 @@ def open_volume(
         shape=triple(shape[axis] for axis in axes),
         chunks=triple(chunks[axis] for axis in axes),
         dtype=dtype,
-        voxel_size=size,
-        offset=position,
-        unit=unit,
+        voxel_size=placed.voxel_size,
+        offset=placed.offset,
+        unit=placed.unit,
         digest=metadata.digest,
         _array=array,
         _axes=axes,
         _ndim=len(shape),
+        notes=placed.notes,
     )
 
 
@@ -253,103 +258,14 @@ def open_levels(
     return [open_volume(path, dataset, level=level, **options) for level in range(count)]
 
 
-def _name(location: Location, metadata: Metadata) -> str:
-    """Return the name of a group or array for messages."""
-    return f"{location.text}:{metadata.path}" if metadata.path else location.text
-
-
-def _find(location: Location, dataset: str | None, level: int | None) -> tuple[Metadata, Placement]:
-    """Find the array that is meant, and its place."""
-    key = join(dataset or "")
-    metadata = read_metadata(location, key)
-    if metadata is None:
-        if key:
-            raise InputError(
-                f"{location.text} has no dataset {key!r}; it holds: {contents(location)}"
-            )
-        remote = ", or the credentials if it is private" if "://" in location.text else ""
-        raise InputError(f"{location.text}: no zarr or N5 metadata found; correct the path{remote}")
-    if metadata.shape is not None:
-        if level not in (None, 0):
-            raise InputError(
-                f"{location.text}: {key or 'the path'} is one array, so level {level} cannot be "
-                "picked; name the multiscale group above it, or remove level"
-            )
-        return metadata, _placement(location, metadata)
-    for multiscale in multiscales(metadata)[:1]:
-        return _multiscale_level(location, metadata, multiscale, level or 0)
-    arrays = [child for child in children(location, key) if child.shape is not None]
-    for name in (f"s{level or 0}", str(level or 0)):
-        for child in arrays:
-            if child.path == join(key, name):
-                return child, _placement(location, child)
-    if not dataset:
-        everywhere = list(find_arrays(location))
-        if len(everywhere) == 1:
-            return everywhere[0], _placement(location, everywhere[0])
-    what = f"dataset {key!r} is a group" if key else "dataset is not named"
-    raise InputError(f"{location.text}: {what}; name one array of: {contents(location)}")
-
-
-def _multiscale_level(
-    location: Location, group: Metadata, multiscale: Any, level: int
-) -> tuple[Metadata, Placement]:
-    where = _name(location, group)
-    datasets = multiscale["datasets"]
-    if not 0 <= level < len(datasets):
-        raise InputError(f"{where} has levels 0 to {len(datasets) - 1}, not {level}")
-    array = read_metadata(location, join(group.path, str(datasets[level]["path"])))
-    if array is None or array.shape is None:
-        raise InputError(f"{where}: the array of level {level} is missing; it is incomplete")
-    return array, from_multiscale(multiscale, level, f"{where}/{datasets[level]['path']}")
-
-
-def _placement(location: Location, array: Metadata) -> Placement:
-    """Return the place of an array, as the group above it or its own attributes declare it."""
-    attributes, where = array.attributes, _name(location, array)
-    above, _, name = array.path.rpartition("/")
-    group = read_metadata(location, above) if array.path else None
-    if group is not None:
-        for multiscale in multiscales(group):
-            for level, item in enumerate(multiscale["datasets"]):
-                if item.get("path") == name:
-                    return from_multiscale(multiscale, level, where)
-        if array.format == "n5" and not {"resolution", "pixelResolution", "transform"} & set(
-            attributes
-        ):
-            # N5 viewers keep the voxel size of level 0 on the group, the factors on each level.
-            inherited = {
-                key: group.attributes[key]
-                for key in ("resolution", "pixelResolution", "offset", "units")
-                if key in group.attributes and (name == "s0" or "downsamplingFactors" in attributes)
-            }
-            attributes = {**inherited, **attributes}
-    return from_attributes(
-        attributes, len(array.shape or ()), reversed_axes=array.format == "n5", where=where
-    )
-
-
-def _spatial_axes(
-    shape: Sequence[int], axes: Sequence[int] | None, reverse: bool, where: str
-) -> Triple:
-    ndim = len(shape)
-    if ndim < 3:
-        raise InputError(f"{where} is {ndim}-D with shape {tuple(shape)}; it must be 3-D (z, y, x)")
-    if axes is None:
-        z, y, x = (2, 1, 0) if reverse else (ndim - 3, ndim - 2, ndim - 1)
-    else:
-        z, y, x = axes
-    if max(z, y, x) >= ndim:
-        raise InputError(f"{where}: the metadata name more axes than the shape {tuple(shape)} has")
-    others = [size for axis, size in enumerate(shape) if axis not in (z, y, x)]
-    if any(size != 1 for size in others):
+def _require_one_channel(shape: Sequence[int], axes: Triple, where: str) -> None:
+    if any(size != 1 for axis, size in enumerate(shape) if axis not in axes):
         raise InputError(
-            f"{where} is {ndim}-D with shape {tuple(shape)}; it must be 3-D (z, y, x), with only "
-            "channel or time axes of size 1 besides: pick one channel first"
+            f"{where} is {len(shape)}-D with shape {tuple(shape)}; it must be 3-D (z, y, x), with "
+            "only channel or time axes of size 1 besides: pick one channel first"
         )
     if min(shape) < 1:
         raise InputError(f"{where} is empty, with shape {tuple(shape)}")
-    return z, y, x
 
 
 def open_stored(

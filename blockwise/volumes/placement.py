@@ -1,364 +1,468 @@
-"""Where the voxels of an array lie in the world: axis order, voxel size and offset.
+"""Where the voxels of an array lie in the world: the one rule, for every format and every input.
 
-World units are integers in funlib.geometry, so a voxel size of 4.2 nm cannot be held in
-nanometres. It is never rounded: such a volume is refused with the advice to work in a smaller
-unit (``unit: pm``), in which it is exact. All volumes of a run share one unit.
+Each way in which a file says it is a `Source`; `place` compares them with each other and with what
+the user gives, and settles axis order, voxel size and offset. `docs/placement.md` has the sources
+in order. World units are integers in funlib.geometry, so a voxel size of 4.2 nm cannot be held in
+nanometres; in a smaller unit (``unit: pm``) it is exact.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from funlib.geometry import Coordinate
 
+from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 
 UNITS = ("nm", "angstrom", "pm")
-"""Units in which world coordinates can be counted."""
+"""Units in which world coordinates can be counted, the coarsest first."""
 
 AXES = ("z", "y", "x")
 
-_NAMES: dict[int, tuple[str, ...]] = {
-    -12: ("pm", "picometer", "picometre", "picometers"),
-    -10: ("angstrom", "angstroms", "å"),
-    -9: ("nm", "nanometer", "nanometre", "nanometers", "nanometres"),
-    -6: ("um", "µm", "μm", "micrometer", "micrometre", "micrometers", "micron", "microns"),
-    -3: ("mm", "millimeter", "millimetre", "millimeters"),
-    -2: ("cm", "centimeter", "centimetre"),
-    0: ("m", "meter", "metre", "meters"),
+Numbers = tuple[Decimal, ...]
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "1e-6": ("fm", "femtometer", "femtometre", "femtometers"),
+    "1e-3": ("pm", "picometer", "picometre", "picometers", "picometres"),
+    "0.1": ("angstrom", "angstroms", "ångström", "å", "\u212b", "a"),
+    "1": ("nm", "nanometer", "nanometre", "nanometers", "nanometres"),
+    "1e3": (
+        *("um", "µm", "μm", "micrometer", "micrometre", "micrometers", "micrometres"),
+        *("micron", "microns"),
+    ),
+    "1e6": ("mm", "millimeter", "millimetre", "millimeters", "millimetres"),
+    "1e7": ("cm", "centimeter", "centimetre", "centimeters", "centimetres"),
+    "1e9": ("m", "meter", "metre", "meters", "metres"),
+    "25.4e6": ("inch", "inches", "in"),
 }
-_EXPONENTS = {name: exponent for exponent, names in _NAMES.items() for name in names}
+_NANOMETRES = {name: Decimal(size) for size, names in _NAMES.items() for name in names}
+
+_FINEST = UNITS[-1]
+
+_NOT_SPACE = ("t", "time", "c", "ch", "channel", "channels")
+
+_PIXELS = ("pixel", "pixels", "voxel", "voxels", "px")
 
 # Metadata often went through binary floats (0.03 as 0.030000000000000002, or as a float32).
 _RELATIVE_ERROR = Decimal("1e-6")
 
+# Larger numbers would not fit 64 bits.
+_LARGEST = Decimal(2**61)
+
 
 @dataclass(frozen=True)
-class Placement:
-    """What the metadata of an array say, in the order (z, y, x) and in the declared units.
+class Source:
+    """One way in which a file says where an array lies; the values are as they stand in the file.
+
+    Attributes
+    ----------
+    name
+        What says it, for messages: "resolution of a.zarr:raw".
+    axis_names
+        Names of the axes, in the order of the array's axes; names other than z, y and x are
+        allowed.
+    voxel_size, offset
+        One number per spatial axis or per axis of the array, in the array's order; the offset is
+        the corner of the first voxel.
+    units
+        One unit, or as many as there are numbers; None: nanometres.
+    order
+        Names that order the numbers, where these are not in the array's order.
+    needs_unit
+        Whether numbers without a unit are only ratios, as in OME-Zarr.
+    """
+
+    name: str
+    axis_names: Any = None
+    voxel_size: Any = None
+    offset: Any = None
+    units: Any = None
+    order: Any = None
+    needs_unit: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array lies.
 
     Attributes
     ----------
     axes
-        Array dimension of each of z, y, x; None: not said.
+        Dimension of the array for each of z, y and x.
     voxel_size, offset
-        Declared numbers, or None.
-    units
-        Declared unit of each axis; None where none is declared.
-    unit_is_optional
-        Whether a missing unit means the world unit (attributes of the funlib and N5 families) or
-        makes the numbers unusable (OME-Zarr, where a scale without unit is only a ratio).
+        (z, y, x), whole numbers of `unit`.
+    unit
+        One of `UNITS`.
+    notes
+        What the user should know: what was rounded or decided, and what differs.
     """
 
-    axes: tuple[int, ...] | None = None
-    voxel_size: tuple[Decimal, ...] | None = None
-    offset: tuple[Decimal, ...] | None = None
-    units: tuple[str | None, ...] = (None, None, None)
-    unit_is_optional: bool = True
+    axes: Triple
+    voxel_size: Coordinate
+    offset: Coordinate
+    unit: str
+    notes: tuple[str, ...] = ()
 
 
-def from_attributes(
-    attributes: Mapping[str, Any], ndim: int, *, reversed_axes: bool, where: str
-) -> Placement:
-    """Read the attribute conventions of funlib/daisy, N5 and COSEM.
+@dataclass(frozen=True)
+class _Said:
+    """The numbers of one source, (z, y, x): nanometres, or only a ratio."""
 
-    Understood are ``voxel_size`` or ``resolution`` with ``offset``, ``units`` and ``axis_names``
-    (funlib.persistence), ``pixelResolution`` with ``downsamplingFactors`` (N5 viewers), and
-    ``transform`` with axes, scale, translate and units (COSEM). N5 stores axes and all triples
-    reversed, as (x, y, z). `where` names the array in messages.
+    name: str
+    size: Numbers | None
+    offset: Numbers | None
+    is_ratio: bool
 
-    Raises
-    ------
-    InputError
-        If an attribute is there but makes no sense.
-    """
-    transform = attributes.get("transform")
-    if isinstance(transform, Mapping) and "scale" in transform:
-        return _from_transform(transform, where)
-    axes = _named_axes(attributes.get("axis_names"), ndim)
-    full = axes or ((2, 1, 0) if reversed_axes else (ndim - 3, ndim - 2, ndim - 1))
-    spatial = tuple(sorted(full).index(axis) for axis in full)
-
-    def numbers(values: Any, name: str) -> tuple[Decimal, ...] | None:
-        return None if values is None else _spatial(values, spatial, full, f"{where}: {name}")
-
-    units = attributes.get("units", attributes.get("unit"))
-    name = "voxel_size" if "voxel_size" in attributes else "resolution"
-    size = attributes.get(name)
-    if size is None and (pixel := attributes.get("pixelResolution")) is not None:
-        name, size = "pixelResolution", pixel
-        if isinstance(pixel, Mapping):
-            size, units = pixel.get("dimensions"), pixel.get("unit", units)
-    voxel_size = numbers(size, name)
-    if voxel_size is not None:
-        factors = numbers(attributes.get("downsamplingFactors"), "downsamplingFactors")
-        if factors is not None:
-            voxel_size = tuple(v * f for v, f in zip(voxel_size, factors, strict=True))
-    return Placement(
-        axes=axes,
-        voxel_size=voxel_size,
-        offset=numbers(attributes.get("offset"), "offset"),
-        units=_units(units, spatial),
-    )
+    def corner(self, size: Numbers) -> Numbers | None:
+        """Return the offset; one without a unit still says the place in voxels."""
+        if self.offset is None or not self.is_ratio:
+            return self.offset
+        if self.size is None:
+            return None
+        return tuple(o / s * v for o, s, v in zip(self.offset, self.size, size, strict=True))
 
 
-def _from_transform(transform: Mapping[str, Any], where: str) -> Placement:
-    names = [str(axis).lower() for axis in transform.get("axes", AXES)]
-    order = _axis_order(names, where)
-    units = transform.get("units", [None] * len(names))
-    return Placement(
-        axes=None,  # names of the metadata's order, which here need not be the array's
-        voxel_size=_pick(transform["scale"], order, f"{where}: transform.scale"),
-        offset=_pick(transform["translate"], order, f"{where}: transform.translate")
-        if "translate" in transform
-        else None,
-        units=tuple(_unit(units[i]) for i in order),
-    )
-
-
-def from_multiscale(multiscale: Mapping[str, Any], level: int, where: str) -> Placement:
-    """Read one level of an OME-Zarr multiscale (NGFF 0.1 to 0.5).
-
-    NGFF translations place the centre of the first voxel, so a coarser level that covers the same
-    space is translated by half the growth of its voxel; many writers leave that out. Offsets here
-    are corners, and the corner of level 0 is taken to be its own translation: both ways of
-    writing then give all levels of one pyramid the same offset.
-
-    Raises
-    ------
-    InputError
-        If the axes are not z, y, x (and size-1 others), or the transformations are not scale and
-        translation.
-
-    Notes
-    -----
-    https://ngff.openmicroscopy.org/0.5/#multiscale-md : the transformations of the level come
-    first, those of the whole multiscale are applied to the result.
-    """
-    declared = multiscale.get("axes")
-    if declared is None:
-        return Placement(unit_is_optional=False)
-    axes = [axis if isinstance(axis, Mapping) else {"name": axis} for axis in declared]
-    order = _axis_order([str(axis.get("name", "")).lower() for axis in axes], where)
-    first_scale, first_shift, _ = _transformed(multiscale, 0, len(axes), where)
-    scale, shift, scaled = _transformed(multiscale, level, len(axes), where)
-    corner = [
-        start if abs(place - start) <= _RELATIVE_ERROR * size else place - (size - first) / 2
-        for place, start, size, first in zip(shift, first_shift, scale, first_scale, strict=True)
-    ]
-    return Placement(
-        axes=order,
-        voxel_size=tuple(scale[i] for i in order) if scaled else None,
-        offset=tuple(corner[i] for i in order),
-        units=tuple(_unit(axes[i].get("unit")) for i in order),
-        unit_is_optional=False,
-    )
-
-
-def _transformed(
-    multiscale: Mapping[str, Any], level: int, ndim: int, where: str
-) -> tuple[list[Decimal], list[Decimal], bool]:
-    """Return scale and translation of a level, and whether any scale was declared."""
-    scale = [Decimal(1)] * ndim
-    shift = [Decimal(0)] * ndim
-    scaled = False
-    for transform in [
-        *(multiscale["datasets"][level].get("coordinateTransformations") or []),
-        *(multiscale.get("coordinateTransformations") or []),
-    ]:
-        kind = transform.get("type")
-        if kind == "identity":
-            continue
-        if kind not in ("scale", "translation") or kind not in transform:
-            raise InputError(
-                f"{where}: OME coordinate transformation {kind!r} cannot be used; only scale and "
-                "translation given in the metadata can"
-            )
-        values = _numbers(transform[kind], f"{where}: {kind}")
-        if len(values) != ndim:
-            raise InputError(f"{where}: OME {kind} {transform[kind]} does not fit {ndim} axes")
-        if kind == "scale":
-            scaled = True
-            scale = [a * b for a, b in zip(scale, values, strict=True)]
-            shift = [a * b for a, b in zip(shift, values, strict=True)]
-        else:
-            shift = [a + b for a, b in zip(shift, values, strict=True)]
-    return scale, shift, scaled
-
-
-def to_world(
-    placement: Placement,
-    voxel_size: Sequence[float] | None,
-    offset: Sequence[float] | None,
-    unit: str,
+def place(
+    sources: Sequence[Source],
+    shape: Sequence[int],
+    *,
+    voxel_size: Sequence[Any] | None = None,
+    offset: Sequence[Any] | None = None,
+    unit: str | None = "nm",
+    given_by: str | None = None,
+    x_first: bool = False,
     where: str,
-) -> tuple[Coordinate, Coordinate]:
-    """Settle voxel size and offset from what the metadata say and what the user says.
+) -> Place:
+    """Settle where an array lies, from all that its file says and what the user gives.
+
+    Sources must agree. What the user gives is compared with what they say; where they do not
+    agree with each other, it decides. A voxel size that is not whole in picometres is rounded, and
+    positions with it, if no voxel is moved by half its size; or the user gives a whole number next
+    to it.
 
     Parameters
     ----------
-    placement
-        What the metadata say.
+    sources
+        What the file says.
+    shape
+        The array's shape, in its own order.
     voxel_size, offset
-        What the user says, (z, y, x) in `unit`; None: nothing.
+        What the user gives, (z, y, x) in `unit` (nm, if that is None); None: nothing.
+    given_by
+        Whose numbers `voxel_size` and `offset` are, if not the user's own.
     unit
-        World unit, one of `UNITS`.
+        World unit, one of `UNITS`; None: the first of them in which all numbers are whole.
+    x_first
+        Whether an array without names of its axes has its x axis first, as N5.
     where
         Name of the array for messages.
-
-    Returns
-    -------
-    tuple
-        Voxel size and offset, (z, y, x) in whole numbers of `unit`.
 
     Raises
     ------
     InputError
-        If neither says the voxel size, both say different things, or a number is not whole.
+        If it has no three spatial axes, nothing says the voxel size, two ways say different
+        things, or a number is not positive, not whole or makes no sense.
     """
-    if unit not in UNITS:
+    if unit is not None and unit not in UNITS:
         raise InputError(f"unit {unit!r} cannot be used; choose one of {', '.join(UNITS)}")
-    declared_size, declared_offset = _convert(placement, unit, where)
-    settled_size = _settle(declared_size, voxel_size, "voxel_size", unit, where)
-    if settled_size is None:
-        reason = "declares no voxel size"
-        if placement.voxel_size is not None:
-            reason = f"declares the scale {_show(placement.voxel_size)} without a unit"
-        raise InputError(f"{where} {reason}; give voxel_size (z, y, x) in {unit} (--voxel-size)")
-    position = _settle(declared_offset, offset, "offset", unit, where)
-    size = _whole(settled_size, "voxel size", unit, where)
-    if min(size) <= 0:
-        raise InputError(f"{where}: voxel size {tuple(size)} must be positive")
-    if position is None and placement.offset is not None and placement.voxel_size is not None:
-        # A unitless OME translation: its ratio to the unitless scale still says the place.
-        position = tuple(
-            t / s * v for t, s, v in zip(placement.offset, placement.voxel_size, size, strict=True)
-        )
-    return size, _whole(position or (Decimal(0),) * 3, "offset", unit, where)
-
-
-def _settle(
-    declared: tuple[Decimal, ...] | None,
-    given: Sequence[float] | None,
-    name: str,
-    unit: str,
-    where: str,
-) -> tuple[Decimal, ...] | None:
-    """Return what the metadata declare or the user gives; both must say the same."""
-    if given is None:
-        return declared
-    numbers = _numbers(given, name)
-    if len(numbers) != 3:
-        raise InputError(f"{name} {list(given)} must be three numbers (z, y, x)")
-    if declared is not None and not _same(declared, numbers):
+    axes = _axes(sources, shape, x_first, where)
+    said = [_read(source, axes, len(shape)) for source in sources]
+    rule = _Rule(where, unit or "nm", given_by)
+    given = rule.given(voxel_size, "voxel_size")
+    exact = rule.agreed([(s.name, s.size) for s in said if not s.is_ratio], given, "voxel_size")
+    if exact is None:
+        ratio = next((s.size for s in said if s.size), None)
+        reason = f"the scale {_show(ratio)} without a unit" if ratio else "no voxel size"
         raise InputError(
-            f"{where} declares the {name.replace('_', ' ')} {_show(declared)} {unit}, but {name} "
-            f"is given as {_show(numbers)}; correct or remove {name}"
+            f"{where} declares {reason}; give voxel_size (z, y, x) in {rule.unit} (--voxel-size)"
         )
-    return declared or numbers
+    corners = [(s.name, s.corner(exact)) for s in said]
+    given_corner = rule.given(offset, "offset")
+    if unit is None:
+        every = [*exact, *(n for _, corner in [*corners, ("", given_corner)] for n in corner or ())]
+        unit = next((u for u in UNITS if all(_is_whole(n, u) for n in every)), UNITS[-1])
+        rule = replace(rule, unit=unit)
+    voxels = [shape[axis] for axis in axes]
+    size = rule.whole_size(exact, given, voxels, next((c for _, c in corners if c), None))
+    if not _same(size, exact):
+        # Positions keep their place in voxels, so that volumes of one source stay aligned.
+        corners = [(name, c and rule.with_voxels(c, exact, size)) for name, c in corners]
+    corner = rule.agreed(corners, given_corner, "offset") or (Decimal(0),) * 3
+    return Place(
+        axes, rule.world(size), rule.world(rule.whole_offset(corner)), unit, tuple(rule.notes)
+    )
 
 
-def _convert(
-    placement: Placement, unit: str, where: str
-) -> tuple[tuple[Decimal, ...] | None, tuple[Decimal, ...] | None]:
-    factors: list[Decimal] = []
-    for name in placement.units:
-        if name is None and not placement.unit_is_optional:
-            return None, None
-        exponent = _EXPONENTS.get(unit if name is None else name)
-        if exponent is None:
-            raise InputError(f"{where}: unknown unit {name!r}; use nm, um, mm, angstrom or pm")
-        factors.append(Decimal(1).scaleb(exponent - _EXPONENTS[unit]))
+@dataclass(frozen=True)
+class _Rule:
+    """Settles numbers, all in nanometres and (z, y, x), for one array and world unit."""
 
-    def scaled(values: tuple[Decimal, ...] | None) -> tuple[Decimal, ...] | None:
+    where: str
+    unit: str
+    given_by: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> Decimal:
+        """Nanometres of a world unit."""
+        return _NANOMETRES[self.unit]
+
+    def show(self, values: Numbers) -> str:
+        """Return numbers in world units for messages."""
+        return f"{_show(tuple(n / self.step for n in values))} {self.unit}"
+
+    def given(self, values: Any, name: str) -> Numbers | None:
+        """Return what the user gives."""
         if values is None:
             return None
-        return tuple(v * f for v, f in zip(values, factors, strict=True))
+        numbers = tuple(n * self.step for n in numbers_of(values, name))
+        if len(numbers) != 3:
+            raise InputError(f"{name} {list(values)} must be three numbers (z, y, x)")
+        if name == "voxel_size" and min(numbers) <= 0:
+            raise InputError(f"{name} {list(values)} must be positive")
+        return numbers
 
-    return scaled(placement.voxel_size), scaled(placement.offset)
+    def agreed(
+        self, declared: Iterable[tuple[str, Numbers | None]], given: Numbers | None, name: str
+    ) -> Numbers | None:
+        """Return what all sources and the user say; None if nobody says anything.
 
+        Where sources differ, the one that the user agrees with counts. A number next to one that
+        is whole in no unit agrees with it.
+        """
+        label = name.replace("_", " ")
+        sources = [(source, values) for source, values in declared if values is not None]
+        if not sources:
+            return given
+        chosen = sources[0]
+        if given is not None:
+            close = [s for s in sources if _same(s[1], given)]
+            close += [s for s in sources if self._next_to(s[1], given)]
+            if not close and self.given_by:
+                numbers = _show(tuple(n / self.step for n in chosen[1]))
+                raise InputError(
+                    f"{self.where}: the numbers of its {label} {numbers} are not those of "
+                    f"{self.given_by}, {self.show(given)} ({chosen[0]})"
+                )
+            if not close:
+                raise InputError(
+                    f"{self.where} declares the {label} {self.show(chosen[1])}, but {name} is "
+                    f"given as {self.show(given)} ({chosen[0]}); correct or remove {name}"
+                )
+            chosen = close[0]
+        for source, values in sources:
+            if not _same(values, chosen[1]):
+                differ = (
+                    f"{self.where}: {chosen[0]} says the {label} {self.show(chosen[1])}, but "
+                    f"{source} says {self.show(values)}"
+                )
+                if given is None:
+                    raise InputError(f"{differ}; correct one, or give {name} to decide")
+                self.notes.append(f"{differ}; the former is taken, because {name} is given")
+        return chosen[1]
 
-def _whole(values: Iterable[Decimal], name: str, unit: str, where: str) -> Coordinate:
-    values = tuple(values)
-    rounded = [round(value) for value in values]
-    for value, whole in zip(values, rounded, strict=True):
-        if abs(value - whole) > _RELATIVE_ERROR * max(abs(value), Decimal(1)):
-            finer = [u for u in UNITS if _EXPONENTS[u] < _EXPONENTS[unit]]
-            raise InputError(
-                f"{where}: {name} {_show(values)} {unit} is not a whole number of {unit}, and "
-                "world coordinates are whole numbers; "
-                + (f"set unit: {finer[-1]}" if finer else "give whole numbers")
+    def _next_to(self, values: Numbers, given: Numbers) -> bool:
+        return all(
+            _same((value,), (number,))
+            or (abs(value - number) < self.step and not _is_whole(value, _FINEST))
+            for value, number in zip(values, given, strict=True)
+        )
+
+    def whole_size(
+        self, exact: Numbers, given: Numbers | None, shape: Sequence[int], corner: Numbers | None
+    ) -> Numbers:
+        """Return a voxel size in whole world units, rounded only where that moves no voxel far."""
+        finest = _NANOMETRES[_FINEST]
+        rounded = tuple(max(1, round(n / finest)) * finest for n in exact)
+        wanted = exact if given is None else given
+
+        def moved(size: Numbers) -> Decimal:
+            """Return by how many voxels the far end of the volume moves."""
+            corners = corner or (Decimal(0),) * 3
+            return max(
+                abs(s - e) / e * (n + abs(c) / e)
+                for s, e, n, c in zip(size, exact, shape, corners, strict=True)
             )
-    return Coordinate(rounded)
+
+        whole = tuple(round(n / self.step) * self.step for n in wanted)
+        if not all(_is_whole(n, self.unit) for n in wanted):
+            in_finest = f"({', '.join(str(int(n / finest)) for n in rounded)})"
+            is_far = moved(rounded) >= Decimal("0.5")
+            if self.unit != _FINEST:
+                value = f" and voxel_size: {in_finest}" if is_far else ""
+                raise InputError(
+                    f"{self.where}: voxel size {self.show(wanted)} is not a whole number of "
+                    f"{self.unit}, and world coordinates are whole numbers; set unit: {_FINEST}"
+                    f"{value} (--unit {_FINEST})"
+                )
+            if is_far:
+                raise InputError(
+                    f"{self.where}: voxel size {self.show(exact)} is not a whole number, and "
+                    f"rounded the far end of the volume would lie {moved(rounded):.2f} voxels off; "
+                    f"to accept that, give voxel_size: {in_finest} (--voxel-size)"
+                )
+            whole = rounded
+        if min(whole) <= 0:
+            raise InputError(f"{self.where}: voxel size {self.show(whole)} must be positive")
+        if not _same(whole, exact):
+            self.notes.append(
+                f"{self.where}: the voxel size {self.show(exact)} is taken as {self.show(whole)}; "
+                f"the far end of the volume lies {moved(whole):.2f} voxels off"
+            )
+        return whole
+
+    def with_voxels(self, corner: Numbers, exact: Numbers, size: Numbers) -> Numbers:
+        """Return an offset that is as many voxels of `size` as the corner is of `exact`."""
+        return tuple(
+            round(c / e * s / self.step) * self.step
+            for c, e, s in zip(corner, exact, size, strict=True)
+        )
+
+    def whole_offset(self, corner: Numbers) -> Numbers:
+        """Return an offset in whole world units; less than a picometre is rounded."""
+        if self.unit != _FINEST and not all(_is_whole(n, self.unit) for n in corner):
+            raise InputError(
+                f"{self.where}: offset {self.show(corner)} is not a whole number of {self.unit}, "
+                f"and world coordinates are whole numbers; set unit: {_FINEST} (--unit {_FINEST})"
+            )
+        return corner
+
+    def world(self, values: Numbers) -> Coordinate:
+        """Return numbers in world units."""
+        if max(map(abs, values)) > _LARGEST * self.step:
+            raise InputError(f"{self.where}: {self.show(values)} is too large; correct it")
+        return Coordinate(round(n / self.step) for n in values)
 
 
-def _same(one: Sequence[Decimal], other: Sequence[Decimal]) -> bool:
+def _axes(sources: Sequence[Source], shape: Sequence[int], x_first: bool, where: str) -> Triple:
+    """Return the array's dimension of z, y and x; all sources that name axes must agree."""
+    ndim = len(shape)
+    if ndim < 3:
+        raise InputError(f"{where} is {ndim}-D with shape {tuple(shape)}; it must be 3-D (z, y, x)")
+    named = [
+        (source, order)
+        for source in sources
+        if source.axis_names is not None
+        and (order := _axis_order(source.axis_names, ndim, source.name)) is not None
+    ]
+    for source, order in named:
+        if order != named[0][1]:
+            first = named[0][0]
+            raise InputError(
+                f"{where}: {first.name} says the axes are {list(first.axis_names)}, but "
+                f"{source.name} says {list(source.axis_names)}; correct one"
+            )
+    if named:
+        return named[0][1]
+    return (2, 1, 0) if x_first else (ndim - 3, ndim - 2, ndim - 1)
+
+
+def _axis_order(names: Any, ndim: int, where: str) -> Triple | None:
+    """Return the positions of z, y, x among names; None for names such as d0, d1, d2."""
+    if not isinstance(names, Sequence) or len(names) != ndim:
+        raise InputError(f"{where}: {names!r} does not name {ndim} axes")
+    lower = [str(name).strip().rstrip("^").lower() for name in names]
+    missing = [axis for axis in AXES if axis not in lower]
+    if len(missing) == 3:
+        return None
+    others = [i for i, name in enumerate(lower) if name not in AXES and name not in _NOT_SPACE]
+    if len(missing) == 1 and len(others) == 1:
+        lower[others[0]] = missing.pop()
+    if missing or any(lower.count(axis) > 1 for axis in AXES):
+        raise InputError(f"{where}: axes {list(names)} do not have z, y and x; it must be 3-D")
+    return lower.index("z"), lower.index("y"), lower.index("x")
+
+
+def _read(source: Source, axes: Triple, ndim: int) -> _Said:
+    """Return the numbers of a source in (z, y, x) and, if a unit counts, in nanometres."""
+
+    def ordered(values: Sequence[Any]) -> tuple[Any, Any, Any]:
+        if source.order is not None and len(values) == len(source.order):
+            places = _axis_order(source.order, len(values), source.name)
+        elif len(values) == ndim:
+            places = axes
+        elif len(values) == 3:
+            ranks = sorted(axes)
+            places = (ranks.index(axes[0]), ranks.index(axes[1]), ranks.index(axes[2]))
+        else:
+            raise InputError(f"{source.name}: {list(values)} must have three numbers")
+        z, y, x = places or (0, 1, 2)
+        return values[z], values[y], values[x]
+
+    def numbers(values: Any) -> Numbers | None:
+        return None if values is None else ordered(numbers_of(values, source.name))
+
+    size, offset = numbers(source.voxel_size), numbers(source.offset)
+    if size is not None and min(size) <= 0:
+        raise InputError(f"{source.name}: voxel size {_show(size)} must be positive")
+    units = source.units
+    if units is None or isinstance(units, str):
+        units = [units] * 3
+    elif not isinstance(units, Sequence):
+        raise InputError(f"{source.name}: units {units!r} are not a unit, or one for each axis")
+    elif len(units) == 1:
+        units = [*units] * 3
+    factors = [f for name in ordered(units) if (f := _factor(name, source)) is not None]
+    if len(factors) < 3:
+        return _Said(source.name, size, offset, is_ratio=True)
+    return _Said(
+        source.name,
+        size and tuple(n * f for n, f in zip(size, factors, strict=True)),
+        offset and tuple(n * f for n, f in zip(offset, factors, strict=True)),
+        is_ratio=False,
+    )
+
+
+def _factor(name: Any, source: Source) -> Decimal | None:
+    """Return the nanometres of a unit; None if numbers in it are only ratios."""
+    text = "" if name is None else str(name).strip().lower()
+    if text in ("", "none"):
+        return None if source.needs_unit else Decimal(1)
+    if text in _PIXELS:
+        return None
+    if text not in _NANOMETRES:
+        raise InputError(f"{source.name}: unknown unit {name!r}; use nm, um, mm, angstrom or pm")
+    return _NANOMETRES[text]
+
+
+def numbers_of(values: Any, name: str) -> Numbers:
+    """Return a list of numbers of any kind exactly as written.
+
+    Raises
+    ------
+    InputError
+        If it is not one, or a number is not finite or too large; it begins with `name`.
+    """
+    try:
+        numbers = [Decimal(str(value)) for value in values]
+    except (TypeError, InvalidOperation):
+        numbers = []
+    if (
+        isinstance(values, str | bytes | Mapping)
+        or not numbers
+        or not all(map(_is_usable, numbers))
+    ):
+        raise InputError(f"{name}: {values!r} is not a list of numbers")
+    return tuple(numbers)
+
+
+def _is_usable(number: Decimal) -> bool:
+    return number.is_finite() and abs(number) < _LARGEST
+
+
+def _is_whole(value: Decimal, unit: str) -> bool:
+    number = value / _NANOMETRES[unit]
+    return abs(number - round(number)) <= _RELATIVE_ERROR * max(abs(number), Decimal(1))
+
+
+def _same(one: Numbers, other: Numbers) -> bool:
     return all(
-        abs(a - b) <= _RELATIVE_ERROR * max(abs(a), abs(b), Decimal(1))
+        abs(a - b) <= _RELATIVE_ERROR * max(abs(a), abs(b), _NANOMETRES[_FINEST])
         for a, b in zip(one, other, strict=True)
     )
 
 
-def _numbers(values: Any, name: str) -> tuple[Decimal, ...]:
-    try:
-        numbers = tuple(Decimal(str(value)) for value in values)
-    except (TypeError, InvalidOperation):
-        numbers = ()
-    if not numbers or not all(number.is_finite() for number in numbers):
-        raise InputError(f"{name} {values!r} is not a list of numbers")
-    return numbers
-
-
-def _pick(values: Any, order: Sequence[int], name: str) -> tuple[Decimal, ...]:
-    numbers = _numbers(values, name)
-    if len(numbers) <= max(order):
-        raise InputError(f"{name} {values!r} has too few numbers")
-    return tuple(numbers[i] for i in order)
-
-
-def _spatial(
-    values: Any, spatial: Sequence[int], full: Sequence[int], name: str
-) -> tuple[Decimal, ...]:
-    """Return z, y, x of a list that has one number per spatial axis, or one per array axis."""
-    numbers = _numbers(values, name)
-    if len(numbers) == 3:
-        return tuple(numbers[i] for i in spatial)
-    if len(numbers) <= max(full):
-        raise InputError(f"{name} {list(values)} must have three numbers")
-    return tuple(numbers[i] for i in full)
-
-
-def _axis_order(names: Sequence[str], where: str) -> tuple[int, ...]:
-    """Return the positions of z, y, x among axis names."""
-    if any(names.count(axis) != 1 for axis in AXES):
-        raise InputError(f"{where}: axes {list(names)} do not have z, y and x; it must be 3-D")
-    return tuple(names.index(axis) for axis in AXES)
-
-
-def _named_axes(names: Any, ndim: int) -> tuple[int, ...] | None:
-    """Return the array dimensions of z, y, x; None for names such as d0, d1, d2."""
-    if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != ndim:
-        return None
-    lower = [str(name).lower() for name in names]
-    if any(lower.count(axis) != 1 for axis in AXES):
-        return None
-    return tuple(lower.index(axis) for axis in AXES)
-
-
-def _units(units: Any, spatial: Sequence[int]) -> tuple[str | None, ...]:
-    if isinstance(units, Sequence) and not isinstance(units, str) and len(units) >= 3:
-        last = list(units)[-3:]
-        return tuple(_unit(last[i]) for i in spatial)
-    if isinstance(units, Sequence) and not isinstance(units, str):
-        units = units[0] if len(units) == 1 else None
-    return (_unit(units),) * 3
-
-
-def _unit(name: Any) -> str | None:
-    text = str(name).strip().lower() if name is not None else ""
-    return None if text in ("", "none", "pixel", "pixels", "voxel", "voxels", "px") else text
-
-
-def _show(values: Iterable[Decimal]) -> str:
+def _show(values: Numbers) -> str:
     return "(" + ", ".join(f"{value.normalize():f}" for value in values) + ")"
