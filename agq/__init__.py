@@ -4,6 +4,8 @@ What scripts and notebooks use is here, imported when it is first named. The thr
 the top-level folders of the repository; `agq/` links to them.
 """
 
+from agq.caches import name_writable_caches
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agq.blockwise.predict.predictor import Prediction, Predictor
@@ -38,6 +40,9 @@ _HOMES = {
     "segment": "agq.pipeline.api",
     "stitch_fragments": "agq.pipeline.api",
 }
+
+
+name_writable_caches()
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,8 @@
 """Errors that the user is told in one line, without a traceback."""
 
+import errno
+from typing import Final
+
 
 class InputError(Exception):
     """Input or configuration that cannot work; the message names the field or file and the fix."""
@@ -7,3 +10,47 @@ class InputError(Exception):
 
 class RunStoppedError(Exception):
     """A run that could not go on (full disk, workers that keep dying); running again resumes it."""
+
+
+_AGAIN: Final = "run the command again, it goes on"
+_ADVICE: Final = {
+    errno.ENOSPC: f"free some space and {_AGAIN}",
+    errno.EDQUOT: f"free some space, or ask for a larger quota, and {_AGAIN}",
+    errno.EROFS: "choose another folder, or have its disk mounted for writing",
+    errno.EACCES: "ask its owner or the administrator for access, or choose another path",
+    errno.EPERM: "ask its owner or the administrator for access, or choose another path",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or use another file system, and "
+    + _AGAIN,
+    errno.EMFILE: f"raise the limit of open files (ulimit -n), and {_AGAIN}",
+    errno.ENFILE: f"the whole machine has too many open files: close programs, and {_AGAIN}",
+    errno.EIO: f"the disk or its server fails: have it looked at, and {_AGAIN}",
+    errno.ESTALE: f"its file server has replaced it: when the folder can be listed, {_AGAIN}",
+    errno.ENOLCK: f"its file server has no locks left: have it looked at, and {_AGAIN}",
+    errno.ETIMEDOUT: f"its file server does not answer: when it does, {_AGAIN}",
+    errno.EHOSTDOWN: f"its file server does not answer: when it does, {_AGAIN}",
+    errno.EREMOTEIO: f"the disk or its server fails: have it looked at, and {_AGAIN}",
+    errno.ENOTCONN: f"its file server is not connected: mount it again, and {_AGAIN}",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+
+
+def machine_fault(error: OSError) -> str | None:
+    """Say in one line what the system refused, of which file, and what to do.
+
+    Returns
+    -------
+    str or None
+        None if the error names no file and is none that a full or failing disk causes: that would
+        be an error of the program.
+    """
+    advice = _ADVICE.get(error.errno or 0)
+    if error.filename is None and advice is None:
+        return None
+    files = [name for name in (error.filename, error.filename2) if name is not None]
+    where = " -> ".join(map(_shown, files))
+    reason = error.strerror or str(error)
+    return f"{where}{': ' if where else ''}{reason}{': ' if advice else ''}{advice or ''}"
+
+
+def _shown(name: object) -> str:
+    return name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name)

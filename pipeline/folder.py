@@ -1,6 +1,5 @@
 """The run folder: one lock, one record (run.json) and the identity that blocks of a run share."""
 
-import fcntl
 import getpass
 import hashlib
 import json
@@ -12,19 +11,20 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from agq.blockwise.ledger.settings import mask_secrets, shown_uri
+from agq.blockwise.storage import locks
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import InputError
 
 FORMAT = 1
 # What may be in the folder before the run's record is: its lock, image files made into zarr, and
 # what a submission has prepared.
-_BEFORE_RUN = (".lock", "imported", "slurm")
+_BEFORE_RUN = (".lock", ".lock.owner", "imported", "slurm")
 _URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
 _PACKAGES = ("agq-pipeline", "torch", "numpy", "zarr", "daisy", "dask", "numba", "pymongo")
 
@@ -185,23 +185,16 @@ class RunFolder:
         InputError
             If another process holds it, or the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise InputError(f"run_dir {self.path} is not writable: {error.strerror}") from None
-        with handle:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locks.hold(self.path / ".lock"))
+            except locks.LockedError as error:
                 raise RunLockedError(
-                    f"another agq process works on {self.path} ({handle.read().strip()}); wait for "
-                    "it or stop it"
+                    f"another agq process works on {self.path} ({error}); wait for it or stop it"
                 ) from None
-            handle.truncate(0)
-            handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
-            handle.flush()
+            except OSError as error:
+                raise InputError(f"run_dir {self.path} is not writable: {error.strerror}") from None
             yield
 
 

@@ -32,6 +32,7 @@ from agq.blockwise.blocks.mask import Tissue
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
 from agq.blockwise.predict.daisy import Blocks, TakenBlock
+from agq.blockwise.predict.local_processes import OWN_END
 from agq.blockwise.predict.paths import journal_folder, retry_path
 from agq.blockwise.predict.predictor import Prediction, Predictor
 from agq.blockwise.predict.spec import PredictSpec, Session
@@ -276,7 +277,9 @@ class BlockLoop:
                 raise ValueError(
                     f"the predictor returned {len(predictions)} predictions for {len(batch)} blocks"
                 )
-        except Exception as error:
+        except OWN_END:
+            raise
+        except BaseException as error:
             if len(batch) == 1:
                 batch[0].result.set_exception(error)
                 return
@@ -301,7 +304,9 @@ class BlockLoop:
         try:
             self.predictor.predict([self.files.read(block)])
             require_writable(self.files.run_dir)
-        except Exception:
+        except OWN_END:
+            raise
+        except BaseException:
             _logger.exception("block %d was computed before and fails now: leaving", block)
             self.drained = True
             self.leave(_DRAIN_S)
@@ -368,7 +373,8 @@ class BlockLoop:
             self.journal.finish(record)
             if record.state == "done":
                 self._last_done, self._failed_in_a_row, self._tested_at = number, 0, 0
-        except Exception as error:
+        # What the predictor raised, `SystemExit` perhaps; signals reach the main thread only.
+        except BaseException as error:
             slot.release()
             # Unusable data are no sign of a broken machine.
             self._failed_in_a_row += not isinstance(error, BlockError)
@@ -413,7 +419,9 @@ class BlockLoop:
             **common,
         )
 
-    def _record_failure(self, number: int, attempt: int, started: float, error: Exception) -> None:
+    def _record_failure(
+        self, number: int, attempt: int, started: float, error: BaseException
+    ) -> None:
         fatal = next((e for e in _chain(error) if getattr(e, "errno", None) in FATAL_ERRNOS), None)
         _logger.error("block %d failed, attempt %d", number, attempt, exc_info=error)
         # The journal may be on the same full disk; the run is stopped below all the same.

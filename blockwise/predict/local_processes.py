@@ -43,6 +43,17 @@ _PR_SET_PDEATHSIG = 1
 _POLL_S = 1.0
 
 
+class Terminated(SystemExit):
+    """A signal ends this process: what is open is closed on the way, and nothing may stop it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+
+
+OWN_END = (KeyboardInterrupt, Terminated)
+"""What ends this process; all else that a user's predictor raises, `SystemExit` too, is its own."""
+
+
 class LocalWorker:
     """One worker process and what it has said through its pipe.
 
@@ -245,7 +256,7 @@ def termination_unwinds() -> Iterator[None]:
         return
 
     def stop(signum: int, _frame: object) -> None:
-        raise SystemExit(128 + signum)
+        raise Terminated(signum)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.predict.local_processes import OWN_END
 from agq.errors import InputError
 
 
@@ -76,8 +77,10 @@ def resolve_factory(factory: str) -> Callable[..., Predictor]:
         raise InputError(f"predictor factory {factory!r}: expected 'module:callable'")
     try:
         module = importlib.import_module(module_name)
+    except OWN_END:
+        raise
     # A module of the user's may raise anything while it is imported.
-    except Exception as error:
+    except BaseException as error:
         raise InputError(
             f"predictor factory {factory!r}: cannot import {module_name}: "
             f"{type(error).__name__}: {error} (workers look in installed packages and in "

@@ -27,6 +27,8 @@ from agq.blockwise.predict.local_processes import (
     EXIT_DRAINED,
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
+    OWN_END,
+    Terminated,
     die_with_parent,
 )
 from agq.blockwise.predict.paths import journal_folder
@@ -83,8 +85,10 @@ def work(options: argparse.Namespace) -> int:
     coordinator = CoordinatorPipe(options.status_fd)
     try:
         loop = _block_loop(options, coordinator)
+    except OWN_END:
+        raise
     # A user's predictor may raise anything, and would raise it again.
-    except Exception as error:
+    except BaseException as error:
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         coordinator.tell(event="start_failed", message=text.splitlines()[0])
         _logger.exception("the worker cannot start")
@@ -137,7 +141,7 @@ def _on_signals(loop: BlockLoop, seconds_left: Mapping[int, float]) -> None:
 
     def leave(signum: int, _frame: Any) -> None:
         if seconds_left[signum] <= 0:
-            raise SystemExit(128 + signum)
+            raise Terminated(signum)
         loop.leave(seconds_left[signum])
 
     for number in seconds_left:
@@ -163,7 +167,7 @@ def _sessions(options: argparse.Namespace, leaving: Callable[[], bool]) -> Itera
 
 
 def _end_now(signum: int, frame: Any) -> None:
-    raise SystemExit(128 + signum)
+    raise Terminated(signum)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,13 +1,13 @@
 """The command line: `agq COMMAND`. Every command is imported when it is asked for."""
 
-import errno
+import io
 import os
 import sys
 from typing import Annotated, Final
 
 import typer
 
-from agq.errors import InputError, RunStoppedError
+from agq.errors import InputError, RunStoppedError, machine_fault
 from agq.pipeline.cli.lazy import lazy_group
 
 EXIT_FAILED = 1
@@ -79,6 +79,10 @@ def _main(
 
 def main() -> None:
     """Run the command line; wrong input becomes one line and exit code 2."""
+    # Names of files may be in no encoding at all, and a terminal's may lack what we print.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="agq")
     except BrokenPipeError:
@@ -89,15 +93,14 @@ def main() -> None:
     except RunStoppedError as error:
         _fail(error, EXIT_FAILED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        line = machine_fault(error)
+        if line is None:
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error = OSError(f"{error}: free some space and run the command again, it goes on")
-        _fail(error, EXIT_BAD_INPUT)
+        _fail(error, EXIT_BAD_INPUT, line)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception, code: int, line: str | None = None) -> None:
     if _shown["tracebacks"]:
         raise error
-    typer.echo(f"agq: {' '.join(str(error).split())}", err=True)
+    typer.echo(f"agq: {' '.join((line or str(error)).split())}", err=True)
     sys.exit(code)

@@ -9,6 +9,7 @@ import typer
 
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.cli.arguments import AsJson, RunDir, Target, watched
+from agq.pipeline.cli.main import EXIT_FAILED
 from agq.pipeline.config.recorded import read_target
 from agq.pipeline.folder import RunFolder
 
@@ -67,10 +68,12 @@ def watch(
     target: Target,
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 2.0,
 ) -> None:
-    """Follow a run until it ends."""
+    """Follow a run until it ends; the exit status is 1 if it stopped or blocks failed."""
     from agq.pipeline.status import monitor
 
-    monitor.watch(*watched(target), queue=_queue, interval_s=interval)
+    status = monitor.watch(*watched(target), queue=_queue, interval_s=interval)
+    if status.state != "done":
+        raise typer.Exit(EXIT_FAILED)
 
 
 def open_ledger(settings: "LedgerSettings | None" = None) -> "Ledger":

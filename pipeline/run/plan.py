@@ -12,6 +12,7 @@ from rich.text import Text
 
 from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.journal.writer import Journal
+from agq.blockwise.predict.local_processes import OWN_END
 from agq.blockwise.predict.predictor import load_predictor
 from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.storage.files import format_bytes, free_space
@@ -147,9 +148,10 @@ def _time_one(prepared: Prepared, number: int) -> tuple[float, int]:
                 prepared.grid.read_box(number),
                 prepared.grid.read_shape,
             ).result()
-        except InputError:
+        except (InputError, *OWN_END):
             raise
-        except Exception as error:
+        # What a user's predictor raised in the other process comes back as it is.
+        except BaseException as error:
             raise InputError(
                 f"block {number} at {prepared.grid.write_roi(number)} could not be computed: "
                 f"{type(error).__name__}: {error}"

@@ -1,6 +1,5 @@
 """The jobs of a run: the record of all submissions; submit, scale and cancel."""
 
-import fcntl
 import json
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agq.blockwise.predict.paths import session_path
+from agq.blockwise.storage import locks
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
@@ -108,8 +108,7 @@ def load(run_dir: Path) -> Jobs:
 def changing(run_dir: Path) -> Iterator[Jobs]:
     """Lock and load the record; save it at the end of the block."""
     make_folder(folder(run_dir))
-    with (folder(run_dir) / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locks.hold(folder(run_dir) / ".lock", wait=True):
         jobs = load(run_dir)
         yield jobs
         write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode())

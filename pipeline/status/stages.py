@@ -1,7 +1,5 @@
 """The parts of a run's status: stages and workers, from journal or ledger."""
 
-import fcntl
-import socket
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any, Final, Literal
 
 from agq.blockwise.journal.progress import StageProgress
 from agq.blockwise.journal.tail import WorkerState
+from agq.blockwise.storage import locks
 from agq.pipeline.status.failures import MAX_FAILURES, failure_groups, failure_of
 from agq.pipeline.status.run_status import RunState, StageStatus, WorkerStatus
 
@@ -22,27 +21,8 @@ _MIN_WORKERS: Final = 3
 
 
 def coordinator_alive(run_dir: Path) -> bool | None:
-    """Tell whether the process that works on the run lives; None if it runs on another machine.
-
-    The run's lock is tried only if the process that took it last lives: a coordinator that starts
-    at this moment may want a free lock.
-    """
-    try:
-        with (run_dir / ".lock").open(encoding="utf-8") as lock:
-            host, pid = lock.read().removeprefix("host ").split(", pid ")
-            if host != socket.gethostname():
-                return None
-            import psutil
-
-            if not psutil.pid_exists(int(pid)):
-                return False
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except (OSError, ValueError):
-        return None
+    """Tell whether the process that works on the run lives; None if it runs on another machine."""
+    return locks.is_held(run_dir / ".lock")
 
 
 def stage_entries(record: Record, journals: Iterable[str]) -> dict[str, Record]:

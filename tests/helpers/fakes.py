@@ -3,8 +3,10 @@
 A block is marked by a voxel of a certain raw value, because raw is all that a predictor sees.
 """
 
+import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ RAISE = 250
 KILL = 251
 HANG = 252
 FULL_DISK = 253
+EXIT = 254
+CANCEL = 255
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,10 @@ class ThresholdPredictor:
             time.sleep(3600)
         if value == FULL_DISK:
             raise OSError(28, os.strerror(28), "/somewhere/fragments")
+        if value == EXIT:
+            sys.exit(0)
+        if value == CANCEL:
+            raise asyncio.CancelledError
 
     def _one(self, raw: np.ndarray) -> Labelled:
         labels, count = cc3d.connected_components(
@@ -120,6 +128,10 @@ def threshold(**options: Any) -> ThresholdPredictor:
 
 def broken(**options: Any) -> ThresholdPredictor:
     raise RuntimeError("no weights here")
+
+
+def leaving(**options: Any) -> ThresholdPredictor:
+    sys.exit("no licence")
 
 
 def crashing(**options: Any) -> ThresholdPredictor:

@@ -156,6 +156,20 @@ def test_a_block_that_raises_fails_alone(tmp_path, undisturbed):
     assert outputs(spec) == outputs(clean)
 
 
+def test_a_predictor_that_ends_the_program_fails_its_block_only(tmp_path):
+    raw = raw_volume()
+    mark(GRID, raw, 13, fakes.EXIT)
+    mark(GRID, raw, 4, fakes.CANCEL)
+    spec = make_run(tmp_path, raw, options={"marks": True, "batch_size": 3}, retries=0)
+    report = run_predict(spec, ALL)
+    assert (report.done, report.failed, report.workers_lost) == (25, (4, 13), 0)
+    reasons = {record.block: record.reason for record in journal(spec).failed()}
+    assert reasons == {4: "CancelledError: ", 13: "SystemExit: 0"}
+    log = (Path(spec.run_dir) / "logs" / "predict" / "worker-0.log").read_text()
+    assert log.count("Traceback") >= 2
+    assert "in _misbehave" in log
+
+
 def test_a_block_that_raises_once_is_retried(tmp_path):
     raw = raw_volume()
     mark(GRID, raw, 13, fakes.RAISE)
@@ -254,6 +268,7 @@ def test_a_volume_smaller_than_a_block(tmp_path):
     ("factory", "message"),
     [
         ("tests.helpers.fakes:broken", "RuntimeError: no weights here"),
+        ("tests.helpers.fakes:leaving", "SystemExit: no licence"),
         (
             "tests.helpers.fakes:absent",
             "predictor factory 'tests.helpers.fakes:absent': .* 'absent'",

@@ -34,6 +34,13 @@ def test_bad_factories_are_named(factory, message):
         load_predictor(factory, {})
 
 
+def test_a_module_that_ends_the_program_is_named(tmp_path, monkeypatch):
+    (tmp_path / "script_without_guard.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="cannot import script_without_guard: SystemExit: 0"):
+        resolve_factory("script_without_guard:f")
+
+
 def test_a_useless_batch_size_is_refused():
     with pytest.raises(InputError, match="batch_size 0"):
         load_predictor("tests.helpers.fakes:threshold", {"batch_size": 0})

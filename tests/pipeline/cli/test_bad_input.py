@@ -207,6 +207,13 @@ def test_schema_and_check(main, tmp_path):
     assert text.endswith("ok\n")
 
 
+def test_plan_of_a_predictor_that_ends_the_program(main, tmp_path):
+    config = make_config(tmp_path, model={"factory": "tests.helpers.fakes:leaving"})
+    code, _, err = main("plan", config)
+    assert code == 2
+    assert "could not be computed: SystemExit: no licence" in err
+
+
 def test_plan_writes_no_result_and_names_the_cost(main, tmp_path):
     config = make_config(tmp_path)
     code, text, err = main("plan", config, "--json")

@@ -1,5 +1,6 @@
 """What every user meets first: version, completion of the shell, a configuration to start from."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from agq.pipeline.cli import watch
 from tests.helpers import ROOT
 from tests.helpers.runs import environment
 
@@ -95,3 +97,47 @@ def test_a_configuration_where_nothing_can_be_written(main, tmp_path):
 def test_the_default_is_for_one_machine(tmp_path):
     assert agq_module(tmp_path, "config", "init").returncode == 0
     assert yaml.safe_load((tmp_path / "my.yaml").read_text())["run_dir"] == "runs/my-volume"
+
+
+REFUSALS = {
+    "ENOSPC": "free some space",
+    "EDQUOT": "quota",
+    "EROFS": "choose another folder",
+    "EACCES": "ask its owner",
+    "EPERM": "ask its owner",
+    "EFBIG": "ulimit -f",
+    "EMFILE": "ulimit -n",
+    "ENFILE": "too many open files",
+    "EIO": "fails",
+    "ESTALE": "file server",
+    "ENOTDIR": "",
+    "ELOOP": "",
+    "ETXTBSY": "",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_system_refuses_is_one_line(main, tmp_path, monkeypatch, name):
+    number = getattr(errno, name)
+
+    def refused(_target):
+        raise OSError(number, os.strerror(number), f"{tmp_path}/a\udcff b")
+
+    monkeypatch.setattr(watch, "_status_of", refused)
+    code, _, err = main("status", tmp_path)
+    assert code == 2
+    assert err.startswith(f"agq: {tmp_path}/a\\udcff b: ")
+    assert os.strerror(number) in err
+    assert REFUSALS[name] in err
+    assert err.count("\n") == 1
+
+
+def test_two_files_and_none(main, tmp_path, monkeypatch):
+    errors = [OSError(18, "Invalid cross-device link", "a", None, "b"), OSError(28, "disk full")]
+    monkeypatch.setattr(watch, "_status_of", lambda _: (_ for _ in ()).throw(errors.pop(0)))
+    assert main("status", tmp_path)[2] == "agq: a -> b: Invalid cross-device link\n"
+    assert main("status", tmp_path)[2].startswith("agq: disk full: free some space")
+    # Without a file and a known cause it is an error of the program.
+    errors.append(OSError("of a library"))
+    with pytest.raises(OSError, match="of a library"):
+        main("status", tmp_path)

@@ -88,6 +88,12 @@ def run(tmp_path) -> RunFolder:
     return run
 
 
+@pytest.mark.parametrize(("state", "status"), [("stopped", 1), ("failed", 1), ("done", 0)])
+def test_watch_ends_as_the_run_did(run, main, state, status):
+    run.update_stage("predict", state=state)
+    assert main("watch", run.path, "--interval", "0.2")[0] == status
+
+
 def test_logs_of_a_block_and_of_a_worker(run):
     said = agq("logs", run.path, "--block", "5")
     assert said.returncode == 0
