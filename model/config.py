@@ -14,6 +14,9 @@ SeedOrder = Literal["label", "largest"]
 Flips = Literal["none", "inplane", "all"]
 Pieces = Literal["masks", "supervoxels"]
 
+PUBLISHED_VOXEL_SIZE = (30.0, 6.0, 6.0)
+"""Voxel size (z, y, x) in nanometres of the data that the published network was trained on."""
+
 
 class ModelConfig(Settings):
     """Architecture and inference constants of one AGQ network.
@@ -80,8 +83,8 @@ class ModelConfig(Settings):
     input_shape: tuple[int, int, int] = (17, 257, 257)
     """Block size (z, y, x) in voxels that the network was trained at."""
 
-    voxel_size: tuple[float, float, float] = (30.0, 6.0, 6.0)
-    """Voxel size (z, y, x) in nanometres that the network was trained at."""
+    voxel_size: tuple[float, float, float] | None = None
+    """Voxel size (z, y, x) in nanometres that the network was trained at; None if nothing says."""
 
     @field_validator("filters")
     @classmethod
@@ -92,8 +95,8 @@ class ModelConfig(Settings):
 
     @field_validator("input_shape", "voxel_size")
     @classmethod
-    def _positive_sizes(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if min(value) <= 0:
+    def _positive_sizes(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and min(value) <= 0:
             raise ValueError("must be positive on every axis")
         return value
 
@@ -117,6 +120,11 @@ class ModelConfig(Settings):
                 f"attention_heads {self.attention_heads}"
             )
         return self
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distances (z, y, x) of voxels: `voxel_size`, or that of the published network."""
+        return self.voxel_size or PUBLISHED_VOXEL_SIZE
 
     @property
     def levels(self) -> int:

@@ -196,7 +196,7 @@ class AGQPredictor:
                 channels, _ = self._assign(decoded)
                 if self.config.min_affinity > 0:
                     channels = split_at_membranes(
-                        channels, affinities, self.config.min_affinity, self.config.voxel_size
+                        channels, affinities, self.config.min_affinity, self.config.spacing
                     )
                 labels, n = connected_labels(channels)
                 return BlockPrediction(labels, affinities, seeds.components, seeds.dropped, n)

@@ -147,7 +147,7 @@ class Run:
         if self._session is not None:
             yield self._session
             return
-        prepared = prepare(self.config)
+        prepared = prepare(self.config, overwrite=overwrite)
         with open_session(
             prepared, overwrite=overwrite, on_progress=self._on_progress
         ) as self._session:

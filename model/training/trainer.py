@@ -146,7 +146,10 @@ class Trainer:
             If the state belongs to another network.
         """
         theirs = json.loads(state["config"])["network"]
-        if theirs != json.loads(self.config.network.model_dump_json()):
+        # No weight depends on it, and states of earlier releases hold a default.
+        if theirs | {"voxel_size": None} != json.loads(
+            self.config.network.model_copy(update={"voxel_size": None}).model_dump_json()
+        ):
             raise InputError(
                 "the saved state belongs to another network configuration; "
                 "choose another output folder or restore the configuration"

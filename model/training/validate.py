@@ -114,7 +114,7 @@ class Validator:
         for name, raw, truth in self.blocks:
             (prediction,) = predictor.predict([raw])
             labels = prediction.labels
-            filled = fill_background(labels, self.config.network.voxel_size)
+            filled = fill_background(labels, self.config.network.spacing)
             error = adapted_rand_error(filled, truth)
             if name not in by_volume:
                 arrays = (raw, truth, labels, prediction.affinities)

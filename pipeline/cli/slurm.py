@@ -98,7 +98,9 @@ def _submit(
     if jobs.record_path(run_dir).exists():
         jobs.refuse_live(run_dir, jobs.load(run_dir), stages)
     behind = after_predict and jobs.prediction_in_queue(run_dir) is not None
-    prepared = prepare(config, workers_here=False)
+    prepared = prepare(config, workers_here=False, overwrite=overwrite)
+    for note in prepared.notes:
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
     if behind:
         # The prediction holds the lock of the run and owns its record and scripts.
         prepared.run.require_identity(prepared.as_begun().identity)

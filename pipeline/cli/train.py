@@ -100,6 +100,9 @@ def convert(
     checkpoint: CheckpointFile,
     output: Annotated[Path, typer.Argument(help="safetensors file to write.")],
     half: Half = False,
+    voxel_size: Annotated[
+        str | None, typer.Option(help="z,y,x in nm that it was trained at, if it does not say.")
+    ] = None,
 ) -> None:
     """Write a published checkpoint, or one of ours, as safetensors with its configuration."""
     from agq.model.checkpoint import load, resolve, save
@@ -107,7 +110,11 @@ def convert(
     _refuse_existing(output)
     loaded = load(checkpoint)
     origin = {"converted_from": resolve(checkpoint).name, "converted_sha256": loaded.sha256}
-    save(output, loaded.state_dict, loaded.config, {**loaded.provenance, **origin}, half=half)
+    config = loaded.config
+    if voxel_size is not None:
+        size = {"voxel_size": voxel_size.split(",")}
+        config = type(config).from_values(config.model_dump() | size, "--voxel-size")
+    save(output, loaded.state_dict, config, {**loaded.provenance, **origin}, half=half)
     out.print(f"wrote {output}", soft_wrap=True, markup=False)
 
 

@@ -85,6 +85,10 @@ class ModelSettings(NetworkSettings):
     options: dict[str, Any] | None = None
     """Keyword arguments for a factory other than the default one."""
 
+    any_voxel_size: bool = False
+    """Predict also where voxels differ by more than 1.5 times, on an axis, from those that the
+    checkpoint was trained at."""
+
 
 class OutputSettings(Settings):
     """What is kept."""

@@ -19,6 +19,7 @@ from agq.blockwise.storage.files import format_bytes, free_space
 from agq.blockwise.volumes.open import open_volume
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
+from agq.pipeline.run.fit import Size, show
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.stages import reopen_options, worker_count
 from agq.tables import Tabled
@@ -35,6 +36,10 @@ class Plan(Tabled):
         Selected blocks; those done already; those without tissue; those that would be computed.
     disk_bytes, free_bytes
         Estimated output by kind, and what the disk has.
+    voxel_size, unit
+        Of the volume, (z, y, x).
+    trained_voxel_size
+        Of the checkpoint, in nanometres; None if nothing says it.
     seconds_per_block, worker_bytes, hours
         From one block computed in a process of its own; None without it.
     """
@@ -42,6 +47,9 @@ class Plan(Tabled):
     run_dir: str
     volume_shape: Triple
     voxel_size: Triple
+    unit: str
+    trained_voxel_size: Size | None
+    notes: tuple[str, ...]
     grid_shape: Triple
     read_shape: Triple
     write_shape: Triple
@@ -62,8 +70,10 @@ class Plan(Tabled):
 
     def table(self) -> Text:
         """Return the plan for the terminal."""
+        size = f"{_sizes(self.voxel_size)} {self.unit}"
+        trained = self.trained_voxel_size
         rows = [
-            ("volume", f"{_sizes(self.volume_shape)} voxels of {_sizes(self.voxel_size)} nm"),
+            ("volume", f"{_sizes(self.volume_shape)} voxels of {size}"),
             ("block", f"reads {_sizes(self.read_shape)}, writes {_sizes(self.write_shape)}"),
             ("blocks", f"{self.blocks:,} selected of a {_sizes(self.grid_shape)} grid"),
             ("  done already", f"{self.done:,}"),
@@ -71,6 +81,8 @@ class Plan(Tabled):
             ("  to compute", f"{self.todo:,}"),
             ("workers", str(self.workers)),
         ]
+        if trained is not None:
+            rows.insert(1, ("network", f"trained at {show(trained)}"))
         for name, count in self.disk_bytes.items():
             rows.append((f"disk: {name}", f"about {format_bytes(count)}"))
         rows.append(("disk: free", format_bytes(self.free_bytes)))
@@ -79,6 +91,7 @@ class Plan(Tabled):
             rows.append(("memory per worker", format_bytes(self.worker_bytes)))
         if self.hours is not None:
             rows.append(("predict", f"about {_duration(self.hours * 3600)}"))
+        rows += [("note", note) for note in self.notes]
         return facts(f"Plan for {self.run_dir}", rows)
 
 
@@ -119,6 +132,9 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
         run_dir=str(prepared.run.path),
         volume_shape=grid.volume_shape,
         voxel_size=triple(grid.voxel_size),
+        unit=prepared.raw.unit,
+        trained_voxel_size=prepared.trained_voxel_size,
+        notes=prepared.notes,
         grid_shape=grid.shape,
         read_shape=grid.read_shape,
         write_shape=grid.write_shape,

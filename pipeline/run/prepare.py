@@ -18,6 +18,8 @@ from agq.blockwise.storage.files import require_free_space, require_writable
 from agq.blockwise.volumes.open import Kind, Volume
 from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
+from agq.model.config import ModelConfig
+from agq.model.settings import NetworkSettings
 from agq.pipeline.config.schema import (
     DEFAULT_FACTORY,
     EARLIER_FACTORY,
@@ -26,6 +28,7 @@ from agq.pipeline.config.schema import (
 )
 from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.run.fit import Size, fits, misfit, nanometres, require_fit, show
 
 # Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
 _FRAGMENT_BYTES = 0.25
@@ -52,6 +55,10 @@ class Prepared:
         Keyword arguments for the predictor's factory.
     identity
         What decides the bytes of a block.
+    trained_voxel_size
+        Voxel size (z, y, x) in nanometres of the checkpoint; None if nothing says it.
+    notes
+        What the user is told, one line each.
     """
 
     config: Config
@@ -64,6 +71,8 @@ class Prepared:
     selected: npt.NDArray[np.int64]
     predictor_options: dict[str, Any]
     identity: dict[str, Any]
+    trained_voxel_size: Size | None
+    notes: tuple[str, ...]
 
     @property
     def hides_voxels(self) -> bool:
@@ -104,7 +113,13 @@ class Prepared:
         return {name: int(voxels * rate) for name, rate in rates.items()}
 
 
-def prepare(config: Config, *, check_output: bool = True, workers_here: bool = True) -> Prepared:
+def prepare(
+    config: Config,
+    *,
+    check_output: bool = True,
+    workers_here: bool = True,
+    overwrite: bool = False,
+) -> Prepared:
     """Open and check every input of a run.
 
     Parameters
@@ -116,6 +131,8 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
         needs can be written to.
     workers_here
         Whether the network will run on this machine, so that its device must be here.
+    overwrite
+        Whether the run that the folder holds will be deleted.
 
     Raises
     ------
@@ -128,8 +145,13 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
     raw = open_input(config.input.raw, run, "raw", "input.raw")
     mask = _open_beside(raw, config.input.mask, run, "mask", "input.mask")
     truth = None if config.evaluate is None else config.evaluate.truth
-    options, model_identity, trained_shape = _model(config, workers_here)
-    grid = _grid(config, raw, trained_shape)
+    options, model_identity, trained = _model(config, workers_here)
+    notes = (
+        []
+        if trained is None
+        else _check_fit(config, raw, trained.voxel_size, goes_on=run.exists() and not overwrite)
+    )
+    grid = _grid(config, raw, None if trained is None else trained.input_shape)
     box = roi_box(config.input.roi, grid)
     prepared = Prepared(
         config=config,
@@ -148,6 +170,8 @@ def prepare(config: Config, *, check_output: bool = True, workers_here: bool = T
             "model": model_identity,
             "affinities": config.output.affinities,
         },
+        trained_voxel_size=None if trained is None else trained.voxel_size,
+        notes=tuple(notes),
     )
     _check_truth(prepared)
     if check_output:
@@ -167,6 +191,25 @@ def _open_beside(
             f"{field}.unit: {volume.unit} differs from input.raw.unit {raw.unit}; use one unit"
         )
     return volume
+
+
+def _check_fit(config: Config, raw: Volume, trained: Size | None, *, goes_on: bool) -> list[str]:
+    """Return notes on the voxel size of the network; refuse to begin a run with another one."""
+    model = config.model
+    if trained is None:
+        return [
+            f"checkpoint {model.checkpoint} does not say the voxel size it was trained at; "
+            f"the volume has {show(nanometres(raw))} (agq checkpoint convert --voxel-size adds it)"
+        ]
+    # A run that is there was begun with this volume and this checkpoint; its identity says so.
+    if not model.any_voxel_size and not goes_on:
+        require_fit(raw, config.input.raw.dataset, model.checkpoint, trained)
+    if fits(nanometres(raw), trained):
+        return []
+    return [
+        f"voxels of {show(nanometres(raw))} are not those that checkpoint {model.checkpoint} was "
+        f"trained at, {show(trained)}: {misfit(nanometres(raw), trained)}"
+    ]
 
 
 def _check_truth(prepared: Prepared) -> None:
@@ -200,8 +243,8 @@ def _check_output(prepared: Prepared) -> None:
 
 def _model(
     config: Config, workers_here: bool
-) -> tuple[dict[str, Any], dict[str, Any], Triple | None]:
-    """Check the settings of the model; return factory options, identity and the size trained at."""
+) -> tuple[dict[str, Any], dict[str, Any], ModelConfig | None]:
+    """Check the settings of the model; return factory options, identity and what was trained."""
     model = config.model
     if model.factory != DEFAULT_FACTORY:
         resolve_factory(model.factory)
@@ -215,7 +258,8 @@ def _model(
     from agq.model.settings import PredictorSettings
 
     settings = PredictorSettings(
-        **model.model_dump(exclude={"factory", "options"}), threads=config.workers.threads
+        **model.model_dump(include=set(NetworkSettings.model_fields)),
+        threads=config.workers.threads,
     )
     path = checkpoints.resolve(settings.checkpoint)
     loaded = checkpoints.load(path)
@@ -226,7 +270,7 @@ def _model(
     options = settings.model_copy(update={"checkpoint": str(path)}).model_dump()
     # Runs of earlier releases have recorded this name of the factory; they go on.
     identity = {"factory": EARLIER_FACTORY, **settings.identity(loaded)}
-    return options, identity, loaded.config.input_shape
+    return options, identity, loaded.config
 
 
 def _check_supervoxels(config: Config) -> None:

@@ -88,6 +88,8 @@ def open_session(
         prepared = prepared.as_begun()
         run.create(masked(prepared.config), prepared.identity)
         with _ledger(prepared) as feeder, open_progress(run.path, on_progress) as progress:
+            for note in prepared.notes:
+                progress.note(note)
             yield Session(prepared, progress, feeder)
 
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from agq.errors import InputError
 from agq.model.training.config import TrainConfig, VolumeConfig
 from agq.pipeline.data.synthetic import volume as synthetic
+from agq.pipeline.run.fit import Size, fits, misfit, show, volume_nanometres
 from agq.pipeline.status.progress import step_progress
 
 
@@ -30,12 +31,13 @@ def ready(plan: TrainConfig, say: Callable[[str], None], *, alone: bool = True) 
     Returns
     -------
     TrainConfig
-        With the volumes that are there.
+        With the volumes that are there, and with their voxel size where the configuration has none.
 
     Raises
     ------
     InputError
-        If no volume is left to train on, or one has to be made and there are other processes.
+        If no volume is left to train on, voxel sizes of the volumes do not fit each other, or a
+        volume has to be made and there are other processes.
     """
 
     def there(volume: VolumeConfig) -> bool:
@@ -58,7 +60,42 @@ def ready(plan: TrainConfig, say: Callable[[str], None], *, alone: bool = True) 
     if not volumes:
         raise InputError("volumes: none of the optional volumes exists; name one that does")
     validation = [volume for volume in plan.validation if there(volume)]
-    return plan.model_copy(update={"volumes": volumes, "validation": validation})
+    size = _voxel_size(plan.network.voxel_size, volumes, say)
+    network = plan.network.model_copy(update={"voxel_size": size})
+    return plan.model_copy(
+        update={"volumes": volumes, "validation": validation, "network": network}
+    )
+
+
+def _voxel_size(
+    given: Size | None, volumes: list[VolumeConfig], say: Callable[[str], None]
+) -> Size | None:
+    """Return the voxel size (nm) that the checkpoint will say it was trained at."""
+    sizes: dict[Path, Size] = {}
+    for volume in (volume for volume in volumes if volume.container.exists()):
+        try:
+            sizes[volume.container] = volume_nanometres(volume.container, volume.raw)
+        except InputError as error:
+            say(f"{error}; training goes on, and does not know the voxel size of this volume")
+    if given is None and sizes:
+        given = sizes[max(volumes, key=lambda v: (v.container in sizes, v.weight)).container]
+        for container, size in sizes.items():
+            if not fits(size, given):
+                raise InputError(
+                    f"{container} has voxels of {show(size)}, another volume of {show(given)}: "
+                    f"{misfit(size, given)}; leave one out, or set network.voxel_size to that "
+                    "which the checkpoint is for"
+                )
+    if given is None:
+        say("set network.voxel_size, or the checkpoint will not say what volumes it is for")
+        return None
+    for container, size in sizes.items():
+        if not fits(size, given):
+            say(
+                f"{container} has voxels of {show(size)}, network.voxel_size is {show(given)}: "
+                f"{misfit(size, given)}"
+            )
+    return given
 
 
 def make(volume: VolumeConfig) -> None:
