@@ -1,7 +1,6 @@
 """Whether voxels of a volume have the size that the network was trained at."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Final
 
 from agq.blockwise.volumes.open import Volume, open_volume
@@ -20,22 +19,6 @@ def nanometres(volume: Volume) -> Size:
     """Return the voxel size of a volume, (z, y, x), in nanometres."""
     z, y, x = (int(size) / _PER_NANOMETRE[volume.unit] for size in volume.voxel_size)
     return z, y, x
-
-
-def volume_nanometres(path: Path, dataset: str) -> Size:
-    """Return the voxel size, (z, y, x) in nanometres, of a volume whatever unit makes it whole.
-
-    Raises
-    ------
-    InputError
-        If the volume cannot be opened, or nothing says its voxel size.
-    """
-    for unit in ("nm", "angstrom"):
-        try:
-            return nanometres(open_volume(path, dataset, unit=unit))
-        except InputError:
-            continue
-    return nanometres(open_volume(path, dataset, unit="pm"))
 
 
 def ratios(size: Sequence[float], trained: Sequence[float]) -> Size:

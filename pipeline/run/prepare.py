@@ -171,7 +171,7 @@ def prepare(
             "affinities": config.output.affinities,
         },
         trained_voxel_size=None if trained is None else trained.voxel_size,
-        notes=tuple(notes),
+        notes=(*raw.notes, *(mask.notes if mask else ()), *notes),
     )
     _check_truth(prepared)
     if check_output:

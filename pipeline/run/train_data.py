@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
 from agq.model.training.config import TrainConfig, VolumeConfig
 from agq.pipeline.data.synthetic import volume as synthetic
-from agq.pipeline.run.fit import Size, fits, misfit, show, volume_nanometres
+from agq.pipeline.run.fit import Size, fits, misfit, nanometres, show
 from agq.pipeline.status.progress import step_progress
 
 
@@ -74,7 +75,9 @@ def _voxel_size(
     sizes: dict[Path, Size] = {}
     for volume in (volume for volume in volumes if volume.container.exists()):
         try:
-            sizes[volume.container] = volume_nanometres(volume.container, volume.raw)
+            sizes[volume.container] = nanometres(
+                open_volume(volume.container, volume.raw, unit=None)
+            )
         except InputError as error:
             say(f"{error}; training goes on, and does not know the voxel size of this volume")
     if given is None and sizes:
