@@ -50,7 +50,7 @@ def attribute_sources(
     sources = [
         _names(attributes[key], f"{key} of {where}", x_first and key != "axes")
         for key in ("axis_names", "_ARRAY_DIMENSIONS", "axes")
-        if isinstance(attributes.get(key), Sequence)
+        if attributes.get(key) is not None
     ]
     sources += _plain_sources(attributes, attributes.get("downsamplingFactors"), where)
     transform = attributes.get("transform")
@@ -82,7 +82,7 @@ def group_sources(attributes: Mapping[str, Any], factors: Any, where: str) -> li
 
 def _names(names: Any, name: str, is_ambiguous: bool) -> Source:
     """Return axis names as a source; on N5, Python writes them in the order of its own arrays."""
-    lower = [str(n).lower() for n in names]
+    lower = [str(n).lower() for n in names] if isinstance(names, Sequence) else []
     if is_ambiguous and [n for n in lower if n in AXES] == [*AXES]:
         raise InputError(
             f"{name} says {list(names)}, but N5 stores x first; list the axes as N5 does, or "

@@ -12,7 +12,7 @@ from agq.blockwise.volumes.conventions import (
     level_of,
     multiscale_sources,
 )
-from agq.blockwise.volumes.location import Location, locate
+from agq.blockwise.volumes.location import NOT_PRECOMPUTED, Location, locate
 from agq.blockwise.volumes.metadata import (
     Metadata,
     children,
@@ -69,10 +69,7 @@ def find_array(
 
 def _nothing(location: Location, key: str) -> InputError:
     if location.get(join(key, "info")) is not None:
-        return InputError(
-            f"{location.text}: a neuroglancer precomputed volume, which cannot be read; turn it "
-            "into zarr, for example with tensorstore (drivers neuroglancer_precomputed and zarr3)"
-        )
+        return InputError(f"{location.text}: {NOT_PRECOMPUTED}")
     if key:
         return InputError(f"{location.text} has no dataset {key!r}; it holds: {contents(location)}")
     remote = ", or the credentials if it is private" if "://" in location.text else ""

@@ -21,6 +21,11 @@ from agq.errors import InputError
 SCHEMES = ("s3", "gs", "http", "https")
 """URL schemes that can be read."""
 
+NOT_PRECOMPUTED = (
+    "a neuroglancer precomputed volume, which cannot be read; turn it into zarr, for example with "
+    "tensorstore (from its driver neuroglancer_precomputed to zarr3)"
+)
+
 T = TypeVar("T")
 
 
@@ -176,6 +181,8 @@ def locate(path: str | os.PathLike[str]) -> Location:
     scheme = urlsplit(text).scheme.lower() if "://" in text else ""
     if scheme in SCHEMES:
         return RemoteLocation(text.rstrip("/"))
+    if scheme == "precomputed":
+        raise InputError(f"{text}: {NOT_PRECOMPUTED}")
     if scheme == "file":
         text = text[len("file://") :]
     elif scheme:

@@ -25,6 +25,8 @@ Kind = Literal["raw", "labels", "mask"]
 
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64))
 
+_N5_KEYS = ("dimensions", "blockSize", "dataType", "compression")
+
 DTYPES: dict[str, tuple[str, ...]] = {
     "raw": ("uint8", "uint16", "float32"),
     "labels": _INTEGERS,
@@ -287,8 +289,13 @@ def open_stored(
         if metadata.format == "n5":
             import tensorstore as ts
 
-            spec = {"driver": "n5", "kvstore": location.key_value_store(metadata.path)}
-            store = ts.open(spec, open=True, read=True).result()
+            # As read already: tensorstore would refuse attributes that it knows in other lengths.
+            spec = {
+                "driver": "n5",
+                "kvstore": location.key_value_store(metadata.path),
+                "metadata": {key: metadata.attributes[key] for key in _N5_KEYS},
+            }
+            store = ts.open(spec, open=True, read=True, assume_metadata=True).result()
             chunks = tuple(int(n or 1) for n in store.chunk_layout.read_chunk.shape or ())
             return store, chunks, store.dtype.numpy_dtype
         array = zarr.open_array(
@@ -300,5 +307,6 @@ def open_stored(
         # A structured type has no byte order of its own; it is refused by name afterwards.
         return array, array.chunks, np.dtype(array.dtype).newbyteorder("=")
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{where}: the array cannot be opened ({first_line})") from error
+        first_line = (str(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
+        reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+        raise InputError(f"{where}: the array cannot be opened ({reason})") from error
