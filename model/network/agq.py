@@ -34,7 +34,8 @@ class AGQOutput:
         before any iteration) of item b; channel 0 is the background logit, then the
         affinity-guided queries, then the learned ones.
     mask_features : Tensor
-        (B, C, z1, y1, x1), of unit length along C.
+        (B, C, z1, y1, x1), as the mask branch gives them; the decoder scales them to unit length
+        along C.
     n_seeds, components, dropped : list of int
         Per item: affinity-guided queries, components large enough, components dropped by the
         limit on queries.
@@ -79,14 +80,15 @@ class AGQ(Backbone):
         grid = coordinates(fused.shape[2:], fused).expand(len(fused), -1, -1, -1, -1)
         features = torch.cat([grid, fused], dim=1)
         affinity_logits = self.affinity_branch(features)
-        mask_features = F.normalize(self.mask_branch(features), dim=1)
+        mask_features = self.mask_branch(features)
+        unit_features = F.normalize(mask_features, dim=1)
         instance_features = self.inst_decoder.rpn.inst_convs(features)
         affinities = torch.sigmoid(affinity_logits.detach().float())
         seeds = [find_seeds(a, self.config) for a in affinities]
         items = []
         for b, item_seeds in enumerate(seeds):
             queries = self.inst_decoder.rpn.queries(instance_features[b], item_seeds)
-            predictions = self.inst_decoder(queries, instance_features[b], mask_features[b])
+            predictions = self.inst_decoder(queries, instance_features[b], unit_features[b])
             items.append(predictions[-1:] if only_last else predictions)
         return AGQOutput(
             affinity_logits=affinity_logits,

@@ -94,8 +94,8 @@ class MaskPredictor(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.fc_kernel = nn.Linear(channels, channels)
-        self.norm_logits = nn.BatchNorm2d(1, eps=1e-3)
-        self.norm_kernel = nn.BatchNorm1d(channels, eps=1e-3)
+        self.norm_logits = nn.BatchNorm2d(1, eps=1e-3, momentum=0.01)
+        self.norm_kernel = nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01)
 
     def kernels(self, queries: Tensor) -> Tensor:
         """Return the mask kernels (Q, C) of queries (Q, C)."""

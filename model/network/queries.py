@@ -139,8 +139,8 @@ class QueryHead(nn.Module):
         )
         self.learned_masks_embed = nn.Embedding(config.learned_queries, c)
         self.mask_kernel = nn.Linear(c, c)
-        self.norm_logits = nn.BatchNorm2d(1, eps=1e-3)
-        self.norm_kernel = nn.BatchNorm1d(c, eps=1e-3)
+        self.norm_logits = nn.BatchNorm2d(1, eps=1e-3, momentum=0.01)
+        self.norm_kernel = nn.BatchNorm1d(c, eps=1e-3, momentum=0.01)
 
     def queries(self, features: Tensor, seeds: Seeds) -> Tensor:
         """Return (kept + learned, C): affinity-guided queries, then the learned ones.

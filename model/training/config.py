@@ -1,9 +1,10 @@
 """What `agq train` reads: one YAML, checked before anything starts."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from agq.model.config import ModelConfig
 from agq.settings import Settings, Size
@@ -36,8 +37,57 @@ class VolumeConfig(Settings):
     )
 
 
-class AugmentConfig(Settings):
-    """How crops are varied; every probability is per crop."""
+class Preset(Settings):
+    """Settings that take one word for many values, alone or as `preset` beside other fields."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, given: object) -> object:
+        if isinstance(given, str):
+            given = {"preset": given}
+        if not isinstance(given, Mapping) or "preset" not in given:
+            return given
+        rest = dict(given)
+        name = rest.pop("preset")
+        if name not in cls.PRESETS:
+            raise ValueError(f"no preset {name!r}: there are {' and '.join(cls.PRESETS)}")
+        return {**cls.PRESETS[name], **rest}
+
+
+class AugmentConfig(Preset):
+    """How crops are varied; every probability is per crop.
+
+    `published` has the strengths of the published training, as far as they are known.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "published": {
+            "gamma": 1.0,
+            "gamma_chance": 0.75,
+            "section_jitter": 0.0,
+            "noise": 0.0,
+            "missing_section": 0.0,
+            "deleted_sections": 0.5,
+            "misalignment": 0.5,
+            "max_shift": 15,
+            "rotation": 0.5,
+            "warp": 0.5,
+            "rescale": 0.25,
+            "rescale_apart": True,
+            "elastic_chance": 0.75,
+            "elastic": 1.7,
+            "blur": 0.0,
+            "motion_blur": 0.5,
+            "motion_blur_sections": 2,
+            "missing_part": 0.0,
+            "wide_parts": 0.9,
+            "cut_blur": 0.5,
+            "cut_noise": 0.75,
+            "cut_noise_size": 0.3,
+        }
+    }
 
     flips: bool = Field(True, description="Mirror along z, y and x.")
     rotations: bool = Field(True, description="Rotate in-plane by multiples of 90 degrees.")
@@ -46,28 +96,68 @@ class AugmentConfig(Settings):
     )
     contrast: float = Field(0.25, ge=0, lt=1, description="Largest relative change of contrast.")
     brightness: float = Field(0.15, ge=0, lt=1, description="Largest shift, 1 is white.")
-    gamma: float = Field(0.3, ge=0, lt=1, description="Gamma between 2^-g and 2^g.")
+    gamma: float = Field(0.3, ge=0, le=1, description="Gamma between 2^-g and 2^g.")
+    gamma_chance: float = Field(1.0, ge=0, le=1, description="Chance of that gamma.")
     section_jitter: float = Field(
         0.1, ge=0, lt=1, description="Largest extra change of brightness and contrast by section."
     )
     noise: float = Field(0.03, ge=0, lt=1, description="Largest standard deviation of noise.")
     missing_section: float = Field(0.1, ge=0, le=1, description="Chance of one blank section.")
+    deleted_sections: float = Field(
+        0.0, ge=0, le=1, description="Chance that two sections are gone, labels and all."
+    )
     misalignment: float = Field(0.2, ge=0, le=1, description="Chance of a jump between sections.")
     max_shift: int = Field(10, ge=0, description="Largest jump in voxels, in y and in x.")
+    rotation: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of jumps that turn a section, by at most `max_shift` at its border.",
+    )
     warp: float = Field(
         0.5, ge=0, le=1, description="Chance of rescaling and elastic deformation in-plane."
     )
     rescale: float = Field(0.2, ge=0, lt=1, description="Largest relative change of scale.")
+    rescale_apart: bool = Field(False, description="Whether y and x are rescaled by themselves.")
+    elastic_chance: float | None = Field(
+        None, ge=0, le=1, description="Chance of elastic deformation; null: whenever rescaled."
+    )
     elastic: float = Field(4.0, ge=0, description="Largest elastic displacement in voxels.")
     blur: float = Field(0.1, ge=0, le=1, description="Chance of one section out of focus.")
     motion_blur: float = Field(0.1, ge=0, le=1, description="Chance of one smeared section.")
+    motion_blur_sections: PositiveInt = Field(1, description="How many are smeared.")
     missing_part: float = Field(0.1, ge=0, le=1, description="Chance of a dark stripe.")
+    wide_parts: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Chance that 42 % of every other section, at random, are its mean grey.",
+    )
     cut_blur: float = Field(0.1, ge=0, le=1, description="Chance of a box of lower resolution.")
     cut_noise: float = Field(0.1, ge=0, le=1, description="Chance of a box of noise.")
+    cut_noise_size: float = Field(0.1, ge=0, le=1, description="Largest change by that noise.")
 
 
-class LossWeights(Settings):
-    """Weights of the loss terms; the defaults are the published ones."""
+class LossWeights(Preset):
+    """Weights and forms of the loss terms: `published` or `ours` in one word, or each by itself.
+
+    The defaults are the published ones; `ours` is for short trainings of a small network.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "published": {},
+        "ours": {
+            "dice": 4.0,
+            "cross_entropy": 0.6,
+            "discrimination": 0.5,
+            "samples": 384,
+            "zero_background": 3.0,
+            "background_weight": 4.0,
+            "dice_mean": "pairs",
+            "dice_on_borders": True,
+            "features": "unit",
+        },
+    }
 
     dice: float = Field(3.0, ge=0)
     cross_entropy: float = Field(0.3, ge=0)
@@ -89,6 +179,27 @@ class LossWeights(Settings):
             "neurites, a hole in a neurite can be filled."
         ),
     )
+    dice_mean: Literal["channels", "pairs"] = Field(
+        "channels",
+        description=(
+            "Dice is summed over matched pairs and divided by all channels (1 + queries), as "
+            "published, or by the pairs: four to eight times heavier, which short runs need."
+        ),
+    )
+    dice_on_borders: bool = Field(
+        False,
+        description=(
+            "Whether dice also counts predictions on voxels that no instance claims whole; "
+            "published: not."
+        ),
+    )
+    features: Literal["raw", "unit"] = Field(
+        "raw",
+        description=(
+            "Mask features that the discrimination loss sees: as the branch gives them, as "
+            "published, or of unit length, which leaves the losses of the masks to lead short runs."
+        ),
+    )
     temperature: float = Field(0.3, gt=0, description="Temperature of the discrimination loss.")
     samples: int = Field(4096, ge=0, description="Voxels drawn for the discrimination loss.")
     exponent: float = Field(
@@ -101,9 +212,16 @@ class OptimizerConfig(Settings):
 
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(1000, ge=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    clip_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the weights that are exported.")
+    weight_decay: float = Field(1e-4, ge=0, description="Not of norms and biases.")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="Gradients are scaled down to this norm; null, as published: never."
+    )
+    ema_decay: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="Of the exported weights; 0, as published: none.",
+    )
     freeze_norm_after: float = Field(
         1.0,
         ge=0,

@@ -47,6 +47,19 @@ def initialise(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
+def decayed(network: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Group parameters for the optimizer: weights decay, norms and biases do not.
+
+    Both are vectors, and no other parameter of the network is.
+    """
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
+    return [
+        {"params": weights, "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
 def progress(step: int, steps: int, minutes: float, budget: float | None) -> float:
     """Return the share of the schedule that is over, in [0, 1].
 
@@ -115,9 +128,8 @@ class Trainer:
                 _Module(self.network, self.run), broadcast_buffers=False
             )
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(),
+            decayed(self.network, config.optimizer.weight_decay),
             lr=config.optimizer.learning_rate,
-            weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
         self.ema = Ema(self.network, config.optimizer.ema_decay)
@@ -199,7 +211,8 @@ class Trainer:
                 metrics[key] = metrics.get(key, 0.0) + value / len(batch.targets)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
+        limit = self.config.optimizer.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         if torch.isfinite(norm):
             self.optimizer.step()
             self.ema.update(self.network, self.step)

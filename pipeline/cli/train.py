@@ -13,6 +13,9 @@ checkpoint_app = typer.Typer(
 
 out = Console(highlight=False)
 
+PUBLISHED_CROPS = 8
+"""Crops in a step of the published training, one on each GPU."""
+
 Half = Annotated[bool, typer.Option("--half", help="Store matrices and kernels in half precision.")]
 CheckpointFile = Annotated[str, typer.Argument(help="Checkpoint, ours or published, or `demo`.")]
 
@@ -49,6 +52,13 @@ def train(
             Console(stderr=True).print(f"agq: {line}", soft_wrap=True, markup=False)
 
     plan = ready(plan, say, alone=ranks.size == 1)
+    crops = plan.batch_size * ranks.size
+    if crops < PUBLISHED_CROPS and "learning_rate" not in plan.optimizer.model_fields_set:
+        say(
+            f"a step has {crops} of {PUBLISHED_CROPS} crops, and the published learning rate is "
+            "for all: choose optimizer.learning_rate for yours (fewer crops give a noisier "
+            "gradient), or raise batch_size or the number of processes"
+        )
     report = run_training(plan, resume=resume, max_steps=max_steps)
     if not report.first:
         return

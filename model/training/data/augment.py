@@ -11,6 +11,9 @@ from scipy import ndimage
 from agq.model.training.config import AugmentConfig
 from agq.model.training.data.warp import warp, warp_margin
 
+WIDE_PART = 0.42
+"""Share of a section that `wide_parts` fills."""
+
 
 def orient(
     raw: np.ndarray, labels: np.ndarray, config: AugmentConfig, rng: np.random.Generator
@@ -51,8 +54,8 @@ def misalign(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut the crop out of a larger one, with a jump between two sections by chance.
 
-    Half of the jumps move one section only (a slip), the others all sections from there on. The
-    labels move with the picture.
+    Half of the jumps move or turn one section only (a slip), the others all sections from there on.
+    The labels move with the picture.
 
     Parameters
     ----------
@@ -68,8 +71,12 @@ def misalign(
     section = int(rng.integers(1, max(2, z)))
     jump = rng.integers(-margin, margin + 1, size=2)
     shifts = np.zeros((z, 2), dtype=int)
-    if happens:
-        shifts[section : section + 1 if slip else None] = jump
+    moved = slice(section, section + 1 if slip else None)
+    if happens and config.rotation and rng.random() < config.rotation:
+        angle = np.degrees(np.arctan2(rng.uniform(-margin, margin), max(y, x) / 2))
+        raw, labels = _turned(raw, moved, angle), _turned(labels, moved, angle)
+    elif happens:
+        shifts[moved] = jump
     out_raw, out_labels = np.empty(shape, raw.dtype), np.empty(shape, labels.dtype)
     for k, (dy, dx) in enumerate(shifts):
         window = (k, slice(margin + dy, margin + dy + y), slice(margin + dx, margin + dx + x))
@@ -93,7 +100,7 @@ def shade(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> n
     sections = raw.shape[0]
     contrast = 1 + config.contrast * rng.uniform(-1, 1)
     brightness = config.brightness * rng.uniform(-1, 1)
-    gamma = 2.0 ** (config.gamma * rng.uniform(-1, 1))
+    gamma = 2.0 ** (config.gamma * rng.uniform(-1, 1) * (rng.random() < config.gamma_chance))
     wobble = config.section_jitter * rng.uniform(-1, 1, size=(2, sections, 1, 1))
     noise = config.noise * rng.uniform()
     grain = rng.standard_normal(raw.shape, dtype=np.float32)
@@ -123,13 +130,22 @@ def spoil(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> n
     section = int(rng.integers(len(out)))
     if rng.random() < config.blur:
         out[section] = ndimage.gaussian_filter(out[section], rng.uniform(0.5, 3.0))
-    section = int(rng.integers(len(out)))
+    smeared = rng.permutation(len(out))[: config.motion_blur_sections]
     if rng.random() < config.motion_blur:
-        size = int(rng.integers(3, 12))
-        out[section] = ndimage.uniform_filter1d(out[section], size, axis=int(rng.integers(2)))
+        for one in smeared:
+            width = int(rng.integers(3, 12))
+            out[one] = ndimage.uniform_filter1d(out[one], width, axis=int(rng.integers(2)))
     section = int(rng.integers(len(out)))
     if rng.random() < config.missing_part:
-        out[section][_stripe(out.shape[1:], rng)] = rng.uniform(0, 0.2)
+        across, middle = _across(out.shape[1:], rng)
+        stripe = np.abs(across - middle) <= rng.uniform(1, max(out.shape[1:]) / 12 + 1)
+        out[section][stripe] = rng.uniform(0, 0.2)
+    if rng.random() < config.wide_parts:
+        for one in np.flatnonzero(rng.random(len(out)) < 0.5):
+            across, _ = _across(out.shape[1:], rng)
+            low = rng.uniform(0, 1 - WIDE_PART)
+            first, last = np.quantile(across, (low, low + WIDE_PART))
+            out[one][(across >= first) & (across <= last)] = out[one].mean()
     if rng.random() < config.cut_blur:
         box = _box(out.shape, rng)
         step = int(rng.integers(2, 7))
@@ -138,7 +154,8 @@ def spoil(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> n
         out[box] = part[:, rows][:, :, columns]
     if rng.random() < config.cut_noise:
         box = _box(out.shape, rng)
-        noise = rng.uniform(-0.1, 0.1, out[box].shape).astype(np.float32)
+        reach = config.cut_noise_size
+        noise = rng.uniform(-reach, reach, out[box].shape).astype(np.float32)
         out[box] = np.clip(out[box] + noise, 0, 1)
     return out
 
@@ -146,6 +163,27 @@ def spoil(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> n
 def margin(shape: tuple[int, int, int], config: AugmentConfig) -> int:
     """Return the voxels in y and x that `augment` needs around a crop of this shape."""
     return config.max_shift + warp_margin(_shifted(shape, config), config)
+
+
+def spare_sections(config: AugmentConfig) -> int:
+    """Return how many sections more than the crop's `augment` needs."""
+    return 2 if config.deleted_sections else 0
+
+
+def delete_sections(
+    raw: np.ndarray,
+    labels: np.ndarray,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take `spare_sections` sections out of raw and labels (z, y, x): inner ones by chance."""
+    spare, sections = spare_sections(config), len(raw)
+    if not spare:
+        return raw, labels
+    gone = rng.permutation(np.arange(1, sections - 1))[:spare]
+    if len(gone) < spare or rng.random() >= config.deleted_sections:
+        gone = np.arange(sections - spare, sections)
+    return np.delete(raw, gone, 0), np.delete(labels, gone, 0)
 
 
 def _shifted(shape: tuple[int, int, int], config: AugmentConfig) -> tuple[int, int, int]:
@@ -159,12 +197,12 @@ def augment(
     config: AugmentConfig,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Make a training crop out of a crop read with `margin` voxels more in y and x.
+    """Make a training crop out of a larger one.
 
     Parameters
     ----------
     raw : numpy.ndarray
-        (z, y + 2 m, x + 2 m) uint8.
+        (z + s, y + 2 m, x + 2 m) uint8, s = `spare_sections`, m = `margin`.
     labels : numpy.ndarray
         The same shape, integers.
     shape : tuple of int
@@ -179,6 +217,7 @@ def augment(
     labels : numpy.ndarray
         (z, y, x), dtype as given.
     """
+    raw, labels = delete_sections(raw, labels, config, rng)
     raw, labels = warp(raw, labels, _shifted(shape, config), config, rng)
     raw, labels = misalign(raw, labels, shape, config, rng)
     raw, labels = orient(raw, labels, config, rng)
@@ -186,14 +225,34 @@ def augment(
     return shade(grey, config, rng), np.ascontiguousarray(labels)
 
 
-def _stripe(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Mask (y, x) of a stripe through the section, as folds and cracks leave it."""
+def _across(shape: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Draw a direction: the distance (y, x) along it, and a place in its range.
+
+    Folds and cracks run straight through a section, perpendicular to it.
+    """
     y, x = np.indices(shape)
     angle = rng.uniform(0, np.pi)
     across = y * np.cos(angle) + x * np.sin(angle)
-    middle = rng.uniform(across.min(), across.max())
-    stripe: np.ndarray = np.abs(across - middle) <= rng.uniform(1, max(shape) / 12 + 1)
-    return stripe
+    return across, rng.uniform(across.min(), across.max())
+
+
+def _turned(volume: np.ndarray, sections: slice, degrees: float) -> np.ndarray:
+    """Copy (z, y, x) with some sections turned about their middle; integers stay what they are."""
+    out = volume.copy()
+    y, x = volume.shape[1:]
+    radians = np.deg2rad(degrees)
+    rows, columns = np.indices((y, x))
+    rows, columns = rows - (y - 1) / 2, columns - (x - 1) / 2
+    near = (
+        np.clip(np.rint(place + (size - 1) / 2).astype(np.int64), 0, size - 1)
+        for place, size in (
+            (rows * np.cos(radians) - columns * np.sin(radians), y),
+            (rows * np.sin(radians) + columns * np.cos(radians), x),
+        )
+    )
+    at = tuple(near)
+    out[sections] = volume[(sections, *at)]
+    return out
 
 
 def _box(shape: tuple[int, ...], rng: np.random.Generator) -> tuple[slice, ...]:

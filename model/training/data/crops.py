@@ -16,7 +16,7 @@ import zarr
 
 from agq.errors import InputError
 from agq.model.training.config import TrainConfig, VolumeConfig
-from agq.model.training.data.augment import augment
+from agq.model.training.data.augment import augment, spare_sections
 from agq.model.training.data.augment import margin as augment_margin
 from agq.model.training.data.targets import Targets, make_targets
 
@@ -153,7 +153,8 @@ class CropSource:
             start.append(int(rng.integers(-pad, last + 1)) if last > -pad else (n - size) // 2)
         z, y, x = self.shape
         raw, labels = volume.read(
-            (start[0], start[1] - margin, start[2] - margin), (z, y + 2 * margin, x + 2 * margin)
+            (start[0], start[1] - margin, start[2] - margin),
+            (z + spare_sections(self.config.augment), y + 2 * margin, x + 2 * margin),
         )
         return augment(raw, labels, self.shape, self.config.augment, rng)
 

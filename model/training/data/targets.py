@@ -187,33 +187,33 @@ def sample_voxels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw voxels for the discrimination loss, the small instances over-represented.
 
-    A voxel of an instance of s voxels is drawn with a probability proportional to
-    s ** -exponent, with replacement.
+    Voxels that instances claim whole are drawn without replacement, one of an instance of s voxels
+    with a weight of s ** -exponent (Efraimidis & Spirakis 2006, by the largest perturbed logarithms
+    of the weights).
 
     Parameters
     ----------
     masks : torch.Tensor
-        (N, z1, y1, x1) soft masks; a voxel belongs to the instance whose mask is above one half.
+        (N, z1, y1, x1) soft masks; a voxel belongs to the instance with the largest.
+    count : int
+        Most voxels to draw.
     exponent : float
         0 draws voxels uniformly, 1 draws instances uniformly.
 
     Returns
     -------
     samples, instances : torch.Tensor
-        (count,) int64 flat voxel indices and rows of `masks`; both empty without instances.
+        (K,) int64 flat voxel indices and rows of `masks`, K at most `count`.
     """
     empty = torch.zeros(0, dtype=torch.int64)
     if masks.shape[0] == 0 or count == 0:
         return empty, empty
-    best, owner = masks.flatten(1).max(dim=0)
-    voxels = torch.nonzero(best > 0.5)[:, 0].numpy()
-    if len(voxels) == 0:
-        return empty, empty
-    owners = owner.numpy()[voxels]
+    flat = masks.flatten(1)
+    voxels = torch.nonzero(flat.sum(0) >= 1.0)[:, 0].numpy()
+    owners = flat.argmax(0).numpy()[voxels]
     sizes = np.bincount(owners, minlength=masks.shape[0])
-    cumulative = np.cumsum(sizes[owners].astype(np.float64) ** -exponent)
-    drawn = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
-    drawn = np.minimum(drawn, len(voxels) - 1)
+    keys = rng.gumbel(size=len(voxels)) - exponent * np.log(sizes[owners])
+    drawn = np.argsort(-keys, kind="stable")[:count]
     return torch.from_numpy(voxels[drawn]), torch.from_numpy(owners[drawn])
 
 

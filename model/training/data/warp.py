@@ -24,7 +24,7 @@ def warp_margin(shape: tuple[int, int, int], config: AugmentConfig) -> int:
     shape : tuple of int
         (z, y, x) of what is wanted after warping.
     """
-    if config.warp == 0:
+    if config.warp == 0 and not config.elastic_chance:
         return 0
     return math.ceil(max(shape[1:]) / 2 * config.rescale + config.elastic) + 1
 
@@ -52,21 +52,24 @@ def warp(
     """
     margin = warp_margin(shape, config)
     _, y, x = shape
-    if rng.random() >= config.warp:
+    rescaled = bends = rng.random() < config.warp
+    if config.elastic_chance is not None:
+        bends = rng.random() < config.elastic_chance
+    if not (rescaled or bends):
         inner = (slice(None), slice(margin, margin + y), slice(margin, margin + x))
         return raw[inner], labels[inner]
     # Symmetric in the logarithm, and never beyond the margin.
-    scale = (1 + config.rescale) ** rng.uniform(-1, 1)
-    coarse = rng.uniform(
-        -config.elastic, config.elastic, (2, *(-(-n // _SPACING) + 2 for n in (y, x)))
-    )
+    largest = 1 + config.rescale * rescaled
+    scales = largest ** rng.uniform(-1, 1, 1 + config.rescale_apart)
+    reach = config.elastic * bends
+    coarse = rng.uniform(-reach, reach, (2, *(-(-n // _SPACING) + 2 for n in (y, x))))
     rows = np.arange(y)[:, None] / _SPACING
     columns = np.arange(x)[None] / _SPACING
     at = np.broadcast_arrays(rows, columns)
     places = []
     for axis, size in enumerate((y, x)):
         centre = margin + (size - 1) / 2
-        straight = (np.indices((y, x))[axis] - (size - 1) / 2) * scale + centre
+        straight = (np.indices((y, x))[axis] - (size - 1) / 2) * scales[axis % len(scales)] + centre
         places.append(straight + ndimage.map_coordinates(coarse[axis], at, order=1))
     out_raw = np.empty(shape, raw.dtype)
     out_labels = np.empty(shape, labels.dtype)

@@ -10,7 +10,16 @@ import zarr
 from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.training.config import AugmentConfig, TrainConfig, VolumeConfig
-from agq.model.training.data.augment import augment, margin, misalign, orient, shade, spoil
+from agq.model.training.data.augment import (
+    augment,
+    delete_sections,
+    margin,
+    misalign,
+    orient,
+    shade,
+    spare_sections,
+    spoil,
+)
 from agq.model.training.data.crops import CropSource, TrainingVolume
 from agq.model.training.data.targets import affinities_of, make_targets
 from agq.model.training.data.warp import warp, warp_margin
@@ -275,6 +284,76 @@ def test_warping_stays_within_its_margin() -> None:
     for seed in range(30):
         out, _ = augment(inner, inner, shape, config, np.random.default_rng(seed))
         assert (out * 255 < 101).all()
+
+
+def test_published_strengths_are_one_word() -> None:
+    config = AugmentConfig.model_validate({"preset": "published", "elastic": 0})
+    assert (config.elastic, config.rescale, config.cut_noise_size) == (0, 0.25, 0.3)
+    assert TrainConfig.model_validate(
+        {"output": "x", "volumes": [{"container": "y"}], "augment": "published"}
+    ).augment == AugmentConfig.model_validate("published")
+    with pytest.raises(ValueError, match="no preset 'publishd': there are published"):
+        AugmentConfig.model_validate("publishd")
+    shape = (5, 24, 24)
+    config = AugmentConfig.model_validate("published")
+    border = margin(shape, config)
+    rng = np.random.default_rng(0)
+    size = (5 + spare_sections(config), 24 + 2 * border, 24 + 2 * border)
+    raw = rng.integers(0, 256, size, dtype=np.uint8)
+    for seed in range(20):
+        grey, labels = augment(
+            raw, raw.astype(np.uint32), shape, config, np.random.default_rng(seed)
+        )
+        assert grey.shape == labels.shape == shape
+        assert 0 <= grey.min() <= grey.max() <= 1
+
+
+def test_deleted_sections_are_gone_from_raw_and_labels() -> None:
+    config = STILL.model_copy(update={"deleted_sections": 1.0})
+    raw = np.repeat(np.arange(8, dtype=np.uint8), 16).reshape(8, 4, 4)
+    seen = set()
+    for seed in range(20):
+        left, labels = delete_sections(raw, raw + 100, config, np.random.default_rng(seed))
+        assert (labels == left + 100).all()
+        sections = left[:, 0, 0].tolist()
+        assert len(sections) == 6
+        assert sections == sorted(sections)
+        assert (sections[0], sections[-1]) == (0, 7)
+        seen.add(tuple(sections))
+    assert len(seen) > 5
+    never = config.model_copy(update={"deleted_sections": 1e-9})
+    left, _ = delete_sections(raw, raw, never, np.random.default_rng(0))
+    assert left[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert delete_sections(raw, raw, STILL, np.random.default_rng(0))[0] is raw
+
+
+def test_a_slip_may_turn_sections_with_their_labels() -> None:
+    config = STILL.model_copy(update={"misalignment": 1.0, "max_shift": 6, "rotation": 1.0})
+    plane = np.random.default_rng(1).integers(0, 256, (52, 52), dtype=np.uint8)
+    raw = np.repeat(plane[None], 6, 0)
+    turned = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        out, labels = misalign(raw, raw.astype(np.uint64) + 2**60, (6, 40, 40), config, rng)
+        assert (labels == out.astype(np.uint64) + 2**60).all()
+        still = (out == raw[:, 6:46, 6:46]).all(axis=(1, 2))
+        assert still[0]
+        turned += not still.all()
+        # The middle stays: a turn, not a shift.
+        assert (out[:, 19:21, 19:21] == plane[25:27, 25:27]).all()
+    assert turned >= 8
+
+
+def test_wide_parts_are_the_mean_of_their_section() -> None:
+    raw = np.random.default_rng(0).random((40, 30, 40), dtype=np.float32)
+    out = spoil(raw, STILL.model_copy(update={"wide_parts": 1.0}), np.random.default_rng(0))
+    changed = (out != raw).mean(axis=(1, 2))
+    assert 8 < np.count_nonzero(changed) < 32
+    np.testing.assert_allclose(changed[changed > 0], 0.42, atol=0.02)
+    for section, share in enumerate(changed):
+        if share:
+            filled = out[section][out[section] != raw[section]]
+            assert filled == pytest.approx(raw[section].mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("fault", ["blur", "motion_blur", "missing_part", "cut_blur", "cut_noise"])

@@ -95,10 +95,22 @@ def test_sampling_favours_small_instances_as_stated() -> None:
     masks = torch.zeros(2, 1, 10, 100)
     masks[0, 0, :, :90] = 1
     masks[1, 0, :, 90:] = 1
-    voxels, owners = sample_voxels(masks, 20000, 0.6, np.random.default_rng(0))
-    assert ((voxels % 100 >= 90) == (owners == 1)).all()
+    rng = np.random.default_rng(0)
+    first = [sample_voxels(masks, 1, 0.6, rng) for _ in range(4000)]
+    assert all((int(v) % 100 >= 90) == (int(owner) == 1) for v, owner in first)
     share = 100**0.4 / (100**0.4 + 900**0.4)
-    assert float((owners == 1).float().mean()) == pytest.approx(share, abs=0.015)
+    assert np.mean([int(owner) for _, owner in first]) == pytest.approx(share, abs=0.025)
+
+
+def test_sampling_takes_whole_voxels_once_each() -> None:
+    masks = torch.full((2, 1, 5, 8), 0.5)
+    masks[0, 0, :3], masks[1, 0, :3] = 1, 0
+    masks[1, 0, 4] = 0.25
+    voxels, owners = sample_voxels(masks, 1000, 0.6, np.random.default_rng(0))
+    assert sorted(voxels.tolist()) == list(range(32))  # the last row is claimed to three quarters
+    few, _ = sample_voxels(masks, 10, 0.6, np.random.default_rng(0))
+    assert few.tolist() == voxels[:10].tolist()
+    assert len(owners) == 32
 
 
 def test_targets_repeat_with_the_generator_and_survive_an_empty_crop() -> None:

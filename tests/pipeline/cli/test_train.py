@@ -45,6 +45,7 @@ def test_train_says_how_it_went_and_starts_from_a_checkpoint(
     assert "2 steps in" in said
     assert "of the time waiting for data" in said
     assert f"agq train {file} --resume" in said
+    assert "learning rate" not in said
     found = checkpoint.load(tmp_path / "run" / "model.safetensors").state_dict
     for key, value in network.named_parameters():
         torch.testing.assert_close(found[key], value.detach(), rtol=2e-3, atol=1e-4)
@@ -60,10 +61,12 @@ def test_train_makes_synthetic_volumes_and_goes_on_without_optional_ones(
     absent = {"container": str(tmp_path / "absent.zarr"), "optional": True}
     values = config_of(volume, tmp_path / "run").model_dump(mode="json")
     file = tmp_path / "train.yaml"
-    file.write_text(yaml.safe_dump(values | {"volumes": [made, absent], "validation": [absent]}))
+    plain = {"volumes": [made, absent], "validation": [absent], "optimizer": {}}
+    file.write_text(yaml.safe_dump(values | plain))
     result = CliRunner().invoke(app, ["train", str(file), "--max-steps", "1"])
     assert result.exit_code == 0, result.output
     assert result.stderr.count(f"{tmp_path / 'absent.zarr'} does not exist and is optional") == 2
+    assert "a step has 1 of 8 crops, and the published learning rate" in result.stderr
     labels = zarr.open_array(tmp_path / "s.zarr" / "labels", mode="r")
     assert labels.shape == (6, 48, 48)
     assert np.asarray(labels[:]).any()
