@@ -7,6 +7,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from funlib.geometry import Coordinate, Roi
 from agq.blockwise.volumes.find import find_array, sources_of
 from agq.blockwise.volumes.location import Location, locate
 from agq.blockwise.volumes.metadata import Metadata, join, multiscales, name_of, read_metadata
-from agq.blockwise.volumes.placement import place
+from agq.blockwise.volumes.placement import Numbers, numbers_of, place
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 
@@ -249,15 +250,35 @@ def open_levels(
 ) -> list[Volume]:
     """Open all resolution levels of a multiscale group, finest first, or the one array named.
 
-    Arguments and errors are those of `open_volume`.
+    Arguments and errors are those of `open_volume`; a voxel size is that of the finest level.
     """
     location = locate(path)
     metadata = read_metadata(location, join(dataset or ""))
     groups = [] if metadata is None else multiscales(metadata)
     if metadata is None or metadata.shape is not None or not groups:
         return [open_volume(path, dataset, **options)]
-    count = len(groups[0]["datasets"])
-    return [open_volume(path, dataset, level=level, **options) for level in range(count)]
+    levels = [open_volume(path, dataset, level=0, **options)]
+    size = options.pop("voxel_size", None)
+    first = _ome_scale(path, dataset, 0)
+    for level in range(1, len(groups[0]["datasets"])):
+        scale = _ome_scale(path, dataset, level)
+        if size is not None and first and scale:
+            # What is given is the voxel size of the finest level.
+            options["voxel_size"] = [
+                Decimal(str(number)) * scale[axis] / first[axis]
+                for number, axis in zip(size, levels[0]._axes, strict=True)
+            ]
+        options["unit"] = levels[0].unit
+        levels.append(open_volume(path, dataset, level=level, **options))
+    return levels
+
+
+def _ome_scale(path: str | os.PathLike[str], dataset: str | None, level: int) -> Numbers | None:
+    """Return the scale of a level, one number per axis, that counts as a ratio at least."""
+    for source in sources_of(*find_array(path, dataset, level)):
+        if source.needs_unit and source.voxel_size is not None:
+            return numbers_of(source.voxel_size, source.name)
+    return None
 
 
 def _require_one_channel(shape: Sequence[int], axes: Triple, where: str) -> None:

@@ -8,7 +8,7 @@ nanometres; in a smaller unit (``unit: pm``) it is exact.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, InvalidOperation
 from typing import Any
 
 from funlib.geometry import Coordinate
@@ -18,6 +18,9 @@ from agq.errors import InputError
 
 UNITS = ("nm", "angstrom", "pm")
 """Units in which world coordinates can be counted, the coarsest first."""
+
+PER_NANOMETRE = {"nm": 1, "angstrom": 10, "pm": 1000}
+"""How many of each unit are a nanometre."""
 
 AXES = ("z", "y", "x")
 
@@ -47,6 +50,8 @@ _PIXELS = ("pixel", "pixels", "voxel", "voxels", "px")
 
 # Metadata often went through binary floats (0.03 as 0.030000000000000002, or as a float32).
 _RELATIVE_ERROR = Decimal("1e-6")
+
+_SHOWN = Context(prec=12)
 
 # Larger numbers would not fit 64 bits.
 _LARGEST = Decimal(2**61)
@@ -465,4 +470,4 @@ def _same(one: Numbers, other: Numbers) -> bool:
 
 
 def _show(values: Numbers) -> str:
-    return "(" + ", ".join(f"{value.normalize():f}" for value in values) + ")"
+    return "(" + ", ".join(f"{value.normalize(_SHOWN):f}" for value in values) + ")"

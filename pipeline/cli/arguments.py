@@ -28,8 +28,11 @@ Settings = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def open_location(location: str, kind: "Kind", unit: str = "nm") -> "Volume":
+def open_location(location: str, kind: "Kind", unit: str | None) -> "Volume":
     """Open ``path``, ``path::dataset`` or a run folder (its segmentation), in a world unit.
+
+    Without a unit, the coarsest is taken in which the volume is exact. What of its place was
+    rounded is said.
 
     Raises
     ------
@@ -43,7 +46,10 @@ def open_location(location: str, kind: "Kind", unit: str = "nm") -> "Volume":
         return open_volume(
             RunFolder(Path(path)).container, "segmentation", level=0, kind=kind, unit=unit
         )
-    return open_volume(path, dataset or None, kind=kind, unit=unit)
+    volume = open_volume(path, dataset or None, kind=kind, unit=unit)
+    for note in volume.notes:
+        typer.echo(f"agq: {note}", err=True)
+    return volume
 
 
 def parse_triple(name: str, text: str, least: int | None = None) -> Triple:

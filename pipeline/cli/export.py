@@ -38,7 +38,13 @@ def precomputed(
             show_default=False,
         ),
     ] = None,
-    unit: Annotated[str, typer.Option(help="World unit: nm, angstrom or pm.")] = "nm",
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            help="World unit: nm, angstrom or pm; default: the first that is exact.",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes; default one per core.", show_default=False),

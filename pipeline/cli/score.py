@@ -51,7 +51,8 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
         # In the unit of the ROI and of what is scored.
         truth = open_location(location, "labels", config.input.raw.unit)
     elif config.evaluate is not None:
-        truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth")
+        unit = config.input.raw.unit
+        truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth", unit)
     else:
         raise InputError(f"{run.path}: its configuration names no truth; give --truth")
     if config.input.roi is None:
@@ -116,7 +117,7 @@ def evaluate(
     if trees is not None:
         runs = expected_run_length(trees, segments_at(labels, trees.nodes), tolerance=tolerance)
         plain["expected_run_length"] = runs.to_dict()
-        shown.append(runs.line(report.unit))
+        shown.append(runs.line())
     if plot is not None:
         plot_report(plot, report, single)
     text = json.dumps(plain, indent=1)
@@ -133,13 +134,21 @@ def _volumes(
     run: RunFolder, segmentation: str, groundtruth: str | None
 ) -> tuple["Volume", "Volume"]:
     """Open a segmentation and its truth, by default that of its run."""
+    from agq.blockwise.volumes.placement import UNITS
+
     if run.exists():
         truth = truth_of(run, groundtruth)
         return open_location(segmentation, "labels", truth.unit), truth
     if groundtruth is None:
         raise InputError(f"{segmentation} is not a run folder: name the truth as second argument")
-    truth = open_location(groundtruth, "labels")
-    return open_location(segmentation, "labels"), truth
+    volumes = [open_location(where, "labels", None) for where in (segmentation, groundtruth)]
+    # Both in the finer of the two units, in which both are exact.
+    unit = max((volume.unit for volume in volumes), key=UNITS.index)
+    labels, truth = (
+        volume if volume.unit == unit else open_location(where, "labels", unit)
+        for where, volume in zip((segmentation, groundtruth), volumes, strict=True)
+    )
+    return labels, truth
 
 
 def _view_commands(run: RunFolder, labels: "Volume", report: "EvaluationReport") -> Iterator[str]:
@@ -160,7 +169,7 @@ def skeletons(
     """Thin the objects of a truth to skeletons, for the expected run length."""
     from agq.pipeline.evaluate.skeletons import skeletonize
 
-    thinned = skeletonize(open_location(groundtruth, "labels"))
+    thinned = skeletonize(open_location(groundtruth, "labels", None))
     thinned.save(output)
     out.print(f"wrote {output}: {len(set(thinned.owner.tolist()))} skeletons", markup=False)
 

@@ -44,8 +44,8 @@ class VolumeSettings(Settings):
     """World position (z, y, x) of the first voxel in world units, where the file does not say."""
 
     unit: Literal["nm", "angstrom", "pm"] = "nm"
-    """World unit. World coordinates are whole numbers: a voxel of 4.2 nm needs `angstrom` (42)
-    or `pm`; every volume of a run uses the same unit."""
+    """Unit of `voxel_size` and `offset`. That of `input.raw` is the world unit of the run. World
+    coordinates are whole numbers: a voxel of 4.2 nm needs `angstrom` (42) or `pm`."""
 
 
 class RoiSettings(Settings):

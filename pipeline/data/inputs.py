@@ -1,12 +1,14 @@
 """The volumes and the region that a configuration names."""
 
 import hashlib
+from decimal import Decimal
 from pathlib import Path
 
 from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.volumes.open import Kind, Volume, open_volume
+from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Box, triple
 from agq.errors import InputError
 from agq.pipeline.config.schema import RoiSettings, VolumeSettings
@@ -14,22 +16,58 @@ from agq.pipeline.data.importer import import_volume, is_importable
 from agq.pipeline.folder import RunFolder
 
 
-def open_input(settings: VolumeSettings, run: RunFolder, kind: Kind, field: str) -> Volume:
+def open_input(
+    settings: VolumeSettings, run: RunFolder, kind: Kind, field: str, unit: str | None = None
+) -> Volume:
     """Open a configured volume; image files are imported into the run folder first.
+
+    Parameters
+    ----------
+    settings
+        The section that names it.
+    run
+        The run folder.
+    kind
+        What it is used for.
+    field
+        Name of the section.
+    unit
+        World unit of the run, if another volume decides it; the section's unit then is that of
+        the numbers in the section.
 
     Raises
     ------
     InputError
         With the configuration field in front.
     """
-    path, dataset = settings.path, settings.dataset
+    unit = unit or settings.unit
     try:
+        settings = _with_unit(settings, unit)
+        path, dataset = settings.path, settings.dataset
         if is_importable(path):
             path, dataset = str(_import_once(settings, run, kind)), kind
         placed = settings.model_dump(exclude={"path", "dataset"})
-        return open_volume(path, dataset, kind=kind, **placed)
+        for name in ("voxel_size", "offset"):
+            if placed[name] is not None:
+                placed[name] = [
+                    Decimal(number) * PER_NANOMETRE[unit] / PER_NANOMETRE[settings.unit]
+                    for number in placed[name]
+                ]
+        return open_volume(path, dataset, kind=kind, **placed | {"unit": unit})
     except InputError as error:
         raise InputError(f"{field}: {error}") from error.__cause__
+
+
+def _with_unit(settings: VolumeSettings, unit: str) -> VolumeSettings:
+    """Return the section with its unit settled: that of the run where it has no numbers."""
+    if settings.voxel_size is None and settings.offset is None:
+        return settings.model_copy(update={"unit": unit})
+    if settings.unit != unit and "unit" not in settings.model_fields_set:
+        raise InputError(
+            f"voxel_size and offset without a unit, in a run that counts in {unit}: set unit to "
+            "that of the numbers"
+        )
+    return settings
 
 
 def _import_once(settings: VolumeSettings, run: RunFolder, kind: Kind) -> Path:

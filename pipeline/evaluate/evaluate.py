@@ -25,6 +25,7 @@ from funlib.geometry import Coordinate
 
 from agq.blockwise.volumes.boxes import boxes, unordered
 from agq.blockwise.volumes.open import Volume
+from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule, Window, count_block
@@ -39,6 +40,8 @@ __all__ = [
     "count",
     "evaluate",
 ]
+
+_FILL_NANOMETRES = 150.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class CountOptions(TypedDict, total=False):
     block
         Voxels (z, y, x) counted at a time; bounds the memory and changes no figure.
     fill_distance
-        World units: a predicted 0 takes the nearest segment up to this distance for
+        World units, by default 150 nm: a predicted 0 takes the nearest segment within it for
         ``background_filled`` (ties go to the lower z, then y, then x); one further away stays 0
         and is counted in the report.
     ignore
@@ -91,7 +94,7 @@ class CountOptions(TypedDict, total=False):
 
 def count(segmentation: Volume, truth: Volume, **options: Unpack[CountOptions]) -> Counted:
     """Count the pairs of labels of two volumes, block by block; errors as for `evaluate`."""
-    fill_distance = options.get("fill_distance", 150.0)
+    fill_distance = options.get("fill_distance", _FILL_NANOMETRES * PER_NANOMETRE[truth.unit])
     on_progress = options.get("on_progress")
     window = _window(segmentation, truth, fill_distance, options.get("ignore") or BorderRule())
     blocks = boxes((0, 0, 0), window.shape, options.get("block", (32, 256, 256)))

@@ -19,6 +19,7 @@ from scipy.spatial import cKDTree
 
 from agq.blockwise.storage.arrays import load_arrays, save_arrays
 from agq.blockwise.volumes.open import Volume
+from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 
@@ -46,7 +47,7 @@ class Skeletons:
 
     @property
     def lengths(self) -> npt.NDArray[np.float64]:
-        """Length of each edge in world units."""
+        """Length of each edge in nanometres."""
         a, b = self.nodes[self.edges[:, 0]], self.nodes[self.edges[:, 1]]
         return np.asarray(np.linalg.norm(a - b, axis=1))
 
@@ -86,8 +87,7 @@ def skeletonize(truth: Volume) -> Skeletons:
     ids, compact = np.unique(labels, return_inverse=True)
     compact = compact.reshape(labels.shape).astype(np.int32) + (ids[0] != 0)
     ids = ids[ids != 0]
-    size = np.array([int(v) for v in truth.voxel_size], float)
-    corner = np.array([int(v) for v in truth.offset], float)
+    size, corner = _nanometres(truth)
     parts = []
     for number, box in enumerate(ndimage.find_objects(compact), 1):
         # A border of zeros: thinning treats the end of its array as inside.
@@ -102,6 +102,13 @@ def skeletonize(truth: Volume) -> Skeletons:
     if not parts:
         raise InputError(f"{truth.name}: no object is long enough for a skeleton")
     return Skeletons.merge(parts)
+
+
+def _nanometres(volume: Volume) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return voxel size and offset, (z, y, x): skeletons name no unit, whatever a run counts in."""
+    scale = PER_NANOMETRE[volume.unit]
+    size = np.array([int(v) for v in volume.voxel_size]) / scale
+    return size, np.array([int(v) for v in volume.offset]) / scale
 
 
 def _tree(voxels: npt.NDArray[np.int64], size: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
@@ -120,7 +127,7 @@ def _tree(voxels: npt.NDArray[np.int64], size: npt.NDArray[np.float64]) -> npt.N
 def read_skeletons(path: Path) -> Skeletons:
     """Read an npz file of `Skeletons.save`, an SWC file, or a folder of SWC files.
 
-    SWC coordinates (x, y, z) are world units; each file is one skeleton.
+    SWC coordinates (x, y, z) are nanometres; each file is one skeleton.
 
     Raises
     ------
@@ -165,9 +172,9 @@ def _swc(file: Path, number: int) -> Skeletons:
 def segments_at(
     volume: Volume, nodes: npt.NDArray[np.float64], block: Triple = (32, 256, 256)
 ) -> Labels:
-    """Look up the label at world positions, reading each touched block once; 0 outside."""
-    size = np.array([int(v) for v in volume.voxel_size])
-    voxels = np.floor((nodes - np.array([int(v) for v in volume.offset])) / size).astype(np.int64)
+    """Look up the label at places in nm, reading each touched block once; 0 outside."""
+    size, corner = _nanometres(volume)
+    voxels = np.floor((nodes - corner) / size).astype(np.int64)
     inside = ((voxels >= 0) & (voxels < volume.shape)).all(1)
     segments = np.zeros(len(nodes), np.uint64)
     rows = np.flatnonzero(inside)
@@ -191,7 +198,7 @@ class RunLength:
     Attributes
     ----------
     expected
-        World units; 0 is worst.
+        Nanometres; 0 is worst.
     possible
         What a perfect segmentation would reach: the mean length of a skeleton, by length.
     total
@@ -222,7 +229,7 @@ class RunLength:
         """Return it in JSON types."""
         return dict(vars(self))
 
-    def line(self, unit: str) -> str:
+    def line(self, unit: str = "nm") -> str:
         """Return a line for people."""
         return (
             f"expected run length {self.expected:,.0f} of {self.possible:,.0f} {unit} "

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from agq.blockwise.volumes.open import Volume, open_volume
+from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.errors import InputError
 
 LIMIT: Final = 1.5
 """Largest ratio of voxel sizes, on any axis, at which a network is used unasked."""
 
-_PER_NANOMETRE: Final = {"nm": 1, "angstrom": 10, "pm": 1000}
 _MOST_LEVELS: Final = 16
 
 Size = tuple[float, float, float]
@@ -17,7 +17,7 @@ Size = tuple[float, float, float]
 
 def nanometres(volume: Volume) -> Size:
     """Return the voxel size of a volume, (z, y, x), in nanometres."""
-    z, y, x = (int(size) / _PER_NANOMETRE[volume.unit] for size in volume.voxel_size)
+    z, y, x = (int(size) / PER_NANOMETRE[volume.unit] for size in volume.voxel_size)
     return z, y, x
 
 

@@ -185,12 +185,7 @@ def _open_beside(
     """Open an optional volume that lies in the same world as the raw one."""
     if settings is None:
         return None
-    volume = open_input(settings, run, kind, field)
-    if volume.unit != raw.unit:
-        raise InputError(
-            f"{field}.unit: {volume.unit} differs from input.raw.unit {raw.unit}; use one unit"
-        )
-    return volume
+    return open_input(settings, run, kind, field, raw.unit)
 
 
 def _check_fit(config: Config, raw: Volume, trained: Size | None, *, goes_on: bool) -> list[str]:

@@ -175,6 +175,6 @@ def config_layers(config: Config) -> list[Layer]:
         *run_layers(run.container, raw.unit),
     ]
     if config.evaluate is not None:
-        truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth")
+        truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth", raw.unit)
         layers.append(volume_layer("truth", truth, "segmentation", visible=False))
     return layers

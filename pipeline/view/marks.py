@@ -8,11 +8,9 @@ import numpy as np
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
+from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
-
-NANOMETRES: Final = {"nm": 1.0, "angstrom": 0.1, "pm": 0.001}
-"""Nanometres per world unit."""
 
 MAX_BOXES: Final = 2000
 """Borders are drawn for this many blocks nearest to the start position: the browser loads the
@@ -65,7 +63,7 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
         grid = BlockGrid.from_dict(record["identity"]["grid"])
     except (InputError, KeyError):
         return []
-    size = tuple(float(v) * NANOMETRES[unit] for v in grid.voxel_size)
+    size = tuple(float(v) / PER_NANOMETRE[unit] for v in grid.voxel_size)
     marks = [_blocks(grid, size, at), _failed(run, grid, size)]
     report = record["stages"].get("evaluate", {}).get("report") or {}
     for name, colour in (("mergers", "#ff4d4d"), ("splits", "#ffd24d")):

@@ -14,11 +14,12 @@ import numpy as np
 import typer
 from funlib.geometry import Coordinate
 
+from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.view.layers import Layer, LazyVolume, config_layers
-from agq.pipeline.view.marks import NANOMETRES, Marks, run_marks
+from agq.pipeline.view.marks import Marks, run_marks
 
 try:
     import neuroglancer
@@ -187,7 +188,7 @@ def _require_port(host: str, port: int) -> None:
 
 
 def _nanometres(layer: Layer, values: Coordinate) -> list[float]:
-    return [float(value) * NANOMETRES[layer.unit] for value in values]
+    return [float(value) / PER_NANOMETRE[layer.unit] for value in values]
 
 
 def layer_transform(layer: Layer, *, sized: bool = False) -> Any:

@@ -18,7 +18,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from agq.blockwise.journal.writer import Journal, run_journalled
 from agq.blockwise.stitch.steps import Progress, StitchError, Task, Workers, digest
 from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
+from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 
@@ -41,7 +41,6 @@ _MOST_VOXELS = 2**23
 _BATCH = 64
 """Most boxes of a task."""
 
-_NM = {"nm": Decimal(1), "angstrom": Decimal("0.1"), "pm": Decimal("0.001")}
 _IMAGES = ("uint8", "uint16", "float32")
 _BLOCK = [8, 8, 8]
 _FOLDER = ".agq-export"
@@ -366,5 +365,5 @@ def number(value: float) -> str:
 
 
 def _nm(values: Any, unit: str) -> tuple[float, float, float]:
-    z, y, x = (float(int(v) * _NM[unit]) for v in values)
+    z, y, x = (int(v) / PER_NANOMETRE[unit] for v in values)
     return z, y, x

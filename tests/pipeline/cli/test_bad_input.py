@@ -287,3 +287,19 @@ def test_the_first_items_of_a_command_were_not_there_before(main, tmp_path):
     code, _, err = main("synthetic", tmp_path / "s.zarr", "--shape", "8,64,64")
     assert code == 0, err
     assert "done before" not in err
+
+
+def test_volumes_of_fractional_nanometres_are_scored_without_being_asked(main, tmp_path):
+    truth = np.arange(1, 9, dtype=np.uint32).reshape(2, 2, 2).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+    for name, place in (
+        ("truth", {"voxel_size": (300, 42, 42), "unit": "angstrom"}),
+        ("labels", {"voxel_size": (30000, 4200, 4200), "offset": (0, 0, 4200), "unit": "pm"}),
+        ("other", {"voxel_size": (30, 4, 4)}),
+    ):
+        write_volume(tmp_path / "v.zarr", name, truth, **place)
+    labels, other = (f"{tmp_path}/v.zarr::{name}" for name in ("labels", "other"))
+    code, text, err = main("evaluate", labels, f"{tmp_path}/v.zarr::truth", "--json")
+    assert code == 0, err
+    assert json.loads(text)["voxels"] == 8 * 8 * 7
+    code, _, err = main("evaluate", other, f"{tmp_path}/v.zarr::truth")
+    assert (code, "voxel sizes differ" in err) == (2, True)

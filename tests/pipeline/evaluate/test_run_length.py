@@ -23,7 +23,7 @@ from agq.pipeline.evaluate.skeletons import (
 from agq.pipeline.evaluate.sweep import Point
 from agq.pipeline.folder import RunFolder
 from tests.helpers.fragments import GRID, box, make_run, write_run
-from tests.helpers.runs import stored
+from tests.helpers.runs import stored, write_volume
 
 
 def line(owner: int, nodes: int, step: float, y: float) -> Skeletons:
@@ -139,3 +139,27 @@ def test_blocks_are_scored_alone_against_pieces(tmp_path: Path) -> None:
     plot_curves(tmp_path / "b.png", curve, curve[:1])
     for file in (tmp_path / "plots" / "a.png", tmp_path / "b.png"):
         assert file.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_skeletons_and_filling_count_in_nanometres_in_any_unit(tmp_path: Path) -> None:
+    truth = np.zeros((6, 24, 40), np.uint32)
+    truth[1:4, 3:8, 2:38], truth[2:5, 14:19, 2:38] = 3, 4
+    labels = truth.copy()
+    labels[:, :, 20:22] = 0  # is filled within 150 nm
+    lines, figures = set(), set()
+    for unit, scale in (("nm", 1), ("pm", 1000)):
+        place = {"voxel_size": [30 * scale, 6 * scale, 6 * scale], "unit": unit}
+        place["offset"] = [60 * scale, 0, 12 * scale]
+        write_volume(tmp_path / unit, "truth", truth, **place)
+        write_volume(tmp_path / unit, "labels", labels, **place)
+        made, segments = (
+            open_volume(tmp_path / unit, name, kind="labels", unit=unit)
+            for name in ("truth", "labels")
+        )
+        report = expected_run_length(trees := skeletonize(made), segments_at(made, trees.nodes))
+        lines.add(report.line())
+        scores = evaluate(segments, made)
+        figures.add((scores.background_filled.voi_sum, scores.unfilled))
+    assert lines.pop().startswith("expected run length 2")
+    assert not lines
+    assert figures == {(0, 0)}
