@@ -57,7 +57,8 @@ def run_ours(weights: Path) -> Callable[[np.ndarray], tuple[dict, dict]]:
         assign_voxels,
         connected_labels,
         decode,
-        quantised_affinities,
+        quantised,
+        resized_affinities,
         seeds_of,
     )
     from agq.model.predictor import AGQPredictor, normalised
@@ -90,7 +91,8 @@ def run_ours(weights: Path) -> Callable[[np.ndarray], tuple[dict, dict]]:
             return channels
 
         channels = stage("masks to labels", to_labels)
-        affinities = stage("affinities", quantised_affinities, maps.affinity_logits, size)
+        logits = maps.affinity_logits
+        affinities = stage("affinities", lambda: quantised(resized_affinities(logits, size)))
         return {"channels": channels, "affinities": affinities}, seconds
 
     return run

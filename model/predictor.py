@@ -23,7 +23,7 @@ from agq.model.decode.inference import (
     connected_labels,
     decode,
     dense_maps,
-    quantised_affinities,
+    quantised,
     seeds_of,
 )
 from agq.model.decode.split import split_at_membranes
@@ -232,11 +232,8 @@ class AGQPredictor:
         return assign_voxels(decoded.head, features, decoded.size, self.config.min_mass)
 
     def _affinities(self, decoded: _Decoded) -> np.ndarray:
-        logits = decoded.maps.affinity_logits
-        if self.config.flips == "none":
-            return quantised_affinities(logits, decoded.size)
-        mean = flipped_affinities(logits, self._affinity_logits, decoded.image, self.config.flips)
-        return mean.mul_(255).round_().to(torch.uint8).cpu().numpy()
+        logits, flips = decoded.maps.affinity_logits, self.config.flips
+        return quantised(flipped_affinities(logits, self._affinity_logits, decoded.image, flips))
 
     def _affinity_logits(self, image: torch.Tensor) -> torch.Tensor:
         if self.lean is not None:

@@ -50,6 +50,11 @@ SUBSTITUTES = {
     "/path/to/folder": "em",
     "agq train configs/train-fib25.yaml": "agq train configs/train-fib25.yaml --max-steps 2",
 }
+# Pages with Python, and what stands before their blocks.
+PYTHON = {
+    "docs/api.md": "",
+    "agq/README.md": "import numpy\n\nraw = numpy.load('data/sections.npy')[:16]\n",
+}
 CI = ".ci/run"
 IMAGE = "tests/packaging/test_image.py::"
 COMPOSE = "tests/packaging/test_containers.py::test_a_real_parser_accepts_the_compose_file"
@@ -124,6 +129,17 @@ def test_every_command_of_every_page_is_run_somewhere() -> None:
         assert f"\nmake {target}\n" in ci
 
 
+def test_every_page_with_python_is_run() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")]
+    found = {str(page.relative_to(ROOT)) for page in pages if python_blocks(page)}
+    # That page cuts data, which are not ours, into parts; the test of its commands makes such.
+    assert found == {*PYTHON, "docs/evaluation.md"}
+
+
+def python_blocks(page: Path) -> list[str]:
+    return [body for _, kind, body in fences(page) if kind == "python"]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder as the pages see it: templates, a bin with agq."""
@@ -180,9 +196,9 @@ def test_the_pages_run_as_written(folder: Path, mongo_uri: str) -> None:
             for line in commands(kind, body) if kind in ("sh", "console") else ():
                 if elsewhere(page, line) is None:
                     run(line, folder, variables)
-    for _, kind, body in fences(ROOT / "docs" / "api.md"):
-        if kind == "python":
-            (folder / "script.py").write_text(body)
+    for page, given in PYTHON.items():
+        for body in python_blocks(ROOT / page):
+            (folder / "script.py").write_text(given + body)
             run(f"{sys.executable} script.py", folder, variables)
     assert (folder / "small.html").stat().st_size > 10_000
     assert (folder / "www" / "small" / "info").is_file()

@@ -23,7 +23,6 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from agq.blockwise.journal.reader import Journal, compact
@@ -158,12 +157,7 @@ class JournalWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close("end" if kind is None else kind.__name__)
 
     def _append(self, event: str, data: dict[str, Any]) -> None:

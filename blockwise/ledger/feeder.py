@@ -96,12 +96,6 @@ class LedgerFeeder:
         """Start delivering."""
         self._thread.start()
 
-    def update_run(self, **fields: Any) -> None:
-        """Set fields of the run's document (``state``, ``finished``, ...), soon."""
-        with self._lock:
-            self._fields |= mask_secrets(fields)
-        self._wake.set()
-
     def update_stage(self, stage: str, **fields: Any) -> None:
         """Set fields of a stage in the run's document (``state``, ``blocks_total``), soon."""
         with self._lock:

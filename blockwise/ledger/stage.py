@@ -108,31 +108,33 @@ class StageFeed:
         newest: dict[int, tuple[Order, _Make]] = {}
         failed: defaultdict[int, list[Attempt]] = defaultdict(list)
         for event in self._batch:
+            if event.kind not in ("begin", "block"):
+                continue
             try:
-                block, order, make = self._update_of(event)
-                if event.kind == "block" and event.data["state"] == "failed":
-                    worker = self._journal.workers.get(event.token)
-                    failed[block].append((event.record, worker.info if worker else None))
+                block, order, make = self._update_of(event, failed)
             except (BadLineError, KeyError, TypeError, ValueError):
                 continue
-            if block >= 0 and (block not in newest or newest[block][0] < order):
+            if block not in newest or newest[block][0] < order:
                 newest[block] = order, make
         updates = [make(earlier=failed.get(block, ())) for block, (_, make) in newest.items()]
         for start in range(0, len(updates), _BULK):
             self.refused += self._ledger.write("blocks", updates[start : start + _BULK])
 
-    def _update_of(self, event: Event) -> tuple[int, Order, _Make]:
+    def _update_of(
+        self, event: Event, failed: defaultdict[int, list[Attempt]]
+    ) -> tuple[int, Order, _Make]:
+        """Return block, order and update of an event; note a failed attempt."""
         worker = self._journal.workers.get(event.token)
         info = worker.info if worker else None
         where = self._run, self.name
-        if event.kind == "block":
-            record = event.record
-            return record.block, record.order, partial(block_update, *where, record, info)
         if event.kind == "begin":
             block, attempt = int(event.data["block"]), int(event.data.get("attempt", 1))
             begun = Order(BlockState.OPEN, event.time, attempt, event.token)
             return block, begun, partial(begin_update, *where, block, begun, info)
-        return -1, Order(BlockState.OPEN, 0.0, 0, ""), partial(UpdateOne, {}, {})
+        record = event.record
+        if record.state == "failed":
+            failed[record.block].append((record, info))
+        return record.block, record.order, partial(block_update, *where, record, info)
 
     def _send_workers(self) -> None:
         files = {event.file: event.token for event in self._batch}

@@ -237,23 +237,16 @@ def _replace_winners(winners: Tensor, upsampler: Upsampler, head: MaskHead, kept
                 flat[again[part]] = channels[first_equal(logits, logits.amax(0))].to(flat.dtype)
 
 
-def quantised_affinities(logits: Tensor, size: tuple[int, int, int]) -> np.ndarray:
-    """Return affinities (3, z, y, x) as uint8, rint(a * 255): sigmoid at P1, then resizing.
-
-    ``logits`` are float32 (3, z1, y1, x1).
-    """
-    upsampler = Upsampler(torch.sigmoid(logits).permute(1, 2, 3, 0).contiguous(), size)
-    out = torch.empty((size[0], size[1], size[2], 3), dtype=torch.uint8, device=logits.device)
-    for z in range(size[0]):
-        out[z] = upsampler.section(z).mul(255).round_()
-    return np.ascontiguousarray(out.permute(3, 0, 1, 2).cpu().numpy())
-
-
 def resized_affinities(logits: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Return affinities (3, z, y, x) as float32: what `quantised_affinities` rounds."""
+    """Return affinities float32 (3, z, y, x) of logits (3, z1, y1, x1): sigmoid, then resizing."""
     upsampler = Upsampler(torch.sigmoid(logits).permute(1, 2, 3, 0).contiguous(), size)
     sections = [upsampler.section(z) for z in range(size[0])]
     return torch.stack(sections).permute(3, 0, 1, 2).contiguous()
+
+
+def quantised(affinities: Tensor) -> np.ndarray:
+    """Return affinities in [0, 1] as uint8, rint(a * 255); the tensor given is used up."""
+    return affinities.mul_(255).round_().to(torch.uint8).cpu().numpy()
 
 
 def affinity_logits(model: AGQ, image: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Scores of an exported checkpoint on held-out blocks, through the same path users run."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage, sparse
+from scipy import ndimage
+from skimage import metrics
 
 from agq.model.predictor import AGQPredictor
 from agq.model.training.config import TrainConfig
@@ -49,26 +51,12 @@ class Score:
 def adapted_rand_error(labels: np.ndarray, truth: np.ndarray) -> float:
     """Return 1 - F of the Rand precision and recall (Arganda-Carreras et al. 2015).
 
-    Label 0 of the truth is ignored; a predicted 0 counts as one segment, as in scikit-image.
-
-    Parameters
-    ----------
-    labels, truth : numpy.ndarray
-        Integer arrays of one shape.
+    Label 0 of the truth is ignored; a predicted 0 counts as one segment. Without two voxels of one
+    label there is no error.
     """
-    inside = truth > 0
-    if not inside.any():
-        return 0.0
-    rows = np.unique(truth[inside], return_inverse=True)[1]
-    columns = np.unique(labels[inside], return_inverse=True)[1]
-    table = sparse.coo_matrix((np.ones(len(rows)), (rows, columns))).tocsr()
-    n = table.sum()
-    pairs = table.multiply(table).sum() - n
-    of_truth = np.square(table.sum(1)).sum() - n
-    of_labels = np.square(table.sum(0)).sum() - n
-    if of_truth + of_labels == 0:
-        return 0.0
-    return float(1.0 - 2.0 * pairs / (of_truth + of_labels))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = float(metrics.adapted_rand_error(truth, labels)[0])
+    return 0.0 if math.isnan(error) else error
 
 
 def fill_background(labels: np.ndarray, voxel_size: tuple[float, float, float]) -> np.ndarray:
@@ -108,39 +96,29 @@ class Validator:
     def score(self, checkpoint: Path) -> Score:
         """Run a checkpoint over all blocks and compare with the truth."""
         predictor = AGQPredictor(checkpoint, device=self.config.device)
-        rows = []
+        scores: list[dict[str, float]] = []
         by_volume: dict[str, list[float]] = {}
         self.samples = []
         for name, raw, truth in self.blocks:
             (prediction,) = predictor.predict([raw])
-            labels = prediction.labels
+            labels, affinities = prediction.labels, prediction.affinities
             filled = fill_background(labels, self.config.network.spacing)
-            error = adapted_rand_error(filled, truth)
             if name not in by_volume:
-                arrays = (raw, truth, labels, prediction.affinities)
-                names = ("raw", "truth", "prediction", "affinities")
-                self.samples.append(dict(zip(names, arrays, strict=True)))
-            by_volume.setdefault(name, []).append(error)
-            rows.append(
-                (
-                    error,
-                    adapted_rand_error(labels, truth),
-                    float((labels == 0).mean()),
-                    prediction.n_labels,
-                    len(np.unique(truth)) - 1,
-                    _affinity_accuracy(prediction.affinities, truth),
-                )
+                arrays = {"prediction": labels, "affinities": affinities}
+                self.samples.append({"raw": raw, "truth": truth, **arrays})
+            scores.append(
+                {
+                    "error": adapted_rand_error(filled, truth),
+                    "error_as_is": adapted_rand_error(labels, truth),
+                    "background": float((labels == 0).mean()),
+                    "labels": prediction.n_labels,
+                    "truth": len(np.unique(truth)) - 1,
+                    "affinity_accuracy": _affinity_accuracy(affinities, truth),
+                }
             )
-        error, as_is, background, n_labels, true_labels, accuracy = (
-            float(value) for value in np.mean(np.array(rows, dtype=np.float64), axis=0)
-        )
+            by_volume.setdefault(name, []).append(scores[-1]["error"])
         return Score(
-            error=error,
-            error_as_is=as_is,
-            background=background,
-            labels=n_labels,
-            truth=true_labels,
-            affinity_accuracy=accuracy,
+            **{key: float(np.mean([score[key] for score in scores])) for key in scores[0]},
             by_volume={name: float(np.mean(errors)) for name, errors in by_volume.items()},
         )
 

@@ -25,6 +25,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace a value of the file: section.field=value (repeatable)."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

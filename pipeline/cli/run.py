@@ -7,17 +7,13 @@ from typing import Annotated
 
 import typer
 
-from agq.pipeline.cli.arguments import AsJson, ConfigFile, Settings, parse_triple
+from agq.pipeline.cli.arguments import AsJson, ConfigFile, Overwrite, Settings, parse_triple
 from agq.pipeline.cli.main import EXIT_FAILED
 from agq.pipeline.config.schema import load_config
 from agq.terminal import console
 
 out = console()
 err = console(stderr=True)
-
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
-]
 
 
 def run(config: ConfigFile, overwrite: Overwrite = False, settings: Settings = None) -> None:

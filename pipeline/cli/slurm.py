@@ -14,7 +14,7 @@ from agq.blockwise.journal.writer import Journal, JournalTail
 from agq.blockwise.predict.paths import log_name, log_path
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.errors import InputError
-from agq.pipeline.cli.arguments import RunDir, watched
+from agq.pipeline.cli.arguments import ConfigFile, Overwrite, RunDir, Settings, watched
 from agq.pipeline.config.schema import Config, masked
 from agq.pipeline.config.schema import load_config as read_config
 from agq.pipeline.slurm import check, client, jobs
@@ -29,7 +29,7 @@ StageOption = Annotated[
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)],
+    config: ConfigFile,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")
     ] = False,
@@ -38,13 +38,8 @@ def submit(
         Literal["predict"] | None,
         typer.Option("--after", help="With --stage stitch: wait for the prediction in the queue."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
-    ] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Replace a value of the file: section.field=value."),
-    ] = None,
+    overwrite: Overwrite = False,
+    settings: Settings = None,
 ) -> None:
     """Start a run on a SLURM cluster: a coordinator, workers, and the stitch after them."""
     loaded = read_config(config, settings)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agq.errors import InputError
-from agq.pipeline.cli.arguments import parse_triple
+from agq.pipeline.cli.arguments import Settings, parse_triple
 from agq.pipeline.config.recorded import read_target
 from agq.terminal import console
 
@@ -68,10 +68,6 @@ Channels = Annotated[
     str | None,
     _option(help="With --fragments: channels of the affinities on z, y and x; default 0,1,2."),
 ]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Replace a value: section.field=value (repeatable)."),
-]
 
 
 def stitch(
@@ -85,7 +81,7 @@ def stitch(
     voxel_size: VoxelSize = None,
     unit: Unit = None,
     channels: Channels = None,
-    settings: Changes = None,
+    settings: Settings = None,
 ) -> None:
     """Join the blocks of a finished prediction into one segmentation with its pyramid.
 

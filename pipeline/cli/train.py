@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from agq.pipeline.cli.arguments import AsJson, ConfigFile, Settings
+from agq.terminal import console
 
 checkpoint_app = typer.Typer(
     no_args_is_help=True, help="Look at checkpoints, convert or average them."
 )
 
-out = Console(highlight=False)
+out = console()
 
 PUBLISHED_CROPS = 8
 """Crops in a step of the published training, one on each GPU."""
@@ -21,7 +23,7 @@ CheckpointFile = Annotated[str, typer.Argument(help="Checkpoint, ours or publish
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)],
+    config: ConfigFile,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last state in the output folder.")
@@ -30,10 +32,7 @@ def train(
         Path | None,
         typer.Option(help="Checkpoint, ours or published, to start from (fine-tuning)."),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Replace a value of the file: section.field=value."),
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Train the network on annotated volumes; under torchrun on several GPUs."""
     from agq.model.training.config import TrainConfig
@@ -49,7 +48,7 @@ def train(
 
     def say(line: str) -> None:
         if ranks.first:
-            Console(stderr=True).print(f"agq: {line}", soft_wrap=True, markup=False)
+            console(stderr=True).print(f"agq: {line}", markup=False)
 
     plan = ready(plan, say, alone=ranks.size == 1)
     crops = plan.batch_size * ranks.size
@@ -66,7 +65,6 @@ def train(
     out.print(
         f"{report.step} steps in {report.minutes:.1f} min, {report.waiting:.1%} of the time "
         f"waiting for data{error}: {report.export}",
-        soft_wrap=True,
         markup=False,
     )
     if not report.finished:
@@ -76,10 +74,7 @@ def train(
 
 
 @checkpoint_app.command("show")
-def show(
-    checkpoint: CheckpointFile,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
-) -> None:
+def show(checkpoint: CheckpointFile, as_json: AsJson = False) -> None:
     """Print what a checkpoint is: configuration, where it comes from, size and checksum."""
     from agq.model.checkpoint import load, resolve
 
@@ -100,9 +95,9 @@ def show(
         if isinstance(value, dict):
             out.print(f"{key}:" if value else f"{key}: none recorded")
             for name, entry in value.items():
-                out.print(f"  {name}: {entry}", soft_wrap=True, markup=False)
+                out.print(f"  {name}: {entry}", markup=False)
         else:
-            out.print(f"{key}: {value}", soft_wrap=True, markup=False)
+            out.print(f"{key}: {value}", markup=False)
 
 
 @checkpoint_app.command("convert")
@@ -125,7 +120,7 @@ def convert(
         size = {"voxel_size": voxel_size.split(",")}
         config = type(config).from_values(config.model_dump() | size, "--voxel-size")
     save(output, loaded.state_dict, config, {**loaded.provenance, **origin}, half=half)
-    out.print(f"wrote {output}", soft_wrap=True, markup=False)
+    out.print(f"wrote {output}", markup=False)
 
 
 @checkpoint_app.command("average")
@@ -139,7 +134,7 @@ def average(
 
     _refuse_existing(output)
     write_average(checkpoints, output, half=half)
-    out.print(f"wrote {output}", soft_wrap=True, markup=False)
+    out.print(f"wrote {output}", markup=False)
 
 
 def _refuse_existing(output: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger, LedgerSettings
-    from agq.pipeline.status.run_status import QueueStatus, RunStatus
+    from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of block progress.")
 
@@ -155,42 +156,37 @@ def prometheus(status: "RunStatus") -> str:
     """Write the state of a run in Prometheus' text format."""
     lines: list[str] = []
 
-    def metric(name: str, kind: str, text: str, values: list[tuple[dict[str, str], float]]) -> None:
+    def metric(name: str, text: str, values: Iterable[tuple[dict[str, str], float | None]]) -> None:
         lines.append(f"# HELP agq_{name} {text}")
-        lines.append(f"# TYPE agq_{name} {kind}")
+        lines.append(f"# TYPE agq_{name} gauge")
         for labels, value in values:
-            given = {"run": status.name, **labels}
-            inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in given.items())
-            lines.append(f"agq_{name}{{{inner}}} {float(value)!r}")
+            if value is not None:
+                given = {"run": status.name, **labels}
+                inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in given.items())
+                lines.append(f"agq_{name}{{{inner}}} {float(value)!r}")
 
-    stages = status.stages
-    metric(
-        "run_running", "gauge", "1 while a coordinator lives.", [({}, status.state == "running")]
+    def stages(name: str, text: str, value: "Callable[[StageStatus], float | None]") -> None:
+        metric(name, text, [({"stage": s.name}, value(s)) for s in status.stages])
+
+    def by_state(
+        name: str, text: str, states: tuple[str, ...], value: "Callable[[StageStatus, str], float]"
+    ) -> None:
+        pairs = [(s, state) for s in status.stages for state in states]
+        metric(name, text, [({"stage": s.name, "state": x}, value(s, x)) for s, x in pairs])
+
+    metric("run_running", "1 while a coordinator lives.", [({}, status.state == "running")])
+    by_state("blocks", "Blocks by state.", ("done", "skipped", "failed", "running"), getattr)
+    stages("blocks_total", "Blocks of the stage.", lambda s: s.blocks_total or None)
+    stages("voxels_done", "Voxels of the done blocks.", lambda s: s.voxels)
+    stages("voxels_per_second", "Over the last minute.", lambda s: s.voxels_per_s_now)
+    stages("eta_seconds", "Time left at the present rate.", lambda s: s.eta_s)
+    by_state(
+        "workers",
+        "Workers that have not ended.",
+        ("running", "silent"),
+        lambda s, state: sum(worker.state == state for worker in s.workers),
     )
-    states = ("done", "skipped", "failed", "running")
-    blocks = [
-        ({"stage": s.name, "state": state}, float(getattr(s, state)))
-        for s in stages
-        for state in states
-    ]
-    metric("blocks", "gauge", "Blocks by state.", blocks)
-    totals = [({"stage": s.name}, float(s.blocks_total)) for s in stages if s.blocks_total]
-    metric("blocks_total", "gauge", "Blocks of the stage.", totals)
-    voxels = [({"stage": s.name}, float(s.voxels)) for s in stages]
-    metric("voxels_done", "gauge", "Voxels of the done blocks.", voxels)
-    rates = [
-        ({"stage": s.name}, s.voxels_per_s_now) for s in stages if s.voxels_per_s_now is not None
-    ]
-    metric("voxels_per_second", "gauge", "Over the last minute.", rates)
-    etas = [({"stage": s.name}, s.eta_s) for s in stages if s.eta_s is not None]
-    metric("eta_seconds", "gauge", "Time left at the present rate.", etas)
-    workers = [
-        ({"stage": s.name, "state": state}, float(sum(w.state == state for w in s.workers)))
-        for s in stages
-        for state in ("running", "silent")
-    ]
-    metric("workers", "gauge", "Workers that have not ended.", workers)
-    metric("updated_seconds", "gauge", "When this was true.", [({}, status.updated)])
+    metric("updated_seconds", "When this was true.", [({}, status.updated)])
     return "\n".join(lines) + "\n"
 
 

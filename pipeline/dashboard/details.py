@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +12,7 @@ import yaml
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.records import BlockState
 from agq.pipeline.status.failures import error_kind
-from agq.pipeline.status.run_status import Failure, StageStatus, WorkerStatus
+from agq.pipeline.status.run_status import Failure, StageStatus
 
 _BINS: Final = 120
 _MAX_GROUPS: Final = 50
@@ -68,41 +67,19 @@ def worker_rows(
     usual_s
         Median seconds of a block, 0 if unknown.
     """
-    rates = {w.name: w.done / max(w.last - w.started, 1e-3) for w in stage.workers}
-    typical = {
-        device: median(rates[w.name] for w in stage.workers if w.device == device and w.done > 4)
-        for device in {w.device for w in stage.workers if w.done > 4}
-    }
     rows = []
     for worker in stage.workers:
         held = max(0.0, now - begun[worker.name]) if worker.name in begun else None
-        rows.append(
-            worker.model_dump(mode="json")
-            | {
-                "rate": rates[worker.name],
-                "held_s": held,
-                "lags": _lags(worker, rates[worker.name], typical, held, usual_s),
-            }
-        )
+        lags = None
+        if worker.state == "silent":
+            lags = "silent"
+        elif worker.state == "running" and held and usual_s and held > max(30.0, 5 * usual_s):
+            lags = f"a block takes {held / usual_s:.0f} times the usual"
+        elif worker.slow:
+            lags = "less than half the usual rate"
+        more = {"rate": worker.blocks_per_s, "held_s": held, "lags": lags}
+        rows.append(worker.model_dump(mode="json") | more)
     return rows
-
-
-def _lags(
-    worker: WorkerStatus,
-    rate: float,
-    typical: dict[str, float],
-    held: float | None,
-    usual_s: float,
-) -> str | None:
-    if worker.state == "ended":
-        return None
-    if worker.state == "silent":
-        return "silent"
-    if held is not None and usual_s > 0 and held > max(30.0, 5 * usual_s):
-        return f"a block takes {held / usual_s:.0f} times the usual"
-    if worker.done > 4 and rate < typical.get(worker.device, 0.0) / 2:
-        return "less than half the usual rate"
-    return None
 
 
 def group_failures(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.paths import session_path
 from agq.blockwise.storage import locks
 from agq.blockwise.storage.files import make_folder, write_atomic
@@ -156,17 +157,12 @@ def save_config(config: "Config") -> None:
     """
     run_dir = Path(config.run_dir)
     data: dict[str, Any] = config.model_dump(mode="json")
-    ledger = config.ledger
-    uri = None if ledger is None else ledger.resolve()
-    if ledger is None:
-        from agq.blockwise.ledger.settings import LedgerSettings
-
-        uri = LedgerSettings().resolve()
-    if uri is not None and (ledger is None or ledger.uri_file is None or ledger.uri is not None):
+    ledger = config.ledger or LedgerSettings()
+    uri = ledger.resolve()
+    if uri is not None and (ledger.uri_file is None or ledger.uri is not None):
         file = folder(run_dir) / "ledger-uri"
         write_atomic(file, uri.get_secret_value().encode(), mode=0o600)
-        given = {} if data["ledger"] is None else data["ledger"]
-        data["ledger"] = given | {"uri": None, "uri_file": str(file)}
+        data["ledger"] = (data["ledger"] or {}) | {"uri": None, "uri_file": str(file)}
     write_atomic(config_path(run_dir), json.dumps(data, indent=1).encode())
 
 

@@ -7,46 +7,29 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_v
 
 from agq.settings import Settings
 
-_WORD = re.compile(r"[^\s'\"\\#$`;]+")
-_MEMORY = re.compile(r"\d+[KMGT]?")
-_TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
-_CONTAINER = re.compile(r"(apptainer|singularity)://.+")
+
+def _like(pattern: str, expected: str) -> AfterValidator:
+    """Return a check that a whole text has a form; `expected` says in the error which."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
 
 
-def _word(value: str) -> str:
-    if not _WORD.fullmatch(value):
-        raise ValueError("one word without spaces, quotes, # or $")
-    return value
-
-
-def _memory(value: str) -> str:
-    if not _MEMORY.fullmatch(value):
-        raise ValueError("a number with K, M, G or T behind it, such as 32G")
-    return value
-
-
-def _time(value: str) -> str:
-    if not _TIME.fullmatch(value):
-        raise ValueError("minutes, H:MM:SS or D-HH:MM:SS, in quotes, such as '4:00:00'")
-    return value
-
-
-def _line(value: str) -> str:
-    if "\n" in value or "\0" in value:
-        raise ValueError("one line per entry")
-    return value
-
-
-def _container(value: str) -> str:
-    if not _CONTAINER.fullmatch(value) or "\n" in value:
-        raise ValueError("apptainer://path/to/image.sif")
-    return value
-
-
-Word = Annotated[str, AfterValidator(_word)]
-Memory = Annotated[str, AfterValidator(_memory)]
-TimeLimit = Annotated[str, AfterValidator(_time)]
-Line = Annotated[str, AfterValidator(_line)]
+Word = Annotated[str, _like(r"[^\s'\"\\#$`;]+", "one word without spaces, quotes, # or $")]
+Memory = Annotated[str, _like(r"\d+[KMGT]?", "a number with K, M, G or T behind it, such as 32G")]
+TimeLimit = Annotated[
+    str,
+    _like(
+        r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}",
+        "minutes, H:MM:SS or D-HH:MM:SS, in quotes, such as '4:00:00'",
+    ),
+]
+Line = Annotated[str, _like(r"[^\n\0]*", "one line per entry")]
+Container = Annotated[str, _like(r"(apptainer|singularity)://.+", "apptainer://path/to/image.sif")]
 
 
 class CpuJobSettings(Settings):
@@ -146,7 +129,7 @@ class SlurmSettings(Settings):
     prologue: tuple[Line, ...] = ()
     """Shell lines at the start of every job, such as `module load cuda`."""
 
-    container: Annotated[str, AfterValidator(_container)] | None = None
+    container: Container | None = None
     """`apptainer://image.sif`: run inside this image."""
 
     container_options: tuple[Line, ...] = ()

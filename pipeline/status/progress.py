@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -21,24 +20,8 @@ Tell = Callable[[str, int, int], object]
 """Takes the progress of a step: its name, items done, items in all."""
 
 
-class Progress(Protocol):
-    """Where the stages of a run tell how far they are."""
-
-    def start(self, stage: str, total: int, *, done: int = 0) -> None:
-        """Begin a stage of `total` items of which `done` were there before."""
-
-    def blocks(self, progress: PredictProgress, *, stage: str = "predict") -> None:
-        """Take the progress of `agq.blockwise.predict.coordinator.run_predict`."""
-
-    def step(self, name: str, done: int, total: int) -> None:
-        """Take the progress of a step with items done of a total."""
-
-    def note(self, text: str) -> None:
-        """Take a line for people."""
-
-
-class CallbackProgress:
-    """Progress for a program: a callable gets (step, items done, items in all).
+class Progress:
+    """Where the stages of a run tell how far they are: a callable, (step, items done, in all).
 
     Parameters
     ----------
@@ -46,7 +29,7 @@ class CallbackProgress:
         The callable; what it raises stops the run. None: nobody is told.
     """
 
-    def __init__(self, tell: Tell | None) -> None:
+    def __init__(self, tell: Tell | None = None) -> None:
         self._tell = tell or (lambda *_: None)
         self._before = 0
 
@@ -65,7 +48,7 @@ class CallbackProgress:
         self._tell(name, done, total)
 
     def note(self, text: str) -> None:
-        """Leave out what is meant for people."""
+        """Take a line for people; a program is not told."""
 
 
 @contextmanager
@@ -74,14 +57,14 @@ def open_progress(
 ) -> Iterator[Progress]:
     """Yield where progress goes: bars on standard error, a callable, or nowhere."""
     if on_progress != "bars":
-        yield CallbackProgress(on_progress)
+        yield Progress(on_progress)
         return
     with RunProgress(run_dir) as progress:
         yield progress
 
 
-class RunProgress:
-    """Progress of one command; use it as a context manager.
+class RunProgress(Progress):
+    """Progress of one command for people; use it as a context manager.
 
     Parameters
     ----------
@@ -118,17 +101,12 @@ class RunProgress:
             self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bars is not None:
             self._bars.stop()
 
     def start(self, stage: str, total: int, *, done: int = 0) -> None:
-        """Begin a stage of `total` items of which `done` were done before."""
+        """Begin a stage of `total` items of which `done` were there before."""
         bar = None
         if self._bars is not None:
             bar = self._bars.add_task(stage, total=total, completed=done, note="")
@@ -166,7 +144,7 @@ class RunProgress:
         self.advance(stage, task.before + progress.done + progress.skipped, note=", ".join(notes))
 
     def step(self, name: str, done: int, total: int) -> None:
-        """Take the progress of `stitch.run.run_stitch`: a step with items done of a total."""
+        """Take the progress of a step with items done of a total."""
         if name not in self._tasks or self._tasks[name].total != total:
             self._forget(name)
             self.start(name, total, done=done)

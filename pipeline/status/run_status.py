@@ -21,19 +21,16 @@ class Failure(_Model):
     """A block that is failed now."""
 
     block: int
-    """Block number."""
     attempt: int
     """The attempt that failed last."""
     reason: str | None = None
     """One line, if the worker gave one."""
     error: str | None = None
-    """Traceback."""
     offset: tuple[float, ...] | None = None
     """First corner of the write ROI in world units, z, y, x."""
     shape: tuple[float, ...] | None = None
     """Extent of the write ROI in world units, z, y, x."""
     worker: str | None = None
-    """Name of the worker."""
 
     @property
     def summary(self) -> str:
@@ -47,7 +44,6 @@ class FailureGroup(_Model):
     summary: str
     """The error in one line, as in the example."""
     count: int
-    """Blocks."""
     example: Failure
     """The first of them by number."""
     log: str | None = None
@@ -58,15 +54,10 @@ class WorkerStatus(_Model):
     """One process that works, or has worked, on a stage."""
 
     name: str
-    """Name."""
     host: str
-    """Machine."""
     pid: int
-    """Process id there."""
     device: str
-    """Device of its predictor."""
     job: str | None = None
-    """Batch job, if any."""
     state: Literal["running", "silent", "ended"]
     """Silent: not ended, but without a word for longer than its blocks take."""
     started: float
@@ -74,15 +65,17 @@ class WorkerStatus(_Model):
     last: float
     """Time of its last journal line, seconds since the epoch."""
     done: int
-    """Blocks done."""
     failed: int
-    """Attempts failed."""
     current: tuple[int, ...] = ()
     """Blocks begun and not ended, the oldest first."""
     gpu: str | None = None
-    """Name of its GPU."""
     slow: bool = False
     """A straggler: less than half as many blocks per second as the middle one of the workers."""
+
+    @property
+    def blocks_per_s(self) -> float:
+        """Blocks done per second since it started."""
+        return self.done / max(self.last - self.started, 1e-3)
 
 
 class QueueStatus(_Model):
@@ -95,20 +88,17 @@ class QueueStatus(_Model):
     reason: str | None = None
     """Why they wait, as the batch system says: Resources, Priority, ..."""
     count: int
-    """How many."""
 
 
 class StageStatus(_Model):
     """One stage of a run."""
 
     name: str
-    """Stage."""
     state: Literal["waiting", "running", "stopped", "failed", "done"]
     """Stopped: it was under way when its process ended."""
     blocks_total: int | None = None
     """Blocks of the whole stage; None if unknown."""
     done: int = 0
-    """Blocks done."""
     skipped: int = 0
     """Blocks skipped (no tissue, constant raw)."""
     failed: int = 0
@@ -116,7 +106,6 @@ class StageStatus(_Model):
     running: int = 0
     """Blocks begun and not ended."""
     voxels: int = 0
-    """Voxels of the done blocks."""
     blocks_per_s: float | None = None
     """Blocks done per second since the stage was started last."""
     blocks_per_s_now: float | None = None
@@ -156,11 +145,8 @@ class RunStatus(_Model, Tabled):
     format: Literal[1] = 1
     """Version of this form."""
     id: str
-    """Unique id."""
     name: str
-    """Name."""
     run_dir: str
-    """Run folder."""
     state: RunState
     """Running while a coordinator lives; stopped if it ended in the middle of a stage."""
     source: Literal["ledger", "journal"]

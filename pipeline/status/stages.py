@@ -161,7 +161,7 @@ def _worker_state(
 def _with_stragglers(workers: list[WorkerStatus]) -> list[WorkerStatus]:
     """Mark running workers that are much slower than the middle one."""
     speed = {
-        i: w.done / max(w.last - w.started, 1e-3)
+        i: w.blocks_per_s
         for i, w in enumerate(workers)
         if w.state == "running" and w.done >= _MIN_DONE
     }

@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from skimage.segmentation import find_boundaries
 
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume
@@ -254,14 +255,7 @@ def _overlay(backdrop: Any, labels: npt.NDArray[Any], palette: dict[int, Any]) -
     """Return colours over grey, stronger along the borders of segments; nothing over label 0."""
     ids, index = np.unique(labels, return_inverse=True)
     colour = np.array([palette[int(i)] for i in ids])[index.reshape(labels.shape)]
-    border = np.zeros(labels.shape, bool)
-    for axis in (0, 1):
-        differs = np.diff(labels, axis=axis) != 0
-        ahead = [(0, 0), (0, 0)]
-        ahead[axis] = (1, 0)
-        behind = [(0, 0), (0, 0)]
-        behind[axis] = (0, 1)
-        border |= np.pad(differs, ahead) | np.pad(differs, behind)
+    border = find_boundaries(index.reshape(labels.shape))
     opacity = np.where(border, 0.95, _OPACITY) * (labels != 0)
     return backdrop * (1 - opacity[..., None]) + colour * opacity[..., None]
 

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 
 from agq.model import checkpoint
 from agq.model.config import ModelConfig
-from agq.model.decode.inference import DenseMaps, assign_voxels, decode, quantised_affinities
+from agq.model.decode.inference import (
+    DenseMaps,
+    assign_voxels,
+    decode,
+    quantised,
+    resized_affinities,
+)
 from agq.model.network.agq import AGQ
 from agq.model.network.blocks import coordinates
 from agq.model.network.queries import Seeds, seeds_from_components, select_components
@@ -76,7 +82,7 @@ def test_predictor_agrees(shared_dir: Path, case: str, weights: str) -> None:
 def test_affinities_agree_after_resizing(shared_dir: Path, case: str, weights: str) -> None:
     want = golden(shared_dir / "golden" / f"{case}.npz")
     size = want["image_u8"].shape
-    got = quantised_affinities(torch.from_numpy(want["pred_affinity"]), size)
+    got = quantised(resized_affinities(torch.from_numpy(want["pred_affinity"]), size))
     published = F.interpolate(
         torch.sigmoid(torch.from_numpy(want["pred_affinity"]))[None],
         size=size, mode="trilinear", align_corners=False,

@@ -6,6 +6,7 @@ the grid of the predictions (P1).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cc3d
 import numpy as np
@@ -44,14 +45,8 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         """Return the same targets on a device."""
-        return Targets(
-            self.affinities.to(device),
-            self.masks.to(device),
-            self.samples.to(device),
-            self.sample_instances.to(device),
-            None if self.valid is None else self.valid.to(device),
-            None if self.affinities_valid is None else self.affinities_valid.to(device),
-        )
+        tensors: Any = {name: t if t is None else t.to(device) for name, t in vars(self).items()}
+        return Targets(**tensors)
 
 
 def relabel_pieces(labels: np.ndarray) -> np.ndarray:

@@ -154,16 +154,15 @@ def test_feeder_delivers_everything(ledger, tmp_path):
         for block in range(300, 400):
             writer.finish(record(block, attempt=2))
         writer.finish(record(7, attempt=2))
-    feeder.update_run(state="done")
+    feeder.update_stage("predict", state="done")
     report = feeder.stop(60)
     assert report.complete, report
     assert report.delivered == 1 + 300 * 2 + 1 + 101 + 1
     assert in_ledger(ledger, "r") == in_journal(folders["predict"])
     doc = ledger.find_run("r")
-    assert doc["state"] == "done"
     assert doc["config"] == {"ledger": {"uri": "***"}, "a_b": str(2**70)}
     stage = doc["stages"]["predict"]
-    assert (stage["state"], stage["blocks_total"]) == ("running", 400)
+    assert (stage["state"], stage["blocks_total"]) == ("done", 400)
     totals = stage["totals"]
     assert (totals["done"], totals["failed"], totals["skipped"]) == (395, 5, 0)
     assert totals["voxels"] == 3950
@@ -365,11 +364,11 @@ def test_late_database_gets_everything(tmp_path, mongo_server, open_ledger):
     feeder.start()
     with JournalWriter(tmp_path, WORKER) as writer:
         writer.finish_many(record(b) for b in range(30))
-    feeder.update_run(state="done")
+    feeder.update_stage("predict", state="done")
     mongo_server.start()
     assert feeder.stop(60).complete
     assert in_ledger(ledger, "r") == in_journal(tmp_path)
-    assert ledger.find_run("r")["state"] == "done"
+    assert ledger.find_run("r")["stages"]["predict"]["state"] == "done"
 
 
 # Reaching it, and the password
