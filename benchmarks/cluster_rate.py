@@ -31,9 +31,12 @@ import psutil
 from pydantic import SecretStr
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
-from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.daisy import Blocks
 from agq.blockwise.predict.local_processes import Dispatcher
 from agq.blockwise.predict.paths import session_path

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo, compact
+from agq.blockwise.journal.reader import Journal, compact
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 
 
 def finish_one(folder: Path, n: int) -> None:

@@ -20,9 +20,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import SecretStr
 
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
-from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.settings import LedgerSettings
 
 BAR = 1.02
 

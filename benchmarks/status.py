@@ -22,17 +22,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import SecretStr
 
-from agq.blockwise.journal.records import BlockState
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockRecord, BlockState, WorkerInfo
 from agq.blockwise.journal.snapshot import write_snapshot
 from agq.blockwise.journal.table import ROW, BlockTable
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
-from agq.blockwise.ledger.database import (
-    Ledger,
-    LedgerSettings,
-    block_update,
-    connect,
-    worker_update,
-)
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import Ledger, connect
+from agq.blockwise.ledger.settings import LedgerSettings
+from agq.blockwise.ledger.updates import block_update, worker_update
 from agq.pipeline.folder import RunFolder
 
 BAR_S = 1.0

@@ -12,7 +12,8 @@ from volumes import STEPS, CpuTime, make_array, warm_up
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings

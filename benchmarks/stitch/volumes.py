@@ -17,7 +17,8 @@ from scipy.ndimage import zoom
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import Sidecar, SidecarFile, build_sidecar, sidecar_path
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings

@@ -25,34 +25,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
-from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import (
     FORMAT_VERSION,
-    BadLineError,
     BlockRecord,
-    Event,
-    State,
     WorkerInfo,
     encode,
     safe_name,
     this_worker,
 )
-from agq.blockwise.journal.tail import JournalTail, WorkerState
 from agq.blockwise.storage.files import Unsynced, fsync_path, make_folder
-
-__all__ = [
-    "BadLineError",
-    "BlockRecord",
-    "Event",
-    "Journal",
-    "JournalTail",
-    "JournalWriter",
-    "State",
-    "WorkerInfo",
-    "WorkerState",
-    "compact",
-    "run_journalled",
-]
 
 _BATCH_BYTES = 1 << 20
 _FLUSH_SECONDS = 0.5

@@ -37,22 +37,9 @@ from agq.blockwise.ledger.settings import (
     LedgerError,
     LedgerSettings,
     Secrets,
-    mask_secrets,
     shown_uri,
 )
-from agq.blockwise.ledger.updates import Document, begin_update, block_update, worker_update
-
-__all__ = [
-    "URI_VARIABLE",
-    "Ledger",
-    "LedgerError",
-    "LedgerSettings",
-    "begin_update",
-    "block_update",
-    "connect",
-    "mask_secrets",
-    "worker_update",
-]
+from agq.blockwise.ledger.updates import Document
 
 logger = logging.getLogger(__name__)
 

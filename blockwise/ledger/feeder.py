@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from bson.errors import InvalidDocument
 
-from agq.blockwise.ledger.database import Ledger, mask_secrets
+from agq.blockwise.ledger.database import Ledger
+from agq.blockwise.ledger.settings import mask_secrets
 from agq.blockwise.ledger.stage import StageFeed, count_lines
 from agq.blockwise.ledger.updates import Document
 

@@ -13,7 +13,8 @@ from pymongo import UpdateOne
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BadLineError, BlockState, Event, Order
 from agq.blockwise.journal.tail import JournalTail, WorkerState
-from agq.blockwise.ledger.database import Ledger, mask_secrets
+from agq.blockwise.ledger.database import Ledger
+from agq.blockwise.ledger.settings import mask_secrets
 from agq.blockwise.ledger.updates import (
     Attempt,
     Document,

@@ -30,7 +30,9 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import MaskAgreement
 from agq.blockwise.blocks.mask import Tissue
 from agq.blockwise.blocks.writer import BlockWriter
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockRecord
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.daisy import Blocks, TakenBlock
 from agq.blockwise.predict.local_processes import OWN_END
 from agq.blockwise.predict.paths import journal_folder, retry_path

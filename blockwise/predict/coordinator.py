@@ -29,8 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.writer import BlockWriter
-from agq.blockwise.journal.records import BlockState, this_worker
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockRecord, BlockState, this_worker
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.local_processes import (
     DRAINED,
     EXIT_START_FAILED,

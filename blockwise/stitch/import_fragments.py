@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.blocks.writer import BlockWriter
-from agq.blockwise.journal.records import this_worker
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockRecord, this_worker
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.steps import Progress, Task, Workers
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities

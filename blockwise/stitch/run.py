@@ -31,8 +31,8 @@ from pydantic import PositiveInt
 
 from agq.blockwise.blocks import sidecar as sidecar_module
 from agq.blockwise.blocks.grid import GridSpec
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
-from agq.blockwise.journal.writer import Journal
 from agq.blockwise.stitch import contacts as contacts_module
 from agq.blockwise.stitch.contacts import Collect
 from agq.blockwise.stitch.merge.agglomeration import Merge
@@ -61,15 +61,6 @@ from agq.tables import Tabled
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-__all__ = [
-    "Progress",
-    "StitchError",
-    "StitchReport",
-    "StitchSpec",
-    "find_blocks",
-    "run_stitch",
-]
 
 ALGORITHM_VERSION = 3
 """Raised whenever the same evidence would give another segmentation or other bytes."""

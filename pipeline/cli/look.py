@@ -141,7 +141,8 @@ def _sources(
     target: Path | None, everything: bool, uri_file: Path | None
 ) -> tuple[list[Path], Path | None, Any]:
     """Return run folders, a folder of run folders, and the ledger."""
-    from agq.blockwise.ledger.database import LedgerSettings, connect
+    from agq.blockwise.ledger.database import connect
+    from agq.blockwise.ledger.settings import LedgerSettings
 
     settings = LedgerSettings.of_environment().model_copy(update={"uri_file": uri_file})
     if everything:

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from agq.blockwise.journal.writer import Journal, JournalTail
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.tail import JournalTail
 from agq.blockwise.predict.paths import log_name, log_path
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.errors import InputError

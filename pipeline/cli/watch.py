@@ -15,7 +15,8 @@ from agq.pipeline.config.recorded import read_target
 from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
-    from agq.blockwise.ledger.database import Ledger, LedgerSettings
+    from agq.blockwise.ledger.database import Ledger
+    from agq.blockwise.ledger.settings import LedgerSettings
     from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of block progress.")
@@ -85,7 +86,8 @@ def open_ledger(settings: "LedgerSettings | None" = None) -> "Ledger":
     InputError
         If none is named, or it does not answer.
     """
-    from agq.blockwise.ledger.database import LedgerSettings, connect
+    from agq.blockwise.ledger.database import connect
+    from agq.blockwise.ledger.settings import LedgerSettings
 
     ledger = connect(
         (settings or LedgerSettings.of_environment()).model_copy(update={"required": True})

@@ -29,17 +29,7 @@ from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule, Window, count_block
-from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, Scores, scores_of, shares
-
-__all__ = [
-    "BorderRule",
-    "CountOptions",
-    "Counted",
-    "EvaluationReport",
-    "Scores",
-    "count",
-    "evaluate",
-]
+from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, scores_of, shares
 
 _FILL_NANOMETRES = 150.0
 

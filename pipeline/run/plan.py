@@ -11,7 +11,7 @@ import numpy as np
 from rich.text import Text
 
 from agq.blockwise.blocks.mask import mask_blocks
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.predict.local_processes import OWN_END
 from agq.blockwise.predict.predictor import load_predictor
 from agq.blockwise.spawn import spawning_apart

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.local_processes import termination_unwinds
 from agq.pipeline.config.schema import masked
 from agq.pipeline.run.prepare import Prepared

@@ -18,8 +18,8 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal, compact
-from agq.blockwise.journal.records import this_worker
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter
+from agq.blockwise.journal.records import BlockRecord, this_worker
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.coordinator import (
     PredictProgress,
     PredictReport,

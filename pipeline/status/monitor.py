@@ -26,7 +26,7 @@ from agq.pipeline.status.stages import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from agq.blockwise.journal.writer import Journal
+    from agq.blockwise.journal.reader import Journal
     from agq.blockwise.ledger.database import Ledger
     from agq.blockwise.ledger.progress import LedgerStage
 
@@ -201,7 +201,7 @@ class Monitor:
 
     def journal(self, stage: str) -> "Journal":
         """Return the journal of a stage, read up to now."""
-        from agq.blockwise.journal.writer import Journal
+        from agq.blockwise.journal.reader import Journal
 
         journal = self._journals.get(stage)
         if journal is None or journal.replaced():

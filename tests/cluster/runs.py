@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from tests.helpers.runs import agq, make_config, results
 
 N_BLOCKS = 60

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, wait_for
 from tests.helpers.runs import results
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from tests.cluster.runs import ClusterRun, chunks, wait_for
 from tests.helpers.pages import CLUSTER_PAGES, section_commands
 from tests.helpers.runs import ROOT, agq, blobs, command, environment, results, write_volume

@@ -10,7 +10,8 @@ from scipy.ndimage import zoom
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import Sidecar, build_sidecar, sidecar_path
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.run import StitchSpec
 from agq.blockwise.storage.files import checksum, write_atomic
 from agq.blockwise.volumes.create import create_array, write_chunk

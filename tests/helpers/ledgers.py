@@ -6,8 +6,11 @@ import uuid
 
 from pydantic import SecretStr
 
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
-from agq.blockwise.ledger.database import Ledger, LedgerSettings
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import Ledger
+from agq.blockwise.ledger.settings import LedgerSettings
 
 WORKER = WorkerInfo(name="w0", host="node1", pid=12, device="cuda:0", job="77", started=1.5)
 PASSWORD = "p@ss/w0rd %$x"

@@ -100,7 +100,7 @@ def outputs(spec: PredictSpec) -> dict[str, str]:
 COORDINATOR = """
 import sys
 from pathlib import Path
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.predict.coordinator import PredictSpec, run_predict
 spec = PredictSpec.model_validate_json(Path(sys.argv[1]).read_text())
 done = Journal(Path(spec.run_dir) / "journal" / "predict").done(spec.block_grid().n_blocks)

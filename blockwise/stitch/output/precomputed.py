@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from distributed import Client
 
-from agq.blockwise.journal.writer import Journal, run_journalled
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.writer import run_journalled
 from agq.blockwise.stitch.steps import Progress, StitchError, Task, Workers, digest
 from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume

@@ -23,8 +23,8 @@ import numpy.typing as npt
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
-from agq.blockwise.journal.records import BlockState, this_worker
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter
+from agq.blockwise.journal.records import BlockRecord, BlockState, this_worker
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.volumes.boxes import unordered
 from agq.blockwise.volumes.create import open_array
 from agq.errors import InputError

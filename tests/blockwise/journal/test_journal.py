@@ -9,17 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agq.blockwise.journal.records import MAX_TEXT, decode, encode
-from agq.blockwise.journal.snapshot import SNAPSHOT
-from agq.blockwise.journal.writer import (
+from agq.blockwise.journal.reader import Journal, compact
+from agq.blockwise.journal.records import (
+    MAX_TEXT,
     BadLineError,
     BlockRecord,
-    Journal,
-    JournalTail,
-    JournalWriter,
     WorkerInfo,
-    compact,
+    decode,
+    encode,
 )
+from agq.blockwise.journal.snapshot import SNAPSHOT
+from agq.blockwise.journal.tail import JournalTail
+from agq.blockwise.journal.writer import JournalWriter
 from agq.errors import InputError
 from tests.helpers.runs import kill_after
 
@@ -267,7 +268,8 @@ def test_write_cut_short_does_not_spoil_the_next_line(tmp_path):
     code = """
 import resource, signal, sys
 from pathlib import Path
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 writer = JournalWriter(Path(sys.argv[1]), WorkerInfo("w", "h", 1))
 writer.finish(BlockRecord(0, "done"))
@@ -295,7 +297,8 @@ def test_sigkill_loses_no_finished_block(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 writer = JournalWriter(Path(sys.argv[1]), WorkerInfo("w", "h", 1))
 for block in range(10**6):
     writer.begin(block)

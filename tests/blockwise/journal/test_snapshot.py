@@ -7,8 +7,10 @@ import re
 import numpy as np
 import pytest
 
+from agq.blockwise.journal.reader import Journal, compact
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.snapshot import SNAPSHOT, SnapshotError, SnapshotTable
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo, compact
+from agq.blockwise.journal.writer import JournalWriter
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.monitor import Monitor, load_status
 from tests.helpers.runs import kill_after
@@ -139,7 +141,9 @@ def test_sums_stay_exact_when_the_writer_is_killed_while_snapshots_are_made(tmp_
     code = """
 import sys
 from pathlib import Path
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo, compact
+from agq.blockwise.journal.reader import compact
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 folder = Path(sys.argv[1])
 writer = JournalWriter(folder, WorkerInfo("w", "h", 1))
 for first in range(0, 10**6, 100):

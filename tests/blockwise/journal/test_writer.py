@@ -1,6 +1,7 @@
 import errno
 
-from agq.blockwise.journal.writer import Journal, JournalWriter, run_journalled
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.writer import JournalWriter, run_journalled
 from agq.blockwise.storage import files
 from agq.blockwise.storage.files import Unsynced
 from agq.errors import InputError

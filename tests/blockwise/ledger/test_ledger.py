@@ -13,17 +13,17 @@ from pymongo.errors import DuplicateKeyError, WriteError
 
 from agq.blockwise.journal.records import BlockState, Order
 from agq.blockwise.journal.writer import JournalWriter
-from agq.blockwise.ledger.database import (
+from agq.blockwise.ledger.database import connect
+from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.settings import (
+    URI_VARIABLE,
     LedgerError,
     LedgerSettings,
-    begin_update,
-    block_update,
-    connect,
+    Secrets,
     mask_secrets,
-    worker_update,
+    shown_uri,
 )
-from agq.blockwise.ledger.feeder import LedgerFeeder
-from agq.blockwise.ledger.settings import URI_VARIABLE, Secrets, shown_uri
+from agq.blockwise.ledger.updates import begin_update, block_update, worker_update
 from agq.errors import InputError
 from tests.helpers.ledgers import (
     PASSWORD,

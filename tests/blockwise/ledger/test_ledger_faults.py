@@ -14,9 +14,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pymongo import MongoClient
 
-from agq.blockwise.journal.writer import Journal, JournalWriter
-from agq.blockwise.ledger.database import LedgerError, connect
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.settings import LedgerError
 from agq.pipeline.folder import RunFolder
 from tests.helpers.ledgers import (
     PASSWORD,

@@ -10,10 +10,10 @@ import zarr
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
-from agq.blockwise.journal.reader import compact
+from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.snapshot import open_snapshot
-from agq.blockwise.journal.writer import Journal, JournalWriter
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.coordinator import PredictProgress, PredictSpec, run_predict
 from agq.blockwise.predict.paths import journal_folder
 from agq.blockwise.volumes.create import chunk_file, open_array

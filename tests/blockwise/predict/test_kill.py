@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.predict.coordinator import PredictSpec, run_predict
 from tests.helpers.predict_runs import (
     ROOT,

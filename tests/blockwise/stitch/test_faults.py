@@ -12,10 +12,11 @@ import numpy as np
 import psutil
 import pytest
 
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.stitch.cluster import dask_client
-from agq.blockwise.stitch.run import StitchError, StitchSpec, run_stitch
+from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
+from agq.blockwise.stitch.steps import StitchError
 from agq.blockwise.volumes.create import create_array
 from tests.helpers import ROOT
 from tests.helpers.fragments import GRID, write_run

@@ -8,11 +8,14 @@ from pydantic import ValidationError
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import sidecar_path
-from agq.blockwise.journal.writer import BlockRecord, Journal, JournalWriter, WorkerInfo
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch import run as stitch
 from agq.blockwise.stitch.cluster import dask_client
-from agq.blockwise.stitch.run import StitchError, StitchSpec, run_stitch
+from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings, Thresholds
+from agq.blockwise.stitch.steps import StitchError
 from agq.blockwise.volumes.create import chunk_file, open_array
 from agq.errors import InputError
 from agq.pipeline.cli.export import version_of

@@ -11,9 +11,11 @@ import pytest
 from pydantic import SecretStr
 from pymongo import MongoClient
 
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
-from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.settings import LedgerSettings
 from agq.pipeline.cli.watch import prometheus
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.run_status import RunStatus, StageStatus, WorkerStatus

@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.table import ROW
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
-from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
+from agq.blockwise.ledger.settings import LedgerSettings
 from agq.errors import InputError
 from agq.pipeline.cli.look import _sources
 from agq.pipeline.dashboard import blockmap

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.volumes.create import create_array
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config, parse_config

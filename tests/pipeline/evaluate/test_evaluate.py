@@ -18,8 +18,8 @@ from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.volumes.boxes import unordered
 from agq.errors import InputError
-from agq.pipeline.evaluate.contingency import Contingency
-from agq.pipeline.evaluate.evaluate import BorderRule, evaluate
+from agq.pipeline.evaluate.contingency import BorderRule, Contingency
+from agq.pipeline.evaluate.evaluate import evaluate
 from agq.pipeline.evaluate.scores import Scores
 from tests.helpers.runs import VOXEL_SIZE as SIZE
 from tests.helpers.runs import stored

@@ -17,7 +17,7 @@ import pytest
 from dask_jobqueue.slurm import SLURMJob
 from pydantic import SecretStr
 
-from agq.blockwise.ledger.database import LedgerSettings
+from agq.blockwise.ledger.settings import LedgerSettings
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.cli import slurm as commands
 from agq.pipeline.config.schema import Config

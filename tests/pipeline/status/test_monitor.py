@@ -14,11 +14,13 @@ import pytest
 from pydantic import SecretStr
 from rich.console import Console
 
-from agq.blockwise.journal.records import encode
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo, compact
-from agq.blockwise.ledger.database import LedgerSettings, connect
+from agq.blockwise.journal.reader import compact
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo, encode
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.progress import LedgerStage
+from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.coordinator import PredictProgress
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.volumes.create import chunk_file, create_affinities, create_array, open_array
 from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError

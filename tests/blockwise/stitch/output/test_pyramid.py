@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ome_zarr_models.v05 import ImageLabel
 
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.stitch.output.pyramid import (
     Coarsen,
     Pyramid,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
-from agq.blockwise.journal.writer import Journal
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.stitch.output.relabel import (
     BlockLut,
     Relabel,
