@@ -61,10 +61,10 @@ def make_run(folder: Path, n: int, late: int) -> RunFolder:
     rows["labels"] = blocks % 500
     meta = {
         "span": [rows["started"][0], rows["finished"][-1]],
-        "files": known.positions,
-        "ended": sorted(known.ended),
+        "files": known.tail.positions,
+        "ended": sorted(known.tail.ended),
         "garbage": 0,
-        "sources": [(next(iter(known.positions)), writer.token)],
+        "sources": [(next(iter(known.tail.positions)), writer.token)],
         "reasons": [""],
         "failed": [
             record(block, "failed").to_dict() for block in range(FAILED_EVERY - 1, n, FAILED_EVERY)

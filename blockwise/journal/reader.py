@@ -63,7 +63,7 @@ class Journal:
     def __init__(self, folder: Path, *, use_snapshot: bool = True, lazy: bool = False) -> None:
         self.folder = Path(folder)
         self.workers: dict[str, WorkerState] = {}
-        self._tail = JournalTail(self.folder)
+        self.tail = JournalTail(self.folder)
         self._table: BlockTable | SnapshotTable = BlockTable()
         # First start and last end of any attempt.
         self._started, self._finished = math.inf, 0.0
@@ -82,12 +82,7 @@ class Journal:
         self.catch_up()
 
     def refresh(self) -> list[Event]:
-        """Read what is new and return it.
-
-        Returns
-        -------
-        list of Event
-            New events, in the order written within a file.
+        """Read what is new and return it, in the order written within a file.
 
         Raises
         ------
@@ -95,14 +90,14 @@ class Journal:
             If a journal file may not be read.
         """
         new: list[Event] = []
-        while events := self._tail.poll():
+        while events := self.tail.poll():
             self._apply(events)
             new += events
         return new
 
     def catch_up(self) -> None:
         """Read what is new without returning it, in bounded memory."""
-        while events := self._tail.poll():
+        while events := self.tail.poll():
             self._apply(events)
 
     # What is done
@@ -184,21 +179,11 @@ class Journal:
         Files that the snapshot stands for may be missing. A stage that was started over may have a
         snapshot too, of other files.
         """
-        gone = set(self._tail.positions).difference(self._tail.files())
+        gone = set(self.tail.positions).difference(self.tail.files())
         if not gone:
             return False
         snapshot = open_snapshot(self.folder)
         return snapshot is None or not gone <= snapshot.meta["files"].keys()
-
-    @property
-    def positions(self) -> dict[str, int]:
-        """Bytes read of each file."""
-        return self._tail.positions
-
-    @property
-    def ended(self) -> set[str]:
-        """Files whose writer has said that it ended."""
-        return self._tail.ended
 
     @property
     def rows(self) -> NDArray[np.void]:
@@ -269,14 +254,9 @@ class Journal:
         return sorted(b for b, r in self._rivals.items() if len({digest for _, digest in r}) > 1)
 
     @property
-    def torn(self) -> int:
-        """Files whose last line has no end."""
-        return self._tail.torn
-
-    @property
     def garbage(self) -> int:
         """Complete lines that could not be understood."""
-        return self._tail.garbage + self._bad_events
+        return self.tail.garbage + self._bad_events
 
     # Workers
 
@@ -369,8 +349,8 @@ class Journal:
     def save(self) -> Path:
         """Write the snapshot of what has been read; see `compact`."""
         meta = {
-            "files": self._tail.positions,
-            "ended": sorted(self._tail.ended),
+            "files": self.tail.positions,
+            "ended": sorted(self.tail.ended),
             "garbage": self.garbage,
             "sources": self._sources,
             "reasons": self._reasons,
@@ -389,8 +369,8 @@ class Journal:
     def _restore(self, snapshot: Snapshot, *, lazy: bool) -> None:
         meta = snapshot.meta
         self._table = SnapshotTable(snapshot) if lazy else BlockTable(snapshot.rows())
-        self._tail = JournalTail(self.folder, meta["files"], set(meta["ended"]))
-        self._tail.garbage = meta["garbage"]
+        self.tail = JournalTail(self.folder, meta["files"], set(meta["ended"]))
+        self.tail.garbage = meta["garbage"]
         started, self._finished = meta.get("span") or _span(self.rows)
         self._started = started or math.inf
         for file, token in meta["sources"]:
@@ -412,17 +392,9 @@ def _span(rows: NDArray[np.void]) -> tuple[float, float]:
 
 
 def compact(folder: Path) -> Path | None:
-    """Write the meaning of all lines of a journal folder as columns, replacing the last snapshot.
+    """Write the meaning of all lines of a journal folder as columns; None without the folder.
 
-    Parameters
-    ----------
-    folder : Path
-        Journal folder of one stage. Writers may go on meanwhile; the lines stay where they are.
-
-    Returns
-    -------
-    Path or None
-        The snapshot; None if there is no such folder.
+    They replace the last snapshot. Writers may go on meanwhile; the lines stay where they are.
 
     Raises
     ------

@@ -84,12 +84,7 @@ class JournalWriter:
             self._append("alive", {})
 
     def finish(self, record: BlockRecord) -> None:
-        """Write the end of a block; durable on return.
-
-        Parameters
-        ----------
-        record : BlockRecord
-            Its ``token`` and ``worker`` are filled in.
+        """Write the end of a block, signed with token and worker; durable on return.
 
         Raises
         ------

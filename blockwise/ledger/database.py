@@ -266,17 +266,13 @@ class Ledger:
         for d in self.blocks.aggregate([failed, {"$group": group}], allowDiskUse=True):
             yield str(d["_id"] or ""), int(d["count"]), int(d["first"])
 
-    def blocks_of(self, run: str, stage: str, numbers: Sequence[int]) -> dict[int, Document]:
-        """Return the documents of some blocks by number."""
-        query = {"run": run, "stage": stage, "block": {"$in": list(numbers)}}
-        return {int(doc["block"]): doc for doc in self.blocks.find(query)}
+    def find_block(self, run: str, stage: str, block: int) -> Document | None:
+        """Return the document of a block."""
+        return self.blocks.find_one({"run": run, "stage": stage, "block": block})
 
-    def find_workers(self, run: str, stage: str, *, running: bool = False) -> list[Document]:
-        """Return the worker documents of a stage, or of those that have not ended."""
-        query: Document = {"run": run, "stage": stage}
-        if running:
-            query["exit"] = None
-        return list(self.workers.find(query).sort("name", ASCENDING))
+    def find_workers(self, run: str, stage: str) -> list[Document]:
+        """Return the worker documents of a stage."""
+        return list(self.workers.find({"run": run, "stage": stage}).sort("name", ASCENDING))
 
     def remove_stage(self, run: str, stage: str) -> None:
         """Delete the blocks, workers and totals of a stage that was started over."""

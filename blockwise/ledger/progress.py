@@ -66,7 +66,7 @@ class LedgerStage:
 
     def record(self, block: int) -> BlockRecord | None:
         """Return the record of a block that has ended."""
-        document = self._ledger.blocks_of(*self._key, [block]).get(block)
+        document = self._ledger.find_block(*self._key, block)
         return None if document is None or document["state"] == "running" else _record(document)
 
     def running(self) -> list[int]:

@@ -69,12 +69,12 @@ class StageFeed:
     def _open(self, delivered: dict[str, int]) -> None:
         """Start reading; ``delivered`` says how far the database has each file."""
         self._journal = Journal(self.folder)
-        read = self._journal.positions
+        read = self._journal.tail.positions
         if delivered.keys() - read.keys():
             # The stage was started over: what the database has is of another attempt.
             self._ledger.remove_stage(self._run, self.name)
             delivered = {}
-        ended = {f for f in self._journal.ended if delivered.get(f) == read.get(f)}
+        ended = {f for f in self._journal.tail.ended if delivered.get(f) == read.get(f)}
         self._tail = JournalTail(self.folder, delivered, ended)
         self._batch: list[Event] = []
         self._totals_key: tuple[int, int] | None = None
@@ -145,7 +145,7 @@ class StageFeed:
                 self.name,
                 file,
                 _worker_fields(self._journal.workers.get(token)),
-                read=self._journal.positions.get(file, 0),
+                read=self._journal.tail.positions.get(file, 0),
                 delivered=self._tail.positions[file],
             )
             for file, token in files.items()
@@ -162,7 +162,7 @@ class StageFeed:
         at_once : bool
             Even if they were sent a moment ago.
         """
-        size = sum(self._journal.positions.values())
+        size = sum(self._journal.tail.positions.values())
         key = self._journal.version, size
         started = time.monotonic()
         if key == self._totals_key or (started < self._totals_time and not at_once):

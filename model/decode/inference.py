@@ -257,12 +257,7 @@ def affinity_logits(model: AGQ, image: Tensor) -> Tensor:
 
 
 def connected_labels(channels: np.ndarray) -> tuple[np.ndarray, int]:
-    """Give each 6-connected piece of each channel its own label.
-
-    Parameters
-    ----------
-    channels : np.ndarray
-        Integer (z, y, x), 0 is background.
+    """Give each 6-connected piece of each channel (z, y, x) its own label; 0 is background.
 
     Returns
     -------

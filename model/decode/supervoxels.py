@@ -23,7 +23,7 @@ UNITS = 2**16
 def section_fragments(
     inplane: np.ndarray, *, boundary: float = 0.5, seed_distance: int = 10, grow: bool = False
 ) -> np.ndarray:
-    """Cut one section into pieces inside its membranes.
+    """Cut one section into pieces inside its membranes: int32 (y, x), 0 outside.
 
     The usual first step after a network for affinities (Funke et al., TPAMI 2019): the distance to
     the border of the places with high affinity, its maxima as seeds, a watershed.
@@ -38,11 +38,6 @@ def section_fragments(
         Seeds are the maxima of the distance within windows of this many voxels.
     grow : bool
         Whether pieces also grow over the boundary, so that no voxel is left 0.
-
-    Returns
-    -------
-    np.ndarray
-        int32 (y, x): 1, 2, ... and 0 outside.
     """
     from skimage.segmentation import watershed
 
@@ -63,10 +58,7 @@ def block_fragments(
 ) -> np.ndarray:
     """Cut every section of (3, z, y, x) uint8 affinities; see `section_fragments`.
 
-    Returns
-    -------
-    np.ndarray
-        int64 (z, y, x): labels are unique in the block, 0 outside.
+    Labels, int64 (z, y, x), are unique in the block.
     """
     out = np.zeros(affinities.shape[1:], np.int64)
     last = 0
@@ -81,12 +73,7 @@ def block_fragments(
 
 
 def supervoxels(affinities: np.ndarray) -> tuple[np.ndarray, int]:
-    """Cut a block into supervoxels, section by section.
-
-    Parameters
-    ----------
-    affinities : np.ndarray
-        uint8 (3, z, y, x), affinity * 255.
+    """Cut a block into supervoxels, section by section, by affinities (3, z, y, x) uint8.
 
     Returns
     -------

@@ -42,18 +42,10 @@ class Backbone(nn.Module):
         )  # fmt: skip
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Return the decoder levels [P0, P1, ...] of a normalised image.
+        """Return the decoder levels [P0, P1, ...] of a normalised image (B, 1, z, y, x).
 
-        Parameters
-        ----------
-        x : Tensor
-            (B, 1, z, y, x), any size.
-
-        Returns
-        -------
-        list of Tensor
-            (B, filters[i], z_i, y_i, x_i); each size is the one above divided by the stride,
-            rounded up.
+        A level is (B, filters[i], z_i, y_i, x_i): each size is the one above divided by the stride,
+        rounded up.
         """
         x = self.conv_in(x)
         levels = []

@@ -121,19 +121,9 @@ class MaskDecoder(nn.Module):
     def forward(self, queries: Tensor, features: Tensor, mask_features: Tensor) -> list[Tensor]:
         """Predict the mask logits of one item, before and after each iteration.
 
-        Parameters
-        ----------
-        queries : Tensor
-            (Q, C).
-        features : Tensor
-            Instance features (C, z1, y1, x1).
-        mask_features : Tensor
-            (C, z1, y1, x1), of unit length along C.
-
-        Returns
-        -------
-        list of Tensor
-            1 + iterations logit maps (1 + Q, z1, y1, x1); channel 0 is the background.
+        Of queries (Q, C), instance features and mask features (C, z1, y1, x1), the latter of unit
+        length along C, it makes 1 + iterations maps (1 + Q, z1, y1, x1); channel 0 is the
+        background.
         """
         pixels, pooled_from = mask_features.flatten(1), features.flatten(1).T
         logits = normalised_logits(self.rpn.norm_logits, self.rpn.kernels(queries) @ pixels)

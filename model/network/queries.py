@@ -36,21 +36,13 @@ def select_components(
 ) -> tuple[np.ndarray, int]:
     """Choose the connected components that become queries.
 
-    Parameters
-    ----------
-    components : np.ndarray
-        Integer (z, y, x), 0 is background.
-    min_voxels : int
-        A component is used if it has strictly more voxels.
-    limit : int
-        Most components to use.
-    order : {"label", "largest"}
-        Use the first components by id, or the largest (equal sizes: by id).
+    Those of (z, y, x), 0 is background, with strictly more than `min_voxels`: the first `limit` by
+    id, or the largest (equal sizes: by id).
 
     Returns
     -------
     chosen : np.ndarray
-        int64 ids in query order, at most ``limit``.
+        int64 ids in query order.
     found : int
         How many components were large enough.
     """
@@ -64,23 +56,11 @@ def select_components(
 
 
 def find_seeds(affinities: Tensor, config: ModelConfig) -> Seeds:
-    """Find the seed regions of one block.
+    """Find the seed regions of one block, from affinities (3, z1, y1, x1) in [0, 1].
 
-    Foreground is where the mean affinity of a voxel exceeds the mean of the whole block;
-    seeds are its 26-connected components. (The published code takes the mean over the batch;
-    per block, a result does not depend on what else is in the batch.)
-
-    Parameters
-    ----------
-    affinities : Tensor
-        float (3, z1, y1, x1) in [0, 1].
-    config : ModelConfig
-        Gives ``min_seed_voxels``, ``max_seeds`` and ``seed_order``.
-
-    Returns
-    -------
-    Seeds
-        On the device of ``affinities``.
+    Foreground is where the mean affinity of a voxel exceeds the mean of the whole block; seeds are
+    its 26-connected components. (The published code takes the mean over the batch; per block, a
+    result does not depend on what else is in the batch.)
     """
     a = affinities.detach().float()
     foreground = a.mean(0) > a.mean()
@@ -102,22 +82,10 @@ def seeds_from_components(
 
 
 def region_means(features: Tensor, seeds: Seeds) -> Tensor:
-    """Mean of the features over each seed region.
+    """Mean of the features (C, z1, y1, x1) over each seed region: float32 (kept, C).
 
     One matrix product with the one-hot regions per section: deterministic on every device
     (scattered adds on a GPU are not), differentiable, and bounded in memory.
-
-    Parameters
-    ----------
-    features : Tensor
-        float32 (C, z1, y1, x1).
-    seeds : Seeds
-        Regions on the same grid.
-
-    Returns
-    -------
-    Tensor
-        float32 (kept, C).
     """
     ranks = torch.arange(1, seeds.kept + 1, device=features.device)
     total = features.new_zeros(seeds.kept, features.shape[0])

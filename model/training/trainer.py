@@ -63,24 +63,17 @@ def decayed(network: nn.Module, decay: float) -> list[dict[str, Any]]:
 def progress(step: int, steps: int, minutes: float, budget: float | None) -> float:
     """Return the share of the schedule that is over, in [0, 1].
 
-    Parameters
-    ----------
-    minutes : float
-        Training time so far, earlier parts of a resumed run included.
-    budget : float or None
-        Minutes planned; None where only steps count.
+    Of steps, or of minutes of training (earlier parts of a resumed run included) if there is a
+    `budget` of them, whichever is further.
     """
     by_time = minutes / budget if budget else 0.0
     return min(1.0, max(step / steps, by_time))
 
 
 def learning_rate(step: int, done: float, config: OptimizerConfig) -> float:
-    """Return the rate of a step: linear warm-up by steps, times a half cosine of the progress.
+    """Return the rate of the step after `step`: linear warm-up, times a half cosine of `done`.
 
-    Parameters
-    ----------
-    done : float
-        `progress` before this step.
+    `done` is the `progress` before it.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -58,7 +58,7 @@ def block_states(
     rows: npt.NDArray[Any],
     running: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.uint8]:
-    """Return the state code of every block.
+    """Return the state code of every block, uint8 (n_blocks,).
 
     Parameters
     ----------
@@ -66,11 +66,6 @@ def block_states(
         Numbers of the blocks of the run; None for all.
     rows
         Columns ``block`` and ``rank`` of the blocks that have ended, as in the journal's table.
-
-    Returns
-    -------
-    codes
-        Uint8 (n_blocks,).
     """
     codes = np.full(n_blocks, WAITING if selected is None else OUTSIDE, np.uint8)
     if selected is not None:
@@ -82,17 +77,9 @@ def block_states(
 
 
 def block_values(n_blocks: int, rows: npt.NDArray[Any], by: By) -> npt.NDArray[np.float32]:
-    """Return a value of every done block, NaN elsewhere.
+    """Return a value of every done block, float32 (n_blocks,); NaN elsewhere.
 
-    Parameters
-    ----------
-    by
-        ``seconds`` from begin to end, ``labels``, or ``dropped``.
-
-    Returns
-    -------
-    values
-        Float32 (n_blocks,).
+    It is the ``seconds`` from begin to end, ``labels``, or ``dropped``.
     """
     values = np.full(n_blocks, np.nan, np.float32)
     done = rows[(rows["rank"] == BlockState.DONE) & (rows["block"] < n_blocks)]
@@ -103,19 +90,13 @@ def block_values(n_blocks: int, rows: npt.NDArray[Any], by: By) -> npt.NDArray[n
 def layer(
     grid: BlockGrid, column: npt.NDArray[Any], axis: int, index: int
 ) -> tuple[npt.NDArray[Any], int]:
-    """Cut one layer of blocks out of a column and shrink it to `MAX_CELLS` a side.
-
-    Parameters
-    ----------
-    column
-        A number per block; the largest of a cell's blocks is kept.
-    axis, index
-        The layer: block `index` along `axis` (0 z, 1 y, 2 x).
+    """Cut block `index` along `axis` (0 z, 1 y, 2 x) out of a column with a number per block.
 
     Returns
     -------
     cells, step
-        Two-dimensional array (the other two axes in order), and blocks per cell along each side.
+        Array of the other two axes in order, at most `MAX_CELLS` a side, and the blocks per cell
+        along each; of a cell's blocks the largest number is kept.
     """
     plane = column.reshape(grid.shape).take(index, axis)
     step = -(-max(plane.shape) // MAX_CELLS)
@@ -151,10 +132,7 @@ def block_in_cell(
 ) -> int:
     """Return the number of the block that a cell shows: the one with its largest state code.
 
-    Parameters
-    ----------
-    at
-        Index (z, y, x) of the first block of the cell.
+    The cell is named by the index (z, y, x) of its first block.
 
     Raises
     ------

@@ -22,19 +22,11 @@ _MAX_LARGEST: Final = 10
 
 
 def history(rows: npt.NDArray[Any], started: float | None, until: float) -> dict[str, Any]:
-    """Blocks and voxels done per second, over time.
+    """Return blocks and voxels done per second, over time.
 
-    Parameters
-    ----------
-    started
-        Last start of the stage; earlier blocks are left out. None: the first block.
-    until
-        End of the last bin, seconds since the epoch.
-
-    Returns
-    -------
-    dict
-        ``start``, ``seconds`` of one bin, and the lists ``blocks_per_s`` and ``voxels_per_s``.
+    Blocks before `started`, the last start of the stage, are left out (None: the first block); the
+    last bin ends at `until`. The mapping has ``start``, ``seconds`` of one bin, and the lists
+    ``blocks_per_s`` and ``voxels_per_s``.
     """
     done = rows[rows["rank"] == BlockState.DONE]
     ends = done["finished"]
@@ -60,12 +52,8 @@ def worker_rows(
 ) -> list[dict[str, Any]]:
     """Return the workers of a stage with their rates, and the reason why one lags behind.
 
-    Parameters
-    ----------
-    begun
-        Start time of the oldest block that each worker holds, by its name.
-    usual_s
-        Median seconds of a block, 0 if unknown.
+    `begun` has the start time of the oldest block that each worker holds, by its name; `usual_s` is
+    the median time of a block, 0 if unknown.
     """
     rows = []
     for worker in stage.workers:

@@ -153,12 +153,7 @@ class BlockCounts:
     def with_segments(self, ids: Labels, segments: Labels) -> BlockCounts:
         """Return the counts after fragments were joined to segments; nothing is counted again.
 
-        Parameters
-        ----------
-        ids
-            Every fragment id in the tables but 0, sorted.
-        segments
-            Segment of each, in the same order.
+        `ids` are every fragment id in the tables but 0, sorted, and `segments` in the same order.
         """
         return BlockCounts(
             self.labelled.with_segments(ids, segments),
@@ -240,18 +235,7 @@ class Window:
 def count_block(
     segmentation: Volume, truth: Volume, window: Window, numbered: tuple[int, Box]
 ) -> BlockCounts:
-    """Count the pairs of labels of one block.
-
-    Parameters
-    ----------
-    numbered
-        Number of the block and its box in the window.
-
-    Returns
-    -------
-    BlockCounts
-        Of the voxels of the box whose truth is not 0.
-    """
+    """Count the pairs of labels of the voxels of a numbered box whose truth is not 0."""
     number, box = numbered
     real = window.scored_truth(truth, box)
     labels = window.read(segmentation, window.in_segmentation, box)

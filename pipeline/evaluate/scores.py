@@ -33,19 +33,10 @@ LEGEND = "split, merge, sum: variation of information in bits; Rand: adapted Ran
 
 
 def shares(whole: npt.NDArray[np.uint64], count: npt.NDArray[np.int64]) -> tuple[Any, Any]:
-    """Share of each label in the entropy of its parts.
+    """Return the labels, and what each adds in bits to the conditional entropy of its parts.
 
-    Parameters
-    ----------
-    whole
-        Label of each row of a table: its segments for mergers, its truth for splits.
-    count
-        Voxels of each row.
-
-    Returns
-    -------
-    ids, bits
-        The labels, and what each adds to the conditional entropy; the sum is the entropy.
+    `whole` has the label of each row of a table, its segments for mergers and its truth for splits,
+    and `count` the voxels.
     """
     ids, index = np.unique(whole, return_inverse=True)
     sizes = _sums(index, count, len(ids))

@@ -133,14 +133,7 @@ def one_threshold(
 def cut(whole: Agglomeration, lowest: Thresholds, threshold: float) -> Ids:
     """Return what an agglomeration at a higher threshold gives: a segment per fragment.
 
-    Parameters
-    ----------
-    whole
-        Made at the same threshold for both classes of contacts.
-    lowest
-        That threshold.
-    threshold
-        A threshold not below it.
+    `lowest` is the threshold that the whole was made at, the same for both classes of contacts.
     """
     raised = round(threshold * HALF_UNITS) - lowest.half_units[0]
     merges, ids = whole.merges.above(raised), whole.ids

@@ -42,12 +42,9 @@ Queue = Callable[[Path], tuple[QueueStatus, ...] | None]
 def load_status(
     run_dir: Path, ledger: "Ledger | None" = None, queue: Queue | None = None
 ) -> RunStatus:
-    """Say how far a run is.
+    """Say how far a run is; see `Monitor`.
 
-    Parameters
-    ----------
-    run_dir : Path
-        Run folder. With a ledger that knows it, it need not be on this machine.
+    With a ledger that knows it, the run folder need not be on this machine.
 
     Raises
     ------

@@ -29,7 +29,8 @@ def stage_entries(record: Record, journals: Iterable[str]) -> dict[str, Record]:
     """Stages that were begun, in the order of work, with what the coordinator says of them."""
     stages: Record = record.get("stages", {})
     names = {*stages, *journals}
-    entries = {n: dict(stages.get(n, {})) for n in sorted(names, key=_place)}
+    known = [*(n for n in _ORDER if n in names), *sorted(names.difference(_ORDER))]
+    entries = {name: dict(stages.get(name, {})) for name in known}
     stitch = entries.get("stitch", {})
     for name in ("relabel", "pyramid"):
         if name in entries and "state" not in entries[name]:
@@ -38,10 +39,6 @@ def stage_entries(record: Record, journals: Iterable[str]) -> dict[str, Record]:
             if name == "relabel" and "blocks_total" in stitch:
                 entries[name]["blocks_total"] = stitch["blocks_total"]
     return entries
-
-
-def _place(name: str) -> tuple[int, str]:
-    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)
 
 
 def run_state_of(entries: Iterable[Record], alive: bool | None) -> RunState:

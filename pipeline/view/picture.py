@@ -35,18 +35,9 @@ _UNITS_PER_MICROMETRE = {"nm": 1e3, "angstrom": 1e4, "pm": 1e6}
 
 
 def colours(ids: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return a colour per id that is the same in every picture.
+    """Return a colour per id that is the same in every picture: float64 (..., 3) in [0, 1].
 
-    Parameters
-    ----------
-    ids
-        Integers of any shape.
-
-    Returns
-    -------
-    rgb
-        Float64 in [0, 1], shape (..., 3): hue, saturation and brightness from a hash of the id
-        (the finalizer of splitmix64).
+    Hue, saturation and brightness come from a hash of the id (the finalizer of splitmix64).
     """
     h = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -18,17 +18,9 @@ WIDE_PART = 0.42
 def orient(
     raw: np.ndarray, labels: np.ndarray, config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mirror and rotate raw and labels alike.
+    """Mirror and rotate raw and labels (z, y, x) alike, in views where possible.
 
-    Parameters
-    ----------
-    raw, labels : numpy.ndarray
-        (z, y, x). Quarter turns need equal sizes in y and x; other crops get half turns only.
-
-    Returns
-    -------
-    raw, labels : numpy.ndarray
-        Same shapes and dtypes, views where possible.
+    Quarter turns need equal sizes in y and x; other crops get half turns only.
     """
     mirrored = rng.random(3) < 0.5
     turns = int(rng.integers(4))
@@ -87,15 +79,7 @@ def misalign(
 def shade(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """Vary the greys of the crop, of each section, and blank a section by chance.
 
-    Parameters
-    ----------
-    raw : numpy.ndarray
-        (z, y, x) float32 in [0, 1].
-
-    Returns
-    -------
-    numpy.ndarray
-        (z, y, x) float32 in [0, 1].
+    Greys are (z, y, x) float32 in [0, 1], before and after.
     """
     sections = raw.shape[0]
     contrast = 1 + config.contrast * rng.uniform(-1, 1)
@@ -114,18 +98,7 @@ def shade(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> n
 
 
 def spoil(raw: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """Apply each fault by its chance.
-
-    Parameters
-    ----------
-    raw : numpy.ndarray
-        (z, y, x) float32 in [0, 1].
-
-    Returns
-    -------
-    numpy.ndarray
-        (z, y, x) float32 in [0, 1]; the input is left alone.
-    """
+    """Return a copy with each fault applied by its chance; (z, y, x) float32 in [0, 1]."""
     out = raw.copy()
     section = int(rng.integers(len(out)))
     if rng.random() < config.blur:
@@ -199,6 +172,8 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Make a training crop out of a larger one.
 
+    Every number drawn comes from `rng`.
+
     Parameters
     ----------
     raw : numpy.ndarray
@@ -207,15 +182,11 @@ def augment(
         The same shape, integers.
     shape : tuple of int
         Crop (z, y, x).
-    rng : numpy.random.Generator
-        Every number drawn comes from it.
 
     Returns
     -------
-    raw : numpy.ndarray
-        (z, y, x) float32 in [0, 1].
-    labels : numpy.ndarray
-        (z, y, x), dtype as given.
+    raw, labels : numpy.ndarray
+        (z, y, x): float32 in [0, 1], and the dtype given.
     """
     raw, labels = delete_sections(raw, labels, config, rng)
     raw, labels = warp(raw, labels, _shifted(shape, config), config, rng)

@@ -50,20 +50,10 @@ class Targets:
 
 
 def relabel_pieces(labels: np.ndarray) -> np.ndarray:
-    """Give every connected piece of every label its own number.
+    """Give every 26-connected piece of every label its own number, in raster order: uint32.
 
     A neurite that leaves the crop and comes back is two objects to a network that sees the crop
-    only.
-
-    Parameters
-    ----------
-    labels : numpy.ndarray
-        (z, y, x), any integer type, 0 is background.
-
-    Returns
-    -------
-    numpy.ndarray
-        (z, y, x) uint32, 1..N in raster order, 26-connected pieces.
+    only. Labels are (z, y, x) of any integer type, 0 is background.
     """
     if labels.ndim != 3:
         raise InputError(f"labels must be 3-D (z, y, x), got shape {labels.shape}")
@@ -76,18 +66,9 @@ def relabel_pieces(labels: np.ndarray) -> np.ndarray:
 def erode_borders(labels: np.ndarray) -> np.ndarray:
     """Set voxels to 0 whose 3x3 window in their own section holds more than one instance.
 
-    Background in the window does not count (K. Lee's rule, as in PyTorch Connectomics): only
-    places where two instances touch are opened.
-
-    Parameters
-    ----------
-    labels : numpy.ndarray
-        (z, y, x) integers below 2**53 (scipy filters in double precision), 0 is background.
-
-    Returns
-    -------
-    numpy.ndarray
-        Same shape and dtype.
+    Background in the window does not count (K. Lee's rule, as in PyTorch Connectomics): only places
+    where two instances touch are opened. Labels are (z, y, x) integers below 2**53, for scipy
+    filters in double precision.
     """
     highest = ndimage.maximum_filter(labels, size=(1, 3, 3), mode="nearest")
     ceiling = labels.dtype.type(labels.max(initial=0) + 1)
@@ -100,18 +81,9 @@ def erode_borders(labels: np.ndarray) -> np.ndarray:
 def affinities_of(labels: np.ndarray) -> np.ndarray:
     """Tell for each voxel and axis whether the previous voxel has the same nonzero label.
 
-    The first plane of an axis has no previous voxel inside the crop; it counts as connected where
-    it is not background.
-
-    Parameters
-    ----------
-    labels : numpy.ndarray
-        (z, y, x) integers.
-
-    Returns
-    -------
-    numpy.ndarray
-        (3, z, y, x) float32 of 0 and 1, channels in the order z, y, x.
+    Labels (z, y, x) give (3, z, y, x) float32 of 0 and 1, channels in the order z, y, x. The first
+    plane of an axis has no previous voxel inside the crop; it counts as connected where it is not
+    background.
     """
     out = np.empty((3, *labels.shape), dtype=np.float32)
     for axis in range(3):
@@ -122,14 +94,9 @@ def affinities_of(labels: np.ndarray) -> np.ndarray:
 
 
 def p1_shape(shape: tuple[int, int, int], isotropic: bool) -> tuple[int, int, int]:
-    """Return the size of the prediction grid for an input of this size.
+    """Return the size (z, y, x) of the prediction grid for an input of this size.
 
-    Parameters
-    ----------
-    shape : tuple of int
-        Input size (z, y, x) in voxels.
-    isotropic : bool
-        Whether level 1 of the backbone also halves z (`ModelConfig.isotropy[1]`).
+    `isotropic`: level 1 of the backbone also halves z (`ModelConfig.isotropy[1]`).
     """
     z, y, x = shape
     return (-(-z // 2) if isotropic else z, -(-y // 2), -(-x // 2))
@@ -150,20 +117,9 @@ def instance_masks(
 ) -> torch.Tensor:
     """Build the soft mask of every instance on the prediction grid.
 
-    Parameters
-    ----------
-    labels : numpy.ndarray
-        (z, y, x) uint32 instances after erosion.
-    shape : tuple of int
-        P1 size (z1, y1, x1).
-    min_voxels : int
-        Instances of fewer voxels are left to the background: below the mass limit of inference
-        they can never become a label.
-
-    Returns
-    -------
-    torch.Tensor
-        (N, z1, y1, x1) float32, in increasing order of the label.
+    Instances (z, y, x) uint32, eroded, give (N, z1, y1, x1) float32 in increasing order of the
+    label. Those of fewer than `min_voxels` are left to the background: below the mass limit of
+    inference they can never become a label.
     """
     counts = np.bincount(labels.ravel())
     counts[:1] = 0

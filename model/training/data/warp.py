@@ -38,17 +38,8 @@ def warp(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stretch and bend raw and labels alike, by chance; otherwise crop their middle.
 
-    Parameters
-    ----------
-    raw, labels : numpy.ndarray
-        (z, y + 2 m, x + 2 m), m = `warp_margin`.
-    shape : tuple of int
-        Shape (z, y, x) wanted.
-
-    Returns
-    -------
-    raw, labels : numpy.ndarray
-        Of the shape wanted and the dtypes given: raw interpolated linearly, labels nearest.
+    Of (z, y + 2 m, x + 2 m), m = `warp_margin`, it makes `shape` (z, y, x) of the same dtypes: raw
+    interpolated linearly, labels nearest.
     """
     margin = warp_margin(shape, config)
     _, y, x = shape

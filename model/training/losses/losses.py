@@ -16,17 +16,7 @@ from agq.model.training.losses.matching import match
 def dice_loss(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Return the sum over pairs of 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)).
 
-    Parameters
-    ----------
-    probabilities : torch.Tensor
-        (M, ...) softmaxed masks of the matched queries.
-    masks : torch.Tensor
-        (M, ...) the target of each.
-
-    Returns
-    -------
-    torch.Tensor
-        Scalar; 0 without pairs.
+    `probabilities` (M, ...) are the softmaxed masks of the matched queries, `masks` their targets.
     """
     if probabilities.shape[0] == 0:
         return probabilities.sum()
@@ -41,19 +31,8 @@ def channel_targets(
 ) -> torch.Tensor:
     """Spread the matched masks over the channels; what no matched mask claims is background.
 
-    Parameters
-    ----------
-    channels : int
-        1 + Q.
-    masks : torch.Tensor
-        (N, z1, y1, x1) target masks.
-    queries, instances : torch.Tensor
-        (M,) the matching.
-
-    Returns
-    -------
-    torch.Tensor
-        (channels, z1, y1, x1) float32 that sums to 1 over channels.
+    Of target masks (N, z1, y1, x1) and a matching (M,), return (channels, z1, y1, x1) float32 that
+    sums to 1 over the 1 + Q channels.
     """
     out = masks.new_zeros((channels, *masks.shape[1:]))
     out[queries + 1] = masks[instances]
@@ -76,14 +55,8 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Return the mean over voxels of - sum over channels of target * log probability.
 
-    Parameters
-    ----------
-    log_probabilities, targets : torch.Tensor
-        (channels, z1, y1, x1) each.
-    background_weight : float
-        Factor of the term of channel 0.
-    valid : torch.Tensor or None
-        (z1, y1, x1) bool: voxels that count; None: all.
+    Both are (channels, z1, y1, x1); channel 0 counts `background_weight` times. Only voxels where
+    `valid` (z1, y1, x1), bool, count; None: all.
     """
     total = (targets * log_probabilities).sum(0)
     if background_weight != 1.0:

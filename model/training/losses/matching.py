@@ -5,21 +5,10 @@ from scipy.optimize import linear_sum_assignment
 
 
 def dice_scores(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Return the dice score of every query with every instance.
+    """Return the dice score, in [0, 1], of every query with every instance: (Q, N).
 
-    dice(p, t) = 2 sum(p t) / (sum(p^2) + sum(t^2)), the form of SOLO, CondInst and K-Net.
-
-    Parameters
-    ----------
-    probabilities : torch.Tensor
-        (Q, ...) softmaxed masks, without the background.
-    masks : torch.Tensor
-        (N, ...) target masks of the same trailing shape.
-
-    Returns
-    -------
-    torch.Tensor
-        (Q, N) in [0, 1].
+    dice(p, t) = 2 sum(p t) / (sum(p^2) + sum(t^2)), the form of SOLO, CondInst and K-Net, of
+    softmaxed masks (Q, ...) without the background and target masks (N, ...).
     """
     p, t = probabilities.flatten(1), masks.flatten(1)
     total = p.square().sum(1)[:, None] + t.square().sum(1)[None, :]
@@ -36,10 +25,8 @@ def match(
     ----------
     logits : torch.Tensor
         (1 + Q, z1, y1, x1) mask logits, channel 0 the background.
-    masks : torch.Tensor
-        (N, z1, y1, x1) target masks, 0 where not valid.
-    valid : torch.Tensor or None
-        (z1, y1, x1) bool: voxels that count; None: all.
+    masks, valid : torch.Tensor
+        (N, z1, y1, x1) target masks, and (z1, y1, x1) bool: voxels that count; None: all.
 
     Returns
     -------

@@ -79,12 +79,8 @@ def quantile_segments(
 def write_joined(job: WatershedRun, name: str, ids: Ids, segments: Ids, min_size: int) -> None:
     """Write fragments joined to segments as a volume beside them; small segments become 0.
 
-    Parameters
-    ----------
-    name
-        Array to write, new or from an earlier call.
-    ids, segments
-        All fragment ids (sorted) and the segment of each.
+    The array is new or from an earlier call. `ids` are all fragment ids, sorted, and `segments` in
+    the same order.
     """
     fragments = open_array(job.folder / "data.zarr", "fragments", "r")
     grid = BlockGrid.from_dict(job.grid)

@@ -53,7 +53,7 @@ def meaning(journal: Journal) -> dict:
         "duplicates": journal.duplicates,
         "conflicts": journal.conflicts,
         "garbage": journal.garbage,
-        "torn": journal.torn,
+        "torn": journal.tail.torn,
         "running": journal.running(),
         "workers": journal.workers,
         "records": list(journal.records()),
@@ -166,7 +166,7 @@ def test_torn_tail_at_every_byte(tmp_path):
         whole = [e for e, end in zip(lines, ends, strict=True) if end <= cut]
         done = [e.data["block"] for e in whole if e.kind == "block"]
         assert np.flatnonzero(journal.done(3)).tolist() == done
-        assert journal.torn == (cut not in (0, *ends))
+        assert journal.tail.torn == (cut not in (0, *ends))
         assert journal.garbage == 0
     # A new file of the same worker follows a torn one: both count.
     (folder / writer.path.name).write_bytes(data[: ends[-2] - 1])
@@ -174,7 +174,7 @@ def test_torn_tail_at_every_byte(tmp_path):
     JournalWriter(folder, WORKER).finish(BlockRecord(2, "done"))
     journal.refresh()
     assert journal.done(3).all()
-    assert journal.torn == 1
+    assert journal.tail.torn == 1
 
 
 def test_half_a_line_is_read_when_its_rest_arrives(tmp_path):
@@ -182,11 +182,11 @@ def test_half_a_line_is_read_when_its_rest_arrives(tmp_path):
     path = tmp_path / "h-1-aa.jsonl"
     path.write_bytes(line[:20])
     journal = Journal(tmp_path)
-    assert journal.torn == 1
+    assert journal.tail.torn == 1
     with path.open("ab") as file:
         file.write(line[20:])
     assert len(journal.refresh()) == 1
-    assert (journal.torn, journal.garbage) == (0, 0)
+    assert (journal.tail.torn, journal.garbage) == (0, 0)
     assert journal.done(2)[1]
 
 
@@ -260,7 +260,7 @@ def test_threads_share_a_writer(tmp_path):
         thread.join()
     journal = Journal(tmp_path)
     assert journal.done(400).all()
-    assert (journal.garbage, journal.torn) == (0, 0)
+    assert (journal.garbage, journal.tail.torn) == (0, 0)
 
 
 def test_write_cut_short_does_not_spoil_the_next_line(tmp_path):
@@ -290,7 +290,7 @@ writer.finish(BlockRecord(2, "done"))
     assert out.stdout == "refused\n"
     journal = Journal(tmp_path)
     assert journal.done(3).tolist() == [True, False, True]
-    assert (journal.garbage, journal.torn) == (1, 0)
+    assert (journal.garbage, journal.tail.torn) == (1, 0)
 
 
 def test_sigkill_loses_no_finished_block(tmp_path):
@@ -492,7 +492,7 @@ def test_any_interleaving_means_the_same(tmp_path_factory, items, data):
             b for b, keys in done.items() if len({k[1] for k in keys}) > 1
         )
         assert reader.garbage == sum(i[1] == "garbage" for i in kept)
-        assert reader.torn == 0
+        assert reader.tail.torn == 0
     if repeat:
         # The same lines again under another file name, as a copied folder would have them.
         before = [r.order for r in journal.records()], journal.duplicates, journal.conflicts

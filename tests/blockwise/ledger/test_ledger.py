@@ -146,7 +146,7 @@ def test_feeder_delivers_everything(ledger, tmp_path):
         # The run is there before its stages are.
         wait_for(lambda: "predict" in (ledger.find_run("r") or {}).get("stages", {}))
         wait_for(lambda: stage_totals(ledger, "predict").get("done") == 294)
-        (worker,) = ledger.find_workers("r", "predict", running=True)
+        (worker,) = ledger.workers.find({"run": "r", "stage": "predict", "exit": None})
         assert worker["current"] == [
             {"block": 300, "attempt": 1, "begun": worker["current"][0]["begun"]}
         ]
