@@ -8,8 +8,8 @@ import cc3d
 import numpy as np
 import pytest
 
-from agq.blockwise.journal.records import this_worker
-from agq.blockwise.journal.writer import BlockRecord, JournalWriter
+from agq.blockwise.journal.records import BlockRecord, this_worker
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.block_threads import BlockFiles
 from agq.blockwise.stitch.run import local_client, run_stitch
 from agq.blockwise.stitch.spec import StitchSpec
