@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import Field, SecretStr
 
 from agq.errors import InputError
+from agq.settings import Settings
 
 #: Environment variable with the URI, used when the settings have none.
 URI_VARIABLE: Final = "AGQ_MONGO_URI"
@@ -28,39 +29,28 @@ class LedgerError(InputError):
     """The database cannot be used; the message is one line and has no password in it."""
 
 
-class LedgerSettings(BaseModel):
+class LedgerSettings(Settings):
     """Where block progress is mirrored: a MongoDB database.
 
     The URI is taken from `uri`, else from the file `uri_file`, else from the environment variable
     ``AGQ_MONGO_URI``; without any of them there is no ledger.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    uri: SecretStr | None = Field(
-        None, description="MongoDB URI; better kept in uri_file or the environment."
-    )
-    uri_file: Path | None = Field(
-        None, description="File whose only line is the URI; readable by its owner only."
-    )
-    database: str = Field("agq", description="Database; many runs and users may share one.")
-    required: bool = Field(
-        False,
-        description="Refuse to start when the database cannot be reached or written to at the "
-        "start.",
-    )
-    timeout_s: float = Field(
-        5.0, gt=0, description="Seconds to wait for the database before trying again later."
-    )
-    keep_days: float | None = Field(
-        None,
-        gt=0,
-        description="Delete your own runs from the database, not from disk, when nothing was "
-        "written to them for so many days; checked when a run starts.",
-    )
-    interval_s: float = Field(
-        1.0, gt=0, description="Seconds between two deliveries of new journal lines."
-    )
+    uri: SecretStr | None = None
+    """MongoDB URI; better kept in uri_file or the environment."""
+    uri_file: Path | None = None
+    """File whose only line is the URI; readable by its owner only."""
+    database: str = "agq"
+    """Database; many runs and users may share one."""
+    required: bool = False
+    """Refuse to start when the database cannot be reached or written to at the start."""
+    timeout_s: float = Field(5.0, gt=0)
+    """Seconds to wait for the database before trying again later."""
+    keep_days: float | None = Field(None, gt=0)
+    """Delete your own runs from the database, not from disk, when nothing was written to them for
+    so many days; checked when a run starts."""
+    interval_s: float = Field(1.0, gt=0)
+    """Seconds between two deliveries of new journal lines."""
 
     @classmethod
     def of_environment(cls) -> Self:

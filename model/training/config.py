@@ -23,18 +23,13 @@ class VolumeConfig(Settings):
     container: Path = Field(description="Folder of the zarr container.")
     raw: str = Field("raw", description="Path of the raw array (uint8) inside the container.")
     labels: str = Field("labels", description="Path of the label array (integers, 0 background).")
-    mask: str | None = Field(
-        None, description="Path of an array that is nonzero where labels are valid; all by default."
-    )
+    mask: str | None = None
+    """Path of an array that is nonzero where labels are valid; all by default."""
     weight: float = Field(1.0, gt=0, description="How often crops come from it, relatively.")
-    synthetic: SyntheticConfig | None = Field(
-        None,
-        description="`agq train` makes the container with these settings if it does not exist.",
-    )
-    optional: bool = Field(
-        False,
-        description="`agq train` leaves the volume out if the container does not exist.",
-    )
+    synthetic: SyntheticConfig | None = None
+    """`agq train` makes the container with these settings if it does not exist."""
+    optional: bool = False
+    """`agq train` leaves the volume out if the container does not exist."""
 
 
 class Preset(Settings):
@@ -91,9 +86,8 @@ class AugmentConfig(Preset):
 
     flips: bool = Field(True, description="Mirror along z, y and x.")
     rotations: bool = Field(True, description="Rotate in-plane by multiples of 90 degrees.")
-    turn_axes: bool = Field(
-        False, description="Also exchange z, y and x; for isotropic data and cubic crops."
-    )
+    turn_axes: bool = False
+    """Also exchange z, y and x; for isotropic data and cubic crops."""
     contrast: float = Field(0.25, ge=0, lt=1, description="Largest relative change of contrast.")
     brightness: float = Field(0.15, ge=0, lt=1, description="Largest shift, 1 is white.")
     gamma: float = Field(0.3, ge=0, le=1, description="Gamma between 2^-g and 2^g.")
@@ -202,9 +196,8 @@ class LossWeights(Preset):
     )
     temperature: float = Field(0.3, gt=0, description="Temperature of the discrimination loss.")
     samples: int = Field(4096, ge=0, description="Voxels drawn for the discrimination loss.")
-    exponent: float = Field(
-        0.6, ge=0, le=1, description="A voxel of an instance of s voxels is drawn with s^-exponent."
-    )
+    exponent: float = Field(0.6, ge=0, le=1)
+    """A voxel of an instance of s voxels is drawn with s^-exponent."""
 
 
 class OptimizerConfig(Settings):
@@ -238,42 +231,29 @@ class TrainConfig(Settings):
 
     output: Path = Field(description="Folder for the state, the metrics and the exported model.")
     network: ModelConfig = ModelConfig()
-    init_from: Path | None = Field(
-        None, description="Checkpoint of the same network to start from instead of at random."
-    )
+    init_from: Path | None = None
+    """Checkpoint of the same network to start from instead of at random."""
     volumes: list[VolumeConfig] = Field(min_length=1, description="What crops are taken from.")
-    validation: list[VolumeConfig] = Field(
-        default_factory=list, description="Held-out volumes that the export is chosen by."
-    )
-    crop: Size | None = Field(
-        None, description="Crop (z, y, x) in voxels; the network's input_shape if absent."
-    )
-    pad: tuple[int, int, int] = Field(
-        (4, 64, 64), description="How far crops may reach beyond a volume (filled by reflection)."
-    )
+    validation: list[VolumeConfig] = Field(default_factory=list)
+    """Held-out volumes that the export is chosen by."""
+    crop: Size | None = None
+    """Crop (z, y, x) in voxels; the network's input_shape if absent."""
+    pad: tuple[int, int, int] = (4, 64, 64)
+    """How far crops may reach beyond a volume (filled by reflection)."""
     min_instance_voxels: int = Field(40, ge=1, description="Smaller instances get no mask.")
-    background_margin: float = Field(
-        0.0,
-        description=(
-            "Lowers all query logits of the exported model by this much (raises them if negative), "
-            "so that background wins where no query is surer than that. Much background leaves "
-            "gaps, little joins neurites across membranes unless network.min_affinity cuts them."
-        ),
-    )
+    background_margin: float = 0.0
+    """Lowers all query logits of the exported model by this much (raises them if negative), so that
+    background wins where no query is surer than that. Much background leaves gaps, little joins
+    neurites across membranes unless network.min_affinity cuts them."""
     augment: AugmentConfig = AugmentConfig()
     losses: LossWeights = LossWeights()
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
     batch_size: PositiveInt = 1
     steps: PositiveInt = Field(200_000, description="Length of the schedule.")
-    time_budget_minutes: float | None = Field(
-        None,
-        gt=0,
-        description=(
-            "The schedule also ends after this much training time, whichever comes first; the "
-            "learning rate then depends on the clock, so runs are not repeatable to the bit."
-        ),
-    )
+    time_budget_minutes: float | None = Field(None, gt=0)
+    """The schedule also ends after this much training time, whichever comes first; the learning
+    rate then depends on the clock, so runs are not repeatable to the bit."""
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: PositiveInt | None = Field(None, description="CPU threads of torch.")
@@ -282,6 +262,5 @@ class TrainConfig(Settings):
     validate_minutes: float = Field(15.0, gt=0, description="Time between validations.")
     validation_crops: PositiveInt = Field(4, description="Crops per validation volume.")
     log_every: PositiveInt = Field(20, description="Steps between lines of metrics.jsonl.")
-    tensorboard: bool = Field(
-        False, description="Also write scalars and pictures for TensorBoard (pip extra `train`)."
-    )
+    tensorboard: bool = False
+    """Also write scalars and pictures for TensorBoard (pip extra `train`)."""
