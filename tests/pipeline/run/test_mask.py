@@ -11,8 +11,9 @@ import pytest
 from agq.blockwise.journal.records import BlockRecord, this_worker
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.block_threads import BlockFiles
-from agq.blockwise.stitch.run import local_client, run_stitch
-from agq.blockwise.stitch.spec import StitchSpec
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import StitchSpec, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.volumes.create import open_array
 from agq.pipeline.config.schema import load_config
 from agq.pipeline.folder import RunFolder
@@ -28,7 +29,7 @@ BLOCKS = [(4, 16, 16), (11, 37, 40), (5, 9, 20)]
 
 @pytest.fixture(scope="module")
 def client():
-    with local_client(processes=False, workers=1) as made:
+    with dask_client(DaskSettings(workers=1), processes=False) as made:
         yield made
 
 
