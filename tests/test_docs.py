@@ -45,7 +45,7 @@ def test_every_command_and_option_exists() -> None:
             if not hasattr(place, "commands"):
                 break
             assert word in place.commands, f"{page}: agq {' '.join(words)}"
-            place = place.commands[word]
+            place = place.get_command(None, word)
         options = {name for parameter in place.params for name in parameter.opts} | {"--help"}
         options |= {name for parameter in place.params for name in parameter.secondary_opts}
         for word in words:

@@ -102,20 +102,17 @@ class JournalWriter:
         OSError
             As in :meth:`finish`; any prefix of the records may be durable.
         """
-        lines: list[bytes] = []
-        size = 0
+        lines = bytearray()
         wrote = False
         for record in records:
             signed = replace(record, token=self.token, worker=self.worker.name)
-            line = encode("block", time.time(), self.token, signed.to_dict())
-            lines.append(line)
-            size += len(line)
+            lines += encode("block", time.time(), self.token, signed.to_dict())
             wrote = True
-            if size >= _BATCH_BYTES:
-                self._write(b"".join(lines))
-                lines, size = [], 0
+            if len(lines) >= _BATCH_BYTES:
+                self._write(lines)
+                lines.clear()
         if lines:
-            self._write(b"".join(lines))
+            self._write(lines)
         if wrote:
             self._sync()
 
@@ -139,7 +136,7 @@ class JournalWriter:
     def _append(self, event: str, data: dict[str, Any]) -> None:
         self._write(encode(event, time.time(), self.token, data))
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | bytearray) -> None:
         with self._lock:
             if self._fd < 0:
                 raise OSError(f"journal {self.path} is closed")

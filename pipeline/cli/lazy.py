@@ -4,7 +4,8 @@ All of `agq` takes most of a second to import, and `agq status` is asked often.
 """
 
 import importlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import typer
@@ -12,62 +13,36 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
 
-class LazyCommands(MutableMapping[str, Any]):
-    """Commands by name, each made when it is looked up.
-
-    Parameters
-    ----------
-    places : mapping of str to str
-        Where each command is: ``module:attribute``, a function or a `typer.Typer` with commands of
-        its own. The order is that of the help.
-    """
-
-    def __init__(self, places: Mapping[str, str]) -> None:
-        self._places = dict(places)
-        self._made: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._made:
-            self._made[name] = _make(name, self._places[name])
-        return self._made[name]
-
-    def __setitem__(self, name: str, command: Any) -> None:
-        self._places.setdefault(name, "")
-        self._made[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._places[name]
-        self._made.pop(name, None)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
 def lazy_group(places: Mapping[str, str]) -> type[TyperGroup]:
-    """Return the class (``typer.Typer(cls=...)``) of a group of such commands."""
+    """Return the class (``typer.Typer(cls=...)``) of a group of commands.
+
+    Each is made when it is looked up. A place is ``module:attribute``: a function, or a
+    `typer.Typer` with commands of its own. Their order is that of the help.
+    """
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
-            super().__init__(**attributes | {"commands": LazyCommands(places)})
+            names = {name: TyperCommand(name) for name in places}
+            super().__init__(**attributes | {"commands": names})
+            self._completing = False
 
-        def list_commands(self, ctx: Any) -> list[str]:
-            return list(self.commands)
+        def get_command(self, ctx: Any, cmd_name: str) -> Any:
+            if self._completing or cmd_name not in places:
+                return self.commands.get(cmd_name)
+            return _make(cmd_name, places[cmd_name])
 
         def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
             # The shell shows names, and waits: no command is imported for its help.
-            lazy = self.commands
-            self.commands = {name: TyperCommand(name) for name in lazy}
+            self._completing = True
             try:
                 return super().shell_complete(ctx, incomplete)
             finally:
-                self.commands = lazy
+                self._completing = False
 
     return LazyGroup
 
 
+@cache
 def _make(name: str, place: str) -> Any:
     module, _, attribute = place.partition(":")
     found = getattr(importlib.import_module(module), attribute)

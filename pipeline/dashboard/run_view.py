@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -213,24 +213,22 @@ class RunView:
         blocks = self._progress.running() if running and self._progress else []
         return np.fromiter(blocks, np.int64)
 
-    def _version(self) -> float:
-        return self._progress.version if self._progress else 0.0
-
     def _codes(self) -> npt.NDArray[np.uint8]:
-        running = self._running()
-        version = (self._version(), tuple(running.tolist()))
-        cached = self._columns.get("state")
-        if cached is None or cached[0] != version:
-            codes = block_states(self._known_grid().n_blocks, self._selected, self._rows, running)
-            cached = self._columns["state"] = (version, codes)
-        return cached[1]
+        running, n = self._running(), self._known_grid().n_blocks
+        return self._column(
+            "state", running.tolist(), lambda: block_states(n, self._selected, self._rows, running)
+        )
 
     def _values(self, by: By) -> npt.NDArray[np.float32]:
-        cached = self._columns.get("value")
-        version = (self._version(), by)
+        n = self._known_grid().n_blocks
+        return self._column("value", by, lambda: block_values(n, self._rows, by))
+
+    def _column(self, name: str, of: Any, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Return a column of all blocks, made anew if the rows or what it is made of changed."""
+        version = (self._progress.version if self._progress else 0.0, of)
+        cached = self._columns.get(name)
         if cached is None or cached[0] != version:
-            values = block_values(self._known_grid().n_blocks, self._rows, by)
-            cached = self._columns["value"] = (version, values)
+            cached = self._columns[name] = (version, make())
         return cached[1]
 
     @contextmanager

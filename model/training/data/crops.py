@@ -37,16 +37,12 @@ class TrainingVolume:
         self.raw = self._open(config.raw)
         self.labels = self._open(config.labels)
         self.mask = None if config.mask is None else self._open(config.mask)
-        if self.mask is not None and self.mask.shape != self.raw.shape:
-            raise InputError(
-                f"{config.container}: {config.mask} has shape {self.mask.shape}, "
-                f"{config.raw} {self.raw.shape}; they must cover the same voxels"
-            )
-        if self.raw.shape != self.labels.shape:
-            raise InputError(
-                f"{config.container}: {config.raw} has shape {self.raw.shape}, "
-                f"{config.labels} {self.labels.shape}; they must cover the same voxels"
-            )
+        for name, array in ((config.mask, self.mask), (config.labels, self.labels)):
+            if array is not None and array.shape != self.raw.shape:
+                raise InputError(
+                    f"{config.container}: {config.raw} has shape {self.raw.shape}, "
+                    f"{name} {array.shape}; they must cover the same voxels"
+                )
         if self.raw.dtype != np.uint8:
             raise InputError(
                 f"{config.container}/{config.raw} is {self.raw.dtype}; training reads uint8"
