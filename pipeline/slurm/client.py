@@ -32,9 +32,6 @@ class QueueEntry:
     task: str
     state: str
     reason: str
-    node: str
-    elapsed: str
-    name: str
 
     @property
     def target(self) -> str:
@@ -109,7 +106,7 @@ def queue(jobs: Iterable[int]) -> list[QueueEntry]:
     if not wanted:
         return []
     # Asked by user, not by id: squeue fails altogether if one id is too old.
-    columns = ["%F", "%K", "%T", "%r", "%N", "%M", "%j"]
+    columns = ["%F", "%K", "%T", "%r"]
     text = call(["squeue", "--noheader", "--me", f"--format={_SEPARATOR.join(columns)}"])
     entries = []
     for line in text.splitlines():
