@@ -92,41 +92,29 @@ class AugmentConfig(Preset):
     brightness: float = Field(0.15, ge=0, lt=1, description="Largest shift, 1 is white.")
     gamma: float = Field(0.3, ge=0, le=1, description="Gamma between 2^-g and 2^g.")
     gamma_chance: float = Field(1.0, ge=0, le=1, description="Chance of that gamma.")
-    section_jitter: float = Field(
-        0.1, ge=0, lt=1, description="Largest extra change of brightness and contrast by section."
-    )
+    section_jitter: float = Field(0.1, ge=0, lt=1)
+    """Largest extra change of brightness and contrast by section."""
     noise: float = Field(0.03, ge=0, lt=1, description="Largest standard deviation of noise.")
     missing_section: float = Field(0.1, ge=0, le=1, description="Chance of one blank section.")
-    deleted_sections: float = Field(
-        0.0, ge=0, le=1, description="Chance that two sections are gone, labels and all."
-    )
+    deleted_sections: float = Field(0.0, ge=0, le=1)
+    """Chance that two sections are gone, labels and all."""
     misalignment: float = Field(0.2, ge=0, le=1, description="Chance of a jump between sections.")
     max_shift: int = Field(10, ge=0, description="Largest jump in voxels, in y and in x.")
-    rotation: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of jumps that turn a section, by at most `max_shift` at its border.",
-    )
-    warp: float = Field(
-        0.5, ge=0, le=1, description="Chance of rescaling and elastic deformation in-plane."
-    )
+    rotation: float = Field(0.0, ge=0, le=1)
+    """Share of jumps that turn a section, by at most `max_shift` at its border."""
+    warp: float = Field(0.5, ge=0, le=1)
+    """Chance of rescaling and elastic deformation in-plane."""
     rescale: float = Field(0.2, ge=0, lt=1, description="Largest relative change of scale.")
     rescale_apart: bool = Field(False, description="Whether y and x are rescaled by themselves.")
-    elastic_chance: float | None = Field(
-        None, ge=0, le=1, description="Chance of elastic deformation; null: whenever rescaled."
-    )
+    elastic_chance: float | None = Field(None, ge=0, le=1)
+    """Chance of elastic deformation; null: whenever rescaled."""
     elastic: float = Field(4.0, ge=0, description="Largest elastic displacement in voxels.")
     blur: float = Field(0.1, ge=0, le=1, description="Chance of one section out of focus.")
     motion_blur: float = Field(0.1, ge=0, le=1, description="Chance of one smeared section.")
     motion_blur_sections: PositiveInt = Field(1, description="How many are smeared.")
     missing_part: float = Field(0.1, ge=0, le=1, description="Chance of a dark stripe.")
-    wide_parts: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Chance that 42 % of every other section, at random, are its mean grey.",
-    )
+    wide_parts: float = Field(0.0, ge=0, le=1)
+    """Chance that 42 % of every other section, at random, are its mean grey."""
     cut_blur: float = Field(0.1, ge=0, le=1, description="Chance of a box of lower resolution.")
     cut_noise: float = Field(0.1, ge=0, le=1, description="Chance of a box of noise.")
     cut_noise_size: float = Field(0.1, ge=0, le=1, description="Largest change by that noise.")
@@ -157,43 +145,21 @@ class LossWeights(Preset):
     cross_entropy: float = Field(0.3, ge=0)
     discrimination: float = Field(0.1, ge=0)
     affinity: float = Field(1.0, ge=0)
-    zero_background: float = Field(
-        0.0,
-        ge=0,
-        description=(
-            "Of a second cross-entropy, on the last prediction with a background logit of 0, as "
-            "inference sets it. Not published; short runs need it to learn logits below 0."
-        ),
-    )
-    background_weight: float = Field(
-        1.0,
-        gt=0,
-        description=(
-            "Of background voxels in that second cross-entropy: a gap in a membrane joins two "
-            "neurites, a hole in a neurite can be filled."
-        ),
-    )
-    dice_mean: Literal["channels", "pairs"] = Field(
-        "channels",
-        description=(
-            "Dice is summed over matched pairs and divided by all channels (1 + queries), as "
-            "published, or by the pairs: four to eight times heavier, which short runs need."
-        ),
-    )
-    dice_on_borders: bool = Field(
-        False,
-        description=(
-            "Whether dice also counts predictions on voxels that no instance claims whole; "
-            "published: not."
-        ),
-    )
-    features: Literal["raw", "unit"] = Field(
-        "raw",
-        description=(
-            "Mask features that the discrimination loss sees: as the branch gives them, as "
-            "published, or of unit length, which leaves the losses of the masks to lead short runs."
-        ),
-    )
+    zero_background: float = Field(0.0, ge=0)
+    """Of a second cross-entropy, on the last prediction with a background logit of 0, as inference
+    sets it. Not published; short runs need it to learn logits below 0."""
+    background_weight: float = Field(1.0, gt=0)
+    """Of background voxels in that second cross-entropy: a gap in a membrane joins two neurites, a
+    hole in a neurite can be filled."""
+    dice_mean: Literal["channels", "pairs"] = "channels"
+    """Dice is summed over matched pairs and divided by all channels (1 + queries), as published, or
+    by the pairs: four to eight times heavier, which short runs need."""
+    dice_on_borders: bool = False
+    """Whether dice also counts predictions on voxels that no instance claims whole; published:
+    not."""
+    features: Literal["raw", "unit"] = "raw"
+    """Mask features that the discrimination loss sees: as the branch gives them, as published, or
+    of unit length, which leaves the losses of the masks to lead short runs."""
     temperature: float = Field(0.3, gt=0, description="Temperature of the discrimination loss.")
     samples: int = Field(4096, ge=0, description="Voxels drawn for the discrimination loss.")
     exponent: float = Field(0.6, ge=0, le=1)
@@ -206,24 +172,13 @@ class OptimizerConfig(Settings):
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(1000, ge=0)
     weight_decay: float = Field(1e-4, ge=0, description="Not of norms and biases.")
-    clip_norm: float | None = Field(
-        1.0, gt=0, description="Gradients are scaled down to this norm; null, as published: never."
-    )
-    ema_decay: float = Field(
-        0.999,
-        ge=0,
-        lt=1,
-        description="Of the exported weights; 0, as published: none.",
-    )
-    freeze_norm_after: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description=(
-            "From this share of the schedule on, batch norms use their running statistics, as at "
-            "inference. With one crop per step the statistics of a step differ from them."
-        ),
-    )
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm; null, as published: never."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Of the exported weights; 0, as published: none."""
+    freeze_norm_after: float = Field(1.0, ge=0, le=1)
+    """From this share of the schedule on, batch norms use their running statistics, as at
+    inference. With one crop per step the statistics of a step differ from them."""
 
 
 class TrainConfig(Settings):
