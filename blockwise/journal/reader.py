@@ -155,10 +155,7 @@ class Journal:
     def progress(self, since: float | None, now: float) -> dict[str, Any]:
         """Say how far the stage is, in the form in which the ledger keeps totals.
 
-        Parameters
-        ----------
-        since : float or None
-            When the stage was started last, seconds since the epoch; None: at its first block.
+        The stage was started last at `since`, in seconds since the epoch; None: at its first block.
         """
         totals = self.totals()
         session = self.recent(since or totals["started"])

@@ -153,14 +153,9 @@ class StageFeed:
         self.refused += self._ledger.write("workers", updates)
 
     def send_totals(self, since: float | None, *, at_once: bool = False) -> None:
-        """Send the totals of the stage if they have changed.
+        """Send the totals of the stage if they have changed; at most now and then, or at once.
 
-        Parameters
-        ----------
-        since : float or None
-            When the stage was started last, seconds since the epoch.
-        at_once : bool
-            Even if they were sent a moment ago.
+        They count from `since`, when the stage was started last, in seconds since the epoch.
         """
         size = sum(self._journal.tail.positions.values())
         key = self._journal.version, size

@@ -75,16 +75,9 @@ def group_failures(
 ) -> tuple[int, list[dict[str, Any]]]:
     """Group failed blocks by their error, ignoring numbers in it.
 
-    Parameters
-    ----------
-    grid
-        Gives the voxel in the middle of a block; None leaves it out.
-
-    Returns
-    -------
-    count, groups
-        Number of failed blocks, and the groups, the largest first: ``summary``, ``count``,
-        ``error`` (traceback of the first) and ``blocks`` (some of them).
+    Return the number of failed blocks, and the groups, the largest first: ``summary``, ``count``,
+    ``error`` (traceback of the first) and ``blocks`` (some of them, with the voxel in their middle
+    if a grid is given).
     """
     counts: Counter[str] = Counter()
     groups: dict[str, dict[str, Any]] = {}

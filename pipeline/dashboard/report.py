@@ -37,14 +37,7 @@ _SCORES: Final = (
 
 
 def write_report(config: Config, out_html: Path) -> None:
-    """Write the report of a run, finished or not.
-
-    Parameters
-    ----------
-    config
-        Configuration of the run; its folder must be on this machine.
-    out_html
-        File to write; its folder must exist.
+    """Write the report of a run on this machine, finished or not, into an existing folder.
 
     Raises
     ------
@@ -85,14 +78,8 @@ def write_snapshot(
 ) -> None:
     """Draw raw, fragments, segmentation and truth of a run side by side.
 
-    Parameters
-    ----------
-    out_png
-        File to write; its folder must exist.
-    at
-        Voxel (z, y, x) to show and mark; the middle by default.
-    most
-        Voxels shown along y and x at most.
+    The picture is centred at, and marks, the voxel `at` (z, y, x), by default the middle, and has
+    at most `most` voxels along y and x. The folder of the file must exist.
 
     Raises
     ------

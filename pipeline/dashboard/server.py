@@ -114,14 +114,9 @@ class Dashboard:
 
 
 async def serve(runs: Runs, *, announce: Callable[[Dashboard], None], **options: Any) -> None:
-    """Serve until cancelled.
+    """Serve until cancelled; `announce` is called when the server listens.
 
-    Parameters
-    ----------
-    runs, options
-        As for `Dashboard`.
-    announce
-        Called when the server listens.
+    Other parameters are those of `Dashboard`.
     """
     dashboard = Dashboard(runs, **options)
     announce(dashboard)

@@ -36,16 +36,9 @@ _FILL_NANOMETRES = 150.0
 
 @dataclass(frozen=True)
 class Counted:
-    """Contingency tables of two volumes.
+    """Contingency tables of two volumes over the window that both have.
 
-    Attributes
-    ----------
-    window
-        The voxels that both have.
-    blocks
-        Boxes of the window; tables name them by their place in this list.
-    counts
-        Sum over all boxes.
+    Tables name the boxes by their place in the list.
     """
 
     window: Window

@@ -374,15 +374,7 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
 def cancel(run_dir: Path, *, wait_s: float = 30.0) -> int:
     """Cancel waiting jobs at once, let running ones finish their blocks, then kill the rest.
 
-    Parameters
-    ----------
-    wait_s
-        Seconds for running jobs to finish the blocks in hand.
-
-    Returns
-    -------
-    killed
-        Jobs that had not ended after `wait_s`.
+    Return how many jobs had not ended after `wait_s` seconds.
     """
     with changing(run_dir) as jobs:
         jobs.cancelled = True

@@ -64,12 +64,8 @@ def log_folder(run_dir: Path) -> Path:
 def worker_script(section: "SlurmSettings", run_dir: Path, here: Path) -> Script:
     """Return the script of the worker jobs.
 
-    Parameters
-    ----------
-    run_dir
-        Run folder, absolute.
-    here
-        Folder that relative paths of the configuration start from.
+    The run folder is absolute; `here` is the folder that relative paths of the configuration start
+    from.
     """
     processes = max(1, section.gpus)
     options = [
@@ -186,16 +182,9 @@ def _text(
 def submit_arguments(
     name: str, run_dir: Path, *, array: str | None = None, after: str | None = None
 ) -> list[str | Path]:
-    """Return sbatch's arguments for a script in the run folder.
+    """Return sbatch's arguments for a script, named as in `Script`, of a run folder.
 
-    Parameters
-    ----------
-    name
-        Name of the script, as in `Script`.
-    array
-        Array tasks, such as ``0-7%4``.
-    after
-        Dependency, such as ``afterok:17``.
+    `array` are tasks, such as ``0-7%4``, and `after` a dependency, such as ``afterok:17``.
     """
     arguments: list[str | Path] = [f"--chdir={log_folder(run_dir)}"]
     if array is not None:

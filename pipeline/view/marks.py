@@ -44,19 +44,10 @@ class Marks:
 
 
 def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> list[Marks]:
-    """Return the marks of a run.
+    """Return the marks of a run: borders of blocks, failed blocks, mergers and splits.
 
-    Parameters
-    ----------
-    run
-        Run folder; without a run in it there are no marks.
-    at
-        Voxel (z, y, x) that the viewer starts at; default the middle of the volume.
-
-    Returns
-    -------
-    list of Marks
-        ``blocks``; ``failed blocks``, ``mergers`` and ``splits`` if the run has any.
+    Without a run in the folder there are none. `at` is the voxel (z, y, x) that the viewer starts
+    at; default the middle of the volume.
     """
     try:
         record = run.record()

@@ -96,14 +96,9 @@ def fill_state(
     marks: Sequence[Marks],
     at: Sequence[int] | None,
 ) -> None:
-    """Fill a viewer's state.
+    """Fill a viewer's state; `marks` and `at` are as for `build_viewer`.
 
-    Parameters
-    ----------
-    layers
-        Layers with neuroglancer's layer of each; one with None only counts as the first.
-    marks, at
-        As for `build_viewer`.
+    Layers come with neuroglancer's layer of each; one with None only counts as the first.
     """
     _start_view(state, layers[0][0], at)
     for layer, drawn in layers:
@@ -140,14 +135,9 @@ def _start_voxel(first: Layer, at: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) -> None:
-    """Show a run until it is interrupted; the address is printed.
+    """Show a run, with its ground truth if it has one, until interrupted; print the address.
 
-    Parameters
-    ----------
-    config
-        Configuration of the run; its ground truth is shown if there is one.
-    port, at
-        As for `build_viewer`.
+    `port` and `at` are as for `build_viewer`.
 
     Raises
     ------

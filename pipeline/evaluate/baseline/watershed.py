@@ -78,14 +78,8 @@ def fragments_of(
 class WatershedRun:
     """Where fragments come from and go to; picklable, for workers of dask.
 
-    Attributes
-    ----------
-    source
-        Container of the run with the affinities.
-    folder
-        Folder of the fragments: data.zarr, sidecars, journal.
-    grid
-        `BlockGrid.to_dict()` of the run.
+    The source is the run's container with the affinities; the folder of the fragments has
+    data.zarr, sidecars and journal; the grid is `BlockGrid.to_dict()` of the run.
     """
 
     source: Path
