@@ -24,7 +24,7 @@ from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run import stages
 from agq.pipeline.run.fragments import absolute_location, stitch_arrays
-from agq.pipeline.run.prepare import prepare
+from agq.pipeline.run.prepare import prepare, prepare_stitch
 from agq.pipeline.run.session import Session, open_session
 from agq.pipeline.status.monitor import load_status
 from agq.pipeline.status.progress import Tell
@@ -142,12 +142,15 @@ class Run:
         return RunFolder(Path(self.config.run_dir))
 
     @contextmanager
-    def _open(self, *, overwrite: bool = False) -> Iterator[Session]:
+    def _open(self, *, overwrite: bool = False, predicts: bool = True) -> Iterator[Session]:
         """Hold the run for one stage, or for all of `run`."""
         if self._session is not None:
             yield self._session
             return
-        prepared = prepare(self.config, overwrite=overwrite)
+        if predicts:
+            prepared = prepare(self.config, overwrite=overwrite)
+        else:
+            prepared = prepare_stitch(self.config)
         with open_session(
             prepared, overwrite=overwrite, on_progress=self._on_progress
         ) as self._session:
@@ -210,7 +213,7 @@ class Run:
         """
         if settings:
             self.config = _changed(self.config, {"stitch": settings})
-        with self._open() as session:
+        with self._open(predicts=False) as session:
             return stages.stitch(session)
 
     def evaluate(self) -> EvaluationReport:
@@ -223,7 +226,7 @@ class Run:
         """
         if self.config.evaluate is None:
             raise InputError("evaluate.truth: no ground truth is named; give evaluate={'truth': …}")
-        with self._open() as session:
+        with self._open(predicts=False) as session:
             report = stages.score(session)
         assert report is not None
         return report

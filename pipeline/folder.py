@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from agq.blockwise.ledger.settings import mask_secrets, shown_uri
 from agq.blockwise.storage import locks
 from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.errors import InputError
 
 FORMAT = 1
@@ -26,7 +27,11 @@ FORMAT = 1
 # what a submission has prepared.
 _BEFORE_RUN = (".lock", ".lock.owner", "imported", "slurm")
 _URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
-_PACKAGES = ("agq-pipeline", "torch", "numpy", "zarr", "daisy", "dask", "numba", "pymongo")
+_PACKAGES = ("numpy", "zarr", "daisy", "dask", "pymongo")
+_PORTABLE = ("config", "identity")
+
+DECIDING = ("agq-pipeline", "torch", "scipy", "connected-components-3d", "scikit-image", "numba")
+"""Packages whose version may decide single voxels of a block."""
 
 
 class RunLockedError(InputError):
@@ -79,9 +84,12 @@ class RunFolder:
             raise InputError(f"{self.record_path} cannot be read: {error}") from None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise InputError(f"{self.record_path} was written by another version of agq")
-        return record
+        present = {name: record[name] for name in _PORTABLE if name in record}
+        return record | from_portable(present, self.path)
 
-    def create(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
+    def create(
+        self, config: dict[str, Any], identity: dict[str, Any], compared: Collection[str] = ()
+    ) -> None:
         """Start the run, or go on with the existing one if it is the same.
 
         Parameters
@@ -90,6 +98,8 @@ class RunFolder:
             The resolved configuration without secrets.
         identity
             Whatever decides the bytes of a block: input, checkpoint, grid, model settings.
+        compared
+            As for `require_identity`.
 
         Raises
         ------
@@ -97,7 +107,7 @@ class RunFolder:
             If the folder holds a run with another identity, or files that are no run.
         """
         if self.exists():
-            self.require_identity(identity)
+            self.require_identity(identity, compared)
             self.update(config=config)
         else:
             if self.path.is_dir() and any(p.name not in _BEFORE_RUN for p in self.path.iterdir()):
@@ -130,20 +140,33 @@ class RunFolder:
         )
         self._write(record)
 
-    def require_identity(self, identity: dict[str, Any]) -> None:
+    def require_identity(self, identity: dict[str, Any], compared: Collection[str] = ()) -> None:
         """Refuse to go on with a run whose blocks were made with other settings.
+
+        Where an input lies is no setting, and a mask may change: its blocks are chosen anew.
+
+        Parameters
+        ----------
+        identity
+            As for `create`.
+        compared
+            Entries, such as ``raw.metadata``, for which their content has been compared.
 
         Raises
         ------
         InputError
             Naming every difference, and how to start over.
         """
-        old = self.record()
-        if old["identity_hash"] != identity_hash(identity):
-            changed = ", ".join(_differences(old["identity"], identity))
+        new = json.loads(json.dumps(identity))
+        changed = [
+            line
+            for name, line in _differences(self.record()["identity"], new)
+            if name not in compared and not _names_only(name)
+        ]
+        if changed:
             raise InputError(
-                f"{self.path} holds a run made with different settings ({changed}); its blocks "
-                "cannot be mixed with new ones: choose another run_dir, or start over with "
+                f"{self.path} holds a run made with different settings ({', '.join(changed)}); its"
+                " blocks cannot be mixed with new ones: choose another run_dir, or start over with "
                 "--overwrite"
             )
 
@@ -160,6 +183,8 @@ class RunFolder:
         self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:
+        present = {name: record[name] for name in _PORTABLE if name in record}
+        record = record | to_portable(json.loads(json.dumps(present)), self.path)
         write_atomic(self.record_path, json.dumps(record, indent=1).encode())
 
     def clear(self) -> None:
@@ -211,10 +236,10 @@ def identity_hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that touch the data."""
+def versions(packages: Iterable[str] = (*DECIDING, *_PACKAGES)) -> dict[str, str]:
+    """Versions of Python and of the packages that touch the data."""
     found = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -229,14 +254,19 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+def _names_only(entry: str) -> bool:
+    """Whether an entry of an identity only says where an input lies, or belongs to the mask."""
+    name, _, field = entry.partition(".")
+    return name == "mask" or (name in ("raw", "classes") and field in ("path", "dataset"))
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the name of each entry that differs, and a line about it."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in sorted({*old, *new})
-            for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
-        ]
-    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+    elif old != new:
+        yield where, f"{where}: {_short(old)} -> {_short(new)}"
 
 
 def _short(value: Any) -> str:

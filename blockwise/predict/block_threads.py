@@ -39,8 +39,12 @@ from agq.blockwise.predict.paths import journal_folder, retry_path
 from agq.blockwise.predict.predictor import Prediction, Predictor
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
+from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
+
+# Of a record of a volume: a thousand workers that start at once read no more than this.
+_COMPARED = 64
 
 _IDLE_S = 0.2
 _MAX_IDLE_S = 2.0
@@ -70,7 +74,8 @@ class BlockFiles:
         Raises
         ------
         InputError
-            If one is missing, or does not fit the grid.
+            If one is missing, does not fit the grid, or holds something else than when the run
+            began.
         """
         grid = spec.block_grid()
         raw = open_volume(**spec.raw)
@@ -80,6 +85,9 @@ class BlockFiles:
                 "use another run folder or start over with --overwrite"
             )
         mask = None if spec.mask is None else open_volume(**spec.mask, kind="mask")
+        for name, volume in (("raw", raw), ("mask", mask)):
+            if volume is not None and (recorded := spec.contents.get(name)):
+                require_content(volume, recorded, f"input.{name}", most=_COMPARED)
         return cls(raw, BlockWriter.open(run_dir, grid, affinities=spec.affinities), mask)
 
     @property

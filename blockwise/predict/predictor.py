@@ -4,8 +4,11 @@
 it and calls it once with the run's options.
 """
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -92,8 +95,49 @@ def resolve_factory(factory: str) -> Callable[..., Predictor]:
     return make
 
 
+def factory_code(factory: str) -> str | None:
+    """Return a checksum of the source of a factory's module; None where it has no source."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(resolve_factory(factory)))
+    except TypeError:
+        return None
+    return None if file is None else _file_sum(Path(file))
+
+
+def option_files(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 of the files that options name, such as a checkpoint, by option."""
+    paths = {name: Path(value) for name, value in options.items() if isinstance(value, str)}
+    sums = {name: _file_sum(path.expanduser()) for name, path in paths.items()}
+    return {name: found for name, found in sums.items() if found is not None}
+
+
+def _file_sum(path: Path) -> str | None:
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    # Any text may be an option: one too long for a path, too.
+    except (OSError, ValueError):
+        return None
+
+
+def _require_files(options: Mapping[str, Any], expected: Mapping[str, str]) -> None:
+    found = option_files({name: options.get(name) for name in expected})
+    for name, wanted in expected.items():
+        if found.get(name) != wanted:
+            now = f"is {found[name][:12]}..." if name in found else "cannot be read"
+            raise InputError(
+                f"{name} {options.get(name)} is not the file that the run was started with: its "
+                f"SHA-256 {now}, not {wanted[:12]}...; put that file back, then run again"
+            )
+
+
 def load_predictor(
-    factory: str, options: Mapping[str, Any], device_index: int | None = None
+    factory: str,
+    options: Mapping[str, Any],
+    device_index: int | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Predictor:
     """Make the predictor of a worker.
 
@@ -106,16 +150,20 @@ def load_predictor(
     device_index
         Index of the worker on its machine; places ``device: cuda`` (see `place_device`).
         None leaves the options as they are.
+    files
+        What `option_files` must say of the options, before and after the predictor has read them.
 
     Raises
     ------
     InputError
-        If the factory cannot be found, or what it makes is no predictor. Errors of the factory
-        itself are passed on.
+        If the factory cannot be found, what it makes is no predictor, or a file is another one.
+        Errors of the factory itself are passed on.
     """
     make = resolve_factory(factory)
+    _require_files(options, files or {})
     placed = dict(options) if device_index is None else place_device(options, device_index)
     predictor = make(**placed)
+    _require_files(options, files or {})
     if not isinstance(predictor, Predictor):
         raise InputError(
             f"predictor factory {factory!r} made a {type(predictor).__name__}, which lacks "

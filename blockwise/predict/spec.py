@@ -23,6 +23,8 @@ from agq.blockwise.blocks.grid import GridSpec
 from agq.blockwise.predict.paths import session_path, spec_path
 from agq.blockwise.predict.settings import AttemptSettings
 from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.storage.portable import from_portable, to_portable
+from agq.blockwise.volumes.content import Content
 from agq.errors import InputError
 
 
@@ -38,11 +40,17 @@ class PredictSpec(AttemptSettings, GridSpec):
     mask: dict[str, Any] | None = None
     """The same of the mask that hides voxels; None: none is hidden."""
 
+    contents: dict[str, Content] = Field(default_factory=dict)
+    """What `raw` and `mask` held when the run began, by these names."""
+
     factory: str
     """``module:callable`` that makes the predictor."""
 
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the factory."""
+
+    files: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of the files that `options` name, by option: a worker takes no other ones."""
 
     affinities: bool = False
     """Also keep the affinities of every voxel (uint8, 3 channels)."""
@@ -60,7 +68,8 @@ class PredictSpec(AttemptSettings, GridSpec):
 
     def save(self) -> None:
         """Write ``predict.json`` into the run folder."""
-        write_atomic(spec_path(self.run_dir), self.model_dump_json(indent=1).encode())
+        values = to_portable(self.model_dump(mode="json"), Path(self.run_dir))
+        write_atomic(spec_path(self.run_dir), json.dumps(values, indent=1).encode())
 
     @classmethod
     def load(cls, run_dir: str | Path) -> "PredictSpec":
@@ -73,13 +82,16 @@ class PredictSpec(AttemptSettings, GridSpec):
         """
         path = spec_path(run_dir)
         try:
-            return cls.model_validate_json(path.read_bytes())
+            values = from_portable(json.loads(path.read_bytes()), Path(run_dir))
+            return cls.model_validate(values)
         except FileNotFoundError:
             raise InputError(f"{path} is missing: {run_dir} is no run folder") from None
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "file"
             raise InputError(f"{path}: {field}: {first['msg']}") from None
+        except ValueError:
+            raise InputError(f"{path} is damaged: start the run again") from None
 
 
 class Session(BaseModel):

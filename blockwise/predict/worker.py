@@ -91,7 +91,9 @@ def work(options: argparse.Namespace) -> int:
     except BaseException as error:
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         coordinator.tell(event="start_failed", message=text.splitlines()[0])
-        _logger.exception("the worker cannot start")
+        # The last line of the log says why: whoever else started the worker reads it there.
+        unexpected = not isinstance(error, InputError)
+        _logger.error("the worker cannot start: %s", text, exc_info=unexpected)
         return EXIT_START_FAILED
     coordinator.tell(event="ready", token=loop.journal.token)
     threading.Thread(target=_beat, args=(loop.journal,), name="heartbeat", daemon=True).start()
@@ -112,7 +114,7 @@ def _block_loop(options: argparse.Namespace, coordinator: CoordinatorPipe) -> Bl
     local = index if index is not None else int(os.environ.get("SLURM_LOCALID", "0"))
     spec = PredictSpec.load(run_dir)
     files = BlockFiles.open(spec, run_dir)
-    predictor = load_predictor(spec.factory, spec.options, local)
+    predictor = load_predictor(spec.factory, spec.options, local, spec.files)
     device = str(getattr(predictor, "device", spec.options.get("device", "cpu")))
     info = this_worker(name or (None if index is None else f"worker-{index}"), device)
     journal = JournalWriter(journal_folder(run_dir), replace(info, **_gpu(device)))

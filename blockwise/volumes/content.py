@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from agq.blockwise.storage.files import checksum
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Box, Triple, triple
+from agq.errors import InputError
 
 BUDGET = 2**27
 """Bytes of voxels that one record reads at most, unless single chunks are larger."""
@@ -36,11 +37,14 @@ class Content(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    shape: tuple[int, int, int]
+    """Voxels (z, y, x) of the volume."""
+
     box: tuple[int, int, int]
     """Voxels (z, y, x) of a box; those at the end of an axis are smaller."""
 
     count: int
-    """Boxes asked for: with `box` and the shape of the volume it says which they are."""
+    """Boxes asked for: with `shape` and `box` it says which they are."""
 
     sums: str
     """Checksums of the boxes, with spaces between; ``-`` where a box could not be read."""
@@ -57,16 +61,16 @@ def read_content(volume: Volume) -> Content:
     box = _box(volume)
     count = max(_LEAST_BOXES, min(BOXES, BUDGET // (prod(box) * volume.dtype.itemsize)))
     sums = _sums(volume, _places(volume.shape, box, count))
-    return Content(box=box, count=count, sums=" ".join(sums))
+    return Content(shape=volume.shape, box=box, count=count, sums=" ".join(sums))
 
 
-def changed_box(volume: Volume, recorded: Content, most: int | None = None) -> Box | None:
-    """Find a place where a volume differs from its record.
+def difference(volume: Volume, recorded: Content, most: int | None = None) -> str | None:
+    """Say in what a volume differs from its record.
 
     Parameters
     ----------
     volume
-        A volume of the shape and type that it had when the record was made.
+        The volume.
     recorded
         The record; it says where to read.
     most
@@ -74,17 +78,42 @@ def changed_box(volume: Volume, recorded: Content, most: int | None = None) -> B
 
     Returns
     -------
-    box
-        Voxels (start, stop) of the first box that differs; None if there is none. A box that could
-        not be read, then or now, does not differ.
+    text
+        For a message, such as ``its voxels (0, 0, 0) to (32, 128, 128) are others``; None if
+        nothing differs. A box that could not be read, then or now, does not differ.
     """
+    if volume.shape != recorded.shape:
+        return f"its shape is {volume.shape}, not {recorded.shape}"
     sums = recorded.sums.split()
     step = 1 if most is None else -(-len(sums) // most)
     places = _places(volume.shape, recorded.box, recorded.count)[::step]
     for place, old, new in zip(places, sums[::step], _sums(volume, places), strict=True):
         if old != new and _UNREADABLE not in (old, new):
-            return place
+            return f"its voxels {place[0]} to {place[1]} are others"
     return None
+
+
+def require_content(volume: Volume, recorded: Content, field: str, most: int | None = None) -> None:
+    """Refuse a volume that differs from its record.
+
+    Parameters
+    ----------
+    volume, recorded, most
+        As for `difference`.
+    field
+        What the configuration calls the volume.
+
+    Raises
+    ------
+    InputError
+        Naming the field, the file and what differs.
+    """
+    if found := difference(volume, recorded, most):
+        raise InputError(
+            f"{field}: {volume.name} has changed since the run began: {found}; blocks made of both "
+            "cannot be mixed: put the former volume back, choose another run_dir, or start over "
+            "with --overwrite"
+        )
 
 
 def _box(volume: Volume) -> Triple:

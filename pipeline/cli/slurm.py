@@ -85,6 +85,7 @@ def _submit(
     overwrite: bool = False,
     after_predict: bool = False,
 ) -> None:
+    from agq.pipeline.run.identity import require_same, start
     from agq.pipeline.run.prepare import prepare
 
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
@@ -99,14 +100,14 @@ def _submit(
         out.print(f"note: {note}", markup=False, soft_wrap=True)
     if behind:
         # The prediction holds the lock of the run and owns its record and scripts.
-        prepared.run.require_identity(prepared.as_begun().identity)
+        require_same(prepared.as_begun())
         jobs.save_stitch_config(config)
         _write_scripts(config, ["stitch"])
     else:
         with prepared.run.lock():
             if overwrite:
                 prepared.run.clear()
-            prepared.run.create(masked(config), prepared.as_begun().identity)
+            start(prepared.as_begun(), masked(config))
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)
             _write_scripts(config, ["predict", "stitch"])

@@ -153,5 +153,16 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
 
 
 def masked(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain data without any secret, for records and logs."""
-    return config.model_dump(mode="json")
+    """Return the configuration as plain data without any secret, for records and logs.
+
+    Paths are absolute: a record is read later, in another folder.
+    """
+    data: dict[str, Any] = config.model_dump(mode="json")
+    volumes = [*data["input"].values(), (data["evaluate"] or {}).get("truth")]
+    for volume in volumes:
+        if volume and "://" not in volume.get("path", "://"):
+            volume["path"] = str(Path(volume["path"]).expanduser().absolute())
+    checkpoint = Path(data["model"]["checkpoint"]).expanduser()
+    if checkpoint.is_file():
+        data["model"]["checkpoint"] = str(checkpoint.absolute())
+    return data

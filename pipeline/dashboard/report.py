@@ -87,6 +87,8 @@ def write_snapshot(
         If an input cannot be opened, the run has no labels yet, or the place is outside.
     """
     volumes = _volumes(config)
+    if "raw" not in volumes:
+        raise InputError("input.raw: a snapshot shows it, and it cannot be opened")
     snapshot(
         out_png,
         volumes["raw"],
@@ -106,8 +108,10 @@ def _volumes(config: Config) -> dict[str, Volume]:
 def _pictures(config: Config, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     """Draw the middle and the worst mergers; nothing if the raw data cannot be opened."""
     try:
-        raw = _volumes(config)["raw"]
+        raw = _volumes(config).get("raw")
     except InputError:
+        return []
+    if raw is None:
         return []
     spots: list[tuple[str, list[int] | None]] = [("Snapshot", None)]
     for item in evaluation.get("worst_mergers", [])[:_MAX_SPOTS]:

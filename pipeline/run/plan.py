@@ -20,6 +20,7 @@ from agq.blockwise.volumes.open import open_volume
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 from agq.pipeline.run.fit import Size, show
+from agq.pipeline.run.identity import require_same
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.stages import reopen_options, worker_count
 from agq.tables import Tabled
@@ -114,7 +115,7 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
     grid, selected = prepared.grid, prepared.selected
     done = np.zeros(selected.size, dtype=bool)
     if prepared.run.exists():
-        prepared.run.require_identity(prepared.as_begun().identity)
+        require_same(prepared.as_begun())
         journal = Journal(prepared.run.journal("predict"))
         journal.refresh()
         done = journal.done(grid.n_blocks)[selected]
@@ -132,7 +133,7 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
         run_dir=str(prepared.run.path),
         volume_shape=grid.volume_shape,
         voxel_size=triple(grid.voxel_size),
-        unit=prepared.raw.unit,
+        unit=prepared.unit,
         trained_voxel_size=prepared.trained_voxel_size,
         notes=prepared.notes,
         grid_shape=grid.shape,
@@ -158,7 +159,7 @@ def _time_one(prepared: Prepared, number: int) -> tuple[float, int]:
         try:
             return pool.submit(
                 _measure,
-                reopen_options(prepared.raw),
+                reopen_options(prepared.opened_raw()),
                 prepared.config.model.factory,
                 prepared.predictor_options,
                 prepared.grid.read_box(number),

@@ -4,7 +4,7 @@ Everything that can be found out before a block runs is found out here: `agq pla
 the other commands start with it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.ledger.database import connect
-from agq.blockwise.predict.predictor import resolve_factory
+from agq.blockwise.predict.predictor import option_files, resolve_factory
 from agq.blockwise.storage.files import require_free_space, require_writable
 from agq.blockwise.volumes.open import Kind, Volume
 from agq.blockwise.volumes.triples import Box, Triple
@@ -25,6 +25,8 @@ from agq.pipeline.config.schema import (
     EARLIER_FACTORY,
     Config,
     VolumeSettings,
+    masked,
+    parse_config,
 )
 from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
@@ -44,7 +46,7 @@ class Prepared:
     Attributes
     ----------
     raw, mask, truth
-        Opened volumes; mask and truth may be None.
+        Opened volumes; None: there is none, or a stitch has not opened it (`prepare_stitch`).
     grid
         Blocks of the whole volume.
     box
@@ -59,11 +61,15 @@ class Prepared:
         Voxel size (z, y, x) in nanometres of the checkpoint; None if nothing says it.
     notes
         What the user is told, one line each.
+    files
+        SHA-256 of the files that `predictor_options` name, by option.
+    device
+        Kind of device that this machine predicts on; None: not known here.
     """
 
     config: Config
     run: RunFolder
-    raw: Volume
+    raw: Volume | None
     mask: Volume | None
     truth: Volume | None
     grid: BlockGrid
@@ -71,8 +77,19 @@ class Prepared:
     selected: npt.NDArray[np.int64]
     predictor_options: dict[str, Any]
     identity: dict[str, Any]
-    trained_voxel_size: Size | None
-    notes: tuple[str, ...]
+    trained_voxel_size: Size | None = None
+    notes: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+    device: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """World unit of the run."""
+        return self.config.input.raw.unit
+
+    def opened_raw(self) -> Volume:
+        """Return the raw volume, opened now if it was not needed before."""
+        return self.raw or open_input(self.config.input.raw, self.run, "raw", "input.raw")
 
     @property
     def hides_voxels(self) -> bool:
@@ -93,11 +110,17 @@ class Prepared:
         mask = {name: value for name, value in self.identity["mask"].items() if name != "hides"}
         return replace(self, identity={**self.identity, "mask": mask})
 
+    def opened_truth(self) -> Volume | None:
+        """Return the truth, opened now if it was not needed before; None if there is none."""
+        return self.truth or _open_truth(self.config, self.run, self.grid)
+
     def scored_truth(self) -> Volume | None:
         """Return the truth inside the ROI: outside of it nothing is segmented."""
-        if self.truth is None:
-            return None
-        return self.truth.crop(world_roi(self.box, self.grid))
+        truth = self.opened_truth()
+        try:
+            return truth and truth.crop(world_roi(self.box, self.grid))
+        except InputError as error:
+            raise InputError(f"evaluate.truth: {error}") from None
 
     def disk_estimate(self) -> dict[str, int]:
         """Estimate the bytes that the selected blocks will take, by kind of output."""
@@ -143,14 +166,17 @@ def prepare(
     if check_output:
         require_writable(run.path, "run_dir")
     raw = open_input(config.input.raw, run, "raw", "input.raw")
-    mask = _open_beside(raw, config.input.mask, run, "mask", "input.mask")
-    truth = None if config.evaluate is None else config.evaluate.truth
+    mask = _open_beside(config, config.input.mask, run, "mask", "input.mask")
     options, model_identity, trained = _model(config, workers_here)
     notes = (
         []
         if trained is None
         else _check_fit(config, raw, trained.voxel_size, goes_on=run.exists() and not overwrite)
     )
+    if config.model.factory == DEFAULT_FACTORY:
+        files = {"checkpoint": str(model_identity["checkpoint_sha256"])}
+    else:
+        files = option_files(options)
     grid = _grid(config, raw, None if trained is None else trained.input_shape)
     box = roi_box(config.input.roi, grid)
     prepared = Prepared(
@@ -158,7 +184,7 @@ def prepare(
         run=run,
         raw=raw,
         mask=mask,
-        truth=_open_beside(raw, truth, run, "labels", "evaluate.truth"),
+        truth=_open_truth(config, run, grid),
         grid=grid,
         box=box,
         selected=grid.select(*(box or ((0, 0, 0), grid.volume_shape))),
@@ -172,20 +198,75 @@ def prepare(
         },
         trained_voxel_size=None if trained is None else trained.voxel_size,
         notes=(*raw.notes, *(mask.notes if mask else ()), *notes),
+        files=files,
+        device=_kind(options) if workers_here else None,
     )
-    _check_truth(prepared)
+    prepared.scored_truth()
     if check_output:
         _check_output(prepared)
     return prepared
 
 
+def prepare_stitch(config: Config) -> Prepared:
+    """Check what a stitch of a run needs, and the scores after it.
+
+    Where the folder holds a run of the same configuration, that is the folder alone: no input and
+    no checkpoint is opened, and they may be gone. Another configuration is compared with the run
+    as `prepare` does it.
+
+    Raises
+    ------
+    InputError
+        As `prepare`.
+    """
+    run = RunFolder(Path(config.run_dir))
+    if not run.exists() or not _in_the_same_words(config, run):
+        return prepare(config, workers_here=False)
+    require_writable(run.path, "run_dir")
+    identity = run.record()["identity"]
+    if identity["model"].get("pieces") == "supervoxels":
+        _check_supervoxels(config)
+    grid = BlockGrid.from_dict(identity["grid"])
+    box = roi_box(config.input.roi, grid)
+    prepared = Prepared(
+        config=config,
+        run=run,
+        raw=None,
+        mask=None,
+        truth=None,
+        grid=grid,
+        box=box,
+        selected=grid.select(*(box or ((0, 0, 0), grid.volume_shape))),
+        predictor_options={},
+        identity=identity,
+    )
+    _check_output(prepared)
+    return prepared
+
+
+def _in_the_same_words(config: Config, run: RunFolder) -> bool:
+    """Whether the run was recorded with the same settings of all that decides a block."""
+    try:
+        recorded = parse_config({**run.record()["config"], "ledger": None})
+    except InputError:
+        return False
+
+    def deciding(config: Config) -> dict[str, Any]:
+        values = masked(config)
+        del values["input"]["roi"]
+        parts = {name: values[name] for name in ("input", "model", "blocks", "output")}
+        return parts | {"threads": config.workers.threads}
+
+    return deciding(config) == deciding(recorded)
+
+
 def _open_beside(
-    raw: Volume, settings: VolumeSettings | None, run: RunFolder, kind: Kind, field: str
+    config: Config, settings: VolumeSettings | None, run: RunFolder, kind: Kind, field: str
 ) -> Volume | None:
     """Open an optional volume that lies in the same world as the raw one."""
     if settings is None:
         return None
-    return open_input(settings, run, kind, field, raw.unit)
+    return open_input(settings, run, kind, field, config.input.raw.unit)
 
 
 def _check_fit(config: Config, raw: Volume, trained: Size | None, *, goes_on: bool) -> list[str]:
@@ -207,18 +288,15 @@ def _check_fit(config: Config, raw: Volume, trained: Size | None, *, goes_on: bo
     ]
 
 
-def _check_truth(prepared: Prepared) -> None:
-    if prepared.truth is None:
-        return
-    size, raw_size = tuple(prepared.truth.voxel_size), tuple(prepared.raw.voxel_size)
-    if size != raw_size:
+def _open_truth(config: Config, run: RunFolder, grid: BlockGrid) -> Volume | None:
+    settings = None if config.evaluate is None else config.evaluate.truth
+    truth = _open_beside(config, settings, run, "labels", "evaluate.truth")
+    if truth is not None and tuple(truth.voxel_size) != tuple(grid.voxel_size):
         raise InputError(
-            f"evaluate.truth: voxel size {size} differs from the raw volume's {raw_size}"
+            f"evaluate.truth: voxel size {tuple(truth.voxel_size)} differs from the raw volume's "
+            f"{tuple(grid.voxel_size)}"
         )
-    try:
-        prepared.scored_truth()
-    except InputError as error:
-        raise InputError(f"evaluate.truth: {error}") from None
+    return truth
 
 
 def _check_output(prepared: Prepared) -> None:
@@ -258,14 +336,24 @@ def _model(
     )
     path = checkpoints.resolve(settings.checkpoint)
     loaded = checkpoints.load(path)
+    device = settings.device
     if workers_here:
-        resolve_device(settings.device)
+        # A worker whose GPU has gone must not go on with the CPU.
+        found = resolve_device(device)
+        device = found.type if device == "auto" else device
     if settings.network(loaded.config).pieces == "supervoxels":
         _check_supervoxels(config)
-    options = settings.model_copy(update={"checkpoint": str(path)}).model_dump()
+    changes = {"checkpoint": str(path.absolute()), "device": device}
+    options = settings.model_copy(update=changes).model_dump()
     # Runs of earlier releases have recorded this name of the factory; they go on.
     identity = {"factory": EARLIER_FACTORY, **settings.identity(loaded)}
     return options, identity, loaded.config
+
+
+def _kind(options: dict[str, Any]) -> str | None:
+    """Return the kind of device that options name, if they name one."""
+    device = options.get("device")
+    return device.partition(":")[0] if isinstance(device, str) and device != "auto" else None
 
 
 def _check_supervoxels(config: Config) -> None:

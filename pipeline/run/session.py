@@ -11,6 +11,7 @@ from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.local_processes import termination_unwinds
 from agq.pipeline.config.schema import masked
+from agq.pipeline.run.identity import start
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.status.progress import Progress, Tell, open_progress
 
@@ -87,7 +88,7 @@ def open_session(
         if overwrite:
             run.clear()
         prepared = prepared.as_begun()
-        run.create(masked(prepared.config), prepared.identity)
+        start(prepared, masked(prepared.config))
         with _ledger(prepared) as feeder, open_progress(run.path, on_progress) as progress:
             for note in prepared.notes:
                 progress.note(note)

@@ -1,6 +1,7 @@
 """The stages of a run as functions of an open session: predict, stitch, score, picture."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -31,10 +32,14 @@ from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.pipeline.evaluate.scores import EvaluationReport
+from agq.pipeline.run.identity import changed_truth, new_makers, recorded_contents
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.session import Session
+
+_logger = logging.getLogger(__name__)
 
 # What a CPU worker holds at its peak for a block of 17 x 257 x 257, with room to spare
 # (benchmarks/forward.py prints it).
@@ -86,7 +91,7 @@ def predict(
     BlockWriter.create(
         prepared.run.path,
         prepared.grid,
-        prepared.raw.unit,
+        prepared.unit,
         affinities=prepared.config.output.affinities,
     )
     folder = prepared.run.journal("predict")
@@ -97,6 +102,7 @@ def predict(
     if only_failed:
         todo = np.intersect1d(todo, [record.block for record in journal.failed()])
     total = int(prepared.selected.size)
+    started = time.time()
     with session.stage("predict", total) as record:
         if prepared.mask is not None and todo.size and not prepared.hides_voxels:
             session.progress.note(
@@ -104,6 +110,8 @@ def predict(
                 " and goes on so; start over with --overwrite to hide voxels"
             )
         todo = _skip_masked(prepared, todo)
+        if todo.size:
+            _warn_of_new_makers(prepared, journal, prepared.device)
         session.progress.start("predict", total, done=total - int(todo.size))
 
         def tell(progress: PredictProgress) -> None:
@@ -111,13 +119,38 @@ def predict(
             if on_progress is not None:
                 on_progress(progress)
 
-        report = run_predict(_predict_spec(prepared, cluster), todo, on_progress=tell)
+        spec = _predict_spec(prepared, cluster)
+        report = run_predict(spec, todo, on_progress=tell)
         # A later status reads this snapshot instead of all lines.
         compact(folder)
+        if report.done:
+            record["device"] = _devices(folder, since=started)
+            if prepared.device is None:
+                _warn_of_new_makers(prepared, journal, record["device"])
+            require_content(prepared.opened_raw(), spec.contents["raw"], "input.raw")
         record["report"] = report.to_dict()
         if report.failed:
             record["state"] = "failed"
     return report
+
+
+def _devices(folder: Path, since: float) -> str:
+    """Return the kinds of device of the workers that have computed blocks since a time."""
+    workers = Journal(folder).workers.values()
+    found = {w.info.device.partition(":")[0] for w in workers if w.done and w.last >= since}
+    return ", ".join(sorted(found))
+
+
+def _warn_of_new_makers(prepared: Prepared, journal: Journal, device: str | None) -> None:
+    """Say what other software or device computes blocks now than before."""
+    changed = new_makers(prepared, device)
+    if changed and journal.counts()["done"]:
+        _logger.warning(
+            "%s: blocks computed from now on may differ in single voxels from the %d that were done"
+            " before; they fit together, but no other run will have the same bytes",
+            ", ".join(changed),
+            journal.counts()["done"],
+        )
 
 
 def _skip_masked(prepared: Prepared, todo: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -145,11 +178,13 @@ def _predict_spec(prepared: Prepared, cluster: Cluster | None) -> PredictSpec:
     config = prepared.config
     return PredictSpec(
         run_dir=str(prepared.run.path),
-        raw=reopen_options(prepared.raw),
+        raw=reopen_options(prepared.opened_raw()),
         mask=reopen_options(prepared.mask) if prepared.mask and prepared.hides_voxels else None,
         grid=prepared.grid.to_dict(),
+        contents=recorded_contents(prepared),
         factory=config.model.factory,
         options=prepared.predictor_options,
+        files=prepared.files,
         affinities=config.output.affinities,
         workers=0 if cluster else worker_count(prepared),
         **config.workers.model_dump(include=set(AttemptSettings.model_fields)),
@@ -239,7 +274,7 @@ def stitch(
 def segmentation(prepared: Prepared) -> Volume:
     """Open the full resolution of the run's segmentation."""
     return open_volume(
-        prepared.run.container, "segmentation", level=0, kind="labels", unit=prepared.raw.unit
+        prepared.run.container, "segmentation", level=0, kind="labels", unit=prepared.unit
     )
 
 
@@ -251,6 +286,8 @@ def score(session: Session) -> EvaluationReport | None:
     truth = prepared.scored_truth()
     if truth is None:
         return None
+    if changed := changed_truth(prepared):
+        session.progress.note(f"evaluate.truth has changed since the last scores: {changed}")
     with session.stage("evaluate", 1) as record:
         report = evaluate(
             segmentation(prepared),
@@ -269,5 +306,6 @@ def picture(session: Session) -> Path:
 
     prepared = session.prepared
     file = prepared.run.path / f"{prepared.run.path.name}.png"
-    snapshot(file, prepared.raw, segmentation(prepared), truth=prepared.truth)
+    raw, truth = prepared.opened_raw(), prepared.opened_truth()
+    snapshot(file, raw, segmentation(prepared), truth=truth)
     return file

@@ -16,8 +16,8 @@ from agq.errors import InputError, RunStoppedError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages
-from agq.pipeline.run.prepare import prepare
-from agq.pipeline.run.session import open_session
+from agq.pipeline.run.prepare import prepare_stitch
+from agq.pipeline.run.session import Session, open_session
 from agq.pipeline.slurm.dask_jobs import jobqueue_client
 from agq.pipeline.slurm.jobs import load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE
@@ -42,18 +42,26 @@ def _with_own_cores(config: Config) -> Config:
 def _stitch(run_dir: Path) -> None:
     config = _with_own_cores(load_config(run_dir))
     section = section_of(config)
-    prepared = prepare(config, workers_here=False)
+    prepared = prepare_stitch(config)
     while True:
         try:
             with open_session(prepared) as session:
                 client = jobqueue_client(section, run_dir) if section.stitch.jobs else None
                 stages.stitch(session, client=client)
                 stages.score(session)
-                stages.picture(session)
+                _picture(session)
             return
         except RunLockedError as error:
             _logger.warning("%s", error)
             time.sleep(_LOCKED_S)
+
+
+def _picture(session: Session) -> None:
+    try:
+        stages.picture(session)
+    except InputError as error:
+        # The raw volume may be gone by now; the segmentation needs none.
+        _logger.warning("no picture: %s", error)
 
 
 def _requeue_before_limit(signum: int, _frame: Any) -> None:

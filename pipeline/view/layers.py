@@ -1,5 +1,6 @@
 """The layers of a viewer: volumes that are read only where the browser looks."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
 
 _MAX_LEVELS = 20
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,34 @@ def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
 
 
 def config_layers(config: Config) -> list[Layer]:
-    """Return the layers of a run: its input, what it has written so far, and the ground truth."""
+    """Return the layers of a run: its input, what it has written so far, and the ground truth.
+
+    A raw volume or a truth that cannot be opened, moved since the run perhaps, is left out with a
+    warning where there is something else to see.
+
+    Raises
+    ------
+    InputError
+        If an input cannot be opened, and the run has written nothing.
+    """
+    run = RunFolder(Path(config.run_dir))
+    layers = run_layers(run.container, config.input.raw.unit)
+    for name, make in (("raw", _raw_layers), ("truth", _truth_layers)):
+        try:
+            found = make(config, run)
+        except InputError as error:
+            if not layers:
+                raise
+            _logger.warning("%s is not shown: %s", name, error)
+        else:
+            layers = [*found, *layers] if name == "raw" else [*layers, *found]
+    return layers
+
+
+def _raw_layers(config: Config, run: RunFolder) -> list[Layer]:
     from agq.pipeline.data.importer import is_importable
     from agq.pipeline.data.inputs import open_input
 
-    run = RunFolder(Path(config.run_dir))
     section = config.input.raw
     raw = open_input(section, run, "raw", "input.raw")
 
@@ -170,11 +196,14 @@ def config_layers(config: Config) -> list[Layer]:
         return open_input(section.model_copy(update=finer), run, "raw", "input.raw")
 
     coarser = [] if is_importable(section.path) else volume_levels(open_level)
-    layers = [
-        volume_layer("raw", raw, "image", coarser=coarser),
-        *run_layers(run.container, raw.unit),
-    ]
-    if config.evaluate is not None:
-        truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth", raw.unit)
-        layers.append(volume_layer("truth", truth, "segmentation", visible=False))
-    return layers
+    return [volume_layer("raw", raw, "image", coarser=coarser)]
+
+
+def _truth_layers(config: Config, run: RunFolder) -> list[Layer]:
+    from agq.pipeline.data.inputs import open_input
+
+    if config.evaluate is None:
+        return []
+    unit = config.input.raw.unit
+    truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth", unit)
+    return [volume_layer("truth", truth, "segmentation", visible=False)]

@@ -57,10 +57,9 @@ def portable_state(
     base = _address("--base-url", base_url).rstrip("/")
     run = RunFolder(Path(config.run_dir))
     layers = config_layers(config)
-    raw = layers[0].data.volume
     container = f"zarr3://{base}/{run.container.name}"
     urls = {
-        "raw": _raw_url(raw, raw_url),
+        "raw": _raw_url(layers[0].data.volume, raw_url) if layers[0].name == "raw" else None,
         "affinities": f"{container}/affinities/",
         "fragments": f"{container}/fragments/",
         "segmentation": f"{container}/segmentation/s0/",
@@ -71,7 +70,7 @@ def portable_state(
         urls["segmentation"] = f"precomputed://{_address('--segmentation-url', address)}"
     state = neuroglancer.ViewerState()
     drawn = [(layer, _layer(layer, urls[layer.name])) for layer in layers]
-    fill_state(state, drawn, run_marks(run, raw.unit, at), at)
+    fill_state(state, drawn, run_marks(run, layers[0].unit, at), at)
     return dict(state.to_json())
 
 

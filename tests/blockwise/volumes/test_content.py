@@ -1,5 +1,6 @@
 """The record of what a volume holds: copies have the same one, changed volumes another one."""
 
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agq.blockwise.volumes import content
-from agq.blockwise.volumes.content import Content, changed_box, read_content
+from agq.blockwise.volumes.content import Content, difference, read_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from tests.helpers.volumes import PLACE, SHAPE, put, put_n5, voxels
 
@@ -21,6 +22,11 @@ from tests.helpers.volumes import PLACE, SHAPE, put, put_n5, voxels
 def volume(tmp_path) -> Volume:
     put(tmp_path / "in.zarr", "raw", voxels(), **PLACE)
     return open_volume(tmp_path / "in.zarr", "raw")
+
+
+def named_box(text: str | None) -> list[tuple[int, ...]]:
+    assert text is not None
+    return [tuple(map(int, re.findall(r"\d+", corner))) for corner in text.split(" to ")]
 
 
 def test_a_copy_in_another_place_format_and_chunking_holds_the_same(tmp_path, volume):
@@ -34,7 +40,7 @@ def test_a_copy_in_another_place_format_and_chunking_holds_the_same(tmp_path, vo
         open_volume(tmp_path / "in.n5"),
     ]
     for copy in copies:
-        assert changed_box(copy, recorded) is None
+        assert difference(copy, recorded) is None
     assert read_content(copies[0]) == recorded
 
 
@@ -47,7 +53,7 @@ def test_one_changed_voxel_of_a_small_volume_is_found(tmp_path_factory, place):
     recorded = read_content(volume)
     array = zarr.open_array(folder / "in.zarr" / "raw", mode="r+")
     array[place] = 255
-    start, stop = changed_box(volume, recorded) or ((0, 0, 0), (0, 0, 0))
+    start, stop = named_box(difference(volume, recorded))
     assert all(a <= p < b for a, p, b in zip(start, place, stop, strict=True))
 
 
@@ -77,10 +83,10 @@ def test_a_volume_of_a_million_chunks_is_read_in_a_moment(volume):
     # A replaced section is found, wherever it is.
     for layer in (0, 3000, 6399):
         changed = replace(large, _array=Counting(layer))
-        start, stop = changed_box(changed, recorded) or ((0, 0, 0), (0, 0, 0))
+        start, stop = named_box(difference(changed, recorded))
         assert start[0] <= layer < stop[0]
     array.read = 0
-    assert changed_box(large, recorded, most=64) is None
+    assert difference(large, recorded, most=64) is None
     assert array.read <= 64 * 64**3
 
 
@@ -100,6 +106,12 @@ def test_what_cannot_be_read_does_not_differ(tmp_path, volume):
     damaged = read_content(volume)
     assert damaged.sums.split()[0] == "-"
     assert damaged.sums.split()[1:] == whole.sums.split()[1:]
-    assert changed_box(volume, whole) is None
+    assert difference(volume, whole) is None
     chunk.write_bytes(stored)
-    assert changed_box(volume, damaged) is None
+    assert difference(volume, damaged) is None
+
+
+def test_another_shape_differs(tmp_path, volume):
+    put(tmp_path / "other.zarr", "raw", voxels((5, 7, 8)), **PLACE)
+    other = open_volume(tmp_path / "other.zarr", "raw")
+    assert difference(other, read_content(volume)) == "its shape is (5, 7, 8), not (5, 7, 9)"

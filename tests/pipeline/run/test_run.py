@@ -31,6 +31,8 @@ def test_run_writes_everything_the_readme_lists(undisturbed):
     for stage in ("predict", "stitch"):
         assert record["stages"][stage]["state"] == "done"
         assert record["stages"][stage]["report"]
+    assert record["stages"]["predict"]["device"] == "cpu"
+    assert record["made_with"][-1]["device"] == "cpu"
     segmentation = open_volume(run / "data.zarr", "segmentation", level=0, kind="labels")
     raw = open_volume(undisturbed / "in.zarr", "raw")
     assert segmentation.shape == raw.shape

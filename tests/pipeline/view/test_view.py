@@ -301,6 +301,18 @@ def test_layers_of_a_configuration(config_file: Path) -> None:
     assert [layer.name for layer in layers] == names
 
 
+def test_a_run_whose_inputs_are_gone_is_shown_without_them(config_file: Path) -> None:
+    config = load_config(config_file)
+    shutil.rmtree(config_file.parent / "in.zarr")
+    names = [layer.name for layer in config_layers(config)]
+    assert names == ["affinities", "fragments", "segmentation"]
+    state = view_state.portable_state(config, "http://host/run")
+    assert [layer["name"] for layer in state["layers"]] == names
+    shutil.rmtree(Path(config.run_dir) / "data.zarr")
+    with pytest.raises(InputError, match=r"input\.raw: "):
+        config_layers(config)
+
+
 def test_command_prints_the_state_and_ends(config_file: Path) -> None:
     command = [*AGQ, "view", str(config_file), "--print-state"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
