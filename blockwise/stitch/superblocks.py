@@ -9,6 +9,7 @@ the run folder:
     contacts/layout.json        blocks of a leaf superblock
     contacts/present.npy        which blocks take part
     contacts/0/Z-Y-X.npz        fragments and contacts of a leaf
+    classes/0/Z-Y-X.npz         voxels of each class in fragments of a leaf; not always
     agglomeration/L/Z-Y-X.npz   merges of a superblock, and the nodes it hands up
     agglomeration/L/Z-Y-X.graph.npz  its residual graph; removed when the root is done
     lut/cut/L/Z-Y-X.npz         clusters of a superblock at the margin in use
@@ -145,6 +146,7 @@ class StitchFiles:
         self.run_dir = Path(run_dir)
         self.contacts = self.run_dir / "contacts"
         self.present = self.contacts / "present.npy"
+        self.counts = self.run_dir / "classes"
         self.agglomeration = self.run_dir / "agglomeration"
         self.lut = self.run_dir / "lut"
         self.smallest = self.lut / "smallest.npy"
@@ -153,6 +155,10 @@ class StitchFiles:
     def evidence(self, leaf: Superblock) -> Path:
         """Fragments and contacts of a leaf."""
         return self.contacts / f"{leaf.name}.npz"
+
+    def classes(self, leaf: Superblock) -> Path:
+        """Return the path of the voxels of each class in the fragments of a leaf."""
+        return self.counts / f"{leaf.name}.npz"
 
     def merges(self, superblock: Superblock) -> Path:
         """Path of the merges of a superblock and the nodes it hands up."""

@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -23,13 +23,30 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def greedy(nodes: Iterable[int], rows: Iterable[Row]) -> tuple[dict[int, int], list[Row]]:
+def greedy(
+    nodes: Iterable[int],
+    rows: Iterable[Row],
+    classes: Mapping[int, int] | None = None,
+    may_merge: Collection[tuple[int, int]] = (),
+) -> tuple[dict[int, int], list[Row]]:
     """Return node -> smallest node of its cluster, and the merges in order.
 
-    Each merge is searched among all edges.
+    Each merge is searched among all edges. Nodes of different classes, 0 aside, are never in one
+    cluster, unless they are one of the pairs that may merge.
     """
     cluster = {node: node for node in nodes}
     rows = list(rows)
+
+    def forbidden(a: int, b: int) -> bool:
+        one, other = (
+            {(classes or {}).get(n, 0) for n, root in cluster.items() if root == end} - {0}
+            for end in (a, b)
+        )
+        return any(
+            c != d and (c, d) not in may_merge and (d, c) not in may_merge
+            for c, d in itertools.product(one, other)
+        )
+
     merges = []
     while True:
         pooled: dict[tuple[int, int], list] = {}
@@ -45,7 +62,7 @@ def greedy(nodes: Iterable[int], rows: Iterable[Row]) -> tuple[dict[int, int], l
             (
                 (-Fraction(numerator, denominator), tie, pair)
                 for pair, (numerator, denominator, tie) in pooled.items()
-                if numerator > 0
+                if numerator > 0 and not (classes and forbidden(*pair))
             ),
             default=None,
         )

@@ -27,6 +27,11 @@ parent superblock, where it is joined with its siblings' and with the contacts b
 that, each contact across a face keeps the original fragment outside, and the superblock there
 keeps which of its clusters holds that fragment. At the root nothing lies outside.
 
+**Classes** that may not merge (:mod:`classes`) change none of this. Whether two clusters may merge
+is a property of their fragments, and merges only take pairs away. So a pair that may not merge has
+no score, and pooling still never gives a better one; merges outside leave a node fewer edges, and
+its reach a bound.
+
 :class:`Merge` is the step from one level of superblocks to the next, and :func:`agglomerate` the
 case of one part.
 """
@@ -35,13 +40,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agq.blockwise.stitch.classes import ClassCounts, ClassRule, Kinds
 from agq.blockwise.stitch.contacts import ContactTable, load_contacts, merge_contacts
 from agq.blockwise.stitch.merge.kernel import (
     Contraction,
@@ -63,6 +69,8 @@ from agq.blockwise.storage.arrays import (
     save_arrays,
 )
 from agq.errors import InputError
+
+_NONE = np.zeros(0, np.uint64)
 
 MAX_EDGES = 2**30
 """Edges that one process can agglomerate (half-edges are numbered in 32 bits)."""
@@ -232,12 +240,15 @@ class Graph:
         All edges between these nodes; parallel ones add up.
     upper, lower
         Faces on z, y, x.
+    kinds
+        Kind of each node (:mod:`classes`), uint64; of no nodes where there are no classes.
     """
 
     nodes: NDArray[np.uint64]
     edges: EdgeTable
     upper: tuple[UpperFace, UpperFace, UpperFace]
     lower: tuple[LowerFace, LowerFace, LowerFace]
+    kinds: NDArray[np.uint64] = field(default_factory=lambda: _NONE)
 
     @classmethod
     def of_fragments(
@@ -246,6 +257,7 @@ class Graph:
         contacts: ScoreTable,
         above: Sequence[ScoreTable] = (),
         below: Sequence[ScoreTable] = (),
+        kinds: NDArray[np.uint64] = _NONE,
     ) -> Graph:
         """Return the graph of original fragments.
 
@@ -258,6 +270,8 @@ class Graph:
         above, below
             On z, y, x: contacts across the upper faces (``u`` inside) and the lower ones (``v``
             inside). Empty: nothing lies outside.
+        kinds
+            Kind of each fragment; of none where there are no classes.
 
         Raises
         ------
@@ -271,7 +285,7 @@ class Graph:
         nothing = [ScoreTable.empty()] * 3
         z, y, x = (UpperFace.of_fragments(ids, scores) for scores in above or nothing)
         c, b, a = (LowerFace.of_fragments(ids, scores) for scores in below or nothing)
-        return cls(ids, edges, (z, y, x), (c, b, a))
+        return cls(ids, edges, (z, y, x), (c, b, a), kinds)
 
 
 def positions(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -292,10 +306,17 @@ def positions(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np
     return position.astype(np.int32)
 
 
-def contract(graph: Graph) -> tuple[MergeTable, Graph]:
+def contract(graph: Graph, bars: NDArray[np.uint64] = _NONE) -> tuple[MergeTable, Graph]:
     """Merge all that is certain in a part of the graph.
 
     The edges of the graph given are used up: their memory may be written to.
+
+    Parameters
+    ----------
+    graph
+        The part.
+    bars
+        Of `classes.Kinds`.
 
     Returns
     -------
@@ -330,7 +351,7 @@ def contract(graph: Graph) -> tuple[MergeTable, Graph]:
             f"contact graph: {most} edges are more than one process can hold ({MAX_EDGES}); set a"
             " smaller stitch.superblock"
         )
-    done = agglomerate_edges(*inside, *reach)
+    done = agglomerate_edges(*inside, *reach, graph.kinds, bars)
     merges = MergeTable(
         nodes[done.merge_u], nodes[done.merge_v], done.merge_numerator, done.merge_denominator
     )
@@ -344,7 +365,8 @@ def contract(graph: Graph) -> tuple[MergeTable, Graph]:
     c, b, a = (_waiting(face, done, fresh) for face in graph.lower)
     z, y, x = (_waiting(face, done, fresh) for face in graph.upper)
     left = replace(left, ends=fresh[left.ends])
-    return merges, Graph(nodes[stays], left, (z, y, x), (c, b, a))
+    kinds = done.kinds[stays[: len(done.kinds)]]
+    return merges, Graph(nodes[stays], left, (z, y, x), (c, b, a), kinds)
 
 
 def _waiting(face: Face, done: Contraction, fresh: NDArray[np.int32]) -> Face:
@@ -396,7 +418,8 @@ def join(
     edges = _edges(rows, column or (lambda child, name: getattr(graphs[child].edges, name)), across)
     z, y, x = (UpperFace.concatenate(faces) for faces in upper)
     c, b, a = (_ascending(LowerFace.concatenate(faces)) for faces in lower)
-    return Graph(every[order], edges, (z, y, x), (c, b, a))
+    kinds = np.concatenate([graph.kinds for _, graph in children])
+    return Graph(every[order], edges, (z, y, x), (c, b, a), kinds[order[: len(kinds)]])
 
 
 def _edges(
@@ -458,7 +481,10 @@ class Agglomeration:
 
 
 def agglomerate(
-    ids: NDArray[np.uint64], contacts: ContactTable, thresholds: Thresholds
+    ids: NDArray[np.uint64],
+    contacts: ContactTable,
+    thresholds: Thresholds,
+    kinds: Kinds | None = None,
 ) -> Agglomeration:
     """Merge fragments best first while the score is positive.
 
@@ -468,6 +494,10 @@ def agglomerate(
         All fragment ids, uint64, any order, distinct, without 0 (background is not a node).
     contacts
         Contacts between them; repeated rows add up.
+    thresholds
+        What they must show.
+    kinds
+        Which of them may not merge; None: all may.
 
     Raises
     ------
@@ -479,49 +509,100 @@ def agglomerate(
     if len(ids) and (ids[0] == 0 or bool(np.any(ids[1:] == ids[:-1]))):
         raise InputError("fragment ids: they must be distinct and not 0 (background)")
     contacts = merge_contacts([contacts])
-    merges, _ = contract(Graph.of_fragments(ids, score_contacts(contacts, thresholds)))
+    table = score_contacts(contacts, thresholds)
+    if kinds is None:
+        merges, _ = contract(Graph.of_fragments(ids, table))
+    else:
+        merges, _ = contract(Graph.of_fragments(ids, table, kinds=kinds.of(ids)), kinds.bars)
     roots = connected_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
     return Agglomeration(ids, ids[roots], merges)
 
 
 @dataclass(frozen=True)
 class Merge(SuperblockTask):
-    """Merge what is certain in superblocks of one level."""
+    """Merge what is certain in superblocks of one level.
+
+    Attributes
+    ----------
+    classes
+        Which fragments may not merge; None: all may.
+    """
 
     thresholds: Thresholds
+    classes: ClassRule | None = None
 
-    def run(self) -> None:
-        """Write the merges and the residual graph of each superblock."""
+    def run(self) -> NDArray[np.int64]:
+        """Write the merges and the residual graph of each superblock.
+
+        Returns
+        -------
+        ndarray
+            Of leaves: fragments with a class, fragments with several that may not merge, and
+            contacts between fragments that may not merge; else zeros.
+        """
         files = StitchFiles(self.run_dir)
+        counts = np.zeros(3, np.int64)
         for superblock, children in self.items:
-            if files.merges(superblock).exists():
-                continue
-            if superblock.level == 0:
-                graph = _leaf_graph(files, superblock, self.thresholds)
-            else:
-                graph = _join_children(files, children)
-            merges, residual = contract(graph)
-            arrays = residual.edges.arrays("edges") | {"nodes": residual.nodes}
-            for axis in range(3):
-                arrays |= residual.upper[axis].arrays(f"upper{axis}")
-                arrays |= residual.lower[axis].arrays(f"lower{axis}")
-            save_arrays(files.graph(superblock), arrays)
-            # Written last: once it exists, so does the graph.
-            save_arrays(files.merges(superblock), merges.arrays("merges") | {"up": residual.nodes})
+            if not files.merges(superblock).exists():
+                self._merge(files, superblock, children)
+            if self.classes is not None and superblock.level == 0:
+                counts += load_arrays(files.merges(superblock), "classes")["classes"]
+        return counts
+
+    def _merge(
+        self, files: StitchFiles, superblock: Superblock, children: Sequence[Superblock]
+    ) -> None:
+        counted: dict[str, NDArray] = {}
+        if superblock.level == 0:
+            graph, counts = _leaf_graph(files, superblock, self.thresholds, self.classes)
+            if self.classes is not None:
+                counted = {"classes": counts}
+        else:
+            graph = _join_children(files, children)
+        merges, residual = contract(graph, _NONE if self.classes is None else self.classes.bars)
+        arrays = residual.edges.arrays("edges") | {"nodes": residual.nodes}
+        if self.classes is not None:
+            arrays["kinds"] = residual.kinds
+        for axis in range(3):
+            arrays |= residual.upper[axis].arrays(f"upper{axis}")
+            arrays |= residual.lower[axis].arrays(f"lower{axis}")
+        save_arrays(files.graph(superblock), arrays)
+        # Written last: once it exists, so does the graph.
+        columns = merges.arrays("merges") | {"up": residual.nodes} | counted
+        save_arrays(files.merges(superblock), columns)
 
 
-def _leaf_graph(files: StitchFiles, leaf: Superblock, thresholds: Thresholds) -> Graph:
-    """Return the graph of a leaf; contacts across its lower faces are in its neighbours' files."""
+def _leaf_graph(
+    files: StitchFiles, leaf: Superblock, thresholds: Thresholds, classes: ClassRule | None
+) -> tuple[Graph, NDArray[np.int64]]:
+    """Return the graph of a leaf and the counts of `Merge.run`.
+
+    Contacts across its lower faces are in its neighbours' files.
+    """
     path = files.evidence(leaf)
     ids = load_arrays(path, "nodes.ids")["nodes.ids"]
+    beside = [leaf.neighbor(axis, step) for axis in range(3) for step in (-1, 1)]
+    around = None if classes is None else classes.read(map(files.classes, [leaf, *beside]))
+    counts = np.zeros(3, np.int64)
 
     def scored(file: Path, part: str) -> ScoreTable:
         contacts = load_contacts(file, part) if file.exists() else ContactTable.empty()
-        return score_contacts(contacts, thresholds)
+        table = score_contacts(contacts, thresholds)
+        if around is None:
+            return table
+        allowed = around.allow(table.u, table.v)
+        if file == path:
+            counts[2] += int((~allowed).sum())
+        return table.take(allowed)
 
     above = [scored(path, f"face{axis}") for axis in range(3)]
     below = [scored(files.evidence(leaf.neighbor(axis, -1)), f"face{axis}") for axis in range(3)]
-    return Graph.of_fragments(ids, scored(path, "contacts"), above, below)
+    inside = scored(path, "contacts")
+    kinds = _NONE if around is None else around.of(ids)
+    if classes is not None:
+        voxels = ClassCounts.load(files.classes(leaf), "classes")
+        counts[:2] = np.count_nonzero(kinds), classes.several(voxels)
+    return Graph.of_fragments(ids, inside, above, below, kinds), counts
 
 
 def _join_children(files: StitchFiles, children: Sequence[Superblock]) -> Graph:
@@ -532,8 +613,10 @@ def _join_children(files: StitchFiles, children: Sequence[Superblock]) -> Graph:
 
     graphs = []
     for child in children:
-        arrays = load_arrays(files.graph(child), "nodes", "upper", "lower")
+        arrays = load_arrays(files.graph(child), "nodes", "kinds", "upper", "lower")
         z, y, x = (UpperFace.of_arrays(f"upper{axis}", arrays) for axis in range(3))
         c, b, a = (LowerFace.of_arrays(f"lower{axis}", arrays) for axis in range(3))
-        graphs.append((child, Graph(arrays["nodes"], EdgeTable.empty(), (z, y, x), (c, b, a))))
+        kinds = arrays.get("kinds", _NONE)
+        graph = Graph(arrays["nodes"], EdgeTable.empty(), (z, y, x), (c, b, a), kinds)
+        graphs.append((child, graph))
     return join(graphs, column)

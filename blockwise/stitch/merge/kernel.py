@@ -7,7 +7,8 @@ only be beaten by one that was better before. An edge keeps its row for life: po
 into another and kills it. All arrays are allocated before the loop and never grow. Half-edge
 ``2 e`` lies in the list of the first end of edge ``e``, ``2 e + 1`` in that of the second; dead
 ones are dropped when their list is walked. Only positive edges are in the heap, with their score as
-a float beside them.
+a float beside them. An edge between kinds that may not merge is dropped when it is the best:
+whatever is pooled with it before may not merge either, as a cluster has the kinds of all its nodes.
 
 Live edges are found by the pair of nodes they join, in a hash whose slots hold rows: the pair
 itself is read from the edge's ends, so a slot takes four bytes. Code that changes the ends of a row
@@ -35,6 +36,12 @@ _DEAD = -2
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 EMPTY = -1
+
+TABLED = np.uint64(2**63)
+"""Set in the kind of a cluster whose other bits are classes of the table of pairs that may merge;
+other kinds are a class, or 0."""
+_NO_KIND = np.uint64(0)
+_ONE = np.uint64(1)
 
 EdgeColumns = tuple[NDArray, NDArray, NDArray, NDArray]
 """Ends int32 (n, 2), numerators and denominators int64, and keys uint64 (n, 2) of edges."""
@@ -295,6 +302,28 @@ def _remove(heap, fast, place, size, edge, num, den, keys, floats):  # type: ign
 
 
 @numba.njit(cache=True, nogil=True)
+def may_join(a, b, bars):  # type: ignore[no-untyped-def]
+    """Whether clusters of two kinds may merge; ``bars`` are the bits that each bit keeps out."""
+    if _NO_KIND in (a, b) or a == b:
+        return True
+    if (a & b & TABLED) == _NO_KIND:
+        return False
+    for bit in range(bars.size):
+        if (a >> np.uint64(bit)) & _ONE and (bars[bit] & b) != _NO_KIND:
+            return False
+    return True
+
+
+@numba.njit(cache=True, nogil=True)
+def may_join_each(a, b, bars):  # type: ignore[no-untyped-def]
+    """Return, for pairs of kinds, whether clusters of them may merge."""
+    allowed = np.empty(a.size, np.bool_)
+    for i in range(a.size):
+        allowed[i] = may_join(a[i], b[i], bars)
+    return allowed
+
+
+@numba.njit(cache=True, nogil=True)
 def _held_back(node, edge, num, den, reach_num, reach_den):  # type: ignore[no-untyped-def]
     """Whether a node has an edge to the outside that is as good, or may be."""
     return reach_num[node] > 0 and (
@@ -305,7 +334,7 @@ def _held_back(node, edge, num, den, reach_num, reach_den):  # type: ignore[no-u
 @numba.njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]
     ends, num, den, keys, floats, reach_num, reach_den, heap, fast, place, heads, nexts, degree,
-    slots, parent, smallest, frozen, merges,
+    slots, parent, smallest, frozen, merges, kinds, bars,
 ):  # fmt: skip
     size = 0
     for edge in range(ends.shape[0]):
@@ -327,6 +356,13 @@ def _run(  # type: ignore[no-untyped-def]
         best = heap[0]
         size = _remove(heap, fast, place, size, best, num, den, keys, floats)
         a, b = ends[best, 0], ends[best, 1]
+        if kinds.size and not may_join(kinds[a], kinds[b], bars):
+            # Kinds only grow, so it may never merge; and its ends still have their best edge ahead.
+            delete(slots, ends, find(slots, ends, a, b))
+            place[best] = _DEAD
+            degree[a] -= 1
+            degree[b] -= 1
+            continue
         if (
             frozen[a]
             or frozen[b]
@@ -343,6 +379,8 @@ def _run(  # type: ignore[no-untyped-def]
         merged += 1
         parent[a] = b
         smallest[b] = low
+        if kinds.size:
+            kinds[b] |= kinds[a]
         if compare_fractions(reach_num[a], reach_den[a], reach_num[b], reach_den[b]) > 0:
             reach_num[b], reach_den[b] = reach_num[a], reach_den[a]
         delete(slots, ends, find(slots, ends, a, b))
@@ -439,6 +477,8 @@ class Contraction:
         Smallest node of each node's cluster (int32), and whether the cluster may still merge.
     merge_u, merge_v, merge_numerator, merge_denominator
         Merges in order: smallest node of each of the two clusters (``u < v``) and score, int64.
+    kinds
+        Kind of each node's cluster, uint64; of no nodes if none were given.
     edges
         Number of edges between clusters that wait; they are the first rows of the arrays given,
         their ends the smallest nodes of both clusters, in ascending order.
@@ -450,6 +490,7 @@ class Contraction:
     merge_v: NDArray[np.int64]
     merge_numerator: NDArray[np.int64]
     merge_denominator: NDArray[np.int64]
+    kinds: NDArray[np.uint64]
     edges: int
 
 
@@ -468,6 +509,8 @@ def agglomerate_edges(
     keys: NDArray[np.uint64],
     reach_numerator: NDArray[np.int64],
     reach_denominator: NDArray[np.int64],
+    kinds: NDArray[np.uint64],
+    bars: NDArray[np.uint64],
 ) -> Contraction:
     """Agglomerate a graph between dense nodes, in the memory of its arrays.
 
@@ -482,6 +525,9 @@ def agglomerate_edges(
     reach_numerator, reach_denominator
         For each node a bound on the score of its edges to nodes outside, int64; numerator 0: it
         has no positive one.
+    kinds, bars
+        Kind of each node, and the table of kinds that may merge (:mod:`merge.classes`); kinds of no
+        nodes: all may.
 
     Raises
     ------
@@ -498,6 +544,7 @@ def agglomerate_edges(
     frozen = np.zeros(n_nodes, np.bool_)
     place = np.empty(rows, np.int32)
     merges = np.zeros((min(max(n_nodes - 1, 0), positive), 4), np.int64)
+    kinds = kinds.copy()
     merged = _run(
         ends,
         num,
@@ -517,12 +564,15 @@ def agglomerate_edges(
         smallest,
         frozen,
         merges,
+        kinds,
+        bars,
     )
     cluster, waiting = np.empty(n_nodes, np.int32), np.empty(n_nodes, np.bool_)
     _clusters(parent, smallest, frozen, reach_numerator, cluster, waiting)
     return Contraction(
         cluster,
         waiting,
+        kinds=kinds[parent[: len(kinds)]],
         merge_u=merges[:merged, 0],
         merge_v=merges[:merged, 1],
         merge_numerator=merges[:merged, 2],

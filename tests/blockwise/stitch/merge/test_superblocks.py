@@ -1,6 +1,7 @@
 """The hierarchy against the plain greedy reference: any superblocks, any order of tasks."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
+from agq.blockwise.stitch.classes import ClassCounts, ClassRule
 from agq.blockwise.stitch.contacts import ContactTable, merge_contacts
 from agq.blockwise.stitch.merge.agglomeration import Graph, MergeTable, ScoreTable, contract, join
 from agq.blockwise.stitch.superblocks import Superblock, SuperblockTree
@@ -27,7 +29,7 @@ def score_table(rows) -> ScoreTable:
     )
 
 
-def leaf_graphs(grid_shape, leaf_shape, nodes, rows):
+def leaf_graphs(grid_shape, leaf_shape, nodes, rows, kinds=None):
     """Cut a graph of fragments into leaves, as the stitch does from its contacts."""
     tree = SuperblockTree(grid_shape, leaf_shape)
 
@@ -49,18 +51,21 @@ def leaf_graphs(grid_shape, leaf_shape, nodes, rows):
         own[upper][3][axis].append(row)
     graphs = {}
     for leaf, (members, inner, above, below) in own.items():
+        ids = np.array(sorted(members), np.uint64)
         graphs[leaf] = Graph.of_fragments(
-            np.array(sorted(members), np.uint64),
+            ids,
             score_table(inner),
             [score_table(face) for face in above],
             [score_table(face) for face in below],
+            **({} if kinds is None else {"kinds": kinds.of(ids)}),
         )
     return tree, graphs
 
 
-def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None):
+def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None, kinds=None):
     """Agglomerate level by level; return node -> smallest of its cluster, and all merges."""
-    tree, entering = leaf_graphs(grid_shape, leaf_shape, nodes, rows)
+    tree, entering = leaf_graphs(grid_shape, leaf_shape, nodes, rows, kinds)
+    bars = () if kinds is None else (kinds.bars,)
     merges: list[MergeTable] = []
     levels = [{leaf: [] for leaf in entering}, *tree.levels(list(entering))]
     residual: dict = {}
@@ -73,7 +78,7 @@ def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None):
         for superblock in order:
             children = level[superblock]
             graph = join([(c, residual[c]) for c in children]) if children else entering[superblock]
-            made, above[superblock] = contract(graph)
+            made, above[superblock] = contract(graph, *bars)
             merges.append(made)
         residual = above
         sizes.append(sum(len(graph.nodes) for graph in residual.values()))
@@ -118,6 +123,62 @@ def test_any_hierarchy_and_order_equals_the_greedy_reference(case, random):
 @given(block_graphs(), st.randoms(use_true_random=False))
 def test_any_hierarchy_equals_the_greedy_reference_at_length(case, random):
     check(*case, random.shuffle)
+
+
+@st.composite
+def classed_graphs(draw):
+    """Graphs whose fragments have classes, and pairs of classes that may merge all the same."""
+    shape, leaf, nodes, rows = draw(block_graphs())
+    some = st.sampled_from([0, 0, 1, 2, 3, 4, 2**40])
+    classes = draw(st.lists(some, min_size=len(nodes), max_size=len(nodes)))
+    pairs = st.sampled_from([(1, 2), (2, 3), (1, 3), (4, 3), (9, 1)])
+    return shape, leaf, nodes, rows, dict(zip(nodes, classes, strict=True)), draw(st.sets(pairs))
+
+
+def check_classes(case, random):
+    shape, leaf, nodes, rows, classes, may_merge = case
+    ids = np.array(sorted(nodes), np.uint64)
+    ones = np.ones(len(ids), np.int64)
+    known = np.array([classes[n] for n in ids.tolist()], np.uint64)
+    counts = ClassCounts(ids, known, ones, ones).take(known > 0)
+    kinds = ClassRule(0, tuple(may_merge)).kinds(counts)
+    expected, order = greedy(nodes, rows, classes, may_merge)
+    # Contacts that may not merge are left out of the leaves, or found out on the way.
+    if random.random() < 0.5:
+        u, v = (np.array([row[end] for row in rows], np.uint64) for end in (0, 1))
+        rows = [row for row, allowed in zip(rows, kinds.allow(u, v), strict=True) if allowed]
+    found, merges = hierarchical(shape, leaf, nodes, rows, random.shuffle, kinds)
+    assert found == expected
+    assert sorted(merges) == sorted(order)
+
+
+@settings(max_examples=150, deadline=None)
+@given(classed_graphs(), st.randoms(use_true_random=False))
+def test_classes_never_merge_in_any_hierarchy_and_order(case, random):
+    check_classes(case, random)
+
+
+@pytest.mark.slow
+@settings(max_examples=3_000, deadline=None)
+@given(classed_graphs(), st.randoms(use_true_random=False))
+def test_classes_never_merge_in_any_hierarchy_at_length(case, random):
+    check_classes(case, random)
+
+
+def test_a_chain_joins_the_class_that_it_likes_best():
+    """1 - 0 - 0 - 2: the weakest link of the chain is cut, through fragments of no class."""
+    nodes = [(b << LOCAL_BITS) | 1 for b in range(4)]
+    classes = dict(zip(nodes, (1, 0, 0, 2), strict=True))
+    for scores in itertools.permutations((10, 20, 30)):
+        rows = [(nodes[i], nodes[i + 1], score, 1) for i, score in enumerate(scores)]
+        cluster, _ = greedy(nodes, rows, classes)
+        cut = scores.index(10)
+        assert [cluster[n] for n in nodes] == [nodes[0 if i <= cut else cut + 1] for i in range(4)]
+        for may_merge in ((), ((1, 2),)):
+            everything = ((4, 1, 1), (1, 1, 1))
+            for leaf in everything:
+                case = ((4, 1, 1), leaf, nodes, rows, classes, may_merge)
+                check_classes(case, random.Random(0))
 
 
 def large_graph(seed: int, shape=(3, 4, 5), most: int = 12, scores=SCORES):

@@ -1,0 +1,189 @@
+"""Classes of tissue (nucleus, vessel, glia, ...): which fragments may never be one segment.
+
+A volume of classes gives every voxel a class (:mod:`blocks.overlay`); 0 says nothing. A fragment
+has the class that most of its voxels with one have; of equals, the smallest. Fragments of different
+classes never merge, directly or through others, unless the table of pairs says that they may.
+
+The voxels of each class in each fragment are counted once and stored by leaf (:class:`Count`), so a
+changed table or share reads no volume. In the agglomeration a cluster has a *kind*: the classes of
+all its fragments. Two clusters may merge if every class of one may merge with every other class of
+the other one. So a score between clusters depends on their fragments alone, and a merge only takes
+pairs away: what :mod:`merge.agglomeration` says of parts and order holds as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.label_pairs import PairTable
+from agq.blockwise.blocks.overlay import read_overlay
+from agq.blockwise.stitch.contacts import NodeTable
+from agq.blockwise.stitch.merge.kernel import TABLED, may_join_each
+from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTask
+from agq.blockwise.storage.arrays import Columns, Ids, Numbers, save_arrays
+from agq.blockwise.volumes.create import open_array
+from agq.blockwise.volumes.open import Volume
+from agq.errors import InputError
+
+
+@dataclass(frozen=True)
+class ClassCounts(Columns):
+    """How many voxels of a class fragments have; sorted by fragment and class.
+
+    Attributes
+    ----------
+    fragments, classes
+        Fragment id, and class other than 0.
+    voxels, sizes
+        Voxels of that class, and of the fragment.
+    """
+
+    fragments: Ids
+    classes: Ids
+    voxels: Numbers
+    sizes: Numbers
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Kinds of fragments, and which of them may merge (:func:`merge.kernel.may_join`).
+
+    Attributes
+    ----------
+    ids, values
+        Fragments with a class, ascending, and the kind of each, uint64; others have kind 0.
+    bars
+        For each class of the table a bit, and the bits that it keeps out, uint64.
+    """
+
+    ids: NDArray[np.uint64]
+    values: NDArray[np.uint64]
+    bars: NDArray[np.uint64]
+
+    def of(self, fragments: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return the kinds of fragments, 0 for those without a class."""
+        kinds = np.zeros(len(fragments), np.uint64)
+        if len(self.ids):
+            place = np.minimum(np.searchsorted(self.ids, fragments), len(self.ids) - 1)
+            known = self.ids[place] == fragments
+            kinds[known] = self.values[place[known]]
+        return kinds
+
+    def allow(self, u: NDArray[np.uint64], v: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return whether the fragments of each pair may merge."""
+        allowed: NDArray[np.bool_] = may_join_each(self.of(u), self.of(v), self.bars)
+        return allowed
+
+
+@dataclass(frozen=True)
+class ClassRule:
+    """What makes a class of a fragment, and which classes may merge.
+
+    Attributes
+    ----------
+    share
+        A fragment has a class if more than this share of its voxels has it.
+    may_merge
+        Pairs of classes, 1 to 2^63 - 1, that may merge; at most 63 classes in all.
+    """
+
+    share: float
+    may_merge: tuple[tuple[int, int], ...]
+
+    @property
+    def bars(self) -> NDArray[np.uint64]:
+        """Bits of the classes that each class of the table keeps out."""
+        bits = self._bits()
+        bars = {value: sum(bits.values()) - bit for value, bit in bits.items()}
+        for one, other in self.may_merge:
+            bars[one] &= ~bits[other]
+            bars[other] &= ~bits[one]
+        return np.array(list(bars.values()), np.uint64)
+
+    def _bits(self) -> dict[int, int]:
+        tabled = sorted({value for pair in self.may_merge for value in pair})
+        return {value: 1 << i for i, value in enumerate(tabled)}
+
+    def encode(self, classes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return the kinds of fragments of some classes."""
+        kinds = classes.copy()
+        for value, bit in self._bits().items():
+            kinds[classes == value] = TABLED | np.uint64(bit)
+        return kinds
+
+    def kinds(self, counts: ClassCounts) -> Kinds:
+        """Return the kinds of fragments."""
+        rows = counts.take(np.lexsort((counts.classes, -counts.voxels, counts.fragments)))
+        rows = self._enough(rows.take(np.unique(rows.fragments, return_index=True)[1]))
+        return Kinds(rows.fragments, self.encode(rows.classes), self.bars)
+
+    def read(self, files: Iterable[Path]) -> Kinds:
+        """Return the kinds of fragments of some leaves; a file that is not there holds none."""
+        tables = [ClassCounts.load(path, "classes") for path in files if path.exists()]
+        return self.kinds(ClassCounts.concatenate(tables))
+
+    def several(self, counts: ClassCounts) -> int:
+        """Return how many fragments hold enough of two classes that may not merge."""
+        rows = self._enough(counts)
+        own = self.kinds(counts).of(rows.fragments)
+        allowed = may_join_each(own, self.encode(rows.classes), self.bars)
+        return len(np.unique(rows.fragments[~allowed]))
+
+    def _enough(self, counts: ClassCounts) -> ClassCounts:
+        return counts.take(counts.voxels > self.share * counts.sizes)
+
+
+@dataclass(frozen=True)
+class Count(SuperblockTask):
+    """Count the voxels of each class in the fragments of leaves."""
+
+    container: Path
+    grid: BlockGrid
+    classes: Volume
+
+    def run(self) -> None:
+        """Write the counts of each leaf."""
+        files = StitchFiles(self.run_dir)
+        fragments = open_array(self.container, "fragments", "r")
+        for leaf, numbers in self.items:
+            path = files.classes(leaf)
+            if path.exists():
+                continue
+            pairs = PairTable(ordered=True)
+            for number in numbers:
+                start, stop = self.grid.write_box(number)
+                classes = read_classes(self.classes, self.grid, start, stop)
+                if classes.any():
+                    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+                    labels = np.asarray(fragments[box])
+                    pairs.add(labels, classes, np.zeros(labels.shape, np.uint8))
+            found = pairs.columns()
+            nodes = NodeTable.load(files.evidence(leaf), "nodes")
+            order = np.argsort(nodes.ids)
+            sizes = nodes.sizes[order[np.searchsorted(nodes.ids, found.u, sorter=order)]]
+            save_arrays(path, ClassCounts(found.u, found.v, found.count, sizes).arrays("classes"))
+
+
+def read_classes(
+    classes: Volume, grid: BlockGrid, start: Sequence[int], stop: Sequence[int]
+) -> NDArray[np.uint64]:
+    """Return the class of each voxel of a box.
+
+    Raises
+    ------
+    InputError
+        If a class is negative or does not fit in 63 bits.
+    """
+    values = read_overlay(classes, grid, start, stop)
+    if values.dtype.kind == "i" and values.min() < 0:
+        raise InputError(f"{classes.name}: class {values.min()} is below 0; 0 is no class")
+    found = values.astype(np.uint64)
+    if found.max() >= TABLED:
+        raise InputError(f"{classes.name}: class {found.max()} is not below 2^63; renumber classes")
+    return found
