@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.overlay import read_overlay
+from agq.blockwise.blocks.overlay import read_overlay, require_overlap
 from agq.blockwise.volumes.open import Volume
-from agq.errors import InputError
 
 TILE_VOXELS = 2**24
 """Most mask voxels held at once (x 5 bytes), unless one plane of a storage chunk is larger."""
@@ -134,11 +133,7 @@ def mask_blocks(
         If the mask does not overlap the volume at all, which means a wrong offset or unit.
     """
     wanted = np.asarray(numbers, dtype=np.int64).reshape(-1)
-    if not mask.roi.intersects(grid.to_world((0, 0, 0), grid.volume_shape)):
-        raise InputError(
-            f"{mask.name} covers {mask.roi} in {mask.unit}, which does not touch the volume; "
-            "correct its offset or voxel size"
-        )
+    require_overlap(mask, grid)
     tile = _tile_shape(mask, tile_voxels)
     touched = [
         _touched(mask, grid, wanted[first : first + BATCH], tile)

@@ -12,9 +12,25 @@ import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.volumes.open import Volume
+from agq.errors import InputError
 
 MOST_VOXELS = 2**24
 """Most voxels of an overlay held at once, unless one plane under a block has more."""
+
+
+def require_overlap(overlay: Volume, grid: BlockGrid) -> None:
+    """Refuse an overlay that does not touch the volume: its offset or unit is wrong.
+
+    Raises
+    ------
+    InputError
+        If it covers none of it.
+    """
+    if not overlay.roi.intersects(grid.to_world((0, 0, 0), grid.volume_shape)):
+        raise InputError(
+            f"{overlay.name} covers {overlay.roi} in {overlay.unit}, which does not touch the "
+            "volume; correct its offset or voxel size"
+        )
 
 
 def read_overlay(

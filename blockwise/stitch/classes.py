@@ -13,11 +13,14 @@ pairs away: what :mod:`merge.agglomeration` says of parts and order holds as it 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import BlockGrid
@@ -25,8 +28,9 @@ from agq.blockwise.blocks.label_pairs import PairTable
 from agq.blockwise.blocks.overlay import read_overlay
 from agq.blockwise.stitch.contacts import NodeTable
 from agq.blockwise.stitch.merge.kernel import TABLED, may_join_each
-from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTask
-from agq.blockwise.storage.arrays import Columns, Ids, Numbers, save_arrays
+from agq.blockwise.stitch.settings import MergeSettings
+from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
+from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays, save_arrays
 from agq.blockwise.volumes.create import open_array
 from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
@@ -96,6 +100,11 @@ class ClassRule:
     share: float
     may_merge: tuple[tuple[int, int], ...]
 
+    @classmethod
+    def of(cls, settings: MergeSettings) -> ClassRule:
+        """Return the rule that settings say."""
+        return cls(settings.class_share, settings.classes_may_merge)
+
     @property
     def bars(self) -> NDArray[np.uint64]:
         """Bits of the classes that each class of the table keeps out."""
@@ -139,6 +148,12 @@ class ClassRule:
         return counts.take(counts.voxels > self.share * counts.sizes)
 
 
+def read_kinds(run_dir: Path, settings: MergeSettings) -> Kinds:
+    """Return the kinds of all fragments of a stitch with classes, for volumes small enough."""
+    counts = StitchFiles(run_dir).counts
+    return ClassRule.of(settings).read(sorted(counts.glob("0/*.npz")))
+
+
 @dataclass(frozen=True)
 class Count(SuperblockTask):
     """Count the voxels of each class in the fragments of leaves."""
@@ -147,27 +162,45 @@ class Count(SuperblockTask):
     grid: BlockGrid
     classes: Volume
 
-    def run(self) -> None:
-        """Write the counts of each leaf."""
+    def run(self) -> int:
+        """Write the counts of each leaf.
+
+        Returns
+        -------
+        int
+            Sum of the checksums of blocks: the same for the same counts in any leaves.
+        """
         files = StitchFiles(self.run_dir)
         fragments = open_array(self.container, "fragments", "r")
+        total = 0
         for leaf, numbers in self.items:
             path = files.classes(leaf)
-            if path.exists():
+            if not path.exists():
+                self._count(leaf, numbers, fragments)
+            total += int.from_bytes(load_arrays(path, "checksum")["checksum"].tobytes(), "little")
+        return total
+
+    def _count(self, leaf: Superblock, numbers: Sequence[int], fragments: zarr.Array[Any]) -> None:
+        files, total = StitchFiles(self.run_dir), 0
+        nodes = NodeTable.load(files.evidence(leaf), "nodes")
+        order = np.argsort(nodes.ids)
+        tables = []
+        for number in numbers:
+            start, stop = self.grid.write_box(number)
+            classes = read_classes(self.classes, self.grid, start, stop)
+            if not classes.any():
                 continue
+            labels = np.asarray(fragments[tuple(map(slice, start, stop))])
             pairs = PairTable(ordered=True)
-            for number in numbers:
-                start, stop = self.grid.write_box(number)
-                classes = read_classes(self.classes, self.grid, start, stop)
-                if classes.any():
-                    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-                    labels = np.asarray(fragments[box])
-                    pairs.add(labels, classes, np.zeros(labels.shape, np.uint8))
+            pairs.add(labels, classes, np.zeros(labels.shape, np.uint8))
             found = pairs.columns()
-            nodes = NodeTable.load(files.evidence(leaf), "nodes")
-            order = np.argsort(nodes.ids)
             sizes = nodes.sizes[order[np.searchsorted(nodes.ids, found.u, sorter=order)]]
-            save_arrays(path, ClassCounts(found.u, found.v, found.count, sizes).arrays("classes"))
+            tables.append(ClassCounts(found.u, found.v, found.count, sizes))
+            content = b"".join(column.tobytes() for column in (found.u, found.v, found.count))
+            total += int.from_bytes(hashlib.sha256(content).digest()[:16], "little")
+        checksum = np.frombuffer(total.to_bytes(24, "little"), np.uint8)
+        arrays = ClassCounts.concatenate(tables).arrays("classes") | {"checksum": checksum}
+        save_arrays(files.classes(leaf), arrays)
 
 
 def read_classes(

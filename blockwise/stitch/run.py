@@ -2,7 +2,8 @@
 
 Steps, each with a key made from all that its output depends on, skipped if that output exists:
 
-1. ``contacts``: evidence of leaf superblocks (``contacts/``);
+1. ``contacts``: evidence of leaf superblocks (``contacts/``), and, where there are classes,
+   ``classes``: voxels of each class in their fragments (``classes/``);
 2. ``agglomerate``: exact agglomeration, superblocks joined two by two (``agglomeration/``);
 3. ``lut``: segments of the dendrogram cut at the margin, up and down the same tree (``lut/``);
 4. ``relabel``: ``data.zarr/segmentation/s0``, by batches of blocks, journalled by block;
@@ -31,9 +32,11 @@ from pydantic import PositiveInt
 
 from agq.blockwise.blocks import sidecar as sidecar_module
 from agq.blockwise.blocks.grid import GridSpec
+from agq.blockwise.blocks.overlay import require_overlap
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.stitch import contacts as contacts_module
+from agq.blockwise.stitch.classes import ClassRule, Count
 from agq.blockwise.stitch.contacts import Collect
 from agq.blockwise.stitch.merge.agglomeration import Merge
 from agq.blockwise.stitch.output.pyramid import (
@@ -55,7 +58,10 @@ from agq.blockwise.stitch.superblocks import (
 )
 from agq.blockwise.storage.arrays import save_array
 from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.blockwise.volumes.content import read_content
 from agq.blockwise.volumes.create import open_array
+from agq.blockwise.volumes.open import open_volume
+from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 from agq.tables import Tabled
 
@@ -89,6 +95,10 @@ class StitchSpec(MergeSettings, GridSpec):
     stop: tuple[int, int, int] | None = None
     """One past the last voxel of that box."""
 
+    classes: dict[str, Any] | None = None
+    """Keyword arguments of `volumes.open.open_volume` for the volume of classes; None: there are
+    none."""
+
     levels: PositiveInt | None = None
     """Most levels of the pyramid, the full one included; None: down to one chunk."""
 
@@ -117,6 +127,10 @@ class StitchSpec(MergeSettings, GridSpec):
         values = self.model_dump(include=set(Thresholds.model_fields))
         return Thresholds(**values | ({} if margin is None else {"margin": margin}))
 
+    def class_rule(self) -> ClassRule | None:
+        """Return which fragments may not merge; None without classes."""
+        return ClassRule.of(self) if self.classes else None
+
 
 @dataclass
 class StitchReport(Tabled):
@@ -129,6 +143,9 @@ class StitchReport(Tabled):
         or were never done (only with ``allow_missing``).
     fragments, contacts, merges, segments
         Counts; contacts are distinct pairs of fragments.
+    classed, several_classes, forbidden_contacts
+        With `input.classes`: fragments with a class; those that hold several which may not merge;
+        contacts between fragments whose classes may not merge.
     small_segments, small_voxels
         Segments below ``min_size``, now background.
     largest
@@ -146,6 +163,9 @@ class StitchReport(Tabled):
     missing: int = 0
     fragments: int = 0
     contacts: int = 0
+    classed: int = 0
+    several_classes: int = 0
+    forbidden_contacts: int = 0
     merges: int = 0
     segments: int = 0
     small_segments: int = 0
@@ -171,6 +191,12 @@ class StitchReport(Tabled):
             ("fragments", f"{self.fragments:,} in {self.blocks:,} blocks"),
             ("segments", f"{self.segments:,} after {self.merges:,} merges"),
         ]
+        if self.classed:
+            several = f"; {self.several_classes:,} hold several" if self.several_classes else ""
+            rows += [
+                ("fragments with a class", f"{self.classed:,}{several}"),
+                ("contacts kept apart", f"{self.forbidden_contacts:,} by their classes"),
+            ]
         if self.small_segments:
             small = f"{self.small_segments:,} of {self.small_voxels:,} voxels, now background"
             rows.append(("small segments", small))
@@ -293,6 +319,7 @@ class _Stitch:
             self._fragments_unit(),
         )
         self.report = StitchReport()
+        self.leaf_shape: Triple = (1, 1, 1)
         self.leaves: list[Family] = []
         self.levels: list[list[Family]] = []
 
@@ -300,11 +327,13 @@ class _Stitch:
         spec = self.spec
         thresholds = spec.thresholds()
         self.workers.wait_for_stragglers(self.note)
-        numbers, key = self._blocks()
-        key = digest(key, spec.evidence != "affinity")
-        self._number(*self._agglomerate(self._collect(numbers, key)))
+        numbers, blocks = self._blocks()
+        key = digest(blocks, spec.evidence != "affinity")
+        contacts = self._collect(numbers, key)
+        classes = self._count_classes(blocks)
+        self._number(*self._agglomerate(digest(contacts, *classes) if classes else contacts))
         # What follows does not depend on the superblocks.
-        rule = [*thresholds.half_units, thresholds.margin_half_units]
+        rule = [*thresholds.half_units, thresholds.margin_half_units, *classes]
         key = digest(key, spec.evidence, rule, spec.min_contact, spec.segment_ids, spec.min_size)
         key = self._relabel(key)
         self._coarsen(numbers, key)
@@ -341,7 +370,7 @@ class _Stitch:
     def _collect(self, numbers: NDArray[np.int64], key: str) -> str:
         """Find the evidence; return the key of the step."""
         files, spec = self.files, self.spec
-        shape = self._leaf_shape(len(numbers), key)
+        shape = self.leaf_shape = self._leaf_shape(len(numbers), key)
         tree = SuperblockTree(self.grid.shape, shape)
         self.leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(numbers)]
         if len(self.leaves) > _MOST_LEAVES:
@@ -370,7 +399,26 @@ class _Stitch:
         self.report.end(step)
         return step.key
 
-    def _leaf_shape(self, blocks: int, key: str) -> tuple[int, int, int]:
+    def _count_classes(self, blocks: str) -> list[Any]:
+        """Count classes by fragment; return what decides which may merge, [] without classes."""
+        spec, files = self.spec, self.files
+        if spec.classes is None:
+            return []
+        volume = open_volume(**spec.classes, kind="labels")
+        require_overlap(volume, self.grid)
+        # Not where it lies: a copy of the same classes is the same.
+        placed = [list(map(int, v)) for v in (volume.shape, volume.voxel_size, volume.offset)]
+        holds = [volume.unit, *placed, read_content(volume).model_dump()]
+        step = Step(self.workers, "classes", digest(blocks, self.leaf_shape, holds), [files.counts])
+        result = step.finished()
+        if result is None:
+            count = Count(self.leaves, self.run_dir, self.container, self.grid, volume)
+            result = step.finish({"checksum": str(sum(self._split_and_run("classes", count)))})
+        self.report.end(step)
+        table = sorted(sorted(pair) for pair in spec.classes_may_merge)
+        return [result["checksum"], spec.class_share, table]
+
+    def _leaf_shape(self, blocks: int, key: str) -> Triple:
         """Return the blocks of a leaf: as asked for, as begun, or what keeps the workers busy."""
         if self.spec.superblock is not None:
             return self.spec.superblock
@@ -402,7 +450,8 @@ class _Stitch:
         if floor > wanted or before["key"] != digest(key, floor):
             floor = min(wanted, spec.thresholds(spec.margin_floor).margin_half_units)
         step = Step(self.workers, "agglomerate", digest(key, floor), [files.agglomeration])
-        if step.finished() is not None:
+        result = step.finished()
+        if result is not None:
             if wanted > floor:
                 self.note("margin: the stored merges are cut again, without merging anew")
         else:
@@ -413,14 +462,19 @@ class _Stitch:
                     " merging again, from the stored contacts; no voxel is read for it"
                     + ("" if same else " (stitch.margin alone would only cut the stored merges)")
                 )
-            at_floor = spec.thresholds(floor / HALF_UNITS)
+            at_floor, counts = spec.thresholds(floor / HALF_UNITS), np.zeros(3, np.int64)
             for i, level in enumerate(self.levels, 1):
-                name = f"agglomerate {i}/{len(self.levels)}"
-                self._split_and_run(name, Merge(level, self.run_dir, at_floor))
+                merge = Merge(level, self.run_dir, at_floor, spec.class_rule())
+                counts += sum(self._split_and_run(f"agglomerate {i}/{len(self.levels)}", merge))
             # Only the merges are the result.
             for graph in files.agglomeration.glob("*/*.graph.npz"):
                 graph.unlink()
-            step.finish({"floor": floor, "rule": key})
+            counted = {"classes": counts.tolist()} if spec.classes else {}
+            result = step.finish({"floor": floor, "rule": key, **counted})
+        report = self.report
+        report.classed, report.several_classes, report.forbidden_contacts = result.get(
+            "classes", (0, 0, 0)
+        )
         self.report.end(step)
         return step.key, wanted - floor
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from agq.settings import File, Settings, Size
 
@@ -18,6 +18,10 @@ SegmentIds = Literal["consecutive", "fragment"]
 Downsampling = Literal["majority", "stride"]
 """Which label a coarse voxel takes: the most frequent one, or that of its first voxel."""
 
+MOST_TABLED = 63
+"""Classes that `classes_may_merge` may name."""
+
+Class = Annotated[int, Field(ge=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MarginOfScore = Annotated[float, Field(ge=-1, le=1)]
 
@@ -101,6 +105,13 @@ class MergeSettings(Thresholds):
     """Blocks (z, y, x) of a leaf superblock of the hierarchical agglomeration; default: chosen from
     the number of blocks and workers. Never changes the result."""
 
+    class_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """With `input.classes`: a fragment has the class that most of its voxels with one have, if more
+    than this share of all its voxels has it."""
+
+    classes_may_merge: tuple[tuple[Class, Class], ...] = ()
+    """Pairs of classes that may merge; all others never do."""
+
     segment_ids: SegmentIds = "consecutive"
     """Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
 
@@ -109,6 +120,13 @@ class MergeSettings(Thresholds):
 
     allow_missing: bool = False
     """Stitch even when blocks failed or are missing; they stay background."""
+
+    @field_validator("classes_may_merge")
+    @classmethod
+    def _table_fits(cls, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        if len({value for pair in pairs for value in pair}) > MOST_TABLED:
+            raise ValueError(f"names more than {MOST_TABLED} classes")
+        return pairs
 
 
 class StitchSettings(MergeSettings):

@@ -248,7 +248,7 @@ def sweep(
     from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.contacts import read_evidence
     from agq.blockwise.storage.files import write_atomic
-    from agq.pipeline.evaluate.baseline.compare import fragment_counts
+    from agq.pipeline.evaluate.baseline.compare import fragment_counts, run_kinds
     from agq.pipeline.evaluate.contingency import BorderRule
     from agq.pipeline.evaluate.sweep import best, points_table, two_thresholds
 
@@ -258,9 +258,8 @@ def sweep(
     with dask_client() as client:
         ignore = BorderRule(ignore_border, border_3d)
         counts = fragment_counts(run, labels, client=client, ignore=ignore)
-    points = two_thresholds(
-        "AGQ", counts, evidence, _numbers("--across", across), _numbers("--within", within)
-    )
+    pairs = _numbers("--across", across), _numbers("--within", within)
+    points = two_thresholds("AGQ", counts, evidence, *pairs, run_kinds(run))
     points.sort(key=lambda item: item.value(by))
     report = {"best": best(points, by).to_dict(), "points": [item.to_dict() for item in points]}
     write_atomic(run.path / "sweep.json", json.dumps(report, indent=1).encode())

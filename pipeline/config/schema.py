@@ -71,6 +71,10 @@ class InputSettings(Settings):
     """Optional mask at any scale: voxels whose centre lies in no nonzero voxel of it stay
     background, and blocks without any other are skipped."""
 
+    classes: VolumeSettings | None = None
+    """Optional classes of tissue (nucleus, vessel, glia, ...), integers at any scale: fragments of
+    two classes never become one segment (see `stitch.classes_may_merge`). 0 says nothing."""
+
     roi: RoiSettings | None = None
     """Optional part of the volume."""
 
@@ -111,7 +115,7 @@ class Config(Settings):
     """Folder of the run: journal, output volumes, reports. Relative to where the command runs."""
 
     input: InputSettings
-    """The volume, its mask and the part of it to process."""
+    """The volume, its mask, its classes and the part of it to process."""
 
     model: ModelSettings = ModelSettings()
     """The network."""

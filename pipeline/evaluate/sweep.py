@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.stitch.classes import Kinds
 from agq.blockwise.stitch.contacts import Evidence
 from agq.blockwise.stitch.merge.agglomeration import Agglomeration, agglomerate, positions
 from agq.blockwise.stitch.merge.kernel import connected_components
@@ -102,14 +103,14 @@ def two_thresholds(
     evidence: Evidence,
     across: Iterable[float],
     within: Iterable[float],
+    kinds: Kinds | None = None,
 ) -> list[Point]:
     """Agglomerate evidence with every pair of thresholds and score each."""
     points = []
     for w in within:
         for a in across:
-            result = agglomerate(
-                evidence.nodes.ids, evidence.contacts, Thresholds(across=a, within=w)
-            )
+            thresholds = Thresholds(across=a, within=w)
+            result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds)
             setting = {"across": a, "within": w}
             points.append(point(method, setting, counts, result.ids, result.representatives))
     return points

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.overlay import require_overlap
 from agq.blockwise.ledger.database import connect
 from agq.blockwise.predict.predictor import option_files, resolve_factory
 from agq.blockwise.storage.files import require_free_space, require_writable
@@ -114,6 +115,17 @@ class Prepared:
         """Return the truth, opened now if it was not needed before; None if there is none."""
         return self.truth or _open_truth(self.config, self.run, self.grid)
 
+    def opened_classes(self) -> Volume | None:
+        """Open the classes of tissue, which the stitch alone needs; None if there are none."""
+        settings, field = self.config.input.classes, "input.classes"
+        classes = _open_beside(self.config, settings, self.run, "labels", field)
+        if classes is not None:
+            try:
+                require_overlap(classes, self.grid)
+            except InputError as error:
+                raise InputError(f"{field}: {error}") from None
+        return classes
+
     def scored_truth(self) -> Volume | None:
         """Return the truth inside the ROI: outside of it nothing is segmented."""
         truth = self.opened_truth()
@@ -202,6 +214,7 @@ def prepare(
         device=_kind(options) if workers_here else None,
     )
     prepared.scored_truth()
+    prepared.opened_classes()
     if check_output:
         _check_output(prepared)
     return prepared
@@ -253,7 +266,7 @@ def _in_the_same_words(config: Config, run: RunFolder) -> bool:
 
     def deciding(config: Config) -> dict[str, Any]:
         values = masked(config)
-        del values["input"]["roi"]
+        del values["input"]["roi"], values["input"]["classes"]
         parts = {name: values[name] for name in ("input", "model", "blocks", "output")}
         return parts | {"threads": config.workers.threads}
 

@@ -229,6 +229,7 @@ def stitch_spec(
     run_dir: Path,
     grid: BlockGrid,
     box: tuple[Any, Any] | None = None,
+    classes: Volume | None = None,
 ) -> StitchSpec:
     """Return what to stitch of a run folder, from its settings and the voxel box of its ROI."""
     start, stop = box or (None, None)
@@ -238,6 +239,7 @@ def stitch_spec(
         **section.model_dump(exclude={"dask"}),
         start=start,
         stop=stop,
+        classes=classes and reopen_options(classes),
         levels=None if pyramid.levels == "auto" else pyramid.levels + 1,
         downsampling=pyramid.downsampling,
     )
@@ -258,7 +260,14 @@ def stitch(
     prepared = session.prepared
     config = prepared.config
     section = config.stitch
-    spec = stitch_spec(section, config.pyramid, prepared.run.path, prepared.grid, prepared.box)
+    spec = stitch_spec(
+        section,
+        config.pyramid,
+        prepared.run.path,
+        prepared.grid,
+        prepared.box,
+        prepared.opened_classes(),
+    )
     find_blocks(spec)
     with (
         session.stage("stitch", int(prepared.selected.size)) as record,

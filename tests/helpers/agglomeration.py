@@ -37,11 +37,7 @@ def greedy(
     cluster = {node: node for node in nodes}
     rows = list(rows)
 
-    def forbidden(a: int, b: int) -> bool:
-        one, other = (
-            {(classes or {}).get(n, 0) for n, root in cluster.items() if root == end} - {0}
-            for end in (a, b)
-        )
+    def forbidden(one: set[int], other: set[int]) -> bool:
         return any(
             c != d and (c, d) not in may_merge and (d, c) not in may_merge
             for c, d in itertools.product(one, other)
@@ -49,6 +45,9 @@ def greedy(
 
     merges = []
     while True:
+        held: dict[int, set[int]] = {}
+        for node, root in cluster.items():
+            held.setdefault(root, set()).update({(classes or {}).get(node, 0)} - {0})
         pooled: dict[tuple[int, int], list] = {}
         for u, v, numerator, denominator in rows:
             a, b = sorted((cluster[u], cluster[v]))
@@ -62,7 +61,7 @@ def greedy(
             (
                 (-Fraction(numerator, denominator), tie, pair)
                 for pair, (numerator, denominator, tie) in pooled.items()
-                if numerator > 0 and not (classes and forbidden(*pair))
+                if numerator > 0 and not forbidden(held[pair[0]], held[pair[1]])
             ),
             default=None,
         )

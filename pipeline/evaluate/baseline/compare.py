@@ -22,10 +22,11 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import open_sidecar
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
+from agq.blockwise.stitch.classes import Kinds, read_kinds
 from agq.blockwise.stitch.contacts import Evidence, collect, read_evidence
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
-from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.settings import StitchSettings, Thresholds
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
@@ -204,13 +205,22 @@ def fragment_counts(run: RunFolder, truth: Volume, **options: Unpack[CountOption
     return count(_labels(run.container, "fragments", truth), truth, **options).counts
 
 
+def run_kinds(run: RunFolder) -> Kinds | None:
+    """Return which fragments of a stitched run may not merge; None without classes."""
+    config = run.record()["config"]
+    if not config["input"].get("classes"):
+        return None
+    return read_kinds(run.path, StitchSettings(**config["stitch"]))
+
+
 def _agq(run: RunFolder, truth: Volume, options: CountOptions) -> Point:
     """Score the run's own segments."""
     evidence = read_evidence(run.path)
     stitch = run.record()["config"]["stitch"]
     setting = {name: float(stitch[name]) for name in ("across", "within")}
     thresholds = Thresholds(across=setting["across"], within=setting["within"])
-    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds)
+    kinds = run_kinds(run)
+    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds)
     counts = fragment_counts(run, truth, **options)
     return point("AGQ", setting, counts, result.ids, result.representatives)
 
