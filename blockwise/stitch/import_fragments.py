@@ -23,6 +23,8 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
+from agq.blockwise.blocks.mask import Tissue
+from agq.blockwise.blocks.overlay import require_overlap
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord, this_worker
@@ -41,10 +43,19 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Fragments:
-    """Open inputs; picklable, for workers of dask."""
+    """Open inputs; picklable, for workers of dask.
+
+    Attributes
+    ----------
+    volume, affinities
+        The arrays.
+    mask
+        Hides voxels of both (:class:`blocks.mask.Tissue`); None: none is hidden.
+    """
 
     volume: Volume
     affinities: Affinities
+    mask: Volume | None = None
 
     @classmethod
     def open(
@@ -110,6 +121,9 @@ def import_fragments(
         "grid": grid.to_dict(),
         "unit": source.volume.unit,
     }
+    if source.mask is not None:
+        require_overlap(source.mask, grid)
+        made_of["mask"] = source.mask.describe()
     if marker.exists():
         if json.loads(marker.read_bytes()) != made_of:
             raise InputError(f"{run_dir} was made from other volumes; choose another --output")
@@ -158,6 +172,10 @@ class ImportBlocks(Task):
                         f"fragments: block {number} has {len(original)} of them, too many"
                     )
                 window = _uint8(self.source.affinities.read(start, stop), number)
+                if self.source.mask is not None:
+                    tissue = Tissue.read(self.source.mask, grid, number)
+                    labels, window, origin = tissue.hide(labels, window)
+                    original = original if origin is None else original[origin]
                 sums = writer.write(number, labels, window, original_labels=original)
                 journal.finish(
                     BlockRecord(

@@ -1,6 +1,7 @@
 """Fragments of another model, stitched in a folder of their own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -9,8 +10,12 @@ from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, i
 from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
+from agq.pipeline.config.schema import VolumeSettings
 from agq.pipeline.config.yaml_settings import parse_values
+from agq.pipeline.data.inputs import open_input
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.stages import stitch_spec
 from agq.pipeline.status.progress import Tell, open_progress
 from agq.settings import Settings
@@ -19,8 +24,21 @@ RECORD: Final = "settings.json"
 """Of an output folder: arrays and settings of the last stitch."""
 
 
+class FragmentsInput(Settings):
+    """What may lie beside the fragments."""
+
+    mask: VolumeSettings | None = None
+    """As for a run: hides voxels of fragments and affinities when they are imported."""
+
+    classes: VolumeSettings | None = None
+    """As for a run: classes of tissue that must not merge."""
+
+
 class FragmentsSettings(Settings):
     """What may be set where there is no run."""
+
+    input: FragmentsInput = FragmentsInput()
+    """Volumes besides fragments and affinities."""
 
     stitch: StitchSettings
     """Agglomeration."""
@@ -70,6 +88,7 @@ def stitch_arrays(
     on_progress
         Where progress goes, see `open_progress`.
     """
+    before = parse_values(FragmentsSettings, settings).input.mask
     values = parse_values(FragmentsSettings, settings, changes)
     section = values.stitch
     if section.evidence != "affinity":
@@ -77,8 +96,20 @@ def stitch_arrays(
             f"stitch.evidence: {section.evidence} needs two labels of each voxel at the borders of"
             " blocks, which fragments of another model do not have; use affinity"
         )
+    run = RunFolder(output)
     grid = imported_grid(output) if again else None
+    if grid is not None and values.input.mask != before:
+        raise InputError(
+            f"input.mask: {output} was imported with another mask; choose another --output"
+        )
     opened = None if grid is not None else Fragments.open(**source)
+    if opened is not None and values.input.mask is not None:
+        mask = open_input(values.input.mask, run, "mask", "input.mask")
+        opened = replace(opened, mask=_of_unit(mask, source, "input.mask"))
+    classes = None
+    if values.input.classes is not None:
+        classes = open_input(values.input.classes, run, "labels", "input.classes")
+        _of_unit(classes, source, "input.classes")
     with dask_client(section.dask) as client, open_progress(output, on_progress) as progress:
         progress.note(f"dask dashboard: {client.dashboard_link}")
         if opened is not None:
@@ -87,10 +118,19 @@ def stitch_arrays(
         record = {"source": source, "settings": values.model_dump(mode="json")}
         write_atomic(output / RECORD, json.dumps(record, indent=1).encode())
         report = run_stitch(
-            stitch_spec(section, values.pyramid, output, grid),
+            stitch_spec(section, values.pyramid, output, grid, classes=classes),
             client,
             progress.step,
             progress.note,
         )
     write_atomic(output / "stitch.json", json.dumps(report.to_dict(), indent=1).encode())
     return report
+
+
+def _of_unit(volume: Volume, source: dict[str, Any], field: str) -> Volume:
+    if volume.unit != source["unit"]:
+        raise InputError(
+            f"{field}.unit: {volume.unit} differs from the fragments' {source['unit']} (--unit);"
+            " use one unit"
+        )
+    return volume

@@ -7,6 +7,7 @@ from pathlib import Path
 import cc3d
 import numpy as np
 import pytest
+import zarr
 
 from agq.blockwise.journal.records import BlockRecord, this_worker
 from agq.blockwise.journal.writer import JournalWriter
@@ -15,8 +16,10 @@ from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.volumes.create import open_array
+from agq.errors import InputError
 from agq.pipeline.config.schema import load_config
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.run.fragments import recorded_source, stitch_arrays
 from agq.pipeline.run.prepare import prepare
 from agq.pipeline.run.session import open_session
 from tests.helpers import fakes
@@ -79,6 +82,35 @@ def test_the_visible_part_is_the_same_for_any_blocks(tmp_path, client, step):
     assert all(np.array_equal(kept[0], other) for other in kept[1:])
 
 
+def _stitch_with_classes(folder: Path, fragments: np.ndarray) -> None:
+    """Name classes in a later stitch: blocks are not predicted again."""
+    classes = np.ones((1, 10, 1), np.uint8)
+    classes[:, 5:] = 2
+    write_volume(folder / "in.zarr", "classes", classes, voxel_size=(600, 30, 420))
+    named = [
+        f"input.classes.{n}={v}" for n, v in (("path", folder / "in.zarr"), ("dataset", "classes"))
+    ]
+    sets = [part for name in named for part in ("--set", name)]
+    done = agq("stitch", folder / "run", *sets)
+    assert done.returncode == 0, done.stderr
+    report = RunFolder(folder / "run").record()["stages"]["stitch"]["report"]
+    assert report["classed"] == report["fragments"]
+    assert report["forbidden_contacts"] > 0
+    assert "contacts kept apart" in done.stdout
+    segments = open_array(folder / "run" / "data.zarr", "segmentation/s0", "r")[:]
+    at = np.broadcast_to((np.arange(50) >= 25)[:, None], fragments.shape)
+    sides: dict[int, set[bool]] = {}
+    for fragment in np.unique(fragments[fragments > 0]):
+        voxels = fragments == fragment
+        share = at[voxels].mean()
+        if share != 0.5:
+            sides.setdefault(int(segments[voxels][0]), set()).add(share > 0.5)
+    assert all(len(side) == 1 for side in sides.values())
+    far = agq("stitch", folder / "run", *sets, "--set", "input.classes.offset=[90000000,0,0]")
+    assert far.returncode == 2
+    assert "input.classes" in far.stderr
+
+
 def test_a_run_hides_voxels_and_one_of_an_earlier_release_goes_on(tmp_path):
     """At the edge of a coarse mask that cuts blocks; then with the record of an earlier release."""
     data = blobs((20, 50, 70))
@@ -105,6 +137,7 @@ def test_a_run_hides_voxels_and_one_of_an_earlier_release_goes_on(tmp_path):
     assert not fragments[:, :, 25:].any()
     identity = run.record()["identity"]
     assert identity["mask"]["hides"] == "voxels"
+    _stitch_with_classes(tmp_path, fragments)
 
     prepared = prepare(load_config(config))
     assert prepared.as_begun() is prepared
@@ -117,3 +150,60 @@ def test_a_run_hides_voxels_and_one_of_an_earlier_release_goes_on(tmp_path):
         assert not session.prepared.hides_voxels
     with open_session(prepared, overwrite=True, on_progress=None) as session:
         assert session.prepared.hides_voxels
+
+
+def test_fragments_of_another_model_with_mask_and_classes(tmp_path):
+    """Two fragments that all affinities would join; a wall cuts them, classes part the rest."""
+    fragments = np.full((4, 20, 300), 7, np.uint64)
+    fragments[:, 12:] = 9
+    mask = np.ones(fragments.shape, np.uint8)
+    mask[:, :, 60:63] = 0
+    classes = np.zeros((4, 20, 3), np.uint8)
+    classes[:, 13:, 1:] = 2
+    classes[:, :10, 2] = 1
+    container = tmp_path / "in.zarr"
+    write_volume(container, "fragments", fragments)
+    write_volume(container, "mask", mask)
+    write_volume(container, "classes", classes, voxel_size=(30, 6, 600))
+    affinities = np.full((3, *fragments.shape), 255, np.uint8)
+    attributes = {"voxel_size": [30, 6, 6], "offset": [0, 0, 0], "units": ["nm"] * 3}
+    zarr.create_array(str(container / "affinities"), data=affinities).attrs.update(attributes)
+
+    def stitch(name, again=False, **named):
+        return stitch_arrays(
+            tmp_path / name,
+            {
+                "fragments": f"{container}::fragments",
+                "affinities": f"{container}::affinities",
+                "unit": "nm",
+            },
+            {
+                "stitch": {"across": 0.5, "within": 0.5, "dask": {"workers": 1}},
+                "input": {n: {"path": str(container), "dataset": n} for n in named},
+            },
+            [f"input.{n}.dataset={dataset}" for n, dataset in named.items()],
+            again=again,
+            on_progress=None,
+        )
+
+    def found(name):
+        return open_array(tmp_path / name / "data.zarr", "segmentation/s0", "r")[:]
+
+    stitch("masked", mask="mask")
+    expected = np.where(mask, 1 + (np.arange(300) > 62), 0)
+    assert same_partition(found("masked"), expected)
+    report = stitch("both", mask="mask", classes="classes")
+    assert report.forbidden_contacts > 0
+    assert not found("both")[:, :, 60:63].any()
+    at = found("both")[0]
+    # Left of the wall no class. Right of it 9 has class 2; the last piece of 7 has class 1.
+    assert at[5, 10] == at[15, 10]
+    assert at[15, 100] == at[15, 290] != at[5, 290]
+    with pytest.raises(InputError, match=r"input\.mask: .* was imported with another mask"):
+        stitch_arrays(
+            tmp_path / "both",
+            **recorded_source(tmp_path / "both"),
+            changes=["input.mask.dataset=classes"],
+            again=True,
+            on_progress=None,
+        )
