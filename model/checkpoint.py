@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.network.agq import AGQ
+from agq.paths import expanded
 
 FORMAT_VERSION = 1
 # One metadata entry only: the order of several is not fixed, and equal checkpoints should be
@@ -61,7 +62,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         If there is no such file.
     """
     bundled = BUNDLED.get(os.fspath(name))
-    path = Path(__file__).parent / "weights" / bundled if bundled else Path(name).expanduser()
+    path = Path(__file__).parent / "weights" / bundled if bundled else expanded(name)
     if path.is_file():
         return path
     if path.is_dir():

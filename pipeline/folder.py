@@ -18,14 +18,17 @@ from typing import Any
 
 from agq.blockwise.ledger.settings import mask_secrets, shown_uri
 from agq.blockwise.storage import locks
-from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.blockwise.storage.place import is_copy, place_of
 from agq.blockwise.storage.portable import from_portable, to_portable
-from agq.errors import InputError
+from agq.errors import InputError, machine_fault
+from agq.paths import require_utf8
 
 FORMAT = 1
+_LOCK = ".lock"
 # What may be in the folder before the run's record is: its lock, image files made into zarr, and
 # what a submission has prepared.
-_BEFORE_RUN = (".lock", ".lock.owner", "imported", "slurm")
+_BEFORE_RUN = (_LOCK, f"{_LOCK}.owner", "imported", "slurm")
 _URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
 _PACKAGES = ("numpy", "zarr", "daisy", "dask", "pymongo")
 _PORTABLE = ("config", "identity")
@@ -49,6 +52,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        require_utf8(self.path, "run_dir")
 
     @property
     def container(self) -> Path:
@@ -80,7 +84,9 @@ class RunFolder:
             record = json.loads(self.record_path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{self.path} is not a run folder (no run.json)") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise InputError(machine_fault(error) or f"{self.record_path}: {error}") from None
+        except ValueError as error:
             raise InputError(f"{self.record_path} cannot be read: {error}") from None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise InputError(f"{self.record_path} was written by another version of agq")
@@ -108,17 +114,20 @@ class RunFolder:
         """
         if self.exists():
             self.require_identity(identity, compared)
+            self.claim_id()
             self.update(config=config)
         else:
             if self.path.is_dir() and any(p.name not in _BEFORE_RUN for p in self.path.iterdir()):
                 raise InputError(
                     f"run_dir {self.path} is not empty and holds no run; choose another folder"
                 )
+            make_folder(self.path)
             self._write(
                 {
                     "format": FORMAT,
                     # Runs of several users share one ledger, so a name is not enough.
                     "id": uuid.uuid4().hex,
+                    "place": place_of(self.path, self.path / _LOCK),
                     "name": self.path.name,
                     "created": time.time(),
                     "config": config,
@@ -139,6 +148,28 @@ class RunFolder:
             }
         )
         self._write(record)
+
+    def has_own_id(self, record: dict[str, Any]) -> bool:
+        """Tell whether the id in run.json is this folder's, not that of one it is a copy of."""
+        recorded = record.get("place", {"path": record["config"].get("run_dir", self.path)})
+
+        def holds_the_same(folder: Path) -> bool:
+            try:
+                return bool(RunFolder(folder).record()["id"] == record["id"])
+            except InputError:
+                return False
+
+        return not is_copy(self.path, self.path / _LOCK, recorded, holds_the_same)
+
+    def claim_id(self) -> None:
+        """Give a copied folder an id of its own: the ledger knows runs by it."""
+        record = self.record()
+        entries: dict[str, Any] = {"place": place_of(self.path, self.path / _LOCK)}
+        if not self.has_own_id(record):
+            entries |= {"id": uuid.uuid4().hex, "copy_of": record["id"]}
+            # The jobs in the queue are those of the other.
+            (self.path / "slurm" / "jobs.json").unlink(missing_ok=True)
+        self.update(**entries)
 
     def require_identity(self, identity: dict[str, Any], compared: Collection[str] = ()) -> None:
         """Refuse to go on with a run whose blocks were made with other settings.
@@ -213,7 +244,7 @@ class RunFolder:
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locks.hold(self.path / ".lock"))
+                stack.enter_context(locks.hold(self.path / _LOCK))
             except locks.LockedError as error:
                 raise RunLockedError(
                     f"another agq process works on {self.path} ({error}); wait for it or stop it"

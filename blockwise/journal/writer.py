@@ -33,7 +33,7 @@ from agq.blockwise.journal.records import (
     safe_name,
     this_worker,
 )
-from agq.blockwise.storage.files import Unsynced, fsync_path, make_folder
+from agq.blockwise.storage.files import FATAL_ERRNOS, Unsynced, fsync_path, make_folder
 
 _BATCH_BYTES = 1 << 20
 _FLUSH_SECONDS = 0.5
@@ -164,6 +164,11 @@ def run_journalled(
     -------
     int
         Numbers that failed.
+
+    Raises
+    ------
+    OSError
+        If a disk is full or cannot be written: all numbers would fail alike.
     """
     failed = 0
     unsynced = Unsynced()
@@ -176,6 +181,8 @@ def run_journalled(
             try:
                 unsynced.sync()
             except OSError as error:
+                if error.errno in FATAL_ERRNOS:
+                    raise
                 records = [_failed(record, error) for record in waiting]
                 lost = sum(record.state == "done" for record in waiting)
             journal.finish_many(records)
@@ -188,6 +195,8 @@ def run_journalled(
                 voxels = work(record.block, unsynced)
                 waiting.append(replace(record, finished=time.time(), voxels=voxels))
             except Exception as error:
+                if isinstance(error, OSError) and error.errno in FATAL_ERRNOS:
+                    raise
                 failed += 1
                 waiting.append(_failed(record, error))
             if time.monotonic() - flushed > _FLUSH_SECONDS:

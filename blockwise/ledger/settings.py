@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus
 from pydantic import Field, SecretStr
 
 from agq.errors import InputError
+from agq.paths import expanded
 from agq.settings import Settings
 
 #: Environment variable with the URI, used when the settings have none.
@@ -71,7 +72,7 @@ class LedgerSettings(Settings):
         elif self.uri_file is not None:
             where = f"ledger.uri_file {self.uri_file}"
             try:
-                text = self.uri_file.expanduser().read_text(encoding="utf-8")
+                text = expanded(self.uri_file).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "not a text file"
                 raise LedgerError(f"{where}: {reason}") from None

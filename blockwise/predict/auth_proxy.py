@@ -24,6 +24,8 @@ import socket
 import threading
 from pathlib import Path
 
+from agq.blockwise.threads import start_vital
+
 _MAGIC = b"AGQ1"
 _PROXY, _WORKER = b"gate", b"worker"
 _NONCE = 32
@@ -65,7 +67,7 @@ class AuthProxy:
         self._unauthenticated = 0
         self._socket = socket.create_server((host, 0), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
-        threading.Thread(target=self._main, name="auth-proxy", daemon=True).start()
+        start_vital("auth-proxy", self._main)
 
     def _main(self) -> None:
         asyncio.run(self._serve())

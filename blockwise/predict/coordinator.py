@@ -17,6 +17,8 @@ one that finds itself broken (*drained*), is not held against the block: it is h
 """
 
 import contextlib
+import errno
+import os
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -46,6 +48,7 @@ from agq.blockwise.predict.local_processes import (
 from agq.blockwise.predict.paths import journal_folder, retry_path, session_path
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.leftovers import remove_temporaries
+from agq.blockwise.threads import EXIT_DISK
 from agq.errors import InputError, RunStoppedError
 
 __all__ = ["PredictProgress", "PredictReport", "PredictSpec", "run_predict"]
@@ -256,6 +259,9 @@ class _Run:
             together = bool(pending.size)
             batch = pending if together else alone
             code = self._session(batch, alone=not together)
+            if code == EXIT_DISK:
+                session = str(session_path(self.spec.run_dir))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), session)
             left = batch[self._journal.ranks(batch) < BlockState.SKIPPED]
             progress = left.size < batch.size
             crashes = crashes + 1 if code and not progress else 0

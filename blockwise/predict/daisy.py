@@ -11,7 +11,6 @@ choice of ``fit`` can drop an edge block. Blocks come back as write ROIs and are
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.predict import auth_proxy
 from agq.blockwise.predict.paths import TASK
 from agq.blockwise.predict.spec import PredictSpec, Session
+from agq.blockwise.threads import start_vital
 
 LOOPBACK = "127.0.0.1"
 
@@ -62,7 +62,7 @@ def serve(
             time.sleep(0.01)
         on_listening(ports.pop())
 
-    threading.Thread(target=tell_port, name="tell-port", daemon=True).start()
+    start_vital("tell-port", tell_port)
     # With another host, daisy would listen on every interface.
     states = daisy.Server().run_blockwise(task, progress=False, host=LOOPBACK, summary=False)
     _logger.info("%s", states[TASK])

@@ -21,22 +21,18 @@ from agq.blockwise.predict import daisy
 from agq.blockwise.predict.auth_proxy import AuthProxy
 from agq.blockwise.predict.local_processes import die_with_parent
 from agq.blockwise.predict.spec import PredictSpec, Session
-
-_logger = logging.getLogger(__name__)
+from agq.blockwise.storage.logs import cap_output
 
 
 def publish(run_dir: Path, listen: str | None, port: int, *, alone: bool) -> None:
-    """Tell workers where to connect: daisy's port, or that of a proxy in front of it."""
+    """Tell workers where to connect: daisy's port, or that of a proxy in front of it.
+
+    Called from a thread whose errors end the process: no worker could ever join it.
+    """
     session = Session(id=secrets.token_hex(8), host=daisy.LOOPBACK, port=port, alone=alone)
     if listen is not None:
         token = secrets.token_hex(32)
-        try:
-            proxy = AuthProxy(listen, port, token)
-        except (OSError, ValueError) as error:
-            # No worker could ever join: the coordinator must see this process end.
-            _logger.error("cannot listen on %s: %s", listen, error)
-            logging.shutdown()
-            os._exit(1)
+        proxy = AuthProxy(listen, port, token)
         session = session.model_copy(update={"host": listen, "port": proxy.port, "token": token})
     session.save(run_dir)
 
@@ -45,6 +41,7 @@ def main(arguments: list[str]) -> int:
     """Serve the blocks on stdin; see the module."""
     run_dir, parent, alone = Path(arguments[0]), int(arguments[1]), arguments[2] == "alone"
     die_with_parent(parent)
+    cap_output()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     numbers = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
     spec = PredictSpec.load(run_dir)

@@ -44,10 +44,24 @@ _POLL_S = 1.0
 
 
 class Terminated(SystemExit):
-    """A signal ends this process: what is open is closed on the way, and nothing may stop it."""
+    """A signal ends this process: what is open is closed on the way, and nothing may stop it.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
+    Parameters
+    ----------
+    signum
+        The signal.
+    status
+        Exit status; default: as of a process that the signal has killed.
+    why
+        What that means, for people.
+    """
+
+    def __init__(self, signum: int, status: int | None = None, why: str | None = None) -> None:
+        super().__init__(128 + signum if status is None else status)
+        self._why = why or f"told to end ({signal.Signals(signum).name})"
+
+    def __str__(self) -> str:
+        return self._why
 
 
 OWN_END = (KeyboardInterrupt, Terminated)

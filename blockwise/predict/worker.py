@@ -34,10 +34,12 @@ from agq.blockwise.predict.local_processes import (
 from agq.blockwise.predict.paths import journal_folder
 from agq.blockwise.predict.predictor import load_predictor
 from agq.blockwise.predict.spec import PredictSpec, Session
+from agq.blockwise.storage.logs import cap_output
 from agq.errors import InputError
 
 _POLL_S = 0.2
 _BEAT_S = 30.0
+_AGAIN_S = 10.0
 
 _logger = logging.getLogger(__name__)
 
@@ -151,18 +153,24 @@ def _on_signals(loop: BlockLoop, seconds_left: Mapping[int, float]) -> None:
 
 
 def _sessions(options: argparse.Namespace, leaving: Callable[[], bool]) -> Iterator[Session]:
-    """Yield each new session, until the run has ended or none comes for too long."""
-    last, deadline = "", time.monotonic() + options.wait
+    """Yield each new session, until the run has ended or none comes for too long.
+
+    A session that is still open a while after it was left is yielded again: the network may have
+    failed, and not the dispatcher.
+    """
+    last, deadline, again = "", time.monotonic() + options.wait, 0.0
     while time.monotonic() < deadline and not leaving():
         session = Session.load(options.run_dir)
         # A worker that has just started may come before its coordinator, which then still has to
         # replace the closed session of an earlier run.
         if session is not None and session.state == "closed" and (last or options.closed_is_over):
             return
-        if session is not None and session.state == "open" and session.id != last:
+        new = session is not None and session.id != last
+        if session is not None and session.state == "open" and (new or time.monotonic() > again):
             last = session.id
             yield session
-            deadline = time.monotonic() + options.wait
+            again = time.monotonic() + _AGAIN_S
+            deadline = time.monotonic() + options.wait if new else deadline
         time.sleep(_POLL_S)
     if not leaving():
         _logger.warning("no dispatcher for %.0f s: leaving", options.wait)
@@ -197,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     # There is no block to finish yet.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end_now)
+    cap_output()
     faulthandler.enable()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(message)s"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
 
 from distributed import Client, LocalCluster, Nanny, Status
 from distributed.security import Security
@@ -19,8 +22,32 @@ class _Nanny(Nanny):
     """Starts, and restarts, a worker process that does not import the main script."""
 
     async def instantiate(self) -> Status:
+        # Ctrl-C reaches every process of a terminal. The workers, started from this thread, inherit
+        # that it is blocked: the command ends them. (The tracker's start would unblock it.)
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         with spawning_apart():
             return await super().instantiate()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait: dask cannot be interrupted while it starts or stops."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda signum, _: came.append(signum))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for first in came[:1]:
+            signal.raise_signal(first)
 
 
 @contextmanager
@@ -57,24 +84,29 @@ def dask_client(
             yield client
         return
     count = settings.workers or len(os.sched_getaffinity(0))
-    with (
-        LocalCluster(
-            n_workers=count if processes else 1,
-            threads_per_worker=1 if processes else count,
-            processes=processes,
-            worker_class=_Nanny if processes else None,
-            # Threads talk inside the process, without a port.
-            host="127.0.0.1" if processes else None,
-            dashboard_address="127.0.0.1:0",
-            # A task's error is raised here as one line; dask would also print it as a traceback.
-            silence_logs=logging.CRITICAL,
-            # A task near the root may need more than an equal share of the memory: dask would kill
-            # it while the machine still has room.
-            memory_limit=0,
-        ) as cluster,
-        Client(cluster, timeout=timeout) as client,
-    ):
-        yield client
+    with ExitStack() as stack:
+        try:
+            with _signals_wait():
+                cluster = LocalCluster(
+                    n_workers=count if processes else 1,
+                    threads_per_worker=1 if processes else count,
+                    processes=processes,
+                    worker_class=_Nanny if processes else None,
+                    # Threads talk inside the process, without a port.
+                    host="127.0.0.1" if processes else None,
+                    dashboard_address="127.0.0.1:0",
+                    # A task's error is raised here as one line; dask would also print a traceback.
+                    silence_logs=logging.CRITICAL,
+                    # A task near the root may need more than an equal share of the memory: dask
+                    # would kill it while the machine still has room.
+                    memory_limit=0,
+                )
+                stack.enter_context(cluster)
+                client = stack.enter_context(Client(cluster, timeout=timeout))
+            yield client
+        finally:
+            with _signals_wait():
+                stack.close()
 
 
 def _connect(address: str, settings: DaskSettings, timeout: float) -> Client:

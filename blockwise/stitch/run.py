@@ -266,6 +266,8 @@ def run_stitch(
     client: Client,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
+    *,
+    wait_s: float = 300.0,
 ) -> StitchReport:
     """Stitch the fragments of a run.
 
@@ -278,7 +280,9 @@ def run_stitch(
     on_progress
         Called with the name of the step, items done, and items in all.
     on_note
-        Called with a line about what an earlier stitch left to do.
+        Called with a line about what an earlier stitch left to do, or what is waited for.
+    wait_s
+        Seconds without any worker after which a scheduler of one's own is given up.
 
     Raises
     ------
@@ -288,7 +292,8 @@ def run_stitch(
         If blocks could not be relabelled, or workers kept dying. Running again does the rest.
     """
     try:
-        return _Stitch(spec, client, on_progress, on_note).run()
+        workers = Workers(client, spec.run_dir, on_progress, on_note, wait_s)
+        return _Stitch(spec, workers, on_note).run()
     except CommClosedError as error:
         raise StitchError(f"lost the dask scheduler ({error})") from None
 
@@ -297,12 +302,11 @@ class _Stitch:
     def __init__(
         self,
         spec: StitchSpec,
-        client: Client,
-        on_progress: Progress | None,
+        workers: Workers,
         on_note: Callable[[str], None] | None,
     ) -> None:
         self.spec = spec
-        self.workers = Workers(client, spec.run_dir, on_progress)
+        self.workers = workers
         self.note = on_note or (lambda text: None)
         self.grid = spec.block_grid()
         self.run_dir = spec.run_dir
@@ -326,7 +330,7 @@ class _Stitch:
     def run(self) -> StitchReport:
         spec = self.spec
         thresholds = spec.thresholds()
-        self.workers.wait_for_stragglers(self.note)
+        self.workers.wait_for_stragglers()
         numbers, blocks = self._blocks()
         key = digest(blocks, spec.evidence != "affinity")
         contacts = self._collect(numbers, key)

@@ -45,6 +45,9 @@ class DaskSettings(Settings):
     workers: PositiveInt | None = None
     """Processes of the local cluster, one thread each; default: one per core."""
 
+    wait_s: Annotated[float, Field(ge=1)] = 300.0
+    """Seconds without any worker after which a stitch on a scheduler of one's own gives up."""
+
     @model_validator(mode="after")
     def _certificates_are_whole(self) -> "DaskSettings":
         files = (self.ca_file, self.cert_file, self.key_file)

@@ -10,14 +10,16 @@ import hashlib
 import json
 import secrets
 import shutil
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distributed import Client, KilledWorker, Worker, as_completed
+from distributed import Client, Future, KilledWorker, Worker, as_completed
 from distributed.client import FutureCancelledError
 
 from agq.blockwise.storage.files import write_atomic
@@ -28,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of the step, items done and items in all."""
 
 _STRAGGLER_S = 0.2
+_LOOK_S = 5.0
 
 Item = TypeVar("Item")
 
@@ -80,11 +83,18 @@ class Workers:
         Folder that all tasks write into.
     on_progress
         Called with the name of a step, items done and items in all.
+    on_note
+        Called with a line about what is waited for.
+    wait_s
+        Seconds without any worker after which a scheduler of one's own is given up. (Clusters that
+        were started for the client have their own care for workers.)
     """
 
     client: Client
     folder: Path
     on_progress: Progress | None = None
+    on_note: Callable[[str], None] | None = None
+    wait_s: float = 300.0
 
     @property
     def cores(self) -> int:
@@ -100,23 +110,18 @@ class Workers:
         size = max(1, min(most, -(-len(items) // (share * self.cores))))
         return [items[at : at + size] for at in range(0, len(items), size)]
 
-    def wait_for_stragglers(self, on_note: Callable[[str], None] | None = None) -> None:
+    def wait_for_stragglers(self) -> None:
         """Wait until the workers have ended what an earlier command left running.
 
         A scheduler that outlives its clients lets a task that runs go on after its client has gone.
         It would write into folders that the next command has emptied, and be taken for that one's
         work.
-
-        Parameters
-        ----------
-        on_note
-            Called once with a line if there is something to wait for.
         """
         mark = _mark(self.folder)
         noted = False
         while running := sum(self.client.run(_running, mark, on_error="ignore").values()):
-            if on_note is not None and not noted:
-                on_note(
+            if not noted:
+                self._note(
                     f"waiting for {running} tasks that an earlier command left running in"
                     f" {self.folder}"
                 )
@@ -141,8 +146,8 @@ class Workers:
         Raises
         ------
         StitchError
-            If workers kept dying or the scheduler is gone. Other errors of a task are raised as
-            they are. The remaining tasks are cancelled.
+            If workers kept dying, none is connected, or the scheduler is gone. Other errors of a
+            task are raised as they are. The remaining tasks are cancelled.
         """
         total = done + sum(task.size for task in tasks)
         results: list[Any] = []
@@ -154,19 +159,65 @@ class Workers:
             for i, task in enumerate(tasks)
         }
         try:
-            for future in as_completed(list(futures)):
-                results.append(future.result())
-                done += futures.pop(future)
-                self._report(step, done, total)
+            with self._watched(list(futures)) as given_up:
+                for future in as_completed(list(futures)):
+                    results.append(future.result())
+                    done += futures.pop(future)
+                    self._report(step, done, total)
         except KilledWorker as error:
             raise StitchError(
                 f"{step}: workers died on a task again and again (out of memory?): {error}"
             ) from None
         except FutureCancelledError as error:
-            raise StitchError(f"{step}: lost the dask scheduler ({error})") from None
+            lost = f"lost the dask scheduler ({error})"
+            raise StitchError(f"{step}: {(*given_up, lost)[0]}") from None
         finally:
             self.client.cancel(list(futures))
         return results
+
+    @contextmanager
+    def _watched(self, futures: list[Future]) -> Iterator[list[str]]:
+        """Cancel the tasks if no worker is connected for too long; the list then says so."""
+        reasons: list[str] = []
+        if self.client.cluster is not None:
+            yield reasons
+            return
+        over = threading.Event()
+        address = getattr(self.client.scheduler, "address", "")
+        what = f"dask scheduler {address}: no worker is connected"
+
+        def watch() -> None:
+            since, told = time.monotonic(), False
+            while not over.wait(min(_LOOK_S, self.wait_s / 4)):
+                try:
+                    here = bool(self.client.ncores())
+                except (OSError, TimeoutError):
+                    continue  # a scheduler that is lost cancels the tasks
+                if here:
+                    since, told = time.monotonic(), False
+                    continue
+                if not told:
+                    self._note(
+                        f"{what}; waiting {self.wait_s:g} s (stitch.dask.wait_s) for one, as"
+                        f" started by: dask worker {address}"
+                    )
+                    told = True
+                if time.monotonic() - since > self.wait_s:
+                    reasons.append(f"{what} for {self.wait_s:g} s; start some and stitch again")
+                    self.client.cancel(futures)
+                    return
+
+        thread = threading.Thread(target=watch, name="watch-workers", daemon=True)
+        thread.start()
+        try:
+            yield reasons
+        finally:
+            over.set()
+            thread.join()
+
+    def _note(self, text: str) -> None:
+        if self.on_note is not None:
+            self.on_note(text)
 
     def _report(self, step: str, done: int, total: int) -> None:
         if self.on_progress is not None:

@@ -170,7 +170,7 @@ class _OwnerFile:
     def _read(self) -> tuple[str, int]:
         """Return the content of the file and when it was renewed; 0 if there is none."""
         try:
-            with self._path.open(encoding="utf-8") as file:
+            with self._path.open(encoding="utf-8", errors="replace") as file:
                 return file.read(), os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return "", 0

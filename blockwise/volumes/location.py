@@ -17,6 +17,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, ObjectStore
 
 from agq.errors import InputError
+from agq.paths import expanded
 
 SCHEMES = ("s3", "gs", "http", "https")
 """URL schemes that can be read."""
@@ -190,7 +191,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
             f"{text}: cannot read {scheme}:// addresses; use a local path or one of "
             + ", ".join(f"{readable}://" for readable in SCHEMES)
         )
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     try:
         exists = folder.exists()
     except OSError as error:

@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger
     from agq.blockwise.volumes.open import Kind, Volume
 
+# Not `readable` by typer's check: the command says in its own line what it cannot read.
 Target = Annotated[
-    Path, typer.Argument(help="Run folder or YAML configuration file.", show_default=False)
+    Path,
+    typer.Argument(
+        readable=False, help="Run folder or YAML configuration file.", show_default=False
+    ),
 ]
-RunDir = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
-ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration file.", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(readable=False, help="Run folder.", show_default=False)]
+ConfigFile = Annotated[
+    Path, typer.Argument(readable=False, help="YAML configuration file.", show_default=False)
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace a value of the file: section.field=value (repeatable)."),

@@ -30,9 +30,9 @@ def init(
         Literal["local", "slurm", "demo"],
         typer.Argument(help="For one machine, for a SLURM cluster, or the demo of `make demo`."),
     ] = "local",
-    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write.")] = Path(
-        "my.yaml"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", readable=False, help="YAML file to write.")
+    ] = Path("my.yaml"),
 ) -> None:
     """Write a configuration to start from, every setting explained."""
     text = (files("agq") / "configs" / f"{template}.yaml").read_text(encoding="utf-8")

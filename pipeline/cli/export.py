@@ -23,7 +23,7 @@ def precomputed(
     source: Annotated[
         str, typer.Argument(help="Run folder (its segmentation), path or path::dataset.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(readable=False, help="Folder to write.")],
     image: Annotated[
         bool, typer.Option("--image", help="Grey values (raw encoding) instead of labels.")
     ] = False,

@@ -55,7 +55,9 @@ def view(
 def dashboard(
     target: Annotated[
         Path | None,
-        typer.Argument(help="Run folder or configuration; with --all a folder of run folders."),
+        typer.Argument(
+            readable=False, help="Run folder or configuration; with --all a folder of run folders."
+        ),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="All runs of a folder (default: runs) and of the ledger.")
@@ -69,7 +71,9 @@ def dashboard(
     ] = False,
     ledger_uri_file: Annotated[
         Path | None,
-        typer.Option(help="With --all: file with the MongoDB URI, instead of AGQ_MONGO_URI."),
+        typer.Option(
+            readable=False, help="With --all: file with the MongoDB URI, instead of AGQ_MONGO_URI."
+        ),
     ] = None,
     viewer_port: Annotated[
         int, typer.Option(help="Port of the viewer behind the links; 0 takes any free one.")
@@ -105,7 +109,9 @@ def dashboard(
 def snapshot(
     target: Target,
     at: Annotated[str | None, typer.Option(help="Voxel z,y,x to show; default the middle.")] = None,
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("snapshot.png"),
+    out: Annotated[Path, typer.Option(readable=False, help="PNG file to write.")] = Path(
+        "snapshot.png"
+    ),
     size: Annotated[int, typer.Option(min=1, help="Voxels along y and x to show at most.")] = 1024,
 ) -> None:
     """Draw raw, fragments, segmentation and truth of a run side by side, xy and xz."""
@@ -119,7 +125,10 @@ def snapshot(
 def report(
     target: Target,
     out: Annotated[
-        Path | None, typer.Option(help="HTML file to write; default report.html in the run folder.")
+        Path | None,
+        typer.Option(
+            readable=False, help="HTML file to write; default report.html in the run folder."
+        ),
     ] = None,
 ) -> None:
     """Write one self-contained HTML file about a run: settings, speed, block map, scores."""

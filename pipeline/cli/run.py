@@ -73,7 +73,7 @@ def import_(
     source: Annotated[
         str, typer.Argument(help="tif file, folder or glob of tif or png sections, h5, npz, npy.")
     ],
-    container: Annotated[Path, typer.Argument(help="zarr container to write to.")],
+    container: Annotated[Path, typer.Argument(readable=False, help="zarr container to write to.")],
     voxel_size: Annotated[str, typer.Option(help="z,y,x in whole world units.")],
     dataset: Annotated[str, typer.Option(help="Name of the array to make.")] = "raw",
     key: Annotated[str | None, typer.Option(help="Dataset of an h5 or key of an npz.")] = None,
@@ -96,7 +96,9 @@ def import_(
 
 
 def synthetic(
-    container: Annotated[Path, typer.Argument(help="zarr container to write raw and labels to.")],
+    container: Annotated[
+        Path, typer.Argument(readable=False, help="zarr container to write raw and labels to.")
+    ],
     shape: Annotated[str, typer.Option(help="Voxels z,y,x.")] = "40,768,768",
     seed: Annotated[int, typer.Option(help="The same seed gives the same volume.")] = 0,
 ) -> None:

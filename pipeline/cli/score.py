@@ -20,7 +20,9 @@ baseline_app = typer.Typer(no_args_is_help=True, help="Other methods on the same
 
 out = console()
 
-RunDir = Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)]
+RunDir = Annotated[
+    Path, typer.Argument(readable=False, help="Folder of a finished run.", show_default=False)
+]
 Truth = Annotated[
     str | None,
     typer.Option(help="Truth: path or path::dataset; default: that of the configuration."),
@@ -76,7 +78,10 @@ def evaluate(
     ] = False,
     skeletons: Annotated[
         Path | None,
-        typer.Option(help="Skeletons (npz, swc, folder of swc): adds the expected run length."),
+        typer.Option(
+            readable=False,
+            help="Skeletons (npz, swc, folder of swc): adds the expected run length.",
+        ),
     ] = None,
     tolerance: Annotated[
         int,
@@ -85,8 +90,12 @@ def evaluate(
         ),
     ] = 0,
     worst: Annotated[int, typer.Option(help="Mergers and splits to list.")] = 5,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the scores to this png.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(readable=False, help="Also draw the scores to this png.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(readable=False, help="Also write JSON to this file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a segmentation against ground truth: variation of information, Rand, run length."""
@@ -164,7 +173,7 @@ def _view_commands(run: RunFolder, labels: "Volume", report: "EvaluationReport")
 
 def skeletons(
     groundtruth: Annotated[str, typer.Argument(help="Truth: path or path::dataset.")],
-    output: Annotated[Path, typer.Argument(help="npz file to write.")],
+    output: Annotated[Path, typer.Argument(readable=False, help="npz file to write.")],
 ) -> None:
     """Thin the objects of a truth to skeletons, for the expected run length."""
     from agq.pipeline.evaluate.skeletons import skeletonize
@@ -185,7 +194,9 @@ def watershed(
     truth: Truth = None,
     tuned_on: Annotated[
         Path | None,
-        typer.Option(help="Run whose best thresholds are used; default: search here."),
+        typer.Option(
+            readable=False, help="Run whose best thresholds are used; default: search here."
+        ),
     ] = None,
     method: Annotated[
         Literal["both", "mean", "quantile"], typer.Option(help="How edges are scored.")

@@ -92,7 +92,7 @@ def _submit(
     cluster = check.read_cluster()
     for warning in check.check(section, cluster):
         out.print(f"note: {warning}", markup=False, soft_wrap=True)
-    if jobs.record_path(run_dir).exists():
+    if jobs.record_path(run_dir).exists() and not jobs.are_of_another(run_dir):
         jobs.refuse_live(run_dir, jobs.load(run_dir), stages)
     behind = after_predict and jobs.prediction_in_queue(run_dir) is not None
     prepared = prepare(config, workers_here=False, overwrite=overwrite)
@@ -145,6 +145,16 @@ def _print_submitted(run_dir: Path, submitted: list[jobs.Job]) -> None:
         out.print(f"  agq {command} {quoted}{tail}", markup=False, soft_wrap=True)
 
 
+def _with_own_jobs(run_dir: Path) -> Path:
+    """Return a run folder, absolute; refuse a copy, whose jobs work on the original."""
+    run_dir = run_dir.absolute()
+    if jobs.are_of_another(run_dir):
+        raise InputError(
+            f"{run_dir} is a copy, and its jobs are those of the original; submit it: agq submit"
+        )
+    return run_dir
+
+
 def resume(
     run_dir: RunDir,
     stage: StageOption = None,
@@ -153,7 +163,7 @@ def resume(
     ] = None,
 ) -> None:
     """Submit the unfinished stages of a run; jobs in the queue go on."""
-    run_dir = run_dir.absolute()
+    run_dir = _with_own_jobs(run_dir)
     config = jobs.load_config(run_dir)
     record = jobs.load(run_dir)
     if workers is not None:
@@ -193,7 +203,7 @@ def scale(
     count: Annotated[int, typer.Argument(min=0, help="Worker jobs.", show_default=False)],
 ) -> None:
     """Change the number of worker jobs of a run in the queue."""
-    before, now = jobs.scale(run_dir.absolute(), count)
+    before, now = jobs.scale(_with_own_jobs(run_dir), count)
     out.print(f"worker jobs: {before} -> {now}")
 
 
@@ -204,7 +214,7 @@ def cancel(
     ] = 30.0,
 ) -> None:
     """Let the jobs of a run finish their blocks, then kill them; agq resume goes on."""
-    killed = jobs.cancel(run_dir.absolute(), wait_s=wait)
+    killed = jobs.cancel(_with_own_jobs(run_dir), wait_s=wait)
     after = f"; {killed} jobs did not end within {wait:g} s and were killed" if killed else ""
     out.print(f"cancelled{after}")
 
@@ -217,7 +227,7 @@ def attach(
     from agq.pipeline.status.monitor import Monitor
     from agq.pipeline.status.text import render
 
-    run_dir = run_dir.absolute()
+    run_dir = _with_own_jobs(run_dir)
     monitor = Monitor(*watched(run_dir), queue=jobs.queue_status)
     try:
         with Live(console=out, auto_refresh=False) as view:
@@ -245,10 +255,12 @@ def logs(
     if block is not None:
         _block_log(run_dir, block, lines)
         return
-    files = sorted((run_dir / "logs").rglob("*.log"), key=lambda f: f.stat().st_mtime)
+    found = [*(run_dir / "logs").rglob("*.log"), *(run_dir / "logs").rglob("*.log.1")]
+    files = sorted(found, key=lambda f: f.stat().st_mtime)
     if worker is not None:
         name = worker.removeprefix("worker-").removeprefix("workers-")
-        files = [f for f in files if f.stem.partition("-")[2] == name or f.stem == worker]
+        stems = {f: f.name.removesuffix(".1").removesuffix(".log") for f in files}
+        files = [f for f in files if stems[f].partition("-")[2] == name or stems[f] == worker]
         if not files:
             raise InputError(
                 f"--worker {worker}: {run_dir}/logs has no such log; agq logs {run_dir} lists all"

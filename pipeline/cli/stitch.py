@@ -24,6 +24,7 @@ _option = partial(typer.Option, show_default=False)
 Stitched = Annotated[
     Path | None,
     typer.Argument(
+        readable=False,
         help="Run folder, YAML configuration, or OUTPUT of an earlier stitch of --fragments.",
         show_default=False,
     ),
@@ -52,7 +53,7 @@ AffinitiesArray = Annotated[
         " voxel before on axis c."
     ),
 ]
-Output = Annotated[Path | None, _option(help="Folder for the result.")]
+Output = Annotated[Path | None, _option(readable=False, help="Folder for the result.")]
 Threshold = Annotated[
     float | None,
     _option(

@@ -30,7 +30,9 @@ def train(
     ] = False,
     init_from: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint, ours or published, to start from (fine-tuning)."),
+        typer.Option(
+            readable=False, help="Checkpoint, ours or published, to start from (fine-tuning)."
+        ),
     ] = None,
     settings: Settings = None,
 ) -> None:
@@ -103,7 +105,7 @@ def show(checkpoint: CheckpointFile, as_json: AsJson = False) -> None:
 @checkpoint_app.command("convert")
 def convert(
     checkpoint: CheckpointFile,
-    output: Annotated[Path, typer.Argument(help="safetensors file to write.")],
+    output: Annotated[Path, typer.Argument(readable=False, help="safetensors file to write.")],
     half: Half = False,
     voxel_size: Annotated[
         str | None, typer.Option(help="z,y,x in nm that it was trained at, if it does not say.")
@@ -126,7 +128,9 @@ def convert(
 @checkpoint_app.command("average")
 def average(
     checkpoints: Annotated[list[str], typer.Argument(help="Two or more checkpoints.")],
-    output: Annotated[Path, typer.Option(help="safetensors file to write.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option(readable=False, help="safetensors file to write.", show_default=False)
+    ],
     half: Half = False,
 ) -> None:
     """Write the mean of the weights of networks trained on from the same weights."""

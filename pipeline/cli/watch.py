@@ -24,7 +24,7 @@ ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of 
 
 def status(
     target: Annotated[
-        Path | None, typer.Argument(help="Run folder or YAML configuration file.")
+        Path | None, typer.Argument(readable=False, help="Run folder or YAML configuration file.")
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="The newest 100 runs in the database of AGQ_MONGO_URI.")
@@ -211,6 +211,9 @@ def sync(
     from agq.pipeline.run.session import STAGES
 
     run = RunFolder(run_dir)
+    if not run.has_own_id(run.record()):
+        with run.lock():
+            run.claim_id()
     record = run.record()
     ledger = open_ledger(read_target(run_dir).ledger)
     command = record["commands"][-1] if record["commands"] else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agq.blockwise.ledger.settings import URI_VARIABLE
+from agq.paths import expanded
 from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def recorded_ledger(run_dir: Path, ledger: dict[str, Any] | None) -> dict[str, A
     recorded = (ledger or {}).get("uri_file")
     # What was submitted keeps it in a file, which moves with the run.
     files = [*([] if recorded is None else [recorded]), run_dir / "slurm" / "ledger-uri"]
-    file = next((str(f) for f in files if os.access(Path(f).expanduser(), os.R_OK)), None)
+    file = next((str(f) for f in files if os.access(expanded(f), os.R_OK)), None)
     if file is None and not os.environ.get(URI_VARIABLE):
         file = recorded  # to say that it cannot be read; else, as for colleagues, the variable
     if ledger is None and file is None:

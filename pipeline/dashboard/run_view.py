@@ -183,10 +183,12 @@ class RunView:
 
     def _open(self) -> None:
         """Read the journal once in the background: 10^6 lines without a snapshot take a while."""
-        with self._lock, suppress(InputError, PyMongoError, OSError):
-            # The next request meets the error again and answers with it.
-            self._refresh()
-        self._opened.set()
+        try:
+            with self._lock, suppress(InputError, PyMongoError, OSError):
+                # The next request meets the error again and answers with it.
+                self._refresh()
+        finally:
+            self._opened.set()
 
     def _refresh(self) -> RunStatus:
         if self._status is not None and time.monotonic() - self._polled < _POLL_S:

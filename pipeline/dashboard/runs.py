@@ -11,7 +11,7 @@ from agq.blockwise.ledger.database import Ledger
 from agq.errors import InputError
 from agq.pipeline.dashboard.run_view import STAGE, RunView
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.status.stages import coordinator_alive, run_state_of
+from agq.pipeline.status.stages import coordinator_alive, run_state_of, stage_entries
 
 _OPEN_RUNS: Final = 4
 _MAX_LISTED: Final = 500
@@ -55,7 +55,10 @@ class Runs:
         lines: dict[str, dict[str, Any]] = {}
         for folder in dict.fromkeys(folders):
             try:
-                record = RunFolder(folder).record()
+                run = RunFolder(folder)
+                record = run.record()
+                if not run.has_own_id(record):
+                    record["id"] = f"copy-{record['id']}-{folder.name}"
                 lines[record["id"]] = _line(record, folder, coordinator_alive(folder), "journal")
             except InputError:
                 # A damaged or foreign run.json among many must not hide the others.
@@ -112,7 +115,7 @@ def _line(record: dict[str, Any], folder: Path, alive: bool | None, source: str)
         "name": record.get("name", folder.name),
         "run_dir": str(folder),
         "created": record.get("created"),
-        "state": run_state_of(stages.values(), alive),
+        "state": run_state_of(stage_entries(record, ()).values(), alive),
         "stage": next((n for n in reversed(stages) if stages[n].get("state") == "running"), None),
         "blocks_total": predict.get("blocks_total"),
         "done": counted.get("done", 0) + counted.get("skipped", 0),

@@ -11,6 +11,7 @@ from agq.blockwise.volumes.open import Kind, Volume, open_volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Box, triple
 from agq.errors import InputError
+from agq.paths import expanded, require_utf8
 from agq.pipeline.config.schema import RoiSettings, VolumeSettings
 from agq.pipeline.data.importer import import_volume, is_importable
 from agq.pipeline.folder import RunFolder
@@ -44,6 +45,7 @@ def open_input(
     try:
         settings = _with_unit(settings, unit)
         path, dataset = settings.path, settings.dataset
+        require_utf8(expanded(path).absolute() if "://" not in path else path, "path")
         if is_importable(path):
             path, dataset = str(_import_once(settings, run, kind)), kind
         placed = settings.model_dump(exclude={"path", "dataset"})
@@ -76,7 +78,7 @@ def _import_once(settings: VolumeSettings, run: RunFolder, kind: Kind) -> Path:
     size = settings.voxel_size
     if size is None:
         raise InputError(f"{path} holds no voxel size; give voxel_size (z, y, x) in {unit}")
-    key = repr((str(Path(path).expanduser().absolute()), dataset, size, offset, unit))
+    key = repr((str(expanded(path).absolute()), dataset, size, offset, unit))
     name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zarr"
     target = run.path / "imported" / name
     import_volume(

@@ -17,6 +17,7 @@ import numpy as np
 import tifffile
 
 from agq.errors import InputError
+from agq.paths import expanded
 from agq.pipeline.data.packed_sections import open_npy, open_npz
 from agq.pipeline.data.section_stack import (
     Section,
@@ -47,7 +48,7 @@ def is_importable(path: str | os.PathLike[str]) -> bool:
     text = os.fspath(path)
     if "://" in text:
         return False
-    place = Path(text).expanduser()
+    place = expanded(text)
     if place.is_dir():
         if any((place / name).exists() for name in _CONTAINER_FILES):
             return False
@@ -79,7 +80,7 @@ def open_sections(source: str | os.PathLike[str], key: str | None = None) -> Sec
         One line that names the file that cannot be used, and what is in it.
     """
     text = os.fspath(source)
-    place = Path(text).expanduser()
+    place = expanded(text)
     if not place.exists() and glob.has_magic(text):
         return _files(_matches(place), text)
     if not place.exists():

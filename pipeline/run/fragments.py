@@ -12,6 +12,7 @@ from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
+from agq.paths import expanded
 from agq.pipeline.config.schema import VolumeSettings
 from agq.pipeline.config.yaml_settings import parse_values
 from agq.pipeline.data.inputs import open_input
@@ -58,7 +59,7 @@ def recorded_source(output: Path) -> dict[str, Any]:
 
 def absolute_location(location: str) -> str:
     """Return a path or address that means the same from every folder."""
-    return location if "://" in location else str(Path(location).expanduser().absolute())
+    return location if "://" in location else str(expanded(location).absolute())
 
 
 def stitch_arrays(
@@ -122,6 +123,7 @@ def stitch_arrays(
             client,
             progress.step,
             progress.note,
+            wait_s=section.dask.wait_s,
         )
     write_atomic(output / "stitch.json", json.dumps(report.to_dict(), indent=1).encode())
     return report

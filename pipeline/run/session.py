@@ -9,7 +9,7 @@ from typing import Any, Literal
 from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
-from agq.blockwise.predict.local_processes import termination_unwinds
+from agq.blockwise.predict.local_processes import Terminated, termination_unwinds
 from agq.pipeline.config.schema import masked
 from agq.pipeline.run.identity import start
 from agq.pipeline.run.prepare import Prepared
@@ -43,21 +43,42 @@ class Session:
         if self._feeder is not None:
             self._feeder.update_stage(name, **entries)
 
+    def has_report(self, name: str) -> bool:
+        """Tell whether an earlier command has left a report of a stage."""
+        return bool(self.prepared.run.record()["stages"].get(name, {}).get("report"))
+
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[dict[str, Any]]:
-        """Record begin, end and outcome of a stage; the block may set entries of the record."""
+        """Record begin, end and outcome of a stage; the block may set entries of the record.
+
+        What it does not set stays as an earlier command left it: a report, say, if nothing was to
+        be done.
+        """
         self.update_stage(
-            name, state="running", blocks_total=total, started=time.time(), finished=None
+            name,
+            state="running",
+            blocks_total=total,
+            started=time.time(),
+            finished=None,
+            error=None,
         )
         record: dict[str, Any] = {"state": "done"}
         try:
             yield record
         # SystemExit and KeyboardInterrupt too: a later status must not say "running".
         except BaseException as error:
-            record = {"state": "stopped", "error": f"{type(error).__name__}: {error}"}
+            record = {"state": "stopped", "error": _reason(error)}
             raise
         finally:
             self.update_stage(name, finished=time.time(), **record)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted (Ctrl-C)"
+    if isinstance(error, Terminated):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

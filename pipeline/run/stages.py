@@ -128,7 +128,8 @@ def predict(
             if prepared.device is None:
                 _warn_of_new_makers(prepared, journal, record["device"])
             require_content(prepared.opened_raw(), spec.contents["raw"], "input.raw")
-        record["report"] = report.to_dict()
+        if report.blocks or not session.has_report("predict"):
+            record["report"] = report.to_dict()
         if report.failed:
             record["state"] = "failed"
     return report
@@ -275,8 +276,10 @@ def stitch(
     ):
         session.progress.note(f"dask dashboard: {dask.dashboard_link}")
         progress = session.progress
-        report = run_stitch(spec, dask, on_progress=progress.step, on_note=progress.note)
-        record["report"] = report.to_dict()
+        wait_s = section.dask.wait_s
+        report = run_stitch(spec, dask, progress.step, progress.note, wait_s=wait_s)
+        if len(report.reused) < len(report.seconds) or not session.has_report("stitch"):
+            record["report"] = report.to_dict()
     return report
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from agq.blockwise.predict.coordinator import PredictProgress
+from agq.blockwise.predict.local_processes import Terminated
 from agq.blockwise.predict.spec import Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
-from agq.errors import InputError, RunStoppedError
+from agq.blockwise.storage.logs import cap_output
+from agq.errors import InputError, RunStoppedError, machine_fault
 from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare
@@ -123,7 +125,7 @@ def wait_for_storage(run_dir: Path, wait_s: float, why: OSError) -> None:
 
 
 def _requeue_before_limit(signum: int, _frame: Any) -> None:
-    raise SystemExit(EXIT_REQUEUE)
+    raise Terminated(signum, EXIT_REQUEUE, "requeued before the time limit of its job")
 
 
 def _predict(run_dir: Path) -> int:
@@ -160,6 +162,7 @@ def _predict(run_dir: Path) -> int:
 def main(arguments: list[str]) -> int:
     """Predict; see the module."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    cap_output()
     run_dir = Path(arguments[0])
     signal.signal(signal.SIGUSR1, _requeue_before_limit)
     try:
@@ -171,9 +174,13 @@ def main(arguments: list[str]) -> int:
             return 0
         _logger.info("a signal ends this job; blocks that are done are in the journal")
         return end.code if isinstance(end.code, int) else 1
-    except (InputError, RunStoppedError) as error:
-        Session(id="", state="closed").save(run_dir)
-        _logger.error("%s", " ".join(str(error).split()))
+    except (InputError, RunStoppedError, OSError) as error:
+        line = machine_fault(error) if isinstance(error, OSError) else str(error)
+        if line is None:
+            raise
+        with contextlib.suppress(OSError):
+            Session(id="", state="closed").save(run_dir)
+        _logger.error("%s", " ".join(line.split()))
         return 1
 
 

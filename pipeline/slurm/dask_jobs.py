@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Status
 
+from agq.blockwise.storage import logs
 from agq.errors import RunStoppedError
 from agq.pipeline.slurm import client as slurm
 from agq.pipeline.slurm.coordinator import listen_address
@@ -46,7 +47,7 @@ def jobqueue_options(section: SlurmSettings, run_dir: Path) -> dict[str, Any]:
         "memory": f"{job.mem if job.mem[-1].isalpha() else job.mem + 'M'}iB",
         "job_mem": job.mem,
         # As in `stitch.cluster`: a task near the root may need more than an equal share.
-        "worker_extra_args": ["--memory-limit", "0"],
+        "worker_extra_args": ["--memory-limit", "0", "--preload", logs.__name__],
         "walltime": job.time,
         # Without a time, the limit of the partition instead of dask-jobqueue's half hour.
         "job_directives_skip": [] if job.time else ["#SBATCH -t "],
@@ -152,12 +153,13 @@ def _watched(jobs: WorkerJobs) -> Iterator[None]:
         while not over.wait(_CHECK_S):
             try:
                 jobs.check()
-            except slurm.SlurmError as error:
-                _logger.warning("dask worker jobs: %s", error)
             except RunStoppedError as error:
                 errors.append(error)
                 os.kill(os.getpid(), signal.SIGUSR2)
                 return
+            # Whatever SLURM or dask say now, lost jobs must still be replaced later.
+            except Exception as error:
+                _logger.warning("dask worker jobs: %s: %s", type(error).__name__, error)
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
         if errors:

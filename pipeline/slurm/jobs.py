@@ -84,6 +84,12 @@ def record_path(run_dir: Path) -> Path:
     return folder(run_dir) / "jobs.json"
 
 
+def are_of_another(run_dir: Path) -> bool:
+    """Tell whether the jobs are those of a run that this folder is a copy of."""
+    run = RunFolder(run_dir)
+    return run.exists() and not run.has_own_id(run.record())
+
+
 def load(run_dir: Path) -> Jobs:
     """Read what was submitted for a run.
 
@@ -132,6 +138,8 @@ def queue_status(run_dir: Path) -> tuple[QueueStatus, ...] | None:
         jobs = load(run_dir)
         entries = live(jobs)
     except InputError:
+        return None
+    if are_of_another(run_dir):
         return None
     roles = {job.id: job.role for job in jobs.jobs}
     counts: Counter[tuple[str, str, str | None]] = Counter()

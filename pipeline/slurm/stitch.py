@@ -12,12 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agq.errors import InputError, RunStoppedError
+from agq.blockwise.predict.local_processes import Terminated
+from agq.blockwise.storage.files import FATAL_ERRNOS
+from agq.blockwise.storage.logs import cap_output
+from agq.errors import InputError, RunStoppedError, machine_fault
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare_stitch
 from agq.pipeline.run.session import Session, open_session
+from agq.pipeline.slurm.coordinator import wait_for_storage
 from agq.pipeline.slurm.dask_jobs import jobqueue_client
 from agq.pipeline.slurm.jobs import load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE
@@ -54,6 +58,10 @@ def _stitch(run_dir: Path) -> None:
         except RunLockedError as error:
             _logger.warning("%s", error)
             time.sleep(_LOCKED_S)
+        except OSError as error:
+            if error.errno not in FATAL_ERRNOS:
+                raise
+            wait_for_storage(run_dir, section.wait_s, error)
 
 
 def _picture(session: Session) -> None:
@@ -65,17 +73,21 @@ def _picture(session: Session) -> None:
 
 
 def _requeue_before_limit(signum: int, _frame: Any) -> None:
-    raise SystemExit(EXIT_REQUEUE)
+    raise Terminated(signum, EXIT_REQUEUE, "requeued before the time limit of its job")
 
 
 def main(arguments: list[str]) -> int:
     """Stitch; see the module."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    cap_output()
     signal.signal(signal.SIGUSR1, _requeue_before_limit)
     try:
         _stitch(Path(arguments[0]))
-    except (InputError, RunStoppedError) as error:
-        _logger.error("%s", " ".join(str(error).split()))
+    except (InputError, RunStoppedError, OSError) as error:
+        line = machine_fault(error) if isinstance(error, OSError) else str(error)
+        if line is None:
+            raise
+        _logger.error("%s", " ".join(line.split()))
         return 1
     return 0
 

@@ -31,6 +31,7 @@ from agq.blockwise.predict.local_processes import (
 from agq.blockwise.predict.paths import log_path
 from agq.blockwise.predict.spec import Session
 from agq.blockwise.storage.files import require_writable, write_atomic
+from agq.blockwise.storage.logs import cap_output
 from agq.errors import InputError
 from agq.pipeline.slurm.jobs import load, load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
@@ -211,6 +212,7 @@ def _devices(gpus: int) -> list[str | None]:
 def main(arguments: list[str]) -> int:
     """Run the workers of this job; see the module."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    cap_output()
     run_dir = Path(arguments[0])
     section = section_of(load_config(run_dir))
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", str(os.getpid()))

@@ -174,12 +174,12 @@ class Monitor:
     # From the run folder
 
     def _from_journal(self, record: Record, note: str | None) -> RunStatus:
-        begun = [stage for stage in _JOURNALS if self._run.journal(stage).is_dir()]
+        begun = [s for s in _JOURNALS if next(self._run.journal(s).glob("*.jsonl"), None)]
         entries = stage_entries(record, begun)
         self._progress = {
             stage: self.journal(stage)
             for stage in _JOURNALS
-            if stage in entries and not self._is_over(stage, entries[stage])
+            if stage in begun and not self._is_over(stage, entries[stage])
         }
         alive = coordinator_alive(self._run.path)
         status = self._status(record, self._run.path, entries, "journal", note, alive)
@@ -213,7 +213,9 @@ class Monitor:
         """Status from the ledger; None if the journal on this machine says more."""
         assert self._ledger is not None
         if here is not None:
-            document = self._ledger.find_run(here["id"])
+            # The ledger knows a copy only once it has an id of its own.
+            own = self._run.has_own_id(here)
+            document = self._ledger.find_run(here["id"]) if own else None
         else:
             document = self._ledger.runs.find_one(
                 {"$or": [{"run_dir": str(self._run.path)}, {"_id": self._run.path.name}]},
@@ -228,7 +230,8 @@ class Monitor:
         # Here it may be mounted or moved elsewhere than where its coordinator works.
         path = self._run.path if here else Path(document.get("run_dir", self._run.path))
         stages = document.get("stages", {}).items()
-        totals = {name: stage["totals"] for name, stage in stages if stage.get("totals")}
+        sums_of = {name: stage.get("totals", {}) for name, stage in stages}
+        totals = {name: sums for name, sums in sums_of.items() if sums.get("bytes")}
         self._progress = {
             name: self._documents_of(document["_id"], name, sums) for name, sums in totals.items()
         }

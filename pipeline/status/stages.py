@@ -14,6 +14,7 @@ from agq.pipeline.status.run_status import RunState, StageStatus, WorkerStatus
 Record = dict[str, Any]
 
 _ORDER: Final = ("predict", "stitch", "relabel", "pyramid", "evaluate")
+_PARTS: Final = ("relabel", "pyramid")
 _SILENT_S: Final = 120.0
 _MAX_WORKERS: Final = 200
 _MIN_DONE: Final = 3
@@ -25,17 +26,29 @@ def coordinator_alive(run_dir: Path) -> bool | None:
     return locks.is_held(run_dir / ".lock")
 
 
-def stage_entries(record: Record, journals: Iterable[str]) -> dict[str, Record]:
-    """Stages that were begun, in the order of work, with what the coordinator says of them."""
-    stages: Record = record.get("stages", {})
-    names = {*stages, *journals}
+def stage_entries(record: Record, begun: Iterable[str]) -> dict[str, Record]:
+    """Return what the coordinator says of each stage, in the order of work.
+
+    Parameters
+    ----------
+    record
+        Record of the run, or its document in the ledger.
+    begun
+        Stages of which blocks have been begun.
+    """
+    begun = set(begun)
+    told = {
+        name: dict(entry) for name, entry in record.get("stages", {}).items() if "state" in entry
+    }
+    names = {*told, *begun, *(_PARTS if "stitch" in told else ())}
     known = [*(n for n in _ORDER if n in names), *sorted(names.difference(_ORDER))]
-    entries = {name: dict(stages.get(name, {})) for name in known}
+    entries = {name: told.get(name, {}) for name in known}
     stitch = entries.get("stitch", {})
-    for name in ("relabel", "pyramid"):
-        if name in entries and "state" not in entries[name]:
-            # Parts of the stitch: they run and end with it.
-            entries[name] = {k: v for k, v in stitch.items() if k == "state"}
+    for name in _PARTS:
+        if name in entries and "state" not in entries[name] and "state" in stitch:
+            # They run and end with the stitch.
+            ready = name in begun or stitch["state"] == "done"
+            entries[name] = {"state": stitch["state"] if ready else "waiting"}
             if name == "relabel" and "blocks_total" in stitch:
                 entries[name]["blocks_total"] = stitch["blocks_total"]
     return entries
@@ -120,7 +133,7 @@ def _stage_state(
     state = entry.get("state")
     if state == "running":
         return "running" if run_state == "running" else "stopped"
-    if state in ("stopped", "failed", "done"):
+    if state in ("waiting", "stopped", "failed", "done"):
         return state
     if not totals:
         return "waiting"

@@ -1,6 +1,7 @@
 """The run folder: one coordinator at a time, one identity, nothing deleted that is no run."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -183,3 +184,36 @@ def test_the_database_of_a_recorded_run_is_found(tmp_path, monkeypatch):
         file.write_text(f"mongodb://{file.parent.parent.name}/")
         found = read_target(run.path).ledger.resolve().get_secret_value()
         assert found == f"mongodb://{file.parent.parent.name}/"
+
+
+def started(path) -> RunFolder:
+    """A run as a command begins it."""
+    run = RunFolder(path)
+    with run.lock():
+        run.create({"run_dir": str(path)}, IDENTITY)
+    return run
+
+
+def test_a_copied_run_gets_an_id_of_its_own(tmp_path):
+    first = started(tmp_path / "run").record()["id"]
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copy = RunFolder(tmp_path / "copy")
+    assert not copy.has_own_id(copy.record())
+    own = started(tmp_path / "copy").record()
+    assert own["id"] != first
+    assert own["copy_of"] == first
+    # From now on each keeps its own, also after a move.
+    assert started(tmp_path / "copy").record()["id"] == own["id"]
+    assert started(tmp_path / "run").record()["id"] == first
+    (tmp_path / "copy").rename(tmp_path / "moved")
+    assert started(tmp_path / "moved").record()["id"] == own["id"]
+
+
+def test_a_copy_of_a_run_of_an_earlier_release(tmp_path):
+    run = started(tmp_path / "run")
+    record = run.record()
+    del record["place"]
+    run.record_path.write_text(json.dumps(record))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert started(tmp_path / "run").record()["id"] == record["id"]
+    assert started(tmp_path / "copy").record()["id"] != record["id"]

@@ -1,5 +1,7 @@
 import errno
 
+import pytest
+
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.writer import JournalWriter, run_journalled
 from agq.blockwise.storage import files
@@ -52,8 +54,8 @@ def test_files_are_durable_before_their_journal_line(tmp_path, monkeypatch):
 
 
 def test_blocks_that_cannot_be_made_durable_are_failed(tmp_path, monkeypatch):
-    def no_room(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error")
 
     def work(number: int, unsynced: Unsynced) -> int:
         if number == 1:
@@ -62,8 +64,25 @@ def test_blocks_that_cannot_be_made_durable_are_failed(tmp_path, monkeypatch):
         return 1
 
     (tmp_path / "journal").mkdir()
-    monkeypatch.setattr(files, "fsync_path", no_room)
+    monkeypatch.setattr(files, "fsync_path", broken)
     assert run_journalled(tmp_path / "journal", range(3), work) == 3
     failed = {record.block: record.reason for record in Journal(tmp_path / "journal").failed()}
     assert failed[1] == "odd"
-    assert failed[0] == failed[2] == "[Errno 28] No space left on device"
+    assert failed[0] == failed[2] == "[Errno 5] Input/output error"
+
+
+@pytest.mark.parametrize("where", ["work", "sync"])
+def test_a_full_disk_fails_no_block_but_stops(tmp_path, monkeypatch, where):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(number: int, unsynced: Unsynced) -> int:
+        unsynced.add(tmp_path / "file", tmp_path)
+        return no_room() if where == "work" else 1
+
+    (tmp_path / "journal").mkdir()
+    if where == "sync":
+        monkeypatch.setattr(files, "fsync_path", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        run_journalled(tmp_path / "journal", range(3), work)
+    assert not Journal(tmp_path / "journal").failed()

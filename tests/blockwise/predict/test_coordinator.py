@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.snapshot import open_snapshot
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.coordinator import PredictProgress, PredictSpec, run_predict
-from agq.blockwise.predict.paths import journal_folder
+from agq.blockwise.predict.local_processes import Dispatcher
+from agq.blockwise.predict.paths import journal_folder, log_path, session_path
+from agq.blockwise.threads import EXIT_DISK
 from agq.blockwise.volumes.create import chunk_file, open_array
 from agq.errors import InputError, RunStoppedError
 from tests.helpers import fakes
@@ -334,6 +337,46 @@ def test_a_really_full_disk_leaves_a_run_that_resumes(tmp_path, small_disk, undi
     ballast.unlink()
     assert run_predict(spec, np.flatnonzero(~done)).failed == ()
     assert outputs(spec) == undisturbed
+
+
+@pytest.mark.parametrize(("obstacle", "status"), [("full", EXIT_DISK), ("folder", 1)])
+def test_a_dispatcher_that_nobody_could_join_ends(small_disk, obstacle, status, tmp_path):
+    """It would wait for workers for ever: they find it through the file it could not write."""
+    spec = make_run(tmp_path, raw_volume())
+    shutil.move(spec.run_dir, small_disk / "run")
+    spec = spec.model_copy(update={"run_dir": str(small_disk / "run")})
+    spec.save()
+    if obstacle == "full":
+        log_path(spec.run_dir, "x").parent.mkdir(parents=True)
+        (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    else:
+        session_path(spec.run_dir).mkdir()
+    dispatcher = Dispatcher(spec.run_dir, ALL, alone=False)
+    deadline = time.monotonic() + 30
+    while (code := dispatcher.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    dispatcher.kill()
+    assert code == status
+
+
+def test_a_disk_too_full_for_a_session_is_a_full_disk(tmp_path, monkeypatch):
+    """So that a coordinator on a cluster waits until it can be written again."""
+
+    class Ended:
+        def __init__(self, *_, **__):
+            pass
+
+        def poll(self):
+            return EXIT_DISK
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr("agq.blockwise.predict.coordinator.Dispatcher", Ended)
+    spec = make_run(tmp_path, raw_volume(), workers=0)
+    with pytest.raises(OSError, match=r"No space left on device: .*session\.json"):
+        run_predict(spec, ALL)
 
 
 def test_blocks_outside_the_grid_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from distributed.security import Security
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
-from agq.blockwise.stitch.steps import Workers
+from agq.blockwise.stitch.steps import StitchError, Workers
 from agq.errors import InputError
 from tests.helpers.fragments import GRID, make_run, write_run
 from tests.helpers.stitch_runs import results
@@ -95,11 +96,28 @@ def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
                 time.sleep(0.05)
             client.kill()
         notes: list[str] = []
-        Workers(cluster, tmp_path / "other").wait_for_stragglers(notes.append)
+        Workers(cluster, tmp_path / "other", on_note=notes.append).wait_for_stragglers()
         assert not notes
-        Workers(cluster, tmp_path).wait_for_stragglers(notes.append)
+        Workers(cluster, tmp_path, on_note=notes.append).wait_for_stragglers()
         assert (tmp_path / "late").exists()
     assert notes == [f"waiting for 1 tasks that an earlier command left running in {tmp_path}"]
+
+
+def test_a_scheduler_without_workers_is_given_up(tmp_path):
+    write_run(make_run(GRID, seed=5), tmp_path)
+    notes: list[str] = []
+    spec = make_run(GRID, seed=5).spec(tmp_path)
+    empty = LocalCluster(
+        n_workers=0, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address=None
+    )
+    with empty as cluster, dask_client(DaskSettings(address=cluster.scheduler_address)) as client:
+        with pytest.raises(StitchError, match=r"contacts: .*no worker is connected for 1 s"):
+            run_stitch(spec, client, on_note=notes.append, wait_s=1)
+        assert len(notes) == 1
+        assert notes[0].endswith(f"dask worker {cluster.scheduler_address}")
+        # One that comes in time is enough.
+        threading.Timer(1, cluster.scale, [1]).start()
+        assert run_stitch(spec, client, wait_s=30).segments > 0
 
 
 def test_certificates_are_checked_first(tmp_path, certificates):

@@ -48,6 +48,48 @@ def test_killed_while_relabelling(run, run_dir, client, undisturbed):
     assert results(run_dir) == undisturbed
 
 
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.run import StitchSpec, run_stitch
+from agq.blockwise.stitch.settings import DaskSettings
+
+def say(*words):
+    print(*words, flush=True)
+
+spec = StitchSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+try:
+    say("starting")
+    with dask_client(DaskSettings(workers=2)) as client:
+        run_stitch(spec, client, say)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("moment", ["starting", "contacts"])
+def test_ctrl_c_prints_no_traceback(run, run_dir, moment):
+    """It reaches all processes of the terminal, while dask starts too."""
+    file = run_dir.parent / "spec.json"
+    file.write_text(run.spec(run_dir).model_dump_json())
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, file],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith(moment):
+            assert process.poll() is None
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", SEEDS)

@@ -168,6 +168,40 @@ def test_every_command_checks_the_same(main, tmp_path, command):
     refused(main, config, "input.raw: ", command)
 
 
+@pytest.mark.parametrize("command", ["plan", "predict", "status", "watch", "metrics", "view"])
+def test_a_name_that_is_no_text(main, tmp_path, monkeypatch, command):
+    folder = tmp_path / os.fsdecode(b"of a camera \xff")
+    folder.mkdir()
+    config = yaml.safe_load(make_config(tmp_path).read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"run_dir": "run"}))
+    monkeypatch.chdir(folder)
+    what = "config.yaml" if command in ("plan", "predict") else "run"
+    (folder / "run").mkdir()
+    code, _, err = main(command, what)
+    assert code == 2
+    assert "run_dir" in err
+    assert "\\udcff/run: this name is not valid UTF-8" in err
+    assert err.count("\n") == 1
+    assert not any((folder / "run").iterdir())
+
+
+def test_an_input_whose_name_is_no_text(main, tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    config = make_config(tmp_path, input={"raw": {"path": "raw.zarr", "dataset": "raw"}})
+    line = refused(main, config, "input.raw: path ", "plan")
+    assert "\\udcff/raw.zarr: this name is not valid UTF-8" in line
+
+
+@pytest.mark.parametrize("field", ["input.raw.path", "model.checkpoint"])
+def test_a_home_that_nobody_has(main, tmp_path, field):
+    config = make_config(tmp_path, model={"factory": "agq.model.predictor:AGQPredictor"})
+    code, _, err = main("plan", config, "--set", f"{field}=~nobody-here/x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "~nobody-here/x: there is no such home folder" in err
+
+
 @pytest.mark.parametrize("command", ["status", "watch", "view", "stitch"])
 def test_commands_on_a_folder_that_is_no_run(main, tmp_path, command):
     code, _, err = main(command, tmp_path)

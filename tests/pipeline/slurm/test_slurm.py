@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +27,8 @@ from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm import check as check_module
 from agq.pipeline.slurm import client, dask_jobs, jobs
+from agq.pipeline.slurm import coordinator as slurm_coordinator
+from agq.pipeline.slurm import stitch as slurm_stitch
 from agq.pipeline.slurm.check import Cluster, Node, Partition, check, grace_s
 from agq.pipeline.slurm.client import QueueEntry
 from agq.pipeline.slurm.scripts import coordinator_script, worker_script
@@ -349,6 +354,50 @@ def test_a_lost_dask_job_is_replaced_with_pauses_and_others_work_on(tmp_path, mo
     queued.clear()
     with pytest.raises(RunStoppedError, match="6 dask worker jobs were refused, or ended"):
         check_for(60)
+
+
+def test_jobs_of_the_original_are_none_of_a_copy(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        run.create({"run_dir": str(run.path)}, {"grid": 1})
+    (run.path / "slurm").mkdir()
+    record = jobs.Jobs(here="/", grace_s=30, workers=1, jobs=[])
+    jobs.record_path(run.path).write_text(record.model_dump_json())
+    copy = tmp_path / "copy"
+    shutil.copytree(run.path, copy)
+    for command in (commands.resume, commands.cancel, partial(commands.scale, count=1)):
+        with pytest.raises(InputError, match=r"copy is a copy.*agq submit"):
+            command(copy)
+    assert not jobs.are_of_another(run.path)
+    copied = RunFolder(copy)
+    with copied.lock():
+        copied.create({"run_dir": str(copy)}, {"grid": 1})
+    assert not jobs.record_path(copy).exists()
+    assert jobs.record_path(run.path).exists()
+
+
+def test_a_stitch_waits_while_the_disk_is_full(tmp_path, monkeypatch):
+    full = [OSError(errno.ENOSPC, "full"), OSError(errno.EDQUOT, "quota")]
+    probes = [InputError("still full"), None, None]
+    done = []
+
+    def raise_next(errors):
+        if errors and (error := errors.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(slurm_stitch, "load_config", lambda _: config(tmp_path))
+    monkeypatch.setattr(slurm_stitch, "prepare_stitch", lambda *_, **__: None)
+    monkeypatch.setattr(slurm_stitch, "open_session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(slurm_stitch.stages, "stitch", lambda *_, **__: raise_next(full))
+    monkeypatch.setattr(slurm_stitch.stages, "score", lambda _: None)
+    monkeypatch.setattr(slurm_stitch.stages, "picture", done.append)
+    monkeypatch.setattr(slurm_coordinator, "_LOCKED_S", 0.0)
+    monkeypatch.setattr(slurm_coordinator, "require_writable", lambda _: raise_next(probes))
+    slurm_stitch._stitch(tmp_path)
+    assert (full, probes, done) == ([], [], [None])
+    full.append(OSError(errno.EIO, "broken"))
+    with pytest.raises(OSError, match="broken"):
+        slurm_stitch._stitch(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""What the record says of a stage after it ended one way and was run again."""
+
+import signal
+
+import pytest
+
+from agq.blockwise.predict.local_processes import Terminated
+from agq.pipeline.config.schema import load_config
+from agq.pipeline.run.prepare import prepare
+from agq.pipeline.run.session import open_session
+from agq.pipeline.run.stages import predict
+from tests.helpers.runs import make_config
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    roi = {"units": "voxels", "offset": [0, 0, 0], "shape": [7, 15, 15]}
+    return prepare(load_config(make_config(tmp_path, input={"roi": roi}, workers={"count": 1})))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), "interrupted (Ctrl-C)"),
+        (Terminated(signal.SIGTERM), "told to end (SIGTERM)"),
+        (Terminated(signal.SIGUSR1, 75, "requeued"), "requeued"),
+        (OSError(28, "full", "x"), "OSError: [Errno 28] full: 'x'"),
+    ],
+)
+def test_why_a_stage_stopped_is_said_until_it_is_done(prepared, error, said):
+    with open_session(prepared, on_progress=None) as session:
+
+        def end(error):
+            with session.stage("stitch", 1):
+                if error is not None:
+                    raise error
+
+        with pytest.raises(type(error)):
+            end(error)
+        record = prepared.run.record()["stages"]["stitch"]
+        assert (record["state"], record["error"]) == ("stopped", said)
+        end(None)
+    record = prepared.run.record()["stages"]["stitch"]
+    assert (record["state"], record["error"]) == ("done", None)
+
+
+def test_the_report_outlives_a_command_that_had_nothing_to_do(prepared):
+    with open_session(prepared, on_progress=None) as session:
+        first = predict(session)
+        assert first.done
+        assert predict(session).blocks == 0
+    assert prepared.run.record()["stages"]["predict"]["report"] == first.to_dict()
