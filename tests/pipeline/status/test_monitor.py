@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -513,3 +514,17 @@ def test_progress_bars(tmp_path):
 )  # fmt: skip
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_copy_is_not_shown_as_its_original(run, tmp_path):
+    """The ledger knows the original by the id that the copy still has."""
+
+    class Ledger:
+        def find_run(self, run_id):
+            raise AssertionError("asked for the original")
+
+    run.update_stage("predict", state="done", blocks_total=4)
+    shutil.copytree(run.path, tmp_path / "copy")
+    status = load_status(tmp_path / "copy", Ledger())
+    assert status.source == "journal"
+    assert "does not know this run" in status.note
