@@ -102,7 +102,7 @@ def _submit(
         # The prediction holds the lock of the run and owns its record and scripts.
         require_same(prepared.as_begun())
         jobs.save_stitch_config(config)
-        _write_scripts(config, ["stitch"])
+        _write_scripts(config, ["stitch"], Path.cwd())
     else:
         with prepared.run.lock():
             if overwrite:
@@ -110,7 +110,7 @@ def _submit(
             start(prepared.as_begun(), masked(config))
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)
-            _write_scripts(config, ["predict", "stitch"])
+            _write_scripts(config, ["predict", "stitch"], Path.cwd())
     before = len(jobs.load(run_dir).jobs)
     submitted = jobs.submit_all(config, stages, after_predict=after_predict)
     _print_submitted(run_dir, submitted.jobs[before:])
@@ -128,10 +128,10 @@ def _start_record(config: Config, grace_s: int) -> None:
     write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode())
 
 
-def _write_scripts(config: Config, stages: list[jobs.Stage]) -> None:
+def _write_scripts(config: Config, stages: list[jobs.Stage], here: Path) -> None:
     run_dir = Path(config.run_dir)
     make_folder(log_folder(run_dir))
-    for script in jobs.scripts(config, stages, Path.cwd()):
+    for script in jobs.scripts(config, stages, here):
         write_atomic(script.path(run_dir), script.text.encode())
 
 
@@ -180,6 +180,8 @@ def resume(
     client.cancel([str(n) for n in record.ids("workers")], "--state=PENDING")
     _wait_until_gone(record)
     stages: list[jobs.Stage] = [stage] if stage else ["predict", "stitch"]
+    # They name the run folder, which may have been moved.
+    _write_scripts(config, stages, Path(record.here))
     submitted = jobs.submit_all(config, stages)
     _print_submitted(run_dir, submitted.jobs[len(record.jobs) :])
 

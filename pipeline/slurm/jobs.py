@@ -14,6 +14,7 @@ from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.paths import session_path
 from agq.blockwise.storage import locks
 from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm import client
@@ -171,7 +172,7 @@ def save_config(config: "Config") -> None:
         file = folder(run_dir) / "ledger-uri"
         write_atomic(file, uri.get_secret_value().encode(), mode=0o600)
         data["ledger"] = (data["ledger"] or {}) | {"uri": None, "uri_file": str(file)}
-    write_atomic(config_path(run_dir), json.dumps(data, indent=1).encode())
+    _write_config(run_dir, data)
 
 
 def save_stitch_config(config: "Config") -> None:
@@ -195,7 +196,12 @@ def save_stitch_config(config: "Config") -> None:
     slurm = section_of(kept).model_copy(update={"stitch": section_of(config).stitch})
     of_stitch = {name: getattr(config, name) for name in ("stitch", "pyramid", "evaluate")}
     data = kept.model_copy(update=of_stitch | {"slurm": slurm}).model_dump(mode="json")
-    write_atomic(config_path(run_dir), json.dumps(data, indent=1).encode())
+    _write_config(run_dir, data)
+
+
+def _write_config(run_dir: Path, data: dict[str, Any]) -> None:
+    text = json.dumps(to_portable(data, run_dir), indent=1)
+    write_atomic(config_path(run_dir), text.encode())
 
 
 def load_config(run_dir: Path) -> "Config":
@@ -210,8 +216,10 @@ def load_config(run_dir: Path) -> "Config":
 
     path = config_path(run_dir)
     try:
-        return Config.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        data = from_portable(json.loads(path.read_bytes()), run_dir.absolute())
+        # The folder may have been moved since an earlier release wrote this.
+        return Config.model_validate(data | {"run_dir": str(run_dir.absolute())})
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -42,6 +42,7 @@ _SHORT_S = 60.0
 _MAX_CRASHES = 5
 _MAX_DRAINS = 1
 _KILL_S = 2.0
+_LINE_BYTES = 4096
 
 _logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class _Host:
         if code == 0 or self.signals:
             place.result = 0
         elif code == EXIT_START_FAILED:
-            self._give_up(place, code, "the worker cannot start")
+            self._give_up(place, code, _last_line(log_path(self.run_dir, f"worker-{place.name}")))
         elif code == EXIT_STOP_RUN:
             _logger.warning("%s cannot write the run folder: waiting", place.name)
             place.blocked_since = place.blocked_since or now
@@ -201,6 +202,17 @@ class _Host:
         if self.signals and self.signals[0] == signal.SIGUSR1 and not over:
             return EXIT_REQUEUE
         return next((result for result in results if result), 0)
+
+
+def _last_line(log: Path) -> str:
+    """Return the line with which a worker that cannot start says why."""
+    with contextlib.suppress(OSError):
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LINE_BYTES))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        if lines:
+            return lines[-1]
+    return "the worker cannot start"
 
 
 def _devices(gpus: int) -> list[str | None]:

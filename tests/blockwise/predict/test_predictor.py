@@ -1,8 +1,17 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from agq.blockwise.predict.predictor import load_predictor, place_device, resolve_factory
+from agq.blockwise.predict.predictor import (
+    factory_code,
+    load_predictor,
+    option_files,
+    place_device,
+    resolve_factory,
+)
 from agq.errors import InputError
 from tests.helpers import fakes
 
@@ -69,3 +78,51 @@ def test_workers_share_the_gpus(monkeypatch, device, gpus, index, expected):
     assert place_device(options, index) == {"device": expected, "other": 1}
     assert options["device"] == device
     assert place_device({}, index) == {}
+
+
+def test_files_that_options_name_are_those_of_the_run(tmp_path):
+    weights = tmp_path / "w.bin"
+    weights.write_bytes(b"one")
+    options = {
+        "weights": str(weights),
+        "threshold": 9,
+        "state": str(tmp_path),
+        "broken_on": "x" * 999,
+    }
+    files = option_files(options)
+    assert files.keys() == {"weights"}
+    factory = "tests.helpers.fakes:reading"
+    load_predictor(factory, options, files=files)
+    weights.write_bytes(b"two")
+    with pytest.raises(
+        InputError, match=r"^weights .*w\.bin is not the file .* 3fc4ccfe7458\.\.\., not"
+    ):
+        load_predictor(factory, options, files=files)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"^weights .* cannot be read"):
+        load_predictor(factory, options, files=files)
+
+
+def test_a_file_replaced_while_it_is_loaded_is_found(tmp_path, monkeypatch):
+    weights = tmp_path / "w.bin"
+    weights.write_bytes(b"one")
+    options = {"weights": str(weights)}
+
+    def replacing(weights: str) -> fakes.ThresholdPredictor:
+        Path(weights).write_bytes(b"two")
+        return fakes.threshold()
+
+    monkeypatch.setattr(fakes, "reading", replacing)
+    with pytest.raises(InputError, match="is not the file that the run was started with"):
+        load_predictor("tests.helpers.fakes:reading", options, files=option_files(options))
+
+
+def test_the_code_of_a_factory_has_a_checksum(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    sums = []
+    for text in ("def make(): ...\n", "def make(): ...\n", "def make(): return 1\n"):
+        (tmp_path / "own_network.py").write_text(text)
+        sums.append(factory_code("own_network:make"))
+        sys.modules.pop("own_network")
+    assert sums[0] == sums[1] != sums[2]
+    assert factory_code("builtins:dict") is None
