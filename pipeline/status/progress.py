@@ -110,8 +110,7 @@ class RunProgress(Progress):
         bar = None
         if self._bars is not None:
             bar = self._bars.add_task(stage, total=total, completed=done, note="")
-        task = _Task(stage, total, done, bar)
-        self._tasks[stage] = task
+        self._tasks[stage] = _Task(total, done, bar)
         if bar is None:
             resumed = f", {done} of them done before" if done else ""
             self.note(f"{stage}: {total} blocks{resumed}" if total else f"{stage}: nothing to do")
@@ -162,14 +161,11 @@ class RunProgress(Progress):
 
 
 class _Task:
-    def __init__(self, stage: str, total: int, done: int, bar: TaskID | None) -> None:
-        self.stage = stage
+    def __init__(self, total: int, done: int, bar: TaskID | None) -> None:
         self.total = total
-        self.before = done
-        self.done = done
+        self.before = self.done = done
         self.bar = bar
-        self.started = time.monotonic()
-        self.shown = self.started
+        self.started = self.shown = time.monotonic()
 
     def text(self, now: float) -> str:
         """How far, how fast and how long."""
