@@ -160,6 +160,6 @@ def test_skeletons_and_filling_count_in_nanometres_in_any_unit(tmp_path: Path) -
         lines.add(report.line())
         scores = evaluate(segments, made)
         figures.add((scores.background_filled.voi_sum, scores.unfilled))
-    assert lines.pop().startswith("expected run length 2")
+    assert lines.pop().startswith("expected run length 198 of 198 nm")
     assert not lines
     assert figures == {(0, 0)}
