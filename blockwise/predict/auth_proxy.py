@@ -50,13 +50,6 @@ class AuthProxy:
         Address to listen on; a name is resolved. Never a wildcard.
     target
         Port on the loopback interface.
-    token
-        Shared secret.
-
-    Attributes
-    ----------
-    port
-        Where it listens.
     """
 
     def __init__(self, host: str, target: int, token: str) -> None:

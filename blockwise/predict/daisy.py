@@ -44,8 +44,6 @@ def serve(
 
     Parameters
     ----------
-    spec
-        The prediction.
     numbers
         Block numbers, (n,), n > 0.
     on_listening
@@ -135,13 +133,6 @@ class Blocks:
     (One client could acquire several blocks before it releases the first, but only by entering its
     context managers out of order; a client per thread keeps daisy's block timeout, its accounting
     and its error paths as they are meant.)
-
-    Parameters
-    ----------
-    session
-        Where the dispatcher listens.
-    grid
-        The blocks of the whole volume.
     """
 
     def __init__(self, session: Session, grid: BlockGrid) -> None:

@@ -34,8 +34,6 @@ def unordered(
     ----------
     task
         Called with one item; on a client it must be picklable and repeatable.
-    items
-        What to call it with.
     client
         A `distributed.Client`; None: threads of this process.
     workers

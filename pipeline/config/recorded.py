@@ -16,15 +16,7 @@ if TYPE_CHECKING:
 
 
 def read_target(target: Path, settings: list[str] | None = None) -> "Config":
-    """Return the configuration of a run folder, or of a file.
-
-    Parameters
-    ----------
-    target
-        Run folder, or YAML file.
-    settings
-        ``a.b=value`` settings that replace values of it.
-    """
+    """Return the configuration of a run folder, or of a file."""
     from agq.pipeline.config.schema import load_config, parse_config
     from agq.pipeline.config.yaml_settings import apply_override
 

@@ -82,16 +82,10 @@ def store_array(
 
     Parameters
     ----------
-    run_dir
-        Run folder.
-    name
-        Name of the array in its container.
     data
         (z, y, x) or (channels, z, y, x); bool becomes uint8.
     voxel_size
         (z, y, x), in world units.
-    unit
-        World unit.
 
     Returns
     -------
