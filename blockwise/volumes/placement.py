@@ -172,7 +172,7 @@ def place(
     """
     if unit is not None and unit not in UNITS:
         raise InputError(f"unit {unit!r} cannot be used; choose one of {', '.join(UNITS)}")
-    axes = _axes(sources, shape, x_first, where)
+    axes = axes_of(sources, shape, where, x_first=x_first)
     said = [_read(source, axes, len(shape)) for source in sources]
     rule = _Rule(where, unit or "nm", given_by)
     given = rule.given(voxel_size, "voxel_size")
@@ -341,8 +341,10 @@ class _Rule:
         return Coordinate(round(n / self.step) for n in values)
 
 
-def _axes(sources: Sequence[Source], shape: Sequence[int], x_first: bool, where: str) -> Triple:
-    """Return the array's dimension of z, y and x; all sources that name axes must agree."""
+def axes_of(
+    sources: Sequence[Source], shape: Sequence[int], where: str, *, x_first: bool = False
+) -> Triple:
+    """Return the array's dimension of z, y and x; arguments and errors are those of `place`."""
     ndim = len(shape)
     if ndim < 3:
         raise InputError(f"{where} is {ndim}-D with shape {tuple(shape)}; it must be 3-D (z, y, x)")

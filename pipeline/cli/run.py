@@ -74,25 +74,49 @@ def import_(
         str, typer.Argument(help="tif file, folder or glob of tif or png sections, h5, npz, npy.")
     ],
     container: Annotated[Path, typer.Argument(readable=False, help="zarr container to write to.")],
-    voxel_size: Annotated[str, typer.Option(help="z,y,x in whole world units.")],
+    voxel_size: Annotated[
+        str | None,
+        typer.Option(help="z,y,x in whole world units; needed if the file does not say it."),
+    ] = None,
     dataset: Annotated[str, typer.Option(help="Name of the array to make.")] = "raw",
     key: Annotated[str | None, typer.Option(help="Dataset of an h5 or key of an npz.")] = None,
-    offset: Annotated[str, typer.Option(help="World position z,y,x of the first voxel.")] = "0,0,0",
-    unit: Annotated[str, typer.Option(help="World unit: nm, angstrom or pm.")] = "nm",
+    offset: Annotated[
+        str | None,
+        typer.Option(help="World position z,y,x of the first voxel; default: the file's, or 0."),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="World unit: nm, angstrom or pm; default: the coarsest that is exact."),
+    ] = None,
+    allow_gaps: Annotated[
+        bool,
+        typer.Option("--allow-gaps", help="Fill sections whose number no file of a folder has."),
+    ] = False,
+    gap_value: Annotated[float, typer.Option(help="Value of filled sections.")] = 0,
 ) -> None:
     """Turn an image stack into a zarr volume that knows its voxel size."""
     from agq.pipeline.data.importer import import_volume
     from agq.pipeline.status.progress import step_progress
 
-    size, place = (
-        parse_triple("--voxel-size", voxel_size, least=1),
-        parse_triple("--offset", offset),
-    )
+    size = voxel_size and parse_triple("--voxel-size", voxel_size, least=1)
+    place = offset and parse_triple("--offset", offset)
     with step_progress("import") as report:
-        import_volume(
-            source, container, dataset, size, key=key, offset=place, unit=unit, on_progress=report
+        volume = import_volume(
+            source,
+            container,
+            dataset,
+            size or None,
+            key=key,
+            offset=place or None,
+            unit=unit,
+            gap_value=gap_value if allow_gaps else None,
+            on_progress=report,
         )
-    out.print(f"wrote {container}/{dataset}", markup=False)
+    out.print(
+        f"wrote {container}/{dataset}: {list(volume.shape)} voxels of "
+        f"{list(volume.voxel_size)} {volume.unit} at {list(volume.offset)}",
+        markup=False,
+    )
 
 
 def synthetic(

@@ -47,6 +47,12 @@ class VolumeSettings(Settings):
     """Unit of `voxel_size` and `offset`. That of `input.raw` is the world unit of the run. World
     coordinates are whole numbers: a voxel of 4.2 nm needs `angstrom` (42) or `pm`."""
 
+    allow_gaps: bool = False
+    """Whether sections whose number no file of a folder or glob has are filled, not an error."""
+
+    gap_value: float = 0
+    """Value of all voxels of such a section."""
+
 
 class RoiSettings(Settings):
     """The part of the volume to process; blocks that touch it are processed whole."""

@@ -1,8 +1,10 @@
 """The volumes and the region that a configuration names."""
 
 import hashlib
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from funlib.geometry import Coordinate, Roi
 
@@ -13,7 +15,8 @@ from agq.blockwise.volumes.triples import Box, triple
 from agq.errors import InputError
 from agq.paths import expanded, require_utf8
 from agq.pipeline.config.schema import RoiSettings, VolumeSettings
-from agq.pipeline.data.importer import import_volume, is_importable
+from agq.pipeline.data.importer import import_volume, is_import_of
+from agq.pipeline.data.sections import exists, is_importable, open_sections
 from agq.pipeline.folder import RunFolder
 
 
@@ -46,9 +49,12 @@ def open_input(
         settings = _with_unit(settings, unit)
         path, dataset = settings.path, settings.dataset
         require_utf8(expanded(path).absolute() if "://" not in path else path, "path")
-        if is_importable(path):
-            path, dataset = str(_import_once(settings, run, kind)), kind
-        placed = settings.model_dump(exclude={"path", "dataset"})
+        target = run.path / "imported" / _import_name(settings, kind)
+        if (target / kind).exists() and not exists(path):
+            path, dataset = str(target), kind  # the files have done their work
+        elif is_importable(path):
+            path, dataset = str(_import_once(settings, target, kind)), kind
+        placed = settings.model_dump(exclude={"path", "dataset", "allow_gaps", "gap_value"})
         for name in ("voxel_size", "offset"):
             if placed[name] is not None:
                 placed[name] = [
@@ -72,18 +78,27 @@ def _with_unit(settings: VolumeSettings, unit: str) -> VolumeSettings:
     return settings
 
 
-def _import_once(settings: VolumeSettings, run: RunFolder, kind: Kind) -> Path:
-    """Import image files into the run folder; returns at once if that was done before."""
-    path, dataset, offset, unit = settings.path, settings.dataset, settings.offset, settings.unit
-    size = settings.voxel_size
-    if size is None:
-        raise InputError(f"{path} holds no voxel size; give voxel_size (z, y, x) in {unit}")
-    key = repr((str(expanded(path).absolute()), dataset, size, offset, unit))
-    name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zarr"
-    target = run.path / "imported" / name
-    import_volume(
-        path, target, kind, size, key=dataset, offset=offset or (0, 0, 0), kind=kind, unit=unit
-    )
+def _import_name(settings: VolumeSettings, kind: Kind) -> str:
+    path = str(expanded(settings.path).absolute())
+    key = repr((path, settings.dataset, settings.voxel_size, settings.offset, settings.unit))
+    if settings.allow_gaps:
+        key += repr(settings.gap_value)
+    return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.zarr"
+
+
+def _import_once(settings: VolumeSettings, target: Path, kind: Kind) -> Path:
+    """Import image files into the run folder, unless that was done before; return the container."""
+    gap_value = settings.gap_value if settings.allow_gaps else None
+    stack = open_sections(settings.path, settings.dataset, gap_value=gap_value)
+    options: Any = {"offset": settings.offset, "kind": kind, "unit": settings.unit}
+    if not (target / kind).exists():
+        # The same files under another path.
+        for other in sorted(target.parent.glob(f"{kind}-*.zarr")):
+            if is_import_of(other / kind, stack):
+                with suppress(InputError):
+                    import_volume(stack, other, kind, settings.voxel_size, **options)
+                    return other
+    import_volume(stack, target, kind, settings.voxel_size, **options)
     return target
 
 

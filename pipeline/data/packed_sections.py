@@ -17,6 +17,7 @@ from agq.errors import InputError
 from agq.pipeline.data.section_stack import (
     Section,
     Sections,
+    checked,
     choose,
     native,
     stack_shape,
@@ -160,11 +161,6 @@ def _jpegxl(file: Path, key: str, header: _Header) -> Sections:
 
     def read(start: int) -> Iterator[Section]:
         for number, section in enumerate(decode(start), start):
-            if section.shape != first.shape or section.dtype != first.dtype:
-                raise InputError(
-                    f"{name}: section {number} is {section.shape} {section.dtype}, but the first "
-                    f"is {first.shape} {first.dtype}; all sections must be alike"
-                )
-            yield section
+            yield checked(section, shape, first.dtype, f"{name}: section {number}")
 
     return Sections(name, (file,), shape, native(first.dtype), read)

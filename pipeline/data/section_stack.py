@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.volumes.placement import Source
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 
@@ -30,6 +31,18 @@ class Sections:
         In native byte order.
     read
         ``read(first)`` yields the 2-D sections from number `first` to the last.
+    places
+        The file of each section, None for one that is filled; None if one file holds all.
+    inverted
+        Whether 0 is white in the files; sections are read with 0 as black.
+    filled
+        Names of sections that no file holds.
+    fill_value
+        What they are filled with.
+    sources
+        What the file says of its place in the world; a tuple (None, y, x) leaves z open.
+    array_shape
+        The shape that the file has, if its axes are not (z, y, x).
     """
 
     name: str
@@ -37,6 +50,12 @@ class Sections:
     shape: Triple
     dtype: np.dtype[Any]
     read: Callable[[int], Iterator[Section]]
+    places: tuple[Path | None, ...] | None = None
+    inverted: bool = False
+    filled: tuple[str, ...] = ()
+    fill_value: float | None = None
+    sources: tuple[Source, ...] = ()
+    array_shape: tuple[int, ...] | None = None
 
 
 def unreadable(place: Path | str, error: Exception, section: int | None = None) -> InputError:
@@ -56,6 +75,39 @@ def unreadable(place: Path | str, error: Exception, section: int | None = None) 
     return InputError(
         f"{place}:{where} cannot be read ({line}); the file is damaged or unsupported"
     )
+
+
+def checked(
+    section: Section,
+    shape: Triple,
+    dtype: np.dtype[Any],
+    where: str,
+    first: str = "the first",
+) -> Section:
+    """Return a section if it is like the others.
+
+    Parameters
+    ----------
+    section
+        As it was decoded.
+    shape, dtype
+        Of the stack.
+    where
+        Name of the section, for messages.
+    first
+        Name of the first section, which set shape and type.
+
+    Raises
+    ------
+    InputError
+        If its shape or type is another.
+    """
+    if section.shape != shape[1:] or native(section.dtype) != dtype:
+        raise InputError(
+            f"{where} is {section.shape} {section.dtype}, but {first} is {shape[1:]} {dtype}; "
+            "all sections must be alike"
+        )
+    return section
 
 
 def native(dtype: Any) -> np.dtype[Any]:

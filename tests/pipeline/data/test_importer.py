@@ -20,7 +20,7 @@ import zarr
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import VolumeSettings
-from agq.pipeline.data import importer, sections
+from agq.pipeline.data import importer, section_files, sections
 from agq.pipeline.data.importer import import_volume, is_importable
 from agq.pipeline.data.inputs import open_input
 from agq.pipeline.folder import RunFolder
@@ -198,7 +198,7 @@ def test_bad_sections_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"s7\.tif: cannot be read \(not a TIFF"):
         run(tmp_path, tmp_path / "em")
     tifffile.imwrite(tmp_path / "em" / "s7.tif", np.zeros((20, 30, 3), np.uint8))
-    with pytest.raises(InputError, match=r"s7\.tif holds 3-D data of shape \(20, 30, 3\)"):
+    with pytest.raises(InputError, match=r"s7\.tif is a colour image \(20, 30, 3\)"):
         run(tmp_path, tmp_path / "em")
     assert not (tmp_path / "out.zarr" / "raw").exists()
     tifffile.imwrite(tmp_path / "em" / "s7.tif", stack()[7])
@@ -325,17 +325,94 @@ def test_a_run_imports_its_input_once(tmp_path: Path) -> None:
         again = open_input(section, run_folder, "raw", "input.raw")
         assert again.describe() == first.describe()
         assert file.stat().st_mtime_ns == before
-    assert len(list((tmp_path / "run" / "imported").iterdir())) == 3
+    # A folder and a glob of it name the same files.
+    assert len(list((tmp_path / "run" / "imported").iterdir())) == 2
     save_sections(tmp_path / "em", stack()[::-1])
     with pytest.raises(InputError, match=r"input\.raw: .*raw already exists .* another import"):
         open_input(section, run_folder, "raw", "input.raw")
+
+
+def test_touched_and_moved_files_go_on(tmp_path: Path) -> None:
+    save_sections(tmp_path / "em", stack())
+    run_folder = RunFolder(tmp_path / "run")
+
+    def opened(folder: str = "em") -> Volume:
+        section = VolumeSettings(path=str(tmp_path / folder), voxel_size=SIZE)
+        return open_input(section, run_folder, "raw", "input.raw")
+
+    first = opened()
+    os.utime(tmp_path / "em" / "s3.tif")
+    tifffile.imwrite(tmp_path / "em" / "s5.tif", stack()[5], compression="zlib")
+    assert opened().describe() == first.describe()
+    read: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        decode = section_files._image
+        patch.setattr(section_files, "_image", lambda f: read.append(f.name) or decode(f))
+        assert opened().describe() == first.describe()
+    assert set(read) == {"s0.tif"}, "what was compared once is known"
+    (tmp_path / "em").rename(tmp_path / "other")
+    assert opened("other").describe() == first.describe()
+    (tmp_path / "link").symlink_to("other")
+    assert opened("link").describe() == first.describe()
+    assert opened().describe() == first.describe(), "the files are not needed any more"
+    (tmp_path / "other").rename(tmp_path / "em")
+    tifffile.imwrite(tmp_path / "em" / "s6.tif", stack()[7])
+    with pytest.raises(InputError, match=r"section 6 \(.*s6\.tif\) has changed\): restore the"):
+        opened()
+
+
+def test_a_file_that_holds_all_sections_is_compared_too(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", stack("float32") / 3)
+    first = run(tmp_path, tmp_path / "a.npy")
+    os.utime(tmp_path / "a.npy")
+    assert run(tmp_path, tmp_path / "a.npy").describe() == first.describe()
+    changed = stack("float32") / 3
+    changed[9, 3, 3] = 0
+    np.save(tmp_path / "a.npy", changed)
+    with pytest.raises(InputError, match="section 9 has changed"):
+        run(tmp_path, tmp_path / "a.npy")
+
+
+def test_an_import_of_an_earlier_release_is_known_again(tmp_path: Path) -> None:
+    save_sections(tmp_path / "em", stack())
+    run(tmp_path, tmp_path / "em")
+    (tmp_path / "out.zarr" / "raw" / "files.json").unlink()
+    run(tmp_path, tmp_path / "em")
+    os.utime(tmp_path / "em" / "s3.tif")
+    run(tmp_path, tmp_path / "em")
+    assert (tmp_path / "out.zarr" / "raw" / "files.json").exists()
+
+
+def test_imports_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    save_sections(tmp_path / "em", stack(shape=(40, 64, 64)))
+    code = (
+        "import sys; from agq.pipeline.data.importer import import_volume\n"
+        "v = import_volume(sys.argv[1], sys.argv[2], 'raw', (30, 6, 6), chunks=(1, 16, 16))\n"
+        "print(int(v.read((0, 0, 0), v.shape).sum()))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "em"), str(tmp_path / "o.zarr")]
+    jobs = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(3)]
+    ends = [job.communicate(timeout=60) for job in jobs]
+    total = f"{stack(shape=(40, 64, 64)).sum(dtype=int)}\n"
+    assert ends == [(total, "")] * 3
+
+
+def test_minus_one_means_unlabelled(tmp_path: Path) -> None:
+    data = stack("int32")
+    data[2, 3] = -1
+    np.save(tmp_path / "a.npy", data)
+    volume = run(tmp_path, tmp_path / "a.npy", kind="labels")
+    np.testing.assert_array_equal(volume.read((0, 0, 0), SHAPE), data.astype("uint32"))
+    np.save(tmp_path / "b.npy", data - 1)
+    with pytest.raises(InputError, match="negative values other than -1"):
+        import_volume(tmp_path / "b.npy", tmp_path / "b.zarr", "labels", SIZE)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"path": "missing.tif"}, r"input\.raw: missing\.tif: no such file or folder"),
-        ({"voxel_size": None}, r"input\.raw: .* holds no voxel size; give voxel_size"),
+        ({"voxel_size": None}, r"input\.raw: .* declares no voxel size; give voxel_size"),
     ],
 )
 def test_input_of_a_run_that_cannot_be_imported(tmp_path: Path, change: Any, message: str) -> None:
@@ -358,13 +435,14 @@ def test_the_same_import_is_done_once(tmp_path: Path) -> None:
     check(run(tmp_path, tmp_path / "a.npy", on_progress=lambda *p: seen.append(p)), stack())
     assert file.stat().st_mtime_ns == before
     assert len(seen) == 4
-    assert [p.name for p in (tmp_path / "out.zarr").iterdir() if p.name.startswith(".")] == []
+    left = [p.name for p in (tmp_path / "out.zarr").iterdir() if p.name.startswith(".")]
+    assert left == [".raw.lock"]
 
 
 def test_another_source_never_replaces_a_volume(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", stack())
     run(tmp_path, tmp_path / "a.npy")
-    np.save(tmp_path / "b.npy", stack())
+    np.save(tmp_path / "b.npy", stack() + 1)
     with pytest.raises(InputError, match=r"raw already exists \(imported from .*a\.npy\)"):
         run(tmp_path, tmp_path / "b.npy")
     with pytest.raises(InputError, match="already exists"):
