@@ -177,7 +177,8 @@ class Journal:
         snapshot too, of other files.
         """
         gone = set(self.tail.positions).difference(self.tail.files())
-        if not gone:
+        # A run folder that was moved away was not started over.
+        if not gone or not self.folder.is_dir():
             return False
         snapshot = open_snapshot(self.folder)
         return snapshot is None or not gone <= snapshot.meta["files"].keys()
@@ -194,11 +195,16 @@ class Journal:
         """A number that grows whenever a block's record changes."""
         return self._table.version
 
+    @property
+    def revision(self) -> int:
+        """How often blocks have been taken back: what new records must say."""
+        return int(self.rows["revision"].max(initial=0))
+
     def record(self, block: int) -> BlockRecord | None:
         """Return the whole record of a block, read again from its file.
 
-        It is None if the block has not ended. Where the file is gone (a snapshot outlives it),
-        checksums and ROI are missing.
+        It is None if the block has not ended, or was taken back. Where the file is gone (a
+        snapshot outlives it), checksums and ROI are missing.
         """
         if block in self._failed:
             return self._failed[block]
@@ -206,6 +212,8 @@ class Journal:
         if row < 0:
             return None
         values = self._table.row(row)
+        if values["rank"] == BlockState.OPEN:
+            return None
         file, token = self._sources[int(values["source"])]
         try:
             with (self.folder / file).open("rb") as handle:
@@ -220,6 +228,7 @@ class Journal:
             "block": block,
             "state": BlockState(values["rank"]).word,
             "token": token,
+            "revision": int(values["revision"]),
             "worker": worker.info.name if worker else "",
             "reason": self._reasons[int(values["reason"])] or None,
         }
@@ -289,12 +298,15 @@ class Journal:
         if row >= 0:
             old = self._table.row(row)
             token = self._sources[int(old["source"])][1]
-            if order.state == old["rank"] == BlockState.DONE:
+            rank, revision = int(old["rank"]), int(old["revision"])
+            if order[:2] == (revision, rank) and rank == BlockState.DONE:
                 keys = {(token, int(old["digest"])), (record.token, record.digest)}
                 if len(keys) > 1:
                     self._rivals.setdefault(block, set()).update(keys)
-            if order <= Order(old["rank"], old["finished"], old["attempt"], token):
+            if order <= Order(revision, rank, old["finished"], old["attempt"], token):
                 return
+            if order.revision > revision:
+                self._rivals.pop(block, None)
         failed = order.state == BlockState.FAILED
         if failed:
             self._failed[block] = record
@@ -319,6 +331,7 @@ class Journal:
                 min(max(record.voxels, 0), _U32),
                 record.digest,
                 self._reason(None if failed else record.reason),
+                record.revision,
             ),
         )
 

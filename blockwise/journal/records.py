@@ -18,18 +18,19 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-State = Literal["done", "skipped", "failed"]
+State = Literal["done", "skipped", "failed", "open"]
 
 
 class BlockState(IntEnum):
     """How a block stands; of two records of a block the one with the larger state is kept.
 
-    Lines and documents hold the lower-case name.
+    Lines and documents hold the lower-case name. A record says ``open`` where a block was taken
+    back (`BlockRecord.revision`).
     """
 
     OPEN = 0
@@ -51,6 +52,7 @@ class BlockState(IntEnum):
 class Order(NamedTuple):
     """Key that decides between two records of a block: the larger one is kept."""
 
+    revision: int
     state: int
     time: float
     attempt: int
@@ -118,12 +120,17 @@ class BlockRecord:
     ----------
     block : int
         Block number in the grid of the whole volume.
+    state : State
+        Outcome; ``open``: what earlier revisions say of the block counts no more.
     attempt : int
         Attempt in this run, from 1.
     token : str
         Random token of the process; filled in by the writer.
     worker : str
         Name of the worker; filled in by the writer.
+    revision : int
+        How often blocks had been taken back when the process began to work; filled in by the
+        writer. A record of a later revision replaces any of an earlier one.
     started, finished : float
         Seconds since the epoch.
     read_s, compute_s, write_s : float
@@ -147,6 +154,7 @@ class BlockRecord:
     attempt: int = 1
     token: str = ""
     worker: str = ""
+    revision: int = 0
     started: float = 0.0
     finished: float = 0.0
     read_s: float = 0.0
@@ -162,15 +170,18 @@ class BlockRecord:
     roi: tuple[Numbers, Numbers] | None = None
 
     def __post_init__(self) -> None:
-        if self.state not in _STATES:
-            raise BadLineError(f"state {self.state!r} is none of {', '.join(_STATES)}")
+        if self.state not in get_args(State):
+            raise BadLineError(f"state {self.state!r} is none of {', '.join(get_args(State))}")
         if not 0 <= self.block < 2**63:
             raise BadLineError(f"block number {self.block} is out of range")
+        if not 0 <= self.revision < 2**16:
+            raise BadLineError(f"revision {self.revision} is out of range")
 
     @property
     def order(self) -> Order:
         """Key that decides between two records of a block."""
-        return Order(_STATES[self.state], self.finished, self.attempt, self.token)
+        state = BlockState.of(self.state)
+        return Order(self.revision, state, self.finished, self.attempt, self.token)
 
     @property
     def summary(self) -> str:
@@ -186,6 +197,8 @@ class BlockRecord:
         """JSON object of the record; empty fields are left out."""
         values = [(name, getattr(self, name)) for name in _LINE_FIELDS]
         data: dict[str, Any] = {k: v for k, v in values if v or v == 0}
+        if self.revision:
+            data["revision"] = self.revision
         for name in ("reason", "error"):
             if len(data.get(name, "")) > MAX_TEXT:
                 data[name] = "[...] " + data[name][-MAX_TEXT:]
@@ -212,7 +225,6 @@ def error_line(error: str | None) -> str:
     return lines[-1].strip() if lines else "no error recorded"
 
 
-_STATES: Final = {state.word: state for state in BlockState if state}
 _RECORD: Final = TypeAdapter(BlockRecord)
 #: In the order in which lines have them.
 _LINE_FIELDS: Final = (

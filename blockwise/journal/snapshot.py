@@ -99,11 +99,14 @@ class Snapshot:
         self.close = weakref.finalize(self, self._file.close)
         self._columns: dict[str, NDArray[Any]] = {}
         self._starts: dict[str, int] = {}
+        self._names: tuple[str, ...] = ()
         try:
             self._archive = np.load(self._file, allow_pickle=False)
             self.meta: dict[str, Any] = json.loads(self.column("meta").tobytes())
             if self.meta["version"] != _VERSION:
                 raise ValueError("made by a newer release")
+            # One of an older release has fewer columns; what they say is 0 there.
+            self._names = tuple(n for n in ROW.names or () if n in self._archive.files)
         except BaseException:
             self.close()
             raise
@@ -138,7 +141,7 @@ class Snapshot:
         """
         values = np.zeros(1, ROW)
         try:
-            for name in ROW.names or ():
+            for name in self._names:
                 # Not mapped into memory: a file that goes away would end the process by a signal.
                 size = ROW[name].itemsize
                 data = os.pread(self._file.fileno(), size, self._start(name) + row * size)
@@ -150,7 +153,7 @@ class Snapshot:
     def rows(self) -> NDArray[np.void]:
         """Return all rows, dtype ROW, ascending by block."""
         rows = np.zeros(len(self.column("block")), ROW)
-        for name in ROW.names or ():
+        for name in self._names:
             rows[name] = self.column(name)
             del self._columns[name]
         return rows
@@ -218,7 +221,9 @@ class SnapshotTable:
             old = self._snapshot.column("block")
             row = np.minimum(np.searchsorted(old, blocks), len(old) - 1)
             states = np.where(old[row] == blocks, self._snapshot.column("rank")[row], 0)
-            ranks = np.where(ranks > 0, ranks, states).astype(np.uint8)
+            # A newer row may say open.
+            newer = self._newer.find_all(blocks) >= 0
+            ranks = np.where(newer, ranks, states).astype(np.uint8)
         return ranks
 
     def counts(self) -> dict[str, int]:
@@ -241,7 +246,7 @@ class SnapshotTable:
     def whole(self) -> BlockTable:
         """Return a table of all rows in memory."""
         rows, newer = self._snapshot.rows(), self._newer.rows
-        kept = rows[self._newer.ranks(rows["block"]) == 0]
+        kept = rows[self._newer.find_all(rows["block"]) < 0]
         rows = np.concatenate([kept, newer])
         table = BlockTable(rows[np.argsort(rows["block"], kind="stable")])
         table.version = self.version

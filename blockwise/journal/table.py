@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from agq.blockwise.journal.records import BlockState
 
-#: One row per block with a terminal line: 77 bytes.
+#: One row per block with a terminal line: 79 bytes.
 ROW: Final = np.dtype(
     [
         ("block", np.int64),
@@ -27,6 +27,7 @@ ROW: Final = np.dtype(
         ("voxels", np.uint32),
         ("digest", np.uint64),
         ("reason", np.uint16),
+        ("revision", np.uint16),
     ]
 )
 
@@ -94,18 +95,23 @@ class BlockTable:
 
     def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
         """State of each block number, any order; see `BlockState`."""
-        out = np.zeros(len(blocks), np.uint8)
+        out = np.full(len(blocks), BlockState.OPEN, np.uint8)
+        row = self.find_all(blocks)
+        out[row >= 0] = self.rows["rank"][row[row >= 0]]
+        return out
+
+    def find_all(self, blocks: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Row of each block number, any order; -1 for a block without one."""
+        out = np.full(len(blocks), -1, np.int32)
         if not self._size or not len(blocks):
             return out
         keys = blocks >> _PAGE_BITS
         order = np.argsort(keys, kind="stable")
         pages, starts = np.unique(keys[order], return_index=True)
-        rank = self.rows["rank"]
         for key, picked in zip(pages.tolist(), np.split(order, starts[1:]), strict=True):
             page = self._pages.get(key)
             if page is not None:
-                row = page[blocks[picked] & (_PAGE - 1)]
-                out[picked] = np.where(row > 0, rank[row - 1], 0)
+                out[picked] = page[blocks[picked] & (_PAGE - 1)] - 1
         return out
 
     def counts(self) -> dict[str, int]:

@@ -6,9 +6,11 @@ The journal alone decides which blocks a resumed run leaves out. Its contract:
    itself when :meth:`JournalWriter.finish` returns.
 2. One file has one writer, so no lock is needed and a network file system will do.
 3. What a set of lines means does not depend on the order in which they are read: of two records of
-   a block the one with the larger :attr:`BlockRecord.order` is kept (done beats skipped beats
-   failed; then the later one). Reading a line twice changes nothing.
+   a block the one with the larger :attr:`BlockRecord.order` is kept (a later revision beats an
+   earlier one; then done beats skipped beats failed; then the later one). Reading a line twice
+   changes nothing.
 4. A last line without its newline, or a damaged line, is counted and otherwise ignored.
+5. A block is taken back by a line too (`take_back`): ``open``, of a new revision.
 
 :func:`compact` writes the meaning of all lines read so far as columns beside them. It is a cache:
 deleting it costs time only.
@@ -25,15 +27,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import (
     FORMAT_VERSION,
     BlockRecord,
+    BlockState,
     WorkerInfo,
     encode,
     safe_name,
     this_worker,
 )
-from agq.blockwise.storage.files import FATAL_ERRNOS, Unsynced, fsync_path, make_folder
+from agq.blockwise.storage.files import (
+    FATAL_ERRNOS,
+    Unsynced,
+    fsync_path,
+    make_folder,
+    require_folder,
+)
+from agq.errors import RunGoneError
 
 _BATCH_BYTES = 1 << 20
 _FLUSH_SECONDS = 0.5
@@ -45,13 +59,15 @@ class JournalWriter:
     Parameters
     ----------
     folder : Path
-        ``<run>/journal/<stage>``; made if missing.
+        ``<run>/journal/<stage>``; made if missing, but not the run folder.
 
     Attributes
     ----------
     token : str
         16 random hex digits. It tells two processes apart even if a scheduler runs one job twice
         under one id.
+    revision : int
+        Revision of the journal that this process works for, see `BlockRecord.revision`.
 
     Raises
     ------
@@ -61,9 +77,11 @@ class JournalWriter:
 
     def __init__(self, folder: Path, worker: WorkerInfo) -> None:
         self.worker = worker
+        self.revision = 0
         self.token = secrets.token_hex(8)
         self._lock = threading.Lock()
         self._torn = False
+        require_folder(folder.parents[1])
         folder = make_folder(folder)
         self.path = folder / f"{safe_name(worker.host)}-{worker.pid}-{self.token}.jsonl"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -72,11 +90,25 @@ class JournalWriter:
         self._sync()
         fsync_path(folder)
 
+    def require_place(self) -> None:
+        """Check that the run folder is the one that this journal was opened in.
+
+        An open file goes with a folder that is renamed; the files of a block would not.
+
+        Raises
+        ------
+        RunGoneError
+            If the file of this journal is not at its path any more.
+        """
+        if not self.path.exists():
+            raise RunGoneError.at(self.path.parents[2])
+
     def begin(self, block: int, attempt: int = 1) -> None:
         """Say that a block is being worked on; for watching only, so neither synced nor needed."""
         # A full disk must show up where it matters, in the block's own write, not here.
         with contextlib.suppress(OSError):
-            self._append("begin", {"block": int(block), "attempt": int(attempt)})
+            revision = {"revision": self.revision} if self.revision else {}
+            self._append("begin", {"block": int(block), "attempt": int(attempt), **revision})
 
     def alive(self) -> None:
         """Say that the process lives; for watching only, as `begin`."""
@@ -84,7 +116,7 @@ class JournalWriter:
             self._append("alive", {})
 
     def finish(self, record: BlockRecord) -> None:
-        """Write the end of a block, signed with token and worker; durable on return.
+        """Write the end of a block, signed with token, worker and revision; durable on return.
 
         Raises
         ------
@@ -101,11 +133,16 @@ class JournalWriter:
         ------
         OSError
             As in :meth:`finish`; any prefix of the records may be durable.
+        RunGoneError
+            As in :meth:`require_place`.
         """
+        self.require_place()
         lines = bytearray()
         wrote = False
         for record in records:
-            signed = replace(record, token=self.token, worker=self.worker.name)
+            signed = replace(
+                record, token=self.token, worker=self.worker.name, revision=self.revision
+            )
             lines += encode("block", time.time(), self.token, signed.to_dict())
             wrote = True
             if len(lines) >= _BATCH_BYTES:
@@ -152,9 +189,14 @@ class JournalWriter:
 
 
 def run_journalled(
-    folder: Path, numbers: Iterable[int], work: Callable[[int, Unsynced], int]
+    folder: Path,
+    numbers: Iterable[int],
+    work: Callable[[int, Unsynced], tuple[int, dict[str, str]]],
+    revision: int = 0,
 ) -> int:
-    """Call ``work(number, unsynced) -> voxels`` for each number and record how it ended.
+    """Call ``work(number, unsynced)`` for each number and record how it ended.
+
+    The work returns how many voxels it wrote, and a checksum of each thing that it wrote.
 
     What the work adds to ``unsynced`` is made durable before its line is written. Files and lines
     are synced together about twice a second: after a crash a little work is done again, with the
@@ -173,6 +215,7 @@ def run_journalled(
     failed = 0
     unsynced = Unsynced()
     with JournalWriter(folder, this_worker(f"stitch-{os.getpid()}")) as journal:
+        journal.revision = revision
         waiting: list[BlockRecord] = []
         flushed = time.monotonic()
 
@@ -190,10 +233,12 @@ def run_journalled(
             return lost
 
         for number in numbers:
+            journal.require_place()
             record = BlockRecord(int(number), "done", started=time.time())
             try:
-                voxels = work(record.block, unsynced)
-                waiting.append(replace(record, finished=time.time(), voxels=voxels))
+                voxels, sums = work(record.block, unsynced)
+                ended = time.time()
+                waiting.append(replace(record, finished=ended, voxels=voxels, sums=sums))
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in FATAL_ERRNOS:
                     raise
@@ -204,6 +249,44 @@ def run_journalled(
                 flushed = time.monotonic()
         failed += flush()
     return failed
+
+
+def take_back(folder: Path, numbers: npt.ArrayLike, reason: str) -> int:
+    """Say that blocks are not done, skipped or failed any more, whatever the journal says of them.
+
+    No other process may work on the stage meanwhile.
+
+    Parameters
+    ----------
+    folder : Path
+        Journal folder of the stage.
+    numbers : array_like
+        Block numbers, any order.
+    reason : str
+        Why, in one word or line.
+
+    Returns
+    -------
+    int
+        How many of them had ended before.
+
+    Raises
+    ------
+    OSError
+        If the lines could not be made durable.
+    """
+    journal = Journal(folder)
+    wanted = np.unique(np.asarray(numbers, np.int64))
+    ended = wanted[journal.ranks(wanted) > BlockState.OPEN].tolist()
+    if ended:
+        with JournalWriter(folder, this_worker("repair")) as writer:
+            writer.revision = journal.revision + 1
+            now = time.time()
+            writer.finish_many(
+                BlockRecord(number, "open", started=now, finished=now, reason=reason)
+                for number in ended
+            )
+    return len(ended)
 
 
 def _failed(record: BlockRecord, error: Exception) -> BlockRecord:

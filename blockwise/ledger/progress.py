@@ -19,6 +19,7 @@ _ROW: Final = ("block", "started", "finished", "labels", "dropped", "voxels")
 #: All rows are read again after so many seconds.
 _ROWS_S: Final = 15.0
 _MAX_FAILURES: Final = 10_000
+_UNENDED: Final = ("queued", "running")
 
 
 class LedgerStage:
@@ -67,7 +68,7 @@ class LedgerStage:
     def record(self, block: int) -> BlockRecord | None:
         """Return the record of a block that has ended."""
         document = self._ledger.find_block(*self._key, block)
-        return None if document is None or document["state"] == "running" else _record(document)
+        return None if document is None or document["state"] in _UNENDED else _record(document)
 
     def running(self) -> list[int]:
         """Return the blocks begun and not ended."""

@@ -130,7 +130,8 @@ class StageFeed:
         where = self._run, self.name
         if event.kind == "begin":
             block, attempt = int(event.data["block"]), int(event.data.get("attempt", 1))
-            begun = Order(BlockState.OPEN, event.time, attempt, event.token)
+            revision = int(event.data.get("revision", 0))
+            begun = Order(revision, BlockState.OPEN, event.time, attempt, event.token)
             return block, begun, partial(begin_update, *where, block, begun, info)
         record = event.record
         if record.state == "failed":

@@ -5,11 +5,13 @@ from typing import Any, Final
 
 from pymongo import UpdateOne
 
-from agq.blockwise.journal.records import BlockRecord, Order, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, BlockState, Order, WorkerInfo
 from agq.blockwise.ledger.settings import storable
 
 _I64: Final = 2**63 - 1
 _MAX_ERROR: Final = 4096
+_STATES: Final = 8
+"""More than there are states."""
 
 Document = dict[str, Any]
 Attempt = tuple[BlockRecord, WorkerInfo | None]
@@ -35,7 +37,7 @@ def block_update(
     if record.state == "failed":
         earlier = [*earlier, (record, worker)]
     fields: Document = {
-        "state": record.state,
+        "state": "queued" if record.state == BlockState.OPEN.word else record.state,
         "reason": record.reason and storable(record.reason),
         "error": record.error and storable(record.error),
         "roi": record.roi and {"offset": list(record.roi[0]), "shape": list(record.roi[1])},
@@ -72,8 +74,13 @@ def _block(
     earlier: Sequence[Attempt],
 ) -> UpdateOne:
     name = f"{run}/{stage}/{block}"
-    # Documents count from 1: 0 is for a block that is queued.
-    key = [order.state + 1, float(order.time), min(order.attempt, _I64), order.token]
+    # Documents count from 1: 0 is for a block that is queued. A later revision comes first.
+    key = [
+        _STATES * order.revision + order.state + 1,
+        float(order.time),
+        min(order.attempt, _I64),
+        order.token,
+    ]
     document = fields | {
         "_id": name,
         "run": run,

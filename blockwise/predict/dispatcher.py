@@ -24,12 +24,19 @@ from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.logs import cap_output
 
 
-def publish(run_dir: Path, listen: str | None, port: int, *, alone: bool) -> None:
+def publish(run_dir: Path, spec: PredictSpec, port: int, *, alone: bool) -> None:
     """Tell workers where to connect: daisy's port, or that of a proxy in front of it.
 
     Called from a thread whose errors end the process: no worker could ever join it.
     """
-    session = Session(id=secrets.token_hex(8), host=daisy.LOOPBACK, port=port, alone=alone)
+    session = Session(
+        id=secrets.token_hex(8),
+        host=daisy.LOOPBACK,
+        port=port,
+        revision=spec.revision,
+        alone=alone,
+    )
+    listen = spec.listen
     if listen is not None:
         token = secrets.token_hex(32)
         proxy = AuthProxy(listen, port, token)
@@ -45,7 +52,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     numbers = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
     spec = PredictSpec.load(run_dir)
-    daisy.serve(spec, numbers, lambda port: publish(run_dir, spec.listen, port, alone=alone))
+    daisy.serve(spec, numbers, lambda port: publish(run_dir, spec, port, alone=alone))
     return 0
 
 

@@ -22,7 +22,7 @@ from pydantic import (
 from agq.blockwise.blocks.grid import GridSpec
 from agq.blockwise.predict.paths import session_path, spec_path
 from agq.blockwise.predict.settings import AttemptSettings
-from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.storage.files import require_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.blockwise.volumes.content import Content
 from agq.errors import InputError
@@ -66,6 +66,9 @@ class PredictSpec(AttemptSettings, GridSpec):
     """Failures in a row after which a worker tries a block that was computed before, and leaves
     if it cannot: a broken device fails every block, bad data only their own. 0: never."""
 
+    revision: NonNegativeInt = 0
+    """Revision of the journal (`BlockRecord.revision`): how often blocks were taken back."""
+
     def save(self) -> None:
         """Write ``predict.json`` into the run folder."""
         values = to_portable(self.model_dump(mode="json"), Path(self.run_dir))
@@ -105,11 +108,20 @@ class Session(BaseModel):
     port: int = 0
     token: str = Field("", repr=False)
     """Secret for the proxy in front of the dispatcher; empty: there is no proxy."""
+    revision: int = 0
+    """`PredictSpec.revision`: a worker may have started before blocks were taken back."""
     alone: bool = False
     """Workers take one block at a time: a block that kills its worker then harms no other."""
 
     def save(self, run_dir: str | Path) -> None:
-        """Write ``session.json``, for its owner only, replacing that of an earlier dispatcher."""
+        """Write ``session.json``, for its owner only, replacing that of an earlier dispatcher.
+
+        Raises
+        ------
+        RunGoneError
+            If there is no run folder.
+        """
+        require_folder(run_dir)
         write_atomic(session_path(run_dir), self.model_dump_json().encode(), mode=0o600)
 
     @classmethod

@@ -59,9 +59,9 @@ def ledger(mongo_uri):
 
 def test_any_order_and_any_number_of_times(ledger):
     events = [
-        begin_update("r", "predict", 1, Order(BlockState.OPEN, 1.0, 1, "aa"), WORKER),
+        begin_update("r", "predict", 1, Order(0, BlockState.OPEN, 1.0, 1, "aa"), WORKER),
         block_update("r", "predict", record(1, "failed", finished=2.0, token="aa"), WORKER),
-        begin_update("r", "predict", 1, Order(BlockState.OPEN, 3.0, 2, "bb"), WORKER),
+        begin_update("r", "predict", 1, Order(0, BlockState.OPEN, 3.0, 2, "bb"), WORKER),
         block_update("r", "predict", record(1, attempt=2, finished=4.0, token="bb"), WORKER),
         block_update("r", "predict", record(1, attempt=2, finished=5.0, token="cc"), WORKER),
         block_update("r", "predict", record(1, "failed", finished=9.0, token="dd"), WORKER),
@@ -87,10 +87,26 @@ def test_state_never_goes_back(ledger):
         ledger.blocks.delete_many({})
         ledger.write("blocks", [block_update("r", "s", record(0, first, finished=1.0))])
         ledger.write("blocks", [block_update("r", "s", record(0, second, finished=2.0))])
-        begun = Order(BlockState.OPEN, 99.0, 9, "zz")
+        begun = Order(0, BlockState.OPEN, 99.0, 9, "zz")
         ledger.write("blocks", [begin_update("r", "s", 0, begun)])
         (doc,) = ledger.find_blocks("r", "s")
         assert doc["state"] == max(first, second, key=BlockState.of)
+
+
+def test_a_later_revision_replaces_what_was_done(ledger):
+    updates = [
+        block_update("r", "s", record(0, "done", finished=9.0)),
+        block_update("r", "s", record(0, "open", finished=1.0, revision=1)),
+        begin_update("r", "s", 0, Order(1, BlockState.OPEN, 2.0, 1, "aa")),
+        block_update("r", "s", record(0, "failed", finished=3.0, revision=1)),
+    ]
+    for state, count in (("done", 1), ("queued", 2), ("running", 3), ("failed", 4)):
+        for order in itertools.permutations(updates[:count]):
+            ledger.blocks.delete_many({})
+            for update in order:
+                assert ledger.write("blocks", [update]) == 0
+            (doc,) = ledger.find_blocks("r", "s")
+            assert doc["state"] == state
 
 
 def test_text_with_dollars_and_surrogates_is_stored_as_it_is(ledger):
