@@ -6,7 +6,7 @@ The commands call the same: `agq run` is `Run.run`, `agq predict` is `Run.predic
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from agq.blockwise.predict.coordinator import PredictReport
 from agq.blockwise.stitch.run import StitchReport
 from agq.blockwise.volumes.open import Kind, open_volume
+from agq.blockwise.volumes.triples import Box
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.config.recorded import read_target
 from agq.pipeline.config.schema import Config, parse_config
@@ -23,6 +24,7 @@ from agq.pipeline.data.inputs import open_input
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run import stages
+from agq.pipeline.run.chosen_blocks import choose_blocks
 from agq.pipeline.run.fragments import absolute_location, stitch_arrays
 from agq.pipeline.run.prepare import prepare, prepare_stitch
 from agq.pipeline.run.session import Session, open_session
@@ -185,8 +187,15 @@ class Run:
             stages.picture(session)
         return RunReport(self.path, predicted, stitched, scores)
 
-    def predict(self, *, only_failed: bool = False, overwrite: bool = False) -> PredictReport:
-        """Label every block that is not done yet.
+    def predict(
+        self,
+        *,
+        only_failed: bool = False,
+        overwrite: bool = False,
+        blocks: Iterable[int] | None = None,
+        roi: Box | None = None,
+    ) -> PredictReport:
+        """Label every block that is not done yet, or some blocks again.
 
         Parameters
         ----------
@@ -194,6 +203,10 @@ class Run:
             Try only the blocks that failed before.
         overwrite
             Delete the run that the folder holds, and start over.
+        blocks
+            Numbers of blocks to compute, and only them, done or not.
+        roi
+            The same for the blocks of a box of voxels: its first, and one past its last, (z, y, x).
 
         Returns
         -------
@@ -201,7 +214,10 @@ class Run:
             Blocks that failed do not raise; its `failed` lists them.
         """
         with self._open(overwrite=overwrite) as session:
-            return stages.predict(session, only_failed=only_failed)
+            again = None
+            if blocks is not None or roi is not None:
+                again = choose_blocks(session.prepared, blocks, roi)
+            return stages.predict(session, only_failed=only_failed, again=again)
 
     def stitch(self, **settings: Any) -> StitchReport:
         """Join the labels of all blocks into one segmentation with its pyramid.

@@ -7,7 +7,7 @@ import typer
 from pydantic import ValidationError
 
 from agq.blockwise.ledger.settings import LedgerError, LedgerSettings
-from agq.blockwise.volumes.triples import Triple
+from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
 from agq.pipeline.config.recorded import read_target, recorded_ledger
 from agq.pipeline.folder import RunFolder
@@ -76,6 +76,45 @@ def parse_triple(name: str, text: str, least: int | None = None) -> Triple:
     if least is not None and min(z, y, x) < least:
         raise InputError(f"{name} {text}: every number must be at least {least}")
     return z, y, x
+
+
+def parse_blocks(text: str) -> list[int]:
+    """Read block numbers and ranges of them, both ends included: ``12,40-44``.
+
+    Raises
+    ------
+    InputError
+        If a part is neither.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(
+                f"--blocks {text}: expected numbers and ranges such as 12,40-44, not {part!r}"
+            )
+        ends = int(first), int(last or first)
+        if ends[0] > ends[1]:
+            raise InputError(f"--blocks {text}: the range {part.strip()} ends before it begins")
+        numbers += range(ends[0], ends[1] + 1)
+    return numbers
+
+
+def parse_box(name: str, text: str) -> Box:
+    """Read a box of voxels, ``z0:z1,y0:y1,x0:x1``; each end is one past the last voxel.
+
+    Raises
+    ------
+    InputError
+        If it has another form, or is empty.
+    """
+    try:
+        (z0, z1), (y0, y1), (x0, x1) = ((int(n) for n in p.split(":")) for p in text.split(","))
+    except ValueError:
+        raise InputError(f"{name} {text}: expected voxels z0:z1,y0:y1,x0:x1") from None
+    if not (0 <= z0 < z1 and 0 <= y0 < y1 and 0 <= x0 < x1):
+        raise InputError(f"{name} {text}: each axis needs 0 <= begin < end")
+    return (z0, y0, x0), (z1, y1, x1)
 
 
 def watched(target: Path) -> "tuple[Path, Ledger | None]":

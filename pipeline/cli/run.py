@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from agq.pipeline.cli.arguments import AsJson, ConfigFile, Overwrite, Settings, parse_triple
+from agq.errors import InputError
+from agq.pipeline.cli.arguments import (
+    AsJson,
+    ConfigFile,
+    Overwrite,
+    Settings,
+    parse_blocks,
+    parse_box,
+    parse_triple,
+)
 from agq.pipeline.cli.main import EXIT_FAILED
 from agq.pipeline.config.schema import load_config
 from agq.terminal import console
@@ -38,13 +47,42 @@ def predict(
     only_failed: Annotated[
         bool, typer.Option("--only-failed", help="Try only the blocks that failed before.")
     ] = False,
+    blocks: Annotated[
+        str | None,
+        typer.Option(help="Compute these again, done or not: 12,40-44.", show_default=False),
+    ] = None,
+    roi: Annotated[
+        str | None,
+        typer.Option(
+            help="Compute the blocks of a box of voxels again: z0:z1,y0:y1,x0:x1.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --blocks or --roi: only say which they are.")
+    ] = False,
     settings: Settings = None,
 ) -> None:
-    """Label every block that is not done yet."""
+    """Label every block that is not done yet, or some blocks again."""
     from agq.pipeline.api import Run
 
-    job = Run(load_config(config, settings), on_progress="bars")
-    report = job.predict(only_failed=only_failed, overwrite=overwrite)
+    numbers = None if blocks is None else parse_blocks(blocks)
+    box = None if roi is None else parse_box("--roi", roi)
+    if numbers is None and box is None:
+        if dry_run:
+            raise InputError("--dry-run: goes with --blocks or --roi; agq plan is for whole runs")
+    elif overwrite or only_failed:
+        raise InputError("--blocks and --roi: go with neither --overwrite nor --only-failed")
+    values = load_config(config, settings)
+    if dry_run:
+        from agq.pipeline.run.chosen_blocks import ChosenBlocks, choose_blocks
+        from agq.pipeline.run.prepare import prepare
+
+        prepared = prepare(values)
+        out.print(ChosenBlocks.look_up(prepared, choose_blocks(prepared, numbers, box)).table())
+        return
+    job = Run(values, on_progress="bars")
+    report = job.predict(only_failed=only_failed, overwrite=overwrite, blocks=numbers, roi=box)
     if report.failed:
         _explain_failures(job.path, config, report.failed)
         raise typer.Exit(EXIT_FAILED)

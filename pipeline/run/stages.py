@@ -20,7 +20,7 @@ from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import BlockRecord, this_worker
-from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.journal.writer import JournalWriter, take_back
 from agq.blockwise.predict.coordinator import (
     PredictProgress,
     PredictReport,
@@ -66,6 +66,7 @@ def predict(
     session: Session,
     *,
     only_failed: bool = False,
+    again: npt.NDArray[np.int64] | None = None,
     cluster: Cluster | None = None,
     on_progress: Callable[[PredictProgress], object] | None = None,
 ) -> PredictReport:
@@ -77,6 +78,8 @@ def predict(
         The open run.
     only_failed
         Leave blocks that were never tried alone.
+    again
+        Numbers of blocks to compute, and only them, whatever the journal says of them.
     cluster
         Start no workers: those of other machines join this address.
     on_progress
@@ -96,9 +99,14 @@ def predict(
     )
     folder = prepared.run.journal("predict")
     compact(folder)
+    if again is not None:
+        take_back(folder, again, "asked for")
     journal = Journal(folder)
     journal.refresh()
+    revision = journal.revision
     todo = prepared.selected[~journal.done(prepared.grid.n_blocks)[prepared.selected]]
+    if again is not None:
+        todo = np.intersect1d(todo, again)
     if only_failed:
         todo = np.intersect1d(todo, [record.block for record in journal.failed()])
     total = int(prepared.selected.size)
@@ -109,7 +117,7 @@ def predict(
                 "input.mask: this run was begun by a release whose mask left out whole blocks only,"
                 " and goes on so; start over with --overwrite to hide voxels"
             )
-        todo = _skip_masked(prepared, todo)
+        todo = _skip_masked(prepared, todo, revision)
         if todo.size:
             _warn_of_new_makers(prepared, journal, prepared.device)
         session.progress.start("predict", total, done=total - int(todo.size))
@@ -119,7 +127,7 @@ def predict(
             if on_progress is not None:
                 on_progress(progress)
 
-        spec = _predict_spec(prepared, cluster)
+        spec = _predict_spec(prepared, cluster, revision)
         report = run_predict(spec, todo, on_progress=tell)
         # A later status reads this snapshot instead of all lines.
         compact(folder)
@@ -154,13 +162,16 @@ def _warn_of_new_makers(prepared: Prepared, journal: Journal, device: str | None
         )
 
 
-def _skip_masked(prepared: Prepared, todo: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _skip_masked(
+    prepared: Prepared, todo: npt.NDArray[np.int64], revision: int
+) -> npt.NDArray[np.int64]:
     """Record blocks without tissue as skipped; return the others."""
     if prepared.mask is None or not todo.size:
         return todo
     tissue = mask_blocks(prepared.mask, prepared.grid, todo)
     now = time.time()
     with JournalWriter(prepared.run.journal("predict"), this_worker("coordinator")) as journal:
+        journal.revision = revision
         journal.finish_many(
             BlockRecord(
                 block=number,
@@ -175,7 +186,7 @@ def _skip_masked(prepared: Prepared, todo: npt.NDArray[np.int64]) -> npt.NDArray
     return todo[tissue]
 
 
-def _predict_spec(prepared: Prepared, cluster: Cluster | None) -> PredictSpec:
+def _predict_spec(prepared: Prepared, cluster: Cluster | None, revision: int) -> PredictSpec:
     config = prepared.config
     return PredictSpec(
         run_dir=str(prepared.run.path),
@@ -191,6 +202,7 @@ def _predict_spec(prepared: Prepared, cluster: Cluster | None) -> PredictSpec:
         **config.workers.model_dump(include=set(AttemptSettings.model_fields)),
         listen=cluster and cluster.listen,
         drain_after=cluster.drain_after if cluster else 0,
+        revision=revision,
     )
 
 
