@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import sys
 import time
@@ -26,9 +25,9 @@ from agq.paths import require_utf8
 
 FORMAT = 1
 _LOCK = ".lock"
-# What may be in the folder before the run's record is: its lock, image files made into zarr, and
-# what a submission has prepared.
-_BEFORE_RUN = (_LOCK, f"{_LOCK}.owner", "imported", "slurm")
+KEPT = (_LOCK, f"{_LOCK}.owner", "imported", "slurm")
+"""What may be in the folder before the run's record is, and stays when the run is deleted: its
+lock, image files made into zarr, and what a submission has prepared."""
 _URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
 _PACKAGES = ("numpy", "zarr", "daisy", "dask", "pymongo")
 _PORTABLE = ("config", "identity")
@@ -117,7 +116,7 @@ class RunFolder:
             self.claim_id()
             self.update(config=config)
         else:
-            if self.path.is_dir() and any(p.name not in _BEFORE_RUN for p in self.path.iterdir()):
+            if self.path.is_dir() and any(p.name not in KEPT for p in self.path.iterdir()):
                 raise InputError(
                     f"run_dir {self.path} is not empty and holds no run; choose another folder"
                 )
@@ -217,20 +216,6 @@ class RunFolder:
         present = {name: record[name] for name in _PORTABLE if name in record}
         record = record | to_portable(json.loads(json.dumps(present)), self.path)
         write_atomic(self.record_path, json.dumps(record, indent=1).encode())
-
-    def clear(self) -> None:
-        """Delete a run for `--overwrite`; a folder that holds no run is left alone."""
-        if not self.exists():
-            return
-        # run.json goes last: a deletion that is cut short leaves a folder that is still a run.
-        for entry in self.path.iterdir():
-            if entry.name in (*_BEFORE_RUN, "run.json"):
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        self.record_path.unlink()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -86,6 +86,7 @@ def _submit(
     after_predict: bool = False,
 ) -> None:
     from agq.pipeline.run.identity import require_same, start
+    from agq.pipeline.run.overwrite import clear
     from agq.pipeline.run.prepare import prepare
 
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
@@ -106,7 +107,7 @@ def _submit(
     else:
         with prepared.run.lock():
             if overwrite:
-                prepared.run.clear()
+                clear(prepared.run, config)
             start(prepared.as_begun(), masked(config))
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)

@@ -12,6 +12,7 @@ from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.local_processes import Terminated, termination_unwinds
 from agq.pipeline.config.schema import masked
 from agq.pipeline.run.identity import start
+from agq.pipeline.run.overwrite import clear
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.status.progress import Progress, Tell, open_progress
 
@@ -70,7 +71,9 @@ class Session:
             record = {"state": "stopped", "error": _reason(error)}
             raise
         finally:
-            self.update_stage(name, finished=time.time(), **record)
+            # A run folder that has been moved away is not made anew.
+            if self.prepared.run.exists():
+                self.update_stage(name, finished=time.time(), **record)
 
 
 def _reason(error: BaseException) -> str:
@@ -107,7 +110,7 @@ def open_session(
     run = prepared.run
     with run.lock(), termination_unwinds():
         if overwrite:
-            run.clear()
+            clear(run, prepared.config)
         prepared = prepared.as_begun()
         start(prepared, masked(prepared.config))
         with _ledger(prepared) as feeder, open_progress(run.path, on_progress) as progress:

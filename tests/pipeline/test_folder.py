@@ -47,21 +47,9 @@ def test_another_identity_is_refused_with_every_difference(tmp_path):
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     run = RunFolder(tmp_path)
-    run.clear()
     with pytest.raises(InputError, match="not empty and holds no run"):
         run.create({}, IDENTITY)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
-
-
-def test_clear_keeps_imports_and_removes_the_rest(tmp_path):
-    run = RunFolder(tmp_path / "run")
-    (run.path / "imported" / "raw.zarr").mkdir(parents=True)
-    run.create({}, IDENTITY)
-    (run.path / "data.zarr" / "fragments").mkdir(parents=True)
-    (run.path / "report.png").write_bytes(b"x")
-    run.clear()
-    assert [p.name for p in run.path.iterdir()] == ["imported"]
-    run.create({}, {"other": 1})
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}'])
