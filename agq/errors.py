@@ -8,8 +8,32 @@ class InputError(Exception):
     """Input or configuration that cannot work; the message names the field or file and the fix."""
 
 
+class DamagedError(InputError):
+    """A file that a run has made is missing, or does not hold what was written."""
+
+
+def repairable(error: object, folder: object) -> InputError:
+    """Return an error about what lies in a run folder, with the way on."""
+    return InputError(
+        f"{error}; `agq verify {folder} --repair` takes back what is damaged, and the next run "
+        "makes it again"
+    )
+
+
 class RunStoppedError(Exception):
     """A run that could not go on (full disk, workers that keep dying); running again resumes it."""
+
+
+class RunGoneError(RunStoppedError):
+    """A run folder that is not where it was: nothing may be written there, or it would be new."""
+
+    @classmethod
+    def at(cls, folder: object) -> "RunGoneError":
+        """Return the error of a folder."""
+        return cls(
+            f"{folder} is gone: it was moved, renamed or deleted while a command worked on it; "
+            "what is done goes on from its new place"
+        )
 
 
 _AGAIN: Final = "run the command again, it goes on"

@@ -77,6 +77,7 @@ def block_contacts(
 
 def generate(run_dir: Path, grid: BlockGrid, weak: int, leaves: Sequence[Any]) -> int:
     """Write the evidence of made-up leaves; return the number of edges."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     files, edges = StitchFiles(run_dir), 0
     for leaf, numbers in leaves:
         ids, inner = [], []
@@ -94,7 +95,7 @@ def generate(run_dir: Path, grid: BlockGrid, weak: int, leaves: Sequence[Any]) -
         z, y, x = (ContactTable.concatenate(face) for face in faces)
         evidence = Evidence(table, ContactTable.concatenate(inner), (z, y, x))
         edges += len(evidence.contacts) + len(z) + len(y) + len(x)
-        evidence.save(files.evidence(leaf), overlap=False)
+        files.save(files.evidence(leaf), evidence.arrays(overlap=False))
     return edges
 
 

@@ -30,7 +30,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.label_pairs import MaskAgreement, PairTable
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError, repairable
 
 if TYPE_CHECKING:
     from agq.blockwise.blocks.grid import BlockGrid
@@ -45,6 +45,8 @@ _SIDES = {
     "high": ("high_labels", "after_affinity"),
     "outer": ("after_labels", "before_labels"),
 }
+# What a frame cannot lack, by the first word of its name.
+_NEEDED = {"tables": _TABLES[:-1], "low": _SIDES["low"], "high": ("high_labels",)}
 # An array that has another name in the file.
 _STORED = {"original_labels": "names"}
 _ATTRIBUTES = {stored: attribute for attribute, stored in _STORED.items()}
@@ -218,13 +220,16 @@ class SidecarFile:
                 values = np.frombuffer(raw, dtype, count, at) if count else np.zeros(0, dtype)
                 arrays[array] = values.reshape(shape)
                 at += arrays[array].nbytes
+            lacking = [a for a in _NEEDED.get(name.partition("_")[0], ()) if a not in arrays]
+            if lacking or at != len(raw):
+                raise ValueError(f"frame {name} lacks {lacking}, {at} of {len(raw)} bytes")
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise _damaged(error) from None
+            raise DamagedError(f"sidecar of block {self.number} is damaged ({error})") from None
         return arrays
 
 
-def _damaged(error: object) -> InputError:
-    return InputError(f"sidecar is damaged ({error}): predict the block again")
+def _damaged(error: object) -> DamagedError:
+    return DamagedError(f"sidecar is damaged ({error})")
 
 
 def sidecar_path(run_dir: Path, number: int) -> Path:
@@ -249,13 +254,13 @@ def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
                 f"{path.with_suffix('.npz')}: sidecar of an older release, which this one does not"
                 " read: predict the run again with --overwrite"
             ) from None
-        raise InputError(
-            f"{path}: sidecar of block {number} is missing: predict it again"
-        ) from None
+        raise repairable(f"{path}: sidecar of block {number} is missing", run_dir) from None
+    except DamagedError as error:
+        raise repairable(f"{path}: {error}", run_dir) from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     if file.number != number:
-        raise InputError(f"{path}: holds block {file.number}, not block {number}")
+        raise repairable(f"{path}: holds block {file.number}, not block {number}", run_dir)
     return file
 
 

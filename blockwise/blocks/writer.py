@@ -21,7 +21,7 @@ import zarr
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import MaskAgreement
 from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
-from agq.blockwise.storage.files import checksum, write_atomic
+from agq.blockwise.storage.files import checksum, require_folder, write_atomic
 from agq.blockwise.volumes.create import (
     chunk_file,
     create_affinities,
@@ -29,7 +29,7 @@ from agq.blockwise.volumes.create import (
     open_array,
     write_chunk,
 )
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError, repairable
 
 _CONTAINER = "data.zarr"
 
@@ -72,8 +72,11 @@ class BlockWriter:
             "unit": unit,
         }
         container = folder / _CONTAINER
-        fragments = create_array(container, "fragments", dtype=np.uint64, **layout)
-        kept = create_affinities(container, "affinities", **layout) if affinities else None
+        try:
+            fragments = create_array(container, "fragments", dtype=np.uint64, **layout)
+            kept = create_affinities(container, "affinities", **layout) if affinities else None
+        except DamagedError as error:
+            raise repairable(error, folder) from None
         return cls(folder, grid, fragments, kept)
 
     @classmethod
@@ -131,6 +134,7 @@ class BlockWriter:
             written = np.ascontiguousarray(affinities[(slice(None), *crop)])
             sums["affinities"] = checksum(written)
             write_chunk(self.affinities, (0, *index), written)
+        require_folder(self.folder)
         write_atomic(sidecar_path(self.folder, number), sidecar)
         return sums
 

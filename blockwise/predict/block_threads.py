@@ -41,7 +41,7 @@ from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
-from agq.errors import InputError
+from agq.errors import InputError, RunGoneError
 
 # Of a record of a volume: a thousand workers that start at once read no more than this.
 _COMPARED = 64
@@ -241,6 +241,7 @@ class BlockLoop:
 
     def run(self, session: Session) -> None:
         """Compute blocks of a session until its dispatcher is gone."""
+        self.journal.revision = session.revision
         batch_size = 1 if session.alone else int(self.predictor.batch_size)
         # With fewer blocks waiting than a batch takes, no batch would ever be full.
         prefetch = 1 if session.alone else max(self.spec.prefetch, batch_size)
@@ -416,6 +417,7 @@ class BlockLoop:
         self._ready.put(item)
         prediction, compute_s = item.result.result()
         begun = time.perf_counter()
+        self.journal.require_place()
         sums = self.files.write(number, prediction, tissue)
         return BlockRecord(
             state="done",
@@ -453,6 +455,8 @@ class BlockLoop:
             if fatal is None and second.errno in FATAL_ERRNOS:
                 fatal = second
             _logger.exception("cannot record the failure of block %d", number)
+        except RunGoneError as gone:
+            self.stop_run(str(gone))
         if fatal is not None:
             self.stop_run(f"block {number} cannot be written: {fatal}")
 
@@ -465,7 +469,8 @@ class BlockLoop:
 
     def _count_failure(self, number: int) -> None:
         path = retry_path(self.files.run_dir, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parents[1], path.parent):
+            folder.mkdir(exist_ok=True)
         with path.open("ab") as file:
             file.write(b".")
 

@@ -47,9 +47,10 @@ from agq.blockwise.predict.local_processes import (
 )
 from agq.blockwise.predict.paths import journal_folder, retry_path, session_path
 from agq.blockwise.predict.spec import PredictSpec, Session
+from agq.blockwise.storage.files import require_folder
 from agq.blockwise.storage.leftovers import remove_temporaries
 from agq.blockwise.threads import EXIT_DISK
-from agq.errors import InputError, RunStoppedError
+from agq.errors import InputError, RunGoneError, RunStoppedError
 
 __all__ = ["PredictProgress", "PredictReport", "PredictSpec", "run_predict"]
 
@@ -233,7 +234,7 @@ class _Run:
         finally:
             if over:
                 # All workers that see it leave, those of other machines too.
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, RunGoneError):
                     Session(id="", state="closed").save(self.spec.run_dir)
             self._workers.stop(grace_s=_LEAVE_S if ended else 0.0)
 
@@ -335,8 +336,9 @@ class _Run:
             return
         # Each reading opens the journal file of every worker: not ten times a second.
         self._next_progress = now + _PROGRESS_S
+        require_folder(self.spec.run_dir)
         for event in self._journal.refresh():
-            if event.kind == "block":
+            if event.kind == "block" and event.record.revision == self.spec.revision:
                 self._note(event.record)
         self._compact()
         for worker in ended:
@@ -407,6 +409,7 @@ class _Run:
         now = time.time()
         info = this_worker("coordinator")
         with JournalWriter(journal_folder(self.spec.run_dir), info) as journal:
+            journal.revision = self.spec.revision
             journal.finish_many(
                 BlockRecord(
                     block=number,

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.predict.paths import log_path
-from agq.blockwise.storage.files import make_folder
+from agq.blockwise.storage.files import make_folder, require_folder
 
 EXIT_START_FAILED = 70
 """Exit status of a worker whose predictor or input cannot be loaded."""
@@ -221,6 +221,7 @@ def start_module(
     ``-P`` keeps the current folder off the import path: a user's ``model.py`` or ``yaml.py`` there
     is none of ours.
     """
+    require_folder(log.parents[2])
     make_folder(log.parent)
     with log.open("ab") as output:
         return subprocess.Popen(

@@ -39,7 +39,6 @@ from agq.blockwise.storage.arrays import (
     Numbers,
     load_arrays,
     map_array,
-    save_arrays,
 )
 from agq.errors import InputError
 
@@ -134,15 +133,15 @@ class Evidence:
     contacts: ContactTable
     faces: tuple[ContactTable, ContactTable, ContactTable]
 
-    def save(self, path: Path, *, overlap: bool) -> None:
-        """Write the evidence of a leaf; columns that can only be zero are left out."""
+    def arrays(self, *, overlap: bool) -> dict[str, NDArray]:
+        """Return what a file of a leaf holds; columns that can only be zero are left out."""
         unused = () if overlap else _OVERLAP
         arrays = self.nodes.arrays("nodes")
         for part, table in zip(PARTS, (self.contacts, *self.faces), strict=True):
             for name, column in table.arrays(part).items():
                 if not name.endswith(unused if part == "contacts" else (*_WITHIN, *unused)):
                     arrays[name] = column
-        save_arrays(path, arrays)
+        return arrays
 
 
 def load_contacts(path: Path, part: str) -> ContactTable:
@@ -356,7 +355,7 @@ class Collect(SuperblockTask):
             path = files.evidence(leaf)
             if not path.exists():
                 evidence = collect(numbers, self.grid, present, read, overlap=self.overlap)
-                evidence.save(path, overlap=self.overlap)
+                files.save(path, evidence.arrays(overlap=self.overlap))
             columns = load_arrays(path, "nodes.sizes", *(f"{name}.u" for name in PARTS))
             fragments += len(columns.pop("nodes.sizes"))
             contacts += sum(len(column) for column in columns.values())

@@ -131,23 +131,27 @@ def import_fragments(
         raise InputError(f"{run_dir} is not empty; choose another --output")
     write_atomic(marker, json.dumps(made_of, indent=1).encode())
     BlockWriter.create(run_dir, grid, source.volume.unit)
-    todo = np.flatnonzero(~Journal(run_dir / "journal" / "predict").done(grid.n_blocks))
+    journal = Journal(run_dir / "journal" / "predict")
+    todo = np.flatnonzero(~journal.done(grid.n_blocks))
     workers = Workers(client, run_dir, on_progress)
     workers.wait_for_stragglers()
     batches = workers.batches(todo.tolist(), _BATCH, share=4)
-    tasks = [ImportBlocks(batch, source, run_dir) for batch in batches]
+    tasks = [ImportBlocks(batch, source, run_dir, journal.revision) for batch in batches]
     workers.run("import", tasks, grid.n_blocks - len(todo))
     return grid
 
 
-def imported_grid(run_dir: Path) -> BlockGrid | None:
-    """Return the blocks of a folder into which everything has been imported; else None."""
+def imported_grid(run_dir: Path, *, whole: bool = True) -> BlockGrid | None:
+    """Return the blocks of a folder into which everything has been imported; else None.
+
+    With ``whole`` off, a part of it will do.
+    """
     marker = run_dir / "imported.json"
     if not marker.exists():
         return None
     grid = BlockGrid.from_dict(json.loads(marker.read_bytes())["grid"])
     done = Journal(run_dir / "journal" / "predict").done(grid.n_blocks)
-    return grid if done.all() else None
+    return grid if done.all() or not whole else None
 
 
 @dataclass(frozen=True)
@@ -157,12 +161,14 @@ class ImportBlocks(Task):
     items: Sequence[int]
     source: Fragments
     run_dir: Path
+    revision: int
 
     def run(self) -> None:
         """Write fragments, sidecar and journal record of each block."""
         grid = self.source.grid()
         writer = BlockWriter.open(self.run_dir, grid)
         with JournalWriter(self.run_dir / "journal" / "predict", this_worker()) as journal:
+            journal.revision = self.revision
             for number in self.items:
                 started = time.time()
                 start, stop = grid.read_box(number)

@@ -57,12 +57,12 @@ from agq.blockwise.stitch.superblocks import (
     leaf_shape,
 )
 from agq.blockwise.storage.arrays import save_array
-from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.blockwise.storage.files import make_folder, require_folder, write_atomic
 from agq.blockwise.volumes.content import read_content
 from agq.blockwise.volumes.create import open_array
 from agq.blockwise.volumes.open import open_volume
 from agq.blockwise.volumes.triples import Triple
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError, repairable
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ _NAMED = 10  # blocks listed in an error
 
 _FRAGMENTS = "fragments"
 _SEGMENTATION = "segmentation"
+_METADATA = "zarr.json"
 
 
 class StitchSpec(MergeSettings, GridSpec):
@@ -290,12 +291,21 @@ def run_stitch(
         If blocks failed or are missing (unless allowed), or files of the run do not fit.
     StitchError
         If blocks could not be relabelled, or workers kept dying. Running again does the rest.
+    RunGoneError
+        If the run folder is moved away meanwhile.
     """
     try:
         workers = Workers(client, spec.run_dir, on_progress, on_note, wait_s)
         return _Stitch(spec, workers, on_note).run()
     except CommClosedError as error:
         raise StitchError(f"lost the dask scheduler ({error})") from None
+    except DamagedError as error:
+        require_folder(spec.run_dir)
+        raise repairable(error, spec.run_dir) from None
+    except (OSError, InputError, StitchError):
+        # Whatever was not found in it: it may be the folder itself that has gone.
+        require_folder(spec.run_dir)
+        raise
 
 
 class _Stitch:
@@ -398,7 +408,8 @@ class _Stitch:
             collect = Collect(self.leaves, self.run_dir, self.grid, overlap)
             counts = self._split_and_run("contacts", collect)
             fragments, contacts = (sum(column) for column in zip((0, 0), *counts, strict=True))
-            result = step.finish({"fragments": fragments, "contacts": contacts})
+            result = {"fragments": fragments, "contacts": contacts}
+            step.finish(result, [files.contacts])
         self.report.fragments, self.report.contacts = result["fragments"], result["contacts"]
         self.report.end(step)
         return step.key
@@ -466,6 +477,10 @@ class _Stitch:
                     " merging again, from the stored contacts; no voxel is read for it"
                     + ("" if same else " (stitch.margin alone would only cut the stored merges)")
                 )
+            # A missing table of a neighbour would look like one without contacts.
+            for leaf, _ in self.leaves:
+                if not files.evidence(leaf).exists():
+                    raise repairable(f"{files.evidence(leaf)}: file is missing", self.run_dir)
             at_floor, counts = spec.thresholds(floor / HALF_UNITS), np.zeros(3, np.int64)
             for i, level in enumerate(self.levels, 1):
                 merge = Merge(level, self.run_dir, at_floor, spec.class_rule())
@@ -474,7 +489,7 @@ class _Stitch:
             for graph in files.agglomeration.glob("*/*.graph.npz"):
                 graph.unlink()
             counted = {"classes": counts.tolist()} if spec.classes else {}
-            result = step.finish({"floor": floor, "rule": key, **counted})
+            result = step.finish({"floor": floor, "rule": key, **counted}, [files.agglomeration])
         report = self.report
         report.classed, report.several_classes, report.forbidden_contacts = result.get(
             "classes", (0, 0, 0)
@@ -501,7 +516,7 @@ class _Stitch:
             self._split_and_run("lut map", Map(self.leaves, self.run_dir, spec.segment_ids))
             for folder in ("cut", "names"):
                 shutil.rmtree(files.lut / folder, ignore_errors=True)
-            step.finish(result)
+            step.finish(result, [files.lut])
         report = self.report
         for name in ("segments", "small_segments", "small_voxels", "largest"):
             setattr(report, name, result[name])
@@ -518,7 +533,8 @@ class _Stitch:
             self.pyramid.create(slice(1))
             make_folder(folder)
             make_folder(self.journals / "pyramid")
-            done = Journal(folder).done(self.grid.n_blocks)
+            journal = Journal(folder)
+            done = journal.done(self.grid.n_blocks)
             total = sum(len(blocks) for _, blocks in self.leaves)
             size = max(1, min(self.spec.batch_blocks, -(-total // (8 * self.workers.cores))))
             tasks = []
@@ -533,11 +549,12 @@ class _Stitch:
                         lut_file=self.files.map(leaf),
                         journal=folder,
                         grid=self.grid,
+                        revision=journal.revision,
                     )
                     for at in range(0, len(todo), size)
                 ]
             self._run_journalled("relabel", tasks, total, folder)
-            step.finish({})
+            step.finish({}, [self.container / self.pyramid.array(0) / _METADATA])
         self.report.end(step)
         return step.key
 
@@ -553,24 +570,44 @@ class _Stitch:
             self.pyramid.create(slice(1, None))
             make_folder(folder)
             indices = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1)
-            for i, level in enumerate(levels[1:], 1):
-                indices = coarse_chunks(indices, level.step)
-                self._coarsen_level(i, indices, folder)
+            for i in range(1, len(levels)):
+                indices, numbers = self._coarsen_level(i, indices, numbers, folder)
             self.pyramid.write_metadata(how)
-            step.finish({})
+            metadata = [self.pyramid.array(i) for i in range(1, len(levels))]
+            places = [self.container, group, *(self.container / name for name in metadata)]
+            step.finish({}, [place / _METADATA for place in places])
         self.report.levels = len(levels)
         self.report.end(step)
 
-    def _coarsen_level(self, i: int, indices: NDArray[np.int64], folder: Path) -> None:
+    def _coarsen_level(
+        self, i: int, fine: NDArray[np.int64], fine_numbers: NDArray[np.int64], folder: Path
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Write a level over some chunks of the finer one; return its chunks and their numbers."""
         pyramid, how = self.pyramid, self.spec.downsampling
+        digests = self._digests("relabel" if i == 1 else "pyramid", fine_numbers)
+        indices, chunk = coarse_chunks(fine, pyramid.levels[i].step)
         numbers = pyramid.numbers(i, indices)
-        done = Journal(folder).done(pyramid.first(len(pyramid.levels)))
+        sources: dict[int, list[tuple[list[int], int]]] = {n: [] for n in numbers.tolist()}
+        for number, index, recorded in zip(
+            numbers[chunk].tolist(), fine.tolist(), digests.tolist(), strict=True
+        ):
+            sources[number].append((index, recorded))
+        journal = Journal(folder)
+        done = journal.done(pyramid.first(len(pyramid.levels)))
         todo = np.flatnonzero(~done[numbers]).tolist()
         tasks = []
         for batch in self.workers.batches(todo, self.spec.batch_blocks, share=4):
             chunks = [(int(numbers[place]), indices[place].tolist()) for place in batch]
-            tasks.append(Coarsen(chunks, pyramid, i, how, folder))
+            made_of = {number: sources[number] for number, _ in chunks}
+            tasks.append(Coarsen(chunks, pyramid, i, how, folder, made_of, journal.revision))
         self._run_journalled(f"pyramid {pyramid.levels[i].name}", tasks, len(indices), folder)
+        return indices, numbers
+
+    def _digests(self, stage: str, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return the digests of what the journal of a stage records of chunks that are done."""
+        rows = Journal(self.journals / stage).rows
+        recorded = dict(zip(rows["block"].tolist(), rows["digest"].tolist(), strict=True))
+        return np.array([recorded.get(number, 0) for number in numbers.tolist()], np.uint64)
 
     def _split_and_run(self, name: str, task: SuperblockTask) -> list[Any]:
         return self.workers.run(name, task.split(_TASKS_PER_CORE * self.workers.cores))

@@ -38,9 +38,8 @@ from agq.blockwise.storage.arrays import (
     Numbers,
     load_arrays,
     map_array,
-    save_arrays,
 )
-from agq.blockwise.storage.files import atomic_file
+from agq.blockwise.storage.files import atomic_file, require_folder
 
 _LARGEST = 10
 _ROWS = 2**16
@@ -125,7 +124,7 @@ class Cut(SuperblockTask):
             merges = MergeTable.of_arrays("merges", arrays).above(self.margin)
             of, clusters = join_clusters(entering, merges)
             up = np.isin(clusters.ids, arrays["up"])
-            save_arrays(files.cut(superblock), {"of": of, "up": up} | clusters.arrays("clusters"))
+            files.save(files.cut(superblock), {"of": of, "up": up} | clusters.arrays("clusters"))
 
 
 def _handed_up(files: StitchFiles, child: Superblock) -> ClusterTable:
@@ -156,7 +155,7 @@ class Resolve(SuperblockTask):
                 out = _told_children(files, children, final.take(arrays["of"]))
             else:
                 out = self._segments(clusters, final, arrays["of"])
-            save_arrays(files.final(superblock), out)
+            files.save(files.final(superblock), out)
 
     def _segments(
         self, clusters: ClusterTable, final: ClusterTable, of: NDArray[np.int32]
@@ -221,6 +220,7 @@ class WriteSegments(Task):
             small += arrays["small"]
             count += len(arrays["segments.ids"])
         largest: list[tuple[int, int, int]] = []
+        require_folder(self.run_dir)
         with (
             atomic_file(files.smallest) as ids_file,
             atomic_file(files.segments) as table_file,
@@ -296,12 +296,13 @@ class Map(SuperblockTask):
         for leaf, blocks in self.items:
             if files.map(leaf).exists():
                 continue
-            ids = load_arrays(files.evidence(leaf), "nodes.ids")["nodes.ids"]
+            nodes = load_arrays(files.evidence(leaf), "nodes.ids", "nodes.sizes")
             segment = load_arrays(files.final(leaf), "segment")["segment"]
             if self.segment_ids == "consecutive":
                 distinct, back = np.unique(segment, return_inverse=True)
                 consecutive = (np.searchsorted(smallest, distinct) + 1).astype(np.uint64)
                 consecutive[distinct == 0] = 0
                 segment = consecutive[back]
-            lut = BlockLut.build(np.asarray(blocks, np.int64), ids, segment)
-            lut.save(files.map(leaf))
+            ids, sizes = nodes["nodes.ids"], nodes["nodes.sizes"]
+            lut = BlockLut.build(np.asarray(blocks, np.int64), ids, segment, sizes)
+            files.save(files.map(leaf), lut.arrays())

@@ -22,15 +22,17 @@ from typing import Any, TypeVar
 from distributed import Client, Future, KilledWorker, Worker, as_completed
 from distributed.client import FutureCancelledError
 
-from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.storage.files import file_checksum, require_folder, write_atomic
 from agq.blockwise.storage.leftovers import remove_all_temporaries
-from agq.errors import InputError, RunStoppedError
+from agq.errors import DamagedError, InputError, RunStoppedError, repairable
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, items done and items in all."""
 
 _STRAGGLER_S = 0.2
 _LOOK_S = 5.0
+_SUMS = ".sums"
+_SUMS_BATCH = 256
 
 Item = TypeVar("Item")
 
@@ -164,6 +166,8 @@ class Workers:
                     results.append(future.result())
                     done += futures.pop(future)
                     self._report(step, done, total)
+        except DamagedError as error:
+            raise repairable(error, self.folder) from None
         except KilledWorker as error:
             raise StitchError(
                 f"{step}: workers died on a task again and again (out of memory?): {error}"
@@ -290,6 +294,7 @@ class Step:
             return None
         for marker_file in (*self._later, self._path):
             marker_file.unlink(missing_ok=True)
+            marker_file.with_suffix(_SUMS).unlink(missing_ok=True)
         for path in self._outputs:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -298,16 +303,64 @@ class Step:
         self._write({"key": self.key, "done": False})
         return None
 
-    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, result: dict[str, Any], tables: Sequence[Path] = ()) -> dict[str, Any]:
         """Mark the step as done and return its result.
 
         After a crash, what killed writers left in the outputs is removed first.
+
+        Parameters
+        ----------
+        result
+            What a later stitch asks for.
+        tables
+            Files and folders of which checksums are recorded, beside the marker.
         """
         if self.resumed or self._workers.addresses() != self._addresses:
             for path in self._outputs:
                 remove_all_temporaries(path)
+        self._record_sums(tables)
         self._write({"key": self.key, "done": True, "result": result})
         return result
+
+    def _record_sums(self, tables: Sequence[Path]) -> None:
+        folder = self._workers.folder
+        files = sorted(
+            file
+            for path in tables
+            for file in (path.rglob("*") if path.is_dir() else [path])
+            if file.is_file()
+        )
+        require_folder(folder)
+        batches = self._workers.batches(files, _SUMS_BATCH, share=4)
+        done = self._workers.run(f"{self.name} checksums", [Checksums(b) for b in batches])
+        lines = sorted(
+            f"{total}  {file.relative_to(folder)}\n" for batch in done for file, total in batch
+        )
+        write_atomic(self._path.with_suffix(_SUMS), "".join(lines).encode())
+
+    @staticmethod
+    def sums(run_dir: Path, name: str) -> dict[str, str] | None:
+        """Return the recorded checksums of a step by path in the run folder.
+
+        None: an earlier release has done the step, or the file cannot be read.
+        """
+        try:
+            text = _marker(run_dir, name).with_suffix(_SUMS).read_text()
+            return {path: total for total, path in (s.split("  ", 1) for s in text.splitlines())}
+        except (FileNotFoundError, ValueError):
+            return None
+
+    @staticmethod
+    def take_back(run_dir: Path, name: str) -> None:
+        """Let the next stitch do what is missing of a step; what it has made stays."""
+        path = _marker(run_dir, name)
+        try:
+            marker = Step.read(run_dir, name)
+        except InputError:
+            path.unlink()
+            return
+        if marker:
+            write_atomic(path, _marker_bytes({**marker, "done": False}))
 
     @staticmethod
     def read(run_dir: Path, name: str) -> dict[str, Any]:
@@ -324,11 +377,27 @@ class Step:
         except FileNotFoundError:
             return {}
         except ValueError:
-            raise InputError(f"{path}: damaged; remove it and stitch again") from None
+            raise repairable(f"{path}: file is damaged", run_dir) from None
         return marker
 
     def _write(self, marker: dict[str, Any]) -> None:
-        write_atomic(self._path, json.dumps(marker, indent=1, sort_keys=True).encode())
+        require_folder(self._workers.folder)
+        write_atomic(self._path, _marker_bytes(marker))
+
+
+@dataclass(frozen=True)
+class Checksums(Task):
+    """Add up files."""
+
+    items: Sequence[Path]
+
+    def run(self) -> list[tuple[Path, str]]:
+        """Return the checksum of each file."""
+        return [(file, file_checksum(file)) for file in self.items]
+
+
+def _marker_bytes(marker: dict[str, Any]) -> bytes:
+    return json.dumps(marker, indent=1, sort_keys=True).encode()
 
 
 def _marker(run_dir: Path, name: str) -> Path:

@@ -22,7 +22,7 @@ the run folder:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.stitch.steps import Task
+from agq.blockwise.storage.arrays import save_arrays
+from agq.blockwise.storage.files import require_folder
 from agq.blockwise.volumes.triples import Triple
 
 
@@ -151,6 +153,17 @@ class StitchFiles:
         self.lut = self.run_dir / "lut"
         self.smallest = self.lut / "smallest.npy"
         self.segments = self.lut / "segments.parquet"
+
+    def save(self, path: Path, arrays: Mapping[str, NDArray]) -> None:
+        """Write a table; a run folder that is not there is not made.
+
+        Raises
+        ------
+        RunGoneError
+            If the run folder has been moved away.
+        """
+        require_folder(self.run_dir)
+        save_arrays(path, arrays)
 
     def evidence(self, leaf: Superblock) -> Path:
         """Fragments and contacts of a leaf."""

@@ -5,7 +5,9 @@ that all have one row for each item, see `Columns`.
 """
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,9 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.storage.files import atomic_file, write_atomic
-from agq.errors import InputError
+from agq.errors import DamagedError
 
 Result = TypeVar("Result")
+
+# What a damaged zip may raise, of whose headers any bit may be wrong.
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    ValueError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+    struct.error,
+    SyntaxError,
+    MemoryError,
+    OverflowError,
+)
 
 
 def parsed(read: Callable[[], Result]) -> Result:
@@ -62,21 +79,22 @@ def load_arrays(path: Path, *prefixes: str) -> dict[str, NDArray]:
 
     Raises
     ------
-    InputError
-        If the file is not a readable npz.
+    DamagedError
+        If the file is missing, or not a readable npz.
     """
 
     def read() -> dict[str, NDArray]:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: np.load leaks the file it opens when it finds no zip archive in it.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             wanted = [name for name in archive.files if not prefixes or name.startswith(prefixes)]
             return {name: archive[name] for name in wanted}
 
     try:
         return parsed(read)
     except FileNotFoundError:
-        raise
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: file is damaged ({error})") from None
+        raise DamagedError(f"{path}: file is missing") from None
+    except (*_UNREADABLE, OSError) as error:
+        raise DamagedError(f"{path}: file is damaged ({error})") from None
 
 
 Ids = NDArray[np.uint64]

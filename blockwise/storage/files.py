@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from agq.errors import InputError
+from agq.errors import InputError, RunGoneError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +28,9 @@ FATAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ending of the files that a killed `write_atomic` may leave behind; safe to delete."""
+
+
+_PIECE = 1 << 22
 
 
 def fsync_path(path: PathLike) -> None:
@@ -80,6 +83,18 @@ class Unsynced:
         self._files, self._folders = [], {}
         for path in (*files, *folders):
             fsync_path(path)
+
+
+def require_folder(folder: PathLike) -> None:
+    """Check that a run folder is where it was, before something is written into it.
+
+    Raises
+    ------
+    RunGoneError
+        If it is not.
+    """
+    if not Path(folder).is_dir():
+        raise RunGoneError.at(folder)
 
 
 def make_folder(path: PathLike) -> Path:
@@ -157,6 +172,21 @@ def checksum(data: "Bytes | NDArray[Any]") -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
+def file_checksum(path: PathLike) -> str:
+    """Return the :func:`checksum` of a file, which ``b2sum -l 64`` prints too.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    total = hashlib.blake2b(digest_size=8)
+    with Path(path).open("rb") as file:
+        while piece := file.read(_PIECE):
+            total.update(piece)
+    return total.hexdigest()
+
+
 def free_space(path: PathLike) -> int:
     """Return the bytes free for this user on the file system that holds or will hold `path`."""
     parent = Path(path).absolute()
@@ -190,7 +220,7 @@ def require_free_space(path: PathLike, needed: int, what: str = "output") -> Non
         )
 
 
-def require_writable(folder: PathLike, what: str = "output") -> None:
+def require_writable(folder: PathLike, what: str = "output", *, create: bool = False) -> None:
     """Check that files can be created in a folder, by creating one and removing it.
 
     Permission bits are not trusted: root, read-only mounts, quotas and full disks show only when
@@ -199,18 +229,21 @@ def require_writable(folder: PathLike, what: str = "output") -> None:
     Parameters
     ----------
     folder
-        The folder; it is made if it does not exist.
+        The folder.
     what
         Name of the output for the message.
+    create
+        Make the folder if it does not exist.
 
     Raises
     ------
     InputError
-        If the folder cannot be made or written, or the disk is full.
+        If the folder is not there, or cannot be made or written, or the disk is full.
     """
     path = Path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         try:
             with probe.open("xb") as file:

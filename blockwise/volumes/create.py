@@ -16,11 +16,20 @@ import zarr.errors
 from zarr.storage import LocalStore
 
 from agq.blockwise.storage.files import Unsynced
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError, RunGoneError
 
 # Without this zarr leaves chunks of zeros out, and a missing chunk could also be one never done.
 _CONFIG: Any = {"write_empty_chunks": True}
 _LEVEL = 3
+
+
+class _StandingFolder(LocalStore):
+    """A folder that writers do not make anew if it is moved away or deleted meanwhile."""
+
+    async def set(self, key: str, value: Any) -> None:
+        if not self.root.is_dir():
+            raise RunGoneError.at(self.root.parent)
+        await super().set(key, value)
 
 
 def create_array(
@@ -82,9 +91,9 @@ def create_array(
         # funlib takes an axis whose name ends in ^ for a channel axis.
         "types": ["channel" if axis.endswith("^") else "space" for axis in axes],
     }
+    _require_group(folder)
     if (folder / name / "zarr.json").exists():
         return _reopen(folder, name, layout | stored)
-    zarr.open_group(store=LocalStore(folder), mode="a", zarr_format=3)
     array = zarr.create_array(
         store=LocalStore(folder),
         name=name,
@@ -99,6 +108,17 @@ def create_array(
     )
     _sync_metadata(folder, name)
     return array
+
+
+def _require_group(folder: Path) -> None:
+    """Create the group of a container if it is missing."""
+    try:
+        zarr.open_group(store=LocalStore(folder), mode="a", zarr_format=3)
+    except OSError:
+        raise
+    except Exception as error:  # of whatever type zarr raises over malformed metadata
+        file = folder / "zarr.json"
+        raise DamagedError(f"{file}: file is damaged ({error})") from None
 
 
 def _reopen(folder: Path, name: str, wanted: Mapping[str, Any]) -> "zarr.Array[Any]":
@@ -152,12 +172,19 @@ def open_array(container: str | Path, name: str, mode: Any = "r+") -> "zarr.Arra
     ------
     InputError
         If there is no such array.
+    DamagedError
+        If its metadata cannot be read.
     """
-    store = LocalStore(Path(container), read_only=mode == "r")
+    store = _StandingFolder(Path(container), read_only=mode == "r")
     try:
         array = zarr.open_array(store=store, path=name, mode=mode, zarr_format=3)
     except (FileNotFoundError, zarr.errors.BaseZarrError) as error:
         raise InputError(f"{Path(container) / name}: there is no such array yet") from error
+    except OSError:
+        raise
+    except Exception as error:  # of whatever type zarr raises over malformed metadata
+        file = Path(container) / name / "zarr.json"
+        raise DamagedError(f"{file}: file is damaged ({error})") from None
     return array.with_config(_CONFIG)
 
 
@@ -186,6 +213,28 @@ def chunk_file(array: "zarr.Array[Any]", index: Sequence[int]) -> Path:
     assert isinstance(store, LocalStore)
     key = array.metadata.encode_chunk_key(tuple(int(i) for i in index))
     return Path(store.root) / array.store_path.path / key
+
+
+def read_chunk(array: "zarr.Array[Any]", index: Sequence[int]) -> npt.NDArray[Any]:
+    """Read exactly one whole chunk, which must have been written.
+
+    Raises
+    ------
+    DamagedError
+        If its file is missing, or cannot be decoded.
+    IndexError
+        If the array has no such chunk.
+    """
+    start, stop = chunk_box(array, index)
+    file = chunk_file(array, index)
+    if not file.exists():
+        raise DamagedError(f"{file}: file is missing")
+    try:
+        return np.asarray(array[tuple(slice(b, e) for b, e in zip(start, stop, strict=True))])
+    except OSError:
+        raise
+    except Exception as error:  # of whatever type the codec raises
+        raise DamagedError(f"{file}: file is damaged ({error})") from None
 
 
 def write_chunk(

@@ -176,7 +176,7 @@ def prepare(
     """
     run = RunFolder(Path(config.run_dir))
     if check_output:
-        require_writable(run.path, "run_dir")
+        require_writable(run.path, "run_dir", create=True)
     raw = open_input(config.input.raw, run, "raw", "input.raw")
     mask = _open_beside(config, config.input.mask, run, "mask", "input.mask")
     options, model_identity, trained = _model(config, workers_here)

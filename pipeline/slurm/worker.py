@@ -30,9 +30,9 @@ from agq.blockwise.predict.local_processes import (
 )
 from agq.blockwise.predict.paths import log_path
 from agq.blockwise.predict.spec import Session
-from agq.blockwise.storage.files import require_writable, write_atomic
+from agq.blockwise.storage.files import require_folder, require_writable, write_atomic
 from agq.blockwise.storage.logs import cap_output
-from agq.errors import InputError
+from agq.errors import InputError, RunGoneError
 from agq.pipeline.slurm.jobs import load, load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
 
@@ -170,7 +170,8 @@ class _Host:
             "log": str(log_path(self.run_dir, f"worker-{place.name}")),
             "time": time.time(),
         }
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RunGoneError):
+            require_folder(self.run_dir)
             write_atomic(
                 folder(self.run_dir) / "ends" / f"{place.name}.json", json.dumps(end).encode()
             )

@@ -133,10 +133,11 @@ def write_run(run: Run, run_dir: Path, *, states: dict[int, str | None] | None =
         for number in range(grid.n_blocks):
             sums = {}
             if number in run.sidecars:
-                write_chunk(array, grid.index(number), run.fragments[box(*grid.write_box(number))])
+                ids = run.fragments[box(*grid.write_box(number))]
+                write_chunk(array, grid.index(number), ids)
                 data = run.sidecars[number].to_bytes()
                 write_atomic(sidecar_path(run_dir, number), data)
-                sums = {"sidecar": checksum(data)}
+                sums = {"fragments": checksum(ids), "sidecar": checksum(data)}
             state = "done" if number in run.sidecars else "skipped"
             if states is not None:
                 state = states.get(number, state)

@@ -66,7 +66,6 @@ from agq.blockwise.storage.arrays import (
     Pairs,
     Rows,
     load_arrays,
-    save_arrays,
 )
 from agq.errors import InputError
 
@@ -566,10 +565,10 @@ class Merge(SuperblockTask):
         for axis in range(3):
             arrays |= residual.upper[axis].arrays(f"upper{axis}")
             arrays |= residual.lower[axis].arrays(f"lower{axis}")
-        save_arrays(files.graph(superblock), arrays)
+        files.save(files.graph(superblock), arrays)
         # Written last: once it exists, so does the graph.
         columns = merges.arrays("merges") | {"up": residual.nodes} | counted
-        save_arrays(files.merges(superblock), columns)
+        files.save(files.merges(superblock), columns)
 
 
 def _leaf_graph(

@@ -268,7 +268,7 @@ class Export(Task):
         store = _open(self.scale, self.out)
         scale, volume = self.scale, self.volume
 
-        def work(number: int, _unsynced: Unsynced) -> int:
+        def work(number: int, _unsynced: Unsynced) -> tuple[int, dict[str, str]]:
             # tensorstore syncs what it writes itself.
             index = np.unravel_index(number - self.first, scale.grid)
             start = [int(i) * b for i, b in zip(index, scale.box, strict=True)]
@@ -282,7 +282,7 @@ class Export(Task):
                 slice(o + a, o + b) for o, a, b in zip(scale.voxel_offset, start, stop, strict=True)
             )[::-1]
             store[(*place, 0)].write(data.transpose()).result()
-            return data.size
+            return data.size, {}
 
         numbers = [self.first + place for place in self.items]
         return run_journalled(self.out / _FOLDER / "journal", numbers, work)

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,21 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from agq.blockwise.journal.records import sums_digest
 from agq.blockwise.journal.writer import run_journalled
+from agq.blockwise.stitch.output.relabel import SEGMENTATION
 from agq.blockwise.stitch.settings import Downsampling
 from agq.blockwise.stitch.steps import Task
-from agq.blockwise.storage.files import Unsynced
-from agq.blockwise.volumes.create import chunk_box, create_array, open_array, write_chunk
+from agq.blockwise.storage.files import Unsynced, file_checksum
+from agq.blockwise.volumes.create import (
+    chunk_box,
+    chunk_file,
+    create_array,
+    open_array,
+    write_chunk,
+)
 from agq.blockwise.volumes.triples import Triple, triple
+from agq.errors import repairable
 
 OME_UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
 """OME-NGFF names of the world units."""
@@ -161,12 +170,22 @@ def downsample(
     return out
 
 
-def coarse_chunks(fine: NDArray[np.int64], step: Sequence[int]) -> NDArray[np.int64]:
-    """Return the chunk indices, (n, 3), of the next level that cover some chunks of this one.
+def coarse_chunks(
+    fine: NDArray[np.int64], step: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the chunks of the next level that cover some chunks of this one.
 
     Chunks have the same shape in voxels at both levels.
+
+    Returns
+    -------
+    chunks
+        Their indices, (n, 3).
+    cover
+        Of each of the fine chunks, the place in this list of the one that covers it.
     """
-    return np.unique(fine // np.asarray(step), axis=0)
+    chunks, cover = np.unique(fine // np.asarray(step), axis=0, return_inverse=True)
+    return chunks, cover.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -226,10 +245,19 @@ class Pyramid:
         places = np.ravel_multi_index(tuple(indices.T), self.grid(level))
         return self.first(level) + places.astype(np.int64)
 
+    def places(self, numbers: NDArray[np.int64]) -> list[tuple[int, Triple]]:
+        """Return level and index of chunks, given by their numbers in the journal."""
+        firsts = np.array([self.first(level) for level in range(1, len(self.levels) + 1)])
+        levels = np.searchsorted(firsts, numbers, side="right")
+        return [
+            (level, triple(np.unravel_index(number - firsts[level - 1], self.grid(level))))
+            for level, number in zip(levels.tolist(), numbers.tolist(), strict=True)
+        ]
+
     def write_metadata(self, how: Downsampling = "majority") -> None:
         """Write the OME-NGFF 0.5 ``multiscales`` and ``image-label`` metadata of the group."""
         store = str(self.container)
-        group = zarr.open_group(store=store, path=self.group, mode="r+", zarr_format=3)
+        group = zarr.open_group(store=store, path=self.group, mode="a", zarr_format=3)
         group.attrs["ome"] = self.ome_metadata(how)
 
     def ome_metadata(self, how: Downsampling = "majority") -> dict[str, Any]:
@@ -268,6 +296,34 @@ class Pyramid:
         }
 
 
+def chunk_sums(file: Path) -> dict[str, str]:
+    """Return what the journal records of a chunk of the segmentation: the checksum of its file.
+
+    A chunk without a file reads as background, and that is recorded too.
+    """
+    try:
+        return {SEGMENTATION: file_checksum(file)}
+    except FileNotFoundError:
+        return {SEGMENTATION: "background"}
+
+
+def chunk_problem(file: Path, digest: int) -> str | None:
+    """Say what is wrong with a chunk of the segmentation.
+
+    Parameters
+    ----------
+    file
+        Of the chunk.
+    digest
+        Of its checksums in the journal, as `sums_digest`; 0: none were recorded.
+    """
+    sums = chunk_sums(file)
+    if digest in (0, sums_digest(sums)):
+        return None
+    lost = sums[SEGMENTATION] == "background"
+    return "file is missing" if lost else "file is not the one that was written"
+
+
 @dataclass(frozen=True)
 class Coarsen(Task):
     """Write some chunks of a coarse level, given by number in the journal and index.
@@ -280,6 +336,11 @@ class Coarsen(Task):
         Label that is taken of a window.
     journal
         Folder of the stage's journal.
+    sources
+        By number: chunks of the finer level that a chunk is made of, each with the digest of its
+        checksum in the journal (0: not recorded).
+    revision
+        Of the journal (`JournalWriter.revision`).
     """
 
     items: Sequence[tuple[int, Sequence[int]]]
@@ -287,6 +348,8 @@ class Coarsen(Task):
     level: int
     how: Downsampling
     journal: Path
+    sources: Mapping[int, Sequence[tuple[Sequence[int], int]]] = field(default_factory=dict)
+    revision: int = 0
 
     def run(self) -> int:
         """Return how many chunks failed."""
@@ -295,7 +358,11 @@ class Coarsen(Task):
         target = open_array(container, self.pyramid.array(self.level))
         indices = dict(self.items)
 
-        def work(number: int, unsynced: Unsynced) -> int:
+        def work(number: int, unsynced: Unsynced) -> tuple[int, dict[str, str]]:
+            for fine_chunk, digest in self.sources.get(number, ()):
+                file = chunk_file(source, fine_chunk)
+                if problem := chunk_problem(file, digest):
+                    raise repairable(f"{file}: {problem}", container.parent)
             start, stop = chunk_box(target, indices[number])
             labels = np.empty([b - a for a, b in zip(start, stop, strict=True)], np.uint64)
             # One fine chunk at a time: memory holds two chunks, not nine.
@@ -313,6 +380,8 @@ class Coarsen(Task):
             # A chunk of background reads as background without a file.
             if labels.any():
                 write_chunk(target, indices[number], labels, unsynced)
-            return labels.size
+            else:
+                chunk_file(target, indices[number]).unlink(missing_ok=True)
+            return labels.size, chunk_sums(chunk_file(target, indices[number]))
 
-        return run_journalled(self.journal, indices, work)
+        return run_journalled(self.journal, indices, work, self.revision)

@@ -18,15 +18,19 @@ from numpy.typing import NDArray
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.journal.writer import run_journalled
 from agq.blockwise.stitch.steps import Task
-from agq.blockwise.storage.arrays import load_arrays, save_arrays
-from agq.blockwise.storage.files import Unsynced
-from agq.blockwise.volumes.create import open_array, write_chunk
-from agq.errors import InputError
+from agq.blockwise.storage.arrays import load_arrays
+from agq.blockwise.storage.files import Unsynced, file_checksum
+from agq.blockwise.volumes.create import chunk_file, open_array, read_chunk, write_chunk
+from agq.errors import DamagedError, InputError, repairable
+
+SEGMENTATION = "segmentation"
+"""What the journal's checksum of a chunk's file is named."""
 
 _BITS = np.uint64(LOCAL_BITS)
 _MASK = np.uint64(2**LOCAL_BITS - 1)
 _NONE = np.uint64(0)
 _ONE = np.uint64(1)
+_BACKGROUND = np.uint64(2**64 - 1)
 
 
 class BlockLut:
@@ -41,6 +45,8 @@ class BlockLut:
         ``segments[offsets[i]:offsets[i + 1]]``, one for each local label 1, 2, ...
     segments
         uint64; 0 where a label does not exist.
+    voxels
+        int64, like `segments`: how many voxels each label must have; None: not known.
     """
 
     def __init__(
@@ -48,10 +54,12 @@ class BlockLut:
         blocks: NDArray[np.int64],
         offsets: NDArray[np.int64],
         segments: NDArray[np.uint64],
+        voxels: NDArray[np.int64] | None = None,
     ) -> None:
         self.blocks = blocks
         self.offsets = offsets
         self.segments = segments
+        self.voxels = voxels
 
     @classmethod
     def build(
@@ -59,6 +67,7 @@ class BlockLut:
         blocks: NDArray[np.int64],
         ids: NDArray[np.uint64],
         segment_ids: NDArray[np.uint64],
+        sizes: NDArray[np.int64] | None = None,
     ) -> BlockLut:
         """Lay segment ids out by block.
 
@@ -68,6 +77,8 @@ class BlockLut:
             Block numbers, any order.
         ids, segment_ids
             Fragment ids, ascending, and the segment id of each.
+        sizes
+            Voxels of each fragment.
 
         Raises
         ------
@@ -85,10 +96,28 @@ class BlockLut:
         offsets = np.concatenate(([0], np.cumsum(labels)))
         segments = np.zeros(offsets[-1], np.uint64)
         segments[offsets[row] + local - 1] = segment_ids
-        return cls(blocks, offsets, segments)
+        voxels = None
+        if sizes is not None:
+            voxels = np.zeros(offsets[-1], np.int64)
+            voxels[offsets[row] + local - 1] = sizes
+        return cls(blocks, offsets, segments, voxels)
 
     def block(self, number: int) -> NDArray[np.uint64]:
         """Return the segment ids of local labels 1, 2, ... of a block.
+
+        Raises
+        ------
+        InputError
+            As `_slice`.
+        """
+        return np.asarray(self.segments[self._slice(number)])
+
+    def block_voxels(self, number: int) -> NDArray[np.int64] | None:
+        """Return how many voxels these labels must have, if that is known; errors as `block`."""
+        return None if self.voxels is None else np.asarray(self.voxels[self._slice(number)])
+
+    def _slice(self, number: int) -> slice:
+        """Return the entries of a block.
 
         Raises
         ------
@@ -98,36 +127,41 @@ class BlockLut:
         row = int(np.searchsorted(self.blocks, number))
         if row == len(self.blocks) or self.blocks[row] != number:
             raise InputError(f"block {number} is not in the id map: stitch again")
-        return np.asarray(self.segments[self.offsets[row] : self.offsets[row + 1]])
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
 
-    def save(self, path: Path) -> None:
-        """Write the map atomically."""
-        save_arrays(
-            path, {"blocks": self.blocks, "offsets": self.offsets, "segments": self.segments}
-        )
+    def arrays(self) -> dict[str, NDArray]:
+        """Return what a file of the map holds."""
+        columns = ("blocks", "offsets", "segments", "voxels")
+        arrays = {name: getattr(self, name) for name in columns}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     @classmethod
     def open(cls, path: Path) -> BlockLut:
-        """Read the file of :meth:`save`."""
+        """Read a file of what :meth:`arrays` returns."""
         return cls(**load_arrays(path))
 
 
 @numba.njit(cache=True, nogil=True)
-def _apply(fragments, number, lut, out):  # type: ignore[no-untyped-def]
-    """Map ids run by run; return the first id that is not in the block's map, or 0."""
+def _apply(fragments, number, lut, out, counts):  # type: ignore[no-untyped-def]
+    """Map ids run by run and count them; return the first id that is not in the map, or 0."""
     last, value = _NONE, _NONE
+    label, begin = _BACKGROUND, 0
     for i in range(fragments.size):
         fragment = fragments[i]
         if fragment != last:
-            last = fragment
+            if label != _BACKGROUND:
+                counts[label] += i - begin
+            last, begin = fragment, i
             if fragment == _NONE:
-                value = _NONE
+                value, label = _NONE, _BACKGROUND
             else:
                 place = (fragment & _MASK) - _ONE
                 if fragment >> _BITS != number or place >= np.uint64(lut.size):
                     return fragment
-                value = lut[place]
+                value, label = lut[place], place
         out[i] = value
+    if label != _BACKGROUND:
+        counts[label] += fragments.size - begin
     return _NONE
 
 
@@ -135,6 +169,7 @@ def relabel_block(
     fragments: NDArray[np.uint64],
     number: int,
     lut: NDArray[np.uint64],
+    voxels: NDArray[np.int64] | None = None,
     *,
     in_place: bool = False,
 ) -> NDArray[np.uint64]:
@@ -146,23 +181,33 @@ def relabel_block(
         Global fragment ids of the block, uint64, (z, y, x).
     lut
         Segment ids of its local labels 1, 2, ...
+    voxels
+        Voxels that each of these labels must have; None: not checked.
     in_place
         Write them over the fragments, if those lie in C order: new memory takes longer to get than
         to fill.
 
     Raises
     ------
-    InputError
-        If an id belongs to another block or is not in the map.
+    DamagedError
+        If an id belongs to another block or is not in the map, or a label has other voxels.
     """
     fragments = np.ascontiguousarray(fragments)
+    counts = np.zeros(len(lut), np.int64)
     out = fragments if in_place else np.empty_like(fragments)
     flat = fragments.reshape(-1)
-    unknown = int(_apply(flat, np.uint64(number), np.ascontiguousarray(lut), out.reshape(-1)))
+    lut = np.ascontiguousarray(lut)
+    unknown = int(_apply(flat, np.uint64(number), lut, out.reshape(-1), counts))
     if unknown:
-        raise InputError(
+        raise DamagedError(
             f"block {number}: fragment id {unknown} is not in the id map: the fragments are not"
-            " those that were stitched; predict and stitch the block again"
+            " those that were stitched"
+        )
+    if voxels is not None and not np.array_equal(counts, voxels):
+        label = int((counts != voxels).argmax())
+        raise DamagedError(
+            f"block {number}: label {label + 1} has {counts[label]} voxels, and its sidecar says"
+            f" {voxels[label]}: the fragments are not those that were stitched"
         )
     return out
 
@@ -181,6 +226,8 @@ class Relabel(Task):
         File of the :class:`BlockLut`, and folder of the stage's journal.
     grid
         Blocks of the whole volume.
+    revision
+        Of the journal (`JournalWriter.revision`).
     """
 
     items: Sequence[int]
@@ -190,6 +237,7 @@ class Relabel(Task):
     lut_file: Path
     journal: Path
     grid: BlockGrid
+    revision: int = 0
 
     def run(self) -> int:
         """Return how many blocks failed."""
@@ -197,12 +245,15 @@ class Relabel(Task):
         fragments = open_array(self.container, self.source, "r")
         segments = open_array(self.container, self.target)
 
-        def work(number: int, unsynced: Unsynced) -> int:
-            start, stop = self.grid.write_box(number)
-            box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-            labels = np.asarray(fragments[box])
-            labels = relabel_block(labels, number, lut.block(number), in_place=True)
-            write_chunk(segments, self.grid.index(number), labels, unsynced)
-            return labels.size
+        def work(number: int, unsynced: Unsynced) -> tuple[int, dict[str, str]]:
+            index = self.grid.index(number)
+            segment_ids, voxels = lut.block(number), lut.block_voxels(number)
+            try:
+                labels = read_chunk(fragments, index)
+                labels = relabel_block(labels, number, segment_ids, voxels, in_place=True)
+            except DamagedError as error:
+                raise repairable(error, self.container.parent) from None
+            write_chunk(segments, index, labels, unsynced)
+            return labels.size, {SEGMENTATION: file_checksum(chunk_file(segments, index))}
 
-        return run_journalled(self.journal, self.items, work)
+        return run_journalled(self.journal, self.items, work, self.revision)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,3 +219,36 @@ def test_a_frozen_worker_loses_its_blocks_and_harms_nothing(tmp_path, undisturbe
     assert out.split() == [str(N), "()"], err
     assert outputs(spec) == undisturbed
     assert journal(spec).conflicts == []
+
+
+@pytest.mark.parametrize("fate", ["renamed", "deleted"])
+def test_a_run_folder_that_goes_away_is_not_made_anew(tmp_path, undisturbed, fate):
+    spec = make_run(tmp_path, raw_volume(), options=SLOW, workers=2)
+    run, away = Path(spec.run_dir), tmp_path / "away"
+    coordinator = start_coordinator(tmp_path, spec)
+    wait_for(lambda: ended(spec) > 3)
+    run.rename(away)
+    if fate == "deleted":
+        shutil.rmtree(away, ignore_errors=True)
+    _, err = coordinator.communicate(timeout=60)
+    assert coordinator.returncode != 0
+    assert f"{run} is gone" in err.strip().splitlines()[-1]
+    wait_for(lambda: not processes_of(spec))
+    assert not run.exists()
+    late = subprocess.run(
+        [sys.executable, "-m", "agq.blockwise.predict.worker", spec.run_dir, "--wait", "0.5"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert late.returncode != 0
+    assert "is missing" in late.stderr
+    assert not run.exists()
+    if fate == "renamed":
+        moved = spec.model_copy(update={"run_dir": str(away)})
+        todo = (~journal(moved).done(N)).nonzero()[0]
+        assert 0 < todo.size < N
+        run_predict(moved, todo)
+        assert outputs(moved) == undisturbed

@@ -18,6 +18,7 @@ from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.stitch.steps import StitchError
 from agq.blockwise.volumes.create import create_array
+from agq.errors import RunGoneError
 from tests.helpers import ROOT
 from tests.helpers.fragments import GRID, write_run
 from tests.helpers.runs import agq
@@ -223,3 +224,18 @@ def test_full_disk_on_the_command_line(small_disk, tmp_path):
     assert last.startswith("agq: ")
     assert "No space left on device: " in last
     assert "run the command again, it goes on" in last
+
+
+@pytest.mark.parametrize("step", ["contacts", "lut up 1/3", "relabel", "pyramid s1"])
+def test_a_run_folder_that_goes_away_is_not_made_anew(run, run_dir, client, undisturbed, step):
+    away = run_dir.with_name("away")
+
+    def move(name: str, done: int, total: int) -> None:
+        if name == step and run_dir.exists():
+            run_dir.rename(away)
+
+    with pytest.raises(RunGoneError, match="is gone"):
+        run_stitch(run.spec(run_dir, batch_blocks=2), client, move)
+    assert not run_dir.exists()
+    run_stitch(run.spec(away, batch_blocks=2), client)
+    assert results(away) == undisturbed

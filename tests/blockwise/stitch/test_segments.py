@@ -28,6 +28,7 @@ def contacts(rows) -> ContactTable:
 
 def write_leaves(run_dir: Path, shape, leaf, nodes, sizes, rows):
     """Write the evidence as the first step does; return the levels of the tree."""
+    run_dir.mkdir(exist_ok=True)
     files, tree = StitchFiles(run_dir), SuperblockTree(shape, leaf)
     leaves = tree.leaves(np.arange(np.prod(shape)))
     of = {number: place for place, numbers in leaves for number in numbers.tolist()}
@@ -47,7 +48,7 @@ def write_leaves(run_dir: Path, shape, leaf, nodes, sizes, rows):
         )
         z, y, x = (contacts(face) for face in faces)
         evidence = Evidence(table, contacts(inner), (z, y, x))
-        evidence.save(files.evidence(place), overlap=False)
+        files.save(files.evidence(place), evidence.arrays(overlap=False))
     first = [(place, numbers.tolist()) for place, numbers in leaves]
     return files, [first, *(list(lv.items()) for lv in tree.levels([p for p, _ in leaves]))]
 

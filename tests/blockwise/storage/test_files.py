@@ -114,15 +114,18 @@ def test_free_space_of_a_path_that_does_not_exist_yet(tmp_path: Path) -> None:
 
 
 def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files.require_writable(tmp_path / "new")
+    with pytest.raises(InputError, match="No such file"):
+        files.require_writable(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    files.require_writable(tmp_path / "new", create=True)
     assert names(tmp_path / "new") == []
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match=r"output: .*file exists and is not a folder"):
         files.require_writable(tmp_path / "file")
     with pytest.raises(InputError, match=r"a parent of .* is a file"):
-        files.require_writable(tmp_path / "file" / "below")
+        files.require_writable(tmp_path / "file" / "below", create=True)
     with pytest.raises(InputError, match=r"cannot write in /proc/agq"):
-        files.require_writable("/proc/agq")
+        files.require_writable("/proc/agq", create=True)
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -88,7 +88,7 @@ def build(folder, volume, chosen=None, how="majority"):
     indices = np.array(list(np.ndindex(*grid)) if chosen is None else chosen)
     numbers = []
     for i, level in enumerate(levels[1:], 1):
-        indices = coarse_chunks(indices, level.step)
+        indices, _ = coarse_chunks(indices, level.step)
         named = pyramid.numbers(i, indices).tolist()
         numbers += named
         chunks = list(zip(named, indices.tolist(), strict=True))

@@ -12,6 +12,7 @@ from agq.blockwise.stitch.output.relabel import (
     Relabel,
     relabel_block,
 )
+from agq.blockwise.storage.arrays import save_arrays
 from agq.blockwise.volumes.create import create_array, open_array
 from agq.errors import InputError
 from tests.helpers.fragments import GRID
@@ -47,7 +48,7 @@ def test_map_by_block(names):
 def test_map_file_and_foreign_blocks(tmp_path):
     ids = np.array([fragment(3, 1), fragment(5, 2)], np.uint64)
     lut = BlockLut.build(np.array([3, 5, 6]), ids, np.array([7, 8], np.uint64))
-    lut.save(tmp_path / "a" / "map.npz")
+    save_arrays(tmp_path / "a" / "map.npz", lut.arrays())
     again = BlockLut.open(tmp_path / "a" / "map.npz")
     assert [again.block(n).tolist() for n in (3, 5, 6)] == [[7], [0, 8], []]
     for number in (2, 4, 7):
@@ -87,7 +88,7 @@ def test_batch_records_what_failed_and_goes_on(tmp_path):
         )
     ids = np.array([fragment(0, 1), fragment(2, 1)], np.uint64)
     lut = BlockLut.build(np.arange(GRID.n_blocks), ids, np.ones(2, np.uint64))
-    lut.save(tmp_path / "lut.npz")
+    save_arrays(tmp_path / "lut.npz", lut.arrays())
     failed = Relabel(
         [0, 1, 2],
         tmp_path / "c",
