@@ -30,10 +30,10 @@ from agq.blockwise.stitch.contacts import NodeTable
 from agq.blockwise.stitch.merge.kernel import TABLED, may_join_each
 from agq.blockwise.stitch.settings import MergeSettings
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
-from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays, save_arrays
-from agq.blockwise.volumes.create import open_array
+from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays
+from agq.blockwise.volumes.create import open_array, read_chunk
 from agq.blockwise.volumes.open import Volume
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError
 
 
 @dataclass(frozen=True)
@@ -190,17 +190,23 @@ class Count(SuperblockTask):
             classes = read_classes(self.classes, self.grid, start, stop)
             if not classes.any():
                 continue
-            labels = np.asarray(fragments[tuple(map(slice, start, stop))])
+            labels = read_chunk(fragments, self.grid.index(number))
             pairs = PairTable(ordered=True)
             pairs.add(labels, classes, np.zeros(labels.shape, np.uint8))
             found = pairs.columns()
-            sizes = nodes.sizes[order[np.searchsorted(nodes.ids, found.u, sorter=order)]]
+            place = np.searchsorted(nodes.ids, found.u, sorter=order)
+            rows = order[np.minimum(place, len(order) - 1)]
+            if not np.array_equal(nodes.ids[rows], found.u):
+                raise DamagedError(
+                    f"block {number}: the fragments are not those of {files.evidence(leaf)}"
+                )
+            sizes = nodes.sizes[rows]
             tables.append(ClassCounts(found.u, found.v, found.count, sizes))
             content = b"".join(column.tobytes() for column in (found.u, found.v, found.count))
             total += int.from_bytes(hashlib.sha256(content).digest()[:16], "little")
         checksum = np.frombuffer(total.to_bytes(24, "little"), np.uint8)
         arrays = ClassCounts.concatenate(tables).arrays("classes") | {"checksum": checksum}
-        save_arrays(files.classes(leaf), arrays)
+        files.save(files.classes(leaf), arrays)
 
 
 def read_classes(

@@ -428,7 +428,8 @@ class _Stitch:
         result = step.finished()
         if result is None:
             count = Count(self.leaves, self.run_dir, self.container, self.grid, volume)
-            result = step.finish({"checksum": str(sum(self._split_and_run("classes", count)))})
+            total = str(sum(self._split_and_run("classes", count)))
+            result = step.finish({"checksum": total}, [files.counts])
         self.report.end(step)
         table = sorted(sorted(pair) for pair in spec.classes_may_merge)
         return [result["checksum"], spec.class_share, table]
@@ -477,10 +478,11 @@ class _Stitch:
                     " merging again, from the stored contacts; no voxel is read for it"
                     + ("" if same else " (stitch.margin alone would only cut the stored merges)")
                 )
-            # A missing table of a neighbour would look like one without contacts.
+            # A missing table of a neighbour would look like one without contacts, or classes.
             for leaf, _ in self.leaves:
-                if not files.evidence(leaf).exists():
-                    raise repairable(f"{files.evidence(leaf)}: file is missing", self.run_dir)
+                for file in (files.evidence(leaf), files.classes(leaf))[: 1 + bool(spec.classes)]:
+                    if not file.exists():
+                        raise repairable(f"{file}: file is missing", self.run_dir)
             at_floor, counts = spec.thresholds(floor / HALF_UNITS), np.zeros(3, np.int64)
             for i, level in enumerate(self.levels, 1):
                 merge = Merge(level, self.run_dir, at_floor, spec.class_rule())

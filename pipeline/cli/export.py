@@ -129,6 +129,7 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
     """Open what is exported; return it with what changes when a run is stitched again."""
     from agq.blockwise.volumes.open import open_levels
     from agq.pipeline.folder import RunFolder
+    from agq.pipeline.run.verify import require_segmentation
 
     path, _, dataset = source.partition("::")
     run = RunFolder(Path(path))
@@ -140,6 +141,7 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
             f"--image: {path} is a run folder, whose segmentation is exported; name path::dataset"
         )
     version = version_of(run.path)
+    require_segmentation(run.path)
     if run.exists():
         options["unit"] = run.record()["identity"]["raw"]["unit"]
     else:

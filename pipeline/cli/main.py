@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "predict": "agq.pipeline.cli.run:predict",
     "stitch": "agq.pipeline.cli.stitch:stitch",
     "plan": "agq.pipeline.cli.run:plan",
+    "verify": "agq.pipeline.cli.verify:verify",
     "status": "agq.pipeline.cli.watch:status",
     "watch": "agq.pipeline.cli.watch:watch",
     "metrics": "agq.pipeline.cli.watch:metrics",

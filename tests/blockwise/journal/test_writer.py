@@ -94,7 +94,6 @@ def test_a_full_disk_fails_no_block_but_stops(tmp_path, monkeypatch, where):
     assert not Journal(tmp_path / "journal").failed()
 
 
-
 def finish(folder: Path, revision: int, *records: BlockRecord) -> None:
     with JournalWriter(folder, WorkerInfo("w", "node", 1)) as writer:
         writer.revision = revision

@@ -121,7 +121,7 @@ def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names(tmp_path / "new") == []
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match=r"output: .*file exists and is not a folder"):
-        files.require_writable(tmp_path / "file")
+        files.require_writable(tmp_path / "file", create=True)
     with pytest.raises(InputError, match=r"a parent of .* is a file"):
         files.require_writable(tmp_path / "file" / "below", create=True)
     with pytest.raises(InputError, match=r"cannot write in /proc/agq"):

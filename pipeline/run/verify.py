@@ -1,0 +1,92 @@
+"""Checks and repairs a run, or a stitch of another model's fragments, by its folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.stitch.import_fragments import imported_grid
+from agq.blockwise.verify.check import verify
+from agq.blockwise.verify.repair import repair as take_back
+from agq.blockwise.verify.report import VerifyReport
+from agq.blockwise.verify.stitched import written_files
+from agq.errors import InputError, repairable
+from agq.pipeline.folder import RunFolder
+
+
+def verify_run(
+    folder: Path,
+    *,
+    sample: float = 1.0,
+    repair: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Compare what a folder holds with what was recorded when it was written.
+
+    Parameters
+    ----------
+    folder
+        Run folder, or output of a stitch of fragments.
+    sample
+        Share of the files whose contents are read, above 0 and at most 1.
+    repair
+        Take back what is missing or differs, so that the next run makes it again.
+    on_progress
+        Called with items done, and items in all.
+
+    Raises
+    ------
+    InputError
+        If it is no such folder, the sample is no share, or a repair meets another process that
+        works on the run.
+    """
+    if not 0 < sample <= 1:
+        raise InputError(f"--sample {sample:g}: a share of the files, above 0 and at most 1")
+    run = RunFolder(folder)
+    grid, affinities = _layout(run)
+
+    def check() -> VerifyReport:
+        return verify(run.path, grid, affinities=affinities, sample=sample, on_progress=on_progress)
+
+    if not repair:
+        return check()
+    with run.lock():
+        report = check()
+        report.taken_back = take_back(run.path, grid, report.problems)
+        if report.taken_back and run.exists():
+            _mark_stopped(run, blocks="blocks" in report.taken_back)
+    return report
+
+
+def _mark_stopped(run: RunFolder, *, blocks: bool) -> None:
+    """Say in the record which stages are not done any more."""
+    for stage in ("predict", "stitch") if blocks else ("stitch",):
+        if stage in run.record()["stages"]:
+            run.update_stage(stage, state="stopped", error="taken back by agq verify --repair")
+
+
+def require_segmentation(folder: Path) -> None:
+    """Check that no chunk of the full resolution is missing, before it is copied elsewhere.
+
+    A chunk without a file would read as background. Contents are not read.
+
+    Raises
+    ------
+    InputError
+        If one is, or it is no such folder.
+    """
+    run = RunFolder(folder)
+    grid, _ = _layout(run)
+    for file in written_files(run.path, grid):
+        if file.kind == "segmentation" and (what := file.problem(run.path, contents=False)):
+            raise repairable(f"{run.path / file.path}: {what}", run.path)
+
+
+def _layout(run: RunFolder) -> tuple[BlockGrid, bool]:
+    """Return the blocks of a folder, and whether affinities are kept."""
+    if run.exists():
+        identity = run.record()["identity"]
+        return BlockGrid.from_dict(identity["grid"]), bool(identity["affinities"])
+    grid = imported_grid(run.path, whole=False)
+    if grid is None:
+        raise InputError(f"{run.path} is not a run folder (no run.json)")
+    return grid, False
