@@ -247,7 +247,9 @@ def _transformed(
         if not isinstance(transforms, list | None):
             raise InputError(f"{name}: coordinateTransformations {transforms!r} are not a list")
         for transform in transforms or []:
-            kind = transform.get("type") if isinstance(transform, Mapping) else transform
+            if not isinstance(transform, Mapping):
+                raise InputError(f"{name}: {transform!r} is not a coordinate transformation")
+            kind = transform.get("type")
             if kind == "identity":
                 continue
             if kind not in ("scale", "translation") or kind not in transform:

@@ -39,6 +39,11 @@ def find_array(
         If there is no such array, or more than one that could be meant; the message lists them.
     """
     location = locate(path)
+    return location, find_in(location, dataset, level)
+
+
+def find_in(location: Location, dataset: str | None, level: int | None = None) -> Metadata:
+    """Find an array in a container; arguments and errors are those of `find_array`."""
     key = join(dataset or "")
     metadata = read_metadata(location, key)
     if metadata is None or (metadata.format == "folder" and location.get(join(key, "info"))):
@@ -49,18 +54,18 @@ def find_array(
                 f"{location.text}: {key or 'the path'} is one array, so level {level} cannot be "
                 "picked; name the multiscale group above it, or remove level"
             )
-        return location, metadata
+        return metadata
     for multiscale in multiscales(metadata)[:1]:
-        return location, _multiscale_level(location, metadata, multiscale, level or 0)
+        return _multiscale_level(location, metadata, multiscale, level or 0)
     arrays = [child for child in children(location, metadata) if child.shape is not None]
     for name in (f"s{level or 0}", str(level or 0), f"scale{level or 0}"):
         for child in arrays:
             if child.path == join(key, name):
-                return location, child
+                return child
     if not dataset:
         everywhere = list(find_arrays(location))
         if len(everywhere) == 1:
-            return location, everywhere[0]
+            return everywhere[0]
         if not everywhere:
             raise InputError(f"{location.text}: no zarr or N5 array there; correct the path")
     what = f"dataset {key!r} is a group" if key else "dataset is not named"

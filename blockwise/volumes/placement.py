@@ -386,16 +386,17 @@ def _read(source: Source, axes: Triple, ndim: int) -> _Said:
     """Return the numbers of a source in (z, y, x) and, if a unit counts, in nanometres."""
 
     def ordered(values: Sequence[Any]) -> tuple[Any, Any, Any]:
+        places = None
         if source.order is not None and len(values) == len(source.order):
             places = _axis_order(source.order, len(values), source.name)
-        elif len(values) == ndim:
+        if places is None and len(values) == ndim:
             places = axes
-        elif len(values) == 3:
+        elif places is None and len(values) == 3:
             ranks = sorted(axes)
-            places = (ranks.index(axes[0]), ranks.index(axes[1]), ranks.index(axes[2]))
-        else:
+            places = ranks.index(axes[0]), ranks.index(axes[1]), ranks.index(axes[2])
+        if places is None:
             raise InputError(f"{source.name}: {list(values)} must have three numbers")
-        z, y, x = places or (0, 1, 2)
+        z, y, x = places
         return values[z], values[y], values[x]
 
     def numbers(values: Any) -> Numbers | None:

@@ -114,6 +114,8 @@ def stitch_arrays(
     with dask_client(section.dask) as client, open_progress(output, on_progress) as progress:
         progress.note(f"dask dashboard: {client.dashboard_link}")
         if opened is not None:
+            for note in opened.volume.notes:
+                progress.note(note)
             grid = import_fragments(opened, output, client, progress.step)
         assert grid is not None
         record = {"source": source, "settings": values.model_dump(mode="json")}

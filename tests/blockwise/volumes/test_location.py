@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
@@ -70,6 +71,8 @@ def test_s3(tmp_path: Path, s3: Callable[[Path, str], None]) -> None:
         np.testing.assert_array_equal(volume.read((1, 2, 3), (9, 19, 28)), data[1:, 2:19, 3:28])
         assert tuple(volume.voxel_size) == (30, 6, 6)
     assert volume.path == "s3://em-data/deep/c.n5"
+    volume = open_volume("s3://em-data/deep/a.zarr/img/0")
+    assert tuple(volume.voxel_size) == (30, 6, 6)
     with pytest.raises(InputError, match=r"no dataset 'raww'; it holds: raw \(9, 20, 30\) <u2"):
         open_volume("s3://em-data/deep/b.zarr", "raww")
     with pytest.raises(InputError, match="no zarr or N5 metadata found"):
@@ -115,6 +118,9 @@ def test_http(tmp_path: Path) -> None:
     put(tmp_path / "a.zarr", "raw", voxels(), **PLACE)
     put(tmp_path / "b.zarr", "raw", voxels(), 2, **PLACE)
     put_n5(tmp_path / "c.n5" / "raw", voxels(), resolution=[6, 6, 30])
+    put(tmp_path / "d.zarr", "volumes/s0", voxels())
+    zarr.open_group(tmp_path / "d.zarr", mode="a").attrs["resolution"] = [30, 6, 6]
+    ome_group(tmp_path / "e.zarr", "img", [voxels()], [[30, 6, 6]], version="0.4")
     server = QuietServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -122,6 +128,21 @@ def test_http(tmp_path: Path) -> None:
         base = f"http://127.0.0.1:{server.server_port}"
         for name in ("a.zarr", "b.zarr", "c.n5"):
             check(open_volume(f"{base}/{name}", "raw"), voxels())
+            # The server lists no folders: the usual names are tried.
+            check(open_volume(f"{base}/{name}"), voxels())
+            check(open_volume(f"{base}/{name}/raw"), voxels())
+        for path, dataset in (
+            ("d.zarr", None),
+            ("d.zarr", "volumes"),
+            ("d.zarr/volumes", "s0"),
+            ("d.zarr/volumes/s0", None),
+            ("e.zarr/img/0", None),
+        ):
+            volume = open_volume(f"{base}/{path}", dataset)
+            check(volume, voxels())
+            assert tuple(volume.voxel_size) == (30, 6, 6)
+        with pytest.raises(InputError, match=r"it holds: volumes/s0 \(5, 7, 9\) uint8"):
+            open_volume(f"{base}/d.zarr", "raw")
         with pytest.raises(InputError, match=r"a\.zarr has no dataset 'raww'"):
             open_volume(f"{base}/a.zarr", "raww")
         with pytest.raises(InputError, match="correct the path, or the credentials if it is priv"):
