@@ -10,7 +10,6 @@ from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, i
 from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
-from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 from agq.paths import expanded
 from agq.pipeline.config.schema import VolumeSettings
@@ -105,12 +104,11 @@ def stitch_arrays(
         )
     opened = None if grid is not None else Fragments.open(**source)
     if opened is not None and values.input.mask is not None:
-        mask = open_input(values.input.mask, run, "mask", "input.mask")
-        opened = replace(opened, mask=_of_unit(mask, source, "input.mask"))
+        mask = open_input(values.input.mask, run, "mask", "input.mask", source["unit"])
+        opened = replace(opened, mask=mask)
     classes = None
     if values.input.classes is not None:
-        classes = open_input(values.input.classes, run, "labels", "input.classes")
-        _of_unit(classes, source, "input.classes")
+        classes = open_input(values.input.classes, run, "labels", "input.classes", source["unit"])
     with dask_client(section.dask) as client, open_progress(output, on_progress) as progress:
         progress.note(f"dask dashboard: {client.dashboard_link}")
         if opened is not None:
@@ -129,12 +127,3 @@ def stitch_arrays(
         )
     write_atomic(output / "stitch.json", json.dumps(report.to_dict(), indent=1).encode())
     return report
-
-
-def _of_unit(volume: Volume, source: dict[str, Any], field: str) -> Volume:
-    if volume.unit != source["unit"]:
-        raise InputError(
-            f"{field}.unit: {volume.unit} differs from the fragments' {source['unit']} (--unit);"
-            " use one unit"
-        )
-    return volume
