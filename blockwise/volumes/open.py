@@ -84,6 +84,11 @@ class Volume:
         return Roi(self.offset, Coordinate(self.shape) * self.voxel_size)
 
     @property
+    def is_stored_zyx(self) -> bool:
+        """Whether the axes of the array itself are z, y and x."""
+        return self._ndim == 3 and tuple(self._axes) == (0, 1, 2)
+
+    @property
     def name(self) -> str:
         """Container and array for messages."""
         return f"{self.path}:{self.dataset}" if self.dataset else self.path

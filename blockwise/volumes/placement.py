@@ -193,7 +193,11 @@ def place(
     size = rule.whole_size(exact, given, voxels, next((c for _, c in corners if c), None))
     if not _same(size, exact):
         # Positions keep their place in voxels, so that volumes of one source stay aligned.
-        corners = [(name, c and rule.with_voxels(c, exact, size)) for name, c in corners]
+        moved = [(name, c and rule.with_voxels(c, exact, size)) for name, c in corners]
+        for (_, before), (_, after) in zip(corners, moved, strict=True):
+            if given_corner and before and _same(before, given_corner):
+                given_corner = after
+        corners = moved
     corner = rule.agreed(corners, given_corner, "offset") or (Decimal(0),) * 3
     return Place(
         axes, rule.world(size), rule.world(rule.whole_offset(corner)), unit, tuple(rule.notes)

@@ -75,11 +75,16 @@ def _voxel_size(
     sizes: dict[Path, Size] = {}
     for volume in (volume for volume in volumes if volume.container.exists()):
         try:
-            sizes[volume.container] = nanometres(
-                open_volume(volume.container, volume.raw, unit=None)
-            )
+            opened = open_volume(volume.container, volume.raw, unit=None)
         except InputError as error:
             say(f"{error}; training goes on, and does not know the voxel size of this volume")
+            continue
+        if not opened.is_stored_zyx:
+            raise InputError(
+                f"{opened.name} names its axes in another order, and training reads z, y, x as "
+                "stored: write raw and labels so"
+            )
+        sizes[volume.container] = nanometres(opened)
     if given is None and sizes:
         given = sizes[max(volumes, key=lambda v: (v.container in sizes, v.weight)).container]
         for container, size in sizes.items():

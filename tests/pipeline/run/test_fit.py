@@ -201,3 +201,13 @@ def test_training_on_voxels_of_several_sizes(main, tmp_path):
     assert "t0.zarr has voxels of 30 x 4.2 x 4.2 nm" in err
     made = checkpoint.load(tmp_path / "out" / "model.safetensors")
     assert made.config.voxel_size == (10, 10, 10)
+
+
+def test_training_refuses_axes_in_another_order(main, tmp_path):
+    file = train_config(tmp_path, [(300, 42, 42)], {})
+    metadata = tmp_path / "t0.zarr" / "raw" / "zarr.json"
+    named = json.loads(metadata.read_text()) | {"dimension_names": ["x", "y", "z"]}
+    named["attributes"]["axis_names"] = ["x", "y", "z"]
+    metadata.write_text(json.dumps(named))
+    code, _, err = main("train", file)
+    assert (code, "training reads z, y, x as stored" in err) == (2, True), err
