@@ -66,18 +66,18 @@ def group_sources(attributes: Mapping[str, Any], factors: Any, where: str) -> li
     Parameters
     ----------
     attributes
-        Of the group; only lists of numbers are taken, for other things may have these names.
+        Of the group; less than three numbers mean something else.
     factors
         Voxels of the group's resolution in a voxel of the array, per axis; None: one.
     where
         Name of the group, for messages.
     """
-    lists = {
+    placed = {
         key: value
         for key, value in attributes.items()
-        if isinstance(value, list | Mapping) or key in ("unit", "units")
+        if key in ("unit", "units", "pixelResolution") or (isinstance(value, list) and value[2:])
     }
-    return _plain_sources(lists, factors, where)
+    return _plain_sources(placed, factors, where)
 
 
 def _names(names: Any, name: str, is_ambiguous: bool) -> Source:

@@ -46,14 +46,10 @@ def find_in(location: Location, dataset: str | None, level: int | None = None) -
     """Find an array in a container; arguments and errors are those of `find_array`."""
     key = join(dataset or "")
     metadata = read_metadata(location, key)
-    folder = Metadata(key, "folder")
-    if (
-        metadata is None
-        and location.folders(key) is None
-        and next(children(location, folder), None)
-    ):
+    if metadata is None and location.folders(key) is None:
         # A group of N5 needs no file of its own, and this server does not list it either.
-        metadata = folder
+        folder = Metadata(key, "folder")
+        metadata = folder if next(children(location, folder), None) else None
     if metadata is None or (metadata.format == "folder" and location.get(join(key, "info"))):
         raise _nothing(location, key)
     if metadata.shape is not None:
