@@ -67,7 +67,7 @@ def find_in(location: Location, dataset: str | None, level: int | None = None) -
             if child.path == join(key, name):
                 return child
     if not dataset:
-        everywhere = list(find_arrays(location))
+        everywhere = list(find_arrays(location, metadata))
         if len(everywhere) == 1:
             return everywhere[0]
         if not everywhere:

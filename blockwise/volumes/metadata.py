@@ -119,23 +119,20 @@ def children(location: Location, group: Metadata) -> Iterator[Metadata]:
                 yield metadata
 
 
-def find_arrays(location: Location, path: str = "", depth: int = _DEPTH) -> Iterator[Metadata]:
-    """Yield the arrays at and below a key, down to some depth of groups."""
-    metadata = read_metadata(location, path)
-    if metadata is not None and metadata.shape is not None:
-        yield metadata
-    elif metadata is not None and depth > 0:
-        for child in children(location, metadata):
-            if child.shape is not None:
-                yield child
-            else:
-                yield from find_arrays(location, child.path, depth - 1)
+def find_arrays(location: Location, group: Metadata, depth: int = _DEPTH) -> Iterator[Metadata]:
+    """Yield the arrays below a group, down to some depth of groups."""
+    for child in children(location, group):
+        if child.shape is not None:
+            yield child
+        elif depth > 1:
+            yield from find_arrays(location, child, depth - 1)
 
 
 def contents(location: Location) -> str:
     """Say in one line which arrays a container holds: ``raw (20, 1024, 1024) uint8, ...``."""
     arrays: list[str] = []
-    for array in find_arrays(location):
+    root = read_metadata(location, "") or Metadata("", "folder")
+    for array in [root] if root.shape is not None else find_arrays(location, root):
         if len(arrays) == _LISTED:
             arrays.append("...")
             break

@@ -124,9 +124,8 @@ class _Said:
         """Return the offset; one without a unit still says the place in voxels."""
         if self.offset is None or not self.is_ratio:
             return self.offset
-        if self.size is None:
-            return None
-        return tuple(o / s * v for o, s, v in zip(self.offset, self.size, size, strict=True))
+        ratio = self.size or (Decimal(1),) * 3
+        return tuple(o / r * v for o, r, v in zip(self.offset, ratio, size, strict=True))
 
 
 def place(

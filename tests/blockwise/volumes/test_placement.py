@@ -109,6 +109,12 @@ def test_numbers_without_a_unit_are_nanometres(tmp_path: Path, unit: str) -> Non
         assert tuple(volume.offset) == (60 * scale, 12 * scale, -6 * scale)
 
 
+def test_offsets_in_voxels(tmp_path: Path) -> None:
+    put(tmp_path / "a.zarr", "raw", voxels(), offset=[2, 0, -1], units="pixel")
+    volume = open_volume(tmp_path / "a.zarr", "raw", voxel_size=(30, 6, 6))
+    assert tuple(volume.offset) == (60, 0, -6)
+
+
 def test_the_unit_is_found(tmp_path: Path) -> None:
     for i, (size, unit) in enumerate(
         (([30, 6, 6], "nm"), ([33.5, 4.2, 4.2], "angstrom"), ([33.5, 4.25, 4.2], "pm"))
