@@ -12,7 +12,7 @@ from agq.blockwise.stitch.classes import ClassCounts, ClassRule, read_classes
 from agq.blockwise.stitch.merge.agglomeration import agglomerate, score_contacts
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import MergeSettings, Thresholds
-from agq.blockwise.volumes.content import Content
+from agq.blockwise.volumes.content import read_content
 from agq.blockwise.volumes.create import create_array
 from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
@@ -116,7 +116,7 @@ def test_what_changes_runs_again_and_nothing_else(noisy, client, tmp_path):
     # A change that the record of the content misses: the counts decide.
     write_classes(tmp_path / "moved.zarr", 3)
     shutil.rmtree(folder / "classes")
-    record = Content(box=(1, 1, 1), count=0, sums="")
+    record = read_content(open_volume(**moved, kind="labels"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agq.blockwise.stitch.run.read_content", lambda volume: record)
         assert run_stitch(noisy.spec(folder, classes=moved), client).reused == ["contacts"]
