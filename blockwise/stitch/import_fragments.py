@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from distributed import Client
@@ -32,6 +33,7 @@ from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.steps import Progress, Task, Workers
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities
+from agq.blockwise.volumes.content import Content, Voxels, difference, read_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 
@@ -114,21 +116,24 @@ def import_fragments(
     grid = source.grid()
     run_dir.mkdir(parents=True, exist_ok=True)
     marker = run_dir / "imported.json"
-    made_of = {
-        "fragments": source.volume.name,
-        "affinities": source.affinities.name,
+    made_of: dict[str, Any] = {
         "channels": list(source.affinities.channels),
         "grid": grid.to_dict(),
         "unit": source.volume.unit,
     }
+    volumes: dict[str, Voxels] = {"fragments": source.volume, "affinities": source.affinities}
     if source.mask is not None:
         require_overlap(source.mask, grid)
-        made_of["mask"] = source.mask.describe()
+        volumes["mask"] = source.mask
+    contents = {}
     if marker.exists():
-        if json.loads(marker.read_bytes()) != made_of:
-            raise InputError(f"{run_dir} was made from other volumes; choose another --output")
+        contents = _require_same(run_dir, made_of, volumes)
     elif any(entry.name != "imported" for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty; choose another --output")
+    for name in volumes.keys() - contents:
+        contents[name] = read_content(volumes[name]).model_dump(mode="json")
+    names = {name: volume.name for name, volume in volumes.items()}
+    made_of = names | made_of | {"contents": contents}
     write_atomic(marker, json.dumps(made_of, indent=1).encode())
     BlockWriter.create(run_dir, grid, source.volume.unit)
     journal = Journal(run_dir / "journal" / "predict")
@@ -139,6 +144,26 @@ def import_fragments(
     tasks = [ImportBlocks(batch, source, run_dir, journal.revision) for batch in batches]
     workers.run("import", tasks, grid.n_blocks - len(todo))
     return grid
+
+
+def _require_same(
+    run_dir: Path, made_of: dict[str, Any], volumes: dict[str, Voxels]
+) -> dict[str, Any]:
+    """Refuse other arrays than those of the last time; return the record of their contents."""
+    recorded = json.loads((run_dir / "imported.json").read_bytes())
+    contents: dict[str, Any] = recorded.get("contents", {})
+    other = [name for name, value in made_of.items() if recorded.get(name) != value]
+    if ("mask" in recorded) != ("mask" in volumes):
+        other.append("mask")
+    for name in contents.keys() & volumes:
+        if changed := difference(volumes[name], Content.model_validate(contents[name])):
+            other.append(f"{volumes[name].name}: {changed}")
+    if other:
+        raise InputError(
+            f"{run_dir} was made from other volumes ({', '.join(sorted(other))}); choose another "
+            "--output"
+        )
+    return contents
 
 
 def imported_grid(run_dir: Path, *, whole: bool = True) -> BlockGrid | None:

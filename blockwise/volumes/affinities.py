@@ -27,10 +27,17 @@ class Affinities:
         For messages.
     channels
         Channels of the array that hold the affinities on z, y and x.
+    shape, chunks
+        Voxels of the volume, and of the unit that storage reads, (z, y, x).
+    dtype
+        Type of a voxel.
     """
 
     name: str
     channels: Triple
+    shape: Triple
+    chunks: Triple
+    dtype: np.dtype[Any]
     _array: Any
     _axes: tuple[int, ...]
     _ndim: int
@@ -80,12 +87,15 @@ class Affinities:
             raise InputError(
                 f"{where}: channels {tuple(channels)} are not three of its {count} (--channels)"
             )
-        array, _, dtype = open_stored(location, metadata, where)
+        array, chunks, dtype = open_stored(location, metadata, where)
         if dtype != np.uint8 and dtype.kind != "f":
             raise InputError(
                 f"{where}: {dtype} is neither uint8 (255 is 1.0) nor float (0 to 1); convert them"
             )
-        return cls(path, triple(channels), array, axes, len(shape), is_n5)
+        stored = triple(chunks[axis] for axis in placed.axes)
+        return cls(
+            path, triple(channels), like.shape, stored, dtype, array, axes, len(shape), is_n5
+        )
 
     def read(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[Any]:
         """Return (3, z, y, x) of a voxel box, as stored."""

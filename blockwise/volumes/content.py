@@ -10,11 +10,13 @@ of 10^6 chunks costs no more than one of 10^3, and a change of a few of its chun
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from agq.blockwise.storage.files import checksum
-from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
 
@@ -30,6 +32,29 @@ _THREADS = 16
 _UNREADABLE = "-"
 # The plastic number of three dimensions: steps of its powers fill a cube evenly.
 _STEPS = tuple(1.2207440846057596**-power for power in (1, 2, 3))
+
+
+class Voxels(Protocol):
+    """What is read of a volume: `agq.blockwise.volumes.open.Volume`, or affinities."""
+
+    @property
+    def name(self) -> str:
+        """Container and array for messages."""
+
+    @property
+    def shape(self) -> Triple:
+        """Voxels (z, y, x)."""
+
+    @property
+    def chunks(self) -> Triple:
+        """Voxels (z, y, x) of the unit that storage reads."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a voxel."""
+
+    def read(self, start: Triple, stop: Triple, /) -> npt.NDArray[Any]:
+        """Return the voxels of a box, with any leading axes."""
 
 
 class Content(BaseModel):
@@ -50,7 +75,7 @@ class Content(BaseModel):
     """Checksums of the boxes, with spaces between; ``-`` where a box could not be read."""
 
 
-def read_content(volume: Volume) -> Content:
+def read_content(volume: Voxels) -> Content:
     """Read the record of a volume.
 
     Parameters
@@ -64,7 +89,7 @@ def read_content(volume: Volume) -> Content:
     return Content(shape=volume.shape, box=box, count=count, sums=" ".join(sums))
 
 
-def difference(volume: Volume, recorded: Content, most: int | None = None) -> str | None:
+def difference(volume: Voxels, recorded: Content, most: int | None = None) -> str | None:
     """Say in what a volume differs from its record.
 
     Parameters
@@ -93,7 +118,7 @@ def difference(volume: Volume, recorded: Content, most: int | None = None) -> st
     return None
 
 
-def require_content(volume: Volume, recorded: Content, field: str, most: int | None = None) -> None:
+def require_content(volume: Voxels, recorded: Content, field: str, most: int | None = None) -> None:
     """Refuse a volume that differs from its record.
 
     Parameters
@@ -116,7 +141,7 @@ def require_content(volume: Volume, recorded: Content, field: str, most: int | N
         )
 
 
-def _box(volume: Volume) -> Triple:
+def _box(volume: Voxels) -> Triple:
     """Return the chunk of a volume, cut along z where it is large."""
     z, y, x = map(min, volume.chunks, volume.shape)
     section = y * x * volume.dtype.itemsize
@@ -144,7 +169,7 @@ def _box_at(index: Triple, shape: Triple, box: Triple) -> Box:
     return start, triple(min(s + b, n) for s, b, n in zip(start, box, shape, strict=True))
 
 
-def _sums(volume: Volume, places: list[Box]) -> list[str]:
+def _sums(volume: Voxels, places: list[Box]) -> list[str]:
     def read(place: Box) -> str:
         try:
             return checksum(volume.read(*place))

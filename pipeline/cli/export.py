@@ -102,8 +102,6 @@ def precomputed(
         raise InputError(f"{source} was stitched anew meanwhile; export it again with --overwrite")
     state = "wrote" if written else "complete already:"
     typer.echo(f"{state} {out}; serve the folder over http and open precomputed://ADDRESS")
-    if not written and not version:
-        typer.echo("(an export does not notice voxels changed in place: --overwrite writes again)")
 
 
 def version_of(run_dir: Path) -> str:

@@ -145,7 +145,9 @@ def new_makers(prepared: Prepared, device: str | None) -> list[str]:
         if before.get(name, new) != new
     ]
     if changed or not made_with:
-        prepared.run.update(made_with=[*made_with, {"time": time.time(), **before, **makers}])
+        made_with.append({"time": time.time(), **before})
+    made_with[-1] |= makers
+    prepared.run.update(made_with=made_with)
     return changed
 
 

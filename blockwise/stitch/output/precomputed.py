@@ -28,6 +28,7 @@ from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.writer import run_journalled
 from agq.blockwise.stitch.steps import Progress, StitchError, Task, Workers, digest
 from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
+from agq.blockwise.volumes.content import Content, difference, read_content
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Triple, triple
@@ -45,6 +46,7 @@ _BATCH = 64
 _IMAGES = ("uint8", "uint16", "float32")
 _BLOCK = [8, 8, 8]
 _FOLDER = ".agq-export"
+_NAMES = ("path", "dataset", "format", "metadata")
 
 
 class ExportError(StitchError):
@@ -303,10 +305,12 @@ def _claim(
 ) -> None:
     """Make the folder ours: empty, or an export of the same volume."""
     marker = out / _FOLDER / "export.json"
-    made_of = [
-        [volume.describe(), scale.to_dict()] for volume, scale in zip(levels, scales, strict=True)
-    ]
-    key = digest(made_of, version)
+    described = [volume.describe() for volume in levels]
+    placed = [{k: v for k, v in d.items() if k not in _NAMES} for d in described]
+    key = digest([placed, [scale.to_dict() for scale in scales]], version)
+    # The key of earlier releases, which held the path.
+    pairs = zip(described, scales, strict=True)
+    earlier = digest([[volume, scale.to_dict()] for volume, scale in pairs], version)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another folder")
     if out.is_dir() and any(out.iterdir()):
@@ -322,12 +326,21 @@ def _claim(
             _clear(out)
         elif recorded is None and not begun:
             raise InputError(f"{out} is not empty; choose another folder, or use --overwrite")
-        elif recorded is not None and recorded["key"] != key:
-            raise InputError(
-                f"{out} is an export of another volume or version; use --overwrite to replace it"
-            )
+        elif recorded is not None:
+            changed = None
+            if content := recorded.get("content"):
+                changed = difference(levels[0], Content.model_validate(content))
+            if recorded["key"] not in (key, earlier) or changed:
+                raise InputError(
+                    f"{out} is an export of another volume or version"
+                    f"{f' ({levels[0].name}: {changed})' if changed else ''}; use --overwrite to "
+                    "replace it"
+                )
     make_folder(marker.parent / "journal")
-    write_atomic(marker, json.dumps({"key": key, "source": levels[0].name}, indent=1).encode())
+    # A version stands for the content.
+    content = None if version else read_content(levels[0]).model_dump(mode="json")
+    record = {"key": key, "source": levels[0].name, "content": content}
+    write_atomic(marker, json.dumps(record, indent=1).encode())
 
 
 def _clear(out: Path) -> None:

@@ -83,6 +83,15 @@ def test_fragments_of_another_model(tmp_path, client, dtype):
     times = [path.stat().st_mtime_ns for path in before]
     import_fragments(source, out, client)
     assert [path.stat().st_mtime_ns for path in before] == times
+    # They may lie elsewhere, but must hold the same.
+    (tmp_path / "in.zarr").rename(tmp_path / "moved.zarr")
+    moved = [str(tmp_path / "moved.zarr" / name) for name in ("fragments", "affinities")]
+    import_fragments(Fragments.open(*moved), out, client)
+    assert [path.stat().st_mtime_ns for path in before] == times
+    array = zarr.open_array(moved[1], mode="r+")
+    array[2, 1, 2, 3] = 1 - array[2, 1, 2, 3]
+    with pytest.raises(InputError, match=r"made from other volumes \(.*affinities: its voxels"):
+        import_fragments(Fragments.open(*moved), out, client)
     with pytest.raises(InputError, match="is not empty"):
         import_fragments(source, tmp_path, client)
 

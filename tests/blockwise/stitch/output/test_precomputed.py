@@ -176,6 +176,14 @@ def test_other_contents_are_refused_and_replaced_when_asked(stitched, tmp_path, 
     with pytest.raises(InputError, match="another volume or version"):
         export_precomputed(levels[:1], scales[:1], out, client, version="first")
     export_precomputed(levels[:1], scales[:1], out, client, version="second", overwrite=True)
+    # An array may lie elsewhere, but must hold the same.
+    shutil.copytree(stitched / "data.zarr" / "segmentation" / "s0", tmp_path / "a.zarr")
+    assert export_precomputed(levels[:1], scales[:1], tmp_path / "array", client) > 0
+    copied = open_levels(tmp_path / "a.zarr", kind="labels")
+    assert export_precomputed(copied, scales[:1], tmp_path / "array", client) == 0
+    zarr.open_array(tmp_path / "a.zarr", mode="r+")[:2] = 7
+    with pytest.raises(InputError, match=r"another volume or version \(.*a\.zarr: its voxels"):
+        export_precomputed(copied, scales[:1], tmp_path / "array", client)
     assert len(json.loads((out / "info").read_text())["scales"]) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
