@@ -45,6 +45,7 @@ from agq.blockwise.storage.files import (
     Unsynced,
     fsync_path,
     make_folder,
+    naming,
     require_folder,
 )
 from agq.errors import RunGoneError
@@ -180,12 +181,14 @@ class JournalWriter:
             # After a write cut short (full disk), the next line must not grow on the torn one.
             rest = memoryview(b"\n" + data if self._torn else data)
             self._torn = True
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
+            with naming(self.path):
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
             self._torn = False
 
     def _sync(self) -> None:
-        os.fdatasync(self._fd)
+        with naming(self.path):
+            os.fdatasync(self._fd)
 
 
 def run_journalled(

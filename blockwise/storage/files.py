@@ -33,6 +33,17 @@ TEMPORARY_SUFFIX = ".tmp"
 _PIECE = 1 << 22
 
 
+@contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Let errors of open files say which file it is: a full disk and a size limit do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def fsync_path(path: PathLike) -> None:
     """Flush an existing file, or the entries (names) of a folder, to the device.
 
@@ -43,7 +54,8 @@ def fsync_path(path: PathLike) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     except OSError as error:
         # Some network file systems refuse to sync a folder; its entries are durable there anyway.
         if not (error.errno == errno.EINVAL and Path(path).is_dir()):
@@ -147,15 +159,13 @@ def atomic_file(path: PathLike, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
         temporary.touch(mode, exist_ok=False)
-        with temporary.open("r+b") as file:
+        with naming(target), temporary.open("r+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(target)  # a full disk does not say where
         raise
     fsync_path(target.parent)
 

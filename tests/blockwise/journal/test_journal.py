@@ -279,15 +279,15 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, unlimited[1]))
 writer.begin(1)
 try:
     writer.finish(BlockRecord(1, "done"))
-except OSError:
-    print("refused")
+except OSError as error:
+    print("refused", error.filename == str(writer.path))
 resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 writer.finish(BlockRecord(2, "done"))
 """
     out = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True
     )
-    assert out.stdout == "refused\n"
+    assert out.stdout == "refused True\n"
     journal = Journal(tmp_path)
     assert journal.done(3).tolist() == [True, False, True]
     assert (journal.garbage, journal.tail.torn) == (1, 0)
