@@ -34,6 +34,7 @@ from agq.blockwise.predict.local_processes import (
 from agq.blockwise.predict.paths import journal_folder
 from agq.blockwise.predict.predictor import load_predictor
 from agq.blockwise.predict.spec import PredictSpec, Session
+from agq.blockwise.storage.files import FATAL_ERRNOS
 from agq.blockwise.storage.logs import cap_output
 from agq.errors import InputError
 
@@ -91,6 +92,9 @@ def work(options: argparse.Namespace) -> int:
         raise
     # A user's predictor may raise anything, and would raise it again.
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in FATAL_ERRNOS:
+            # No fault of this worker: it can start once there is room.
+            coordinator.stop_run(f"a worker cannot start: {error}")
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         coordinator.tell(event="start_failed", message=text.splitlines()[0])
         # The last line of the log says why: whoever else started the worker reads it there.

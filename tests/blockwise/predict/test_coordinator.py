@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.snapshot import open_snapshot
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.coordinator import PredictProgress, PredictSpec, run_predict
-from agq.blockwise.predict.local_processes import Dispatcher
+from agq.blockwise.predict.local_processes import EXIT_STOP_RUN, Dispatcher
 from agq.blockwise.predict.paths import journal_folder, log_path, session_path
 from agq.blockwise.threads import EXIT_DISK
 from agq.blockwise.volumes.create import chunk_file, open_array
@@ -358,6 +359,19 @@ def test_a_dispatcher_that_nobody_could_join_ends(small_disk, obstacle, status, 
         time.sleep(0.05)
     dispatcher.kill()
     assert code == status
+
+
+def test_a_worker_that_starts_on_a_full_disk_is_not_at_fault(small_disk, tmp_path):
+    """On a cluster its host starts it again when there is room; elsewhere the run stops."""
+    spec = make_run(tmp_path, raw_volume())
+    shutil.move(spec.run_dir, small_disk / "run")
+    spec = spec.model_copy(update={"run_dir": str(small_disk / "run")})
+    spec.save()
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    command = [sys.executable, "-m", "agq.blockwise.predict.worker", spec.run_dir, "--wait", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == EXIT_STOP_RUN
+    assert "a worker cannot start: [Errno 28] No space left on device" in done.stderr
 
 
 def test_a_disk_too_full_for_a_session_is_a_full_disk(tmp_path, monkeypatch):
