@@ -2,6 +2,7 @@
 
 import multiprocessing
 import resource
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -155,7 +156,12 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
 def _time_one(prepared: Prepared, number: int) -> tuple[float, int]:
     # A process of its own: its peak memory is that of a worker, and CUDA stays out of this one.
     context = multiprocessing.get_context("spawn")
-    with spawning_apart(), ProcessPoolExecutor(1, mp_context=context) as pool:
+    # Ctrl-C, which reaches it too, ends it without a word.
+    quiet: dict[str, Any] = {
+        "initializer": signal.signal,
+        "initargs": (signal.SIGINT, signal.SIG_DFL),
+    }
+    with spawning_apart(), ProcessPoolExecutor(1, mp_context=context, **quiet) as pool:
         try:
             return pool.submit(
                 _measure,

@@ -4,7 +4,10 @@ import json
 import os
 import re
 import resource
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ import yaml
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.pipeline.cli import main as cli
 from agq.pipeline.folder import RunFolder
-from tests.helpers.runs import blobs, make_config, write_volume
+from tests.helpers import ROOT
+from tests.helpers.runs import blobs, command, environment, make_config, write_volume
 
 
 def refused(main, config: Path, expected: str, command: str = "run") -> str:
@@ -239,6 +243,27 @@ def test_schema_and_check(main, tmp_path):
     code, text, _ = main("config", "check", make_config(tmp_path))
     assert code == 0
     assert text.endswith("ok\n")
+
+
+def test_ctrl_c_in_a_plan_prints_no_traceback(tmp_path):
+    """It reaches the process that computes the block too."""
+    model = {"options": {"delay_s": 60, "state": str(tmp_path)}}
+    with subprocess.Popen(
+        command("plan", make_config(tmp_path, model=model)),
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while not (tmp_path / "batches").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
 
 
 def test_plan_of_a_predictor_that_ends_the_program(main, tmp_path):
