@@ -51,8 +51,6 @@ class Affinities:
         ----------
         path
             The array: a path, or ``path::dataset``.
-        like
-            The fragments.
         channels
             Which channels are the affinities on z, y and x.
 

@@ -30,8 +30,6 @@ def open_npy(file: Path, key: str | None) -> Sections:
 
     Parameters
     ----------
-    file
-        The file.
     key
         Ignored: an npy file holds one array.
 
@@ -77,8 +75,6 @@ def open_npz(file: Path, key: str | None) -> Sections:
 
     Parameters
     ----------
-    file
-        The file.
     key
         Which one; may be left out where only one is 3-D.
 

@@ -59,17 +59,7 @@ class Sections:
 
 
 def unreadable(place: Path | str, error: Exception, section: int | None = None) -> InputError:
-    """Return the one-line error of a file, or of one section in it, that cannot be decoded.
-
-    Parameters
-    ----------
-    place
-        The file, maybe with the key inside it.
-    error
-        What the decoder said.
-    section
-        Number of the section, if it was one.
-    """
+    """Return the one-line error of a file, or of one section in it, that cannot be decoded."""
     line = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     where = "" if section is None else f" section {section}"
     return InputError(
@@ -111,25 +101,12 @@ def checked(
 
 
 def native(dtype: Any) -> np.dtype[Any]:
-    """Return a data type in native byte order.
-
-    Parameters
-    ----------
-    dtype
-        As the file declares it.
-    """
+    """Return a data type in native byte order."""
     return np.dtype(dtype).newbyteorder("=")
 
 
 def stack_shape(shape: Sequence[int], name: str) -> Triple:
     """Check that a shape is (z, y, x) and not empty.
-
-    Parameters
-    ----------
-    shape
-        As the file declares it.
-    name
-        For messages.
 
     Raises
     ------
@@ -151,12 +128,8 @@ def choose(key: str | None, choices: dict[str, str], name: str) -> str:
 
     Parameters
     ----------
-    key
-        What was asked for, if anything.
     choices
         The keys that there are, each with a few words on what it holds.
-    name
-        For messages.
 
     Raises
     ------

@@ -60,11 +60,6 @@ def open_sections(
     gap_value
         Fills sections of a folder or glob whose number no file has; None: they are an error.
 
-    Returns
-    -------
-    Sections
-        The stack.
-
     Raises
     ------
     InputError
