@@ -300,7 +300,7 @@ def segment(
     out
         Run folder.
     mask, truth
-        Like `raw`: blocks without a nonzero mask voxel are skipped; the result is scored against
+        Like `raw`: voxels outside the mask's nonzero ones are hidden; the result is scored against
         the ground-truth labels.
     unit
         World unit; a voxel of 4.2 nm is 42 ``angstrom``.
