@@ -54,8 +54,8 @@ class LocalLocation:
         """Return one whole file, or None if there is none."""
         try:
             return (self.root / key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+            return None  # ValueError: no file has a name with NUL in it
         except OSError as error:
             raise InputError(f"{self.root / key}: cannot be read ({error.strerror})") from error
 
@@ -64,7 +64,7 @@ class LocalLocation:
         folder = self.root / key
         try:
             return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        except OSError:
+        except (OSError, ValueError):
             return []
 
     def zarr_store(self) -> Store:

@@ -229,3 +229,15 @@ def test_mutated_files(container: Any, seed: int) -> None:
             except InputError as error:
                 assert "\n" not in str(error)  # noqa: PT017
         (folder / name).write_text(json.dumps(documents[name]))
+
+
+@pytest.mark.parametrize("name", ["\x00", "a" * 300, "\ud800", "..", "/etc", "0/0"])
+def test_names_that_no_array_can_have(tmp_path: Path, name: str) -> None:
+    zarr2(tmp_path / "a.zarr")
+    file = tmp_path / "a.zarr" / "img" / ".zattrs"
+    group = json.loads(file.read_text())
+    group["multiscales"][0]["datasets"][0]["path"] = name
+    file.write_text(json.dumps(group))
+    for dataset in ("img", name):
+        with pytest.raises(InputError):
+            open_volume(tmp_path / "a.zarr", dataset)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import tifffile
 
+from agq.blockwise.blocks.mask import mask_blocks
 from agq.errors import InputError
-from agq.pipeline.config.schema import VolumeSettings
+from agq.pipeline.config.schema import VolumeSettings, load_config
 from agq.pipeline.data.inputs import open_input
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.run.prepare import Prepared, prepare
+from tests.helpers.runs import blobs, make_config
 from tests.helpers.volumes import put, voxels
 
 
@@ -43,3 +46,32 @@ def test_numbers_of_a_section_are_in_its_unit(tmp_path: Path) -> None:
             opened(tmp_path, "pm", **where, **numbers)
         numbers = {"voxel_size": (335, 42, 42)}
         assert opened(tmp_path, "pm", **where, **numbers, unit="angstrom")[0] == (33500, 4200, 4200)
+
+
+@pytest.mark.parametrize("unit", ["pm", "angstrom"])
+def test_the_advice_on_units_leads_to_a_run(tmp_path: Path, unit: str) -> None:
+    """Raw, mask and truth of 4.2 nm: one line in nm, and one setting makes all three fit."""
+    data = blobs((8, 20, 20))
+    for name, array in (("raw", data), ("mask", data[::2, ::2, ::2]), ("truth", data)):
+        size = [67, 8.4, 8.4] if name == "mask" else [33.5, 4.2, 4.2]
+        put(tmp_path / "in.zarr", name, array, voxel_size=size, offset=[33.5, 0, 42])
+    sections: dict[str, Any] = {
+        name: {"path": str(tmp_path / "in.zarr"), "dataset": name}
+        for name in ("raw", "mask", "truth")
+    }
+
+    def prepared() -> Prepared:
+        truth = {"truth": sections["truth"]}
+        volumes = {"raw": sections["raw"], "mask": sections["mask"]}
+        return prepare(load_config(make_config(tmp_path, data, input=volumes, evaluate=truth)))
+
+    with pytest.raises(InputError, match=r"input\.raw: .* set unit: pm"):
+        prepared()
+    sections["raw"]["unit"] = unit
+    run = prepared()
+    assert run.mask is not None
+    assert mask_blocks(run.mask, run.grid, run.selected).all()
+    assert tuple(run.mask.voxel_size) == tuple(2 * v for v in run.grid.voxel_size)
+    truth = run.scored_truth()
+    assert truth is not None
+    assert truth.roi == run.grid.to_world((0, 0, 0), run.grid.volume_shape)
