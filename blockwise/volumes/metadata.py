@@ -89,7 +89,7 @@ def groups_above(location: Location, array: Metadata) -> Iterator[tuple[str, Met
 
     Groups above the container's path count too, up to a folder named like a container.
     """
-    key, inside = array.path, ""
+    given, key, inside = location, array.path, ""
     for _ in range(_HEIGHT):
         if not key:
             name = location.name
@@ -100,7 +100,12 @@ def groups_above(location: Location, array: Metadata) -> Iterator[tuple[str, Met
         else:
             key, _, name = key.rpartition("/")
         inside = join(name, inside)
-        group = _READERS[array.format](location, key)
+        try:
+            group = _READERS[array.format](location, key)
+        except InputError as error:
+            if given is location or error.__cause__ is None:
+                raise
+            return  # What lies above the path given may be closed to this user; damage is not.
         if group is not None and group.shape is None:
             yield name_of(location, group), group, inside
 

@@ -100,6 +100,12 @@ def test_s3_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 class QuietHandler(SimpleHTTPRequestHandler):
     """A web server that does not talk on stderr and gives no listings."""
 
+    def do_GET(self) -> None:
+        if self.path.count("/") == 2 and self.path.startswith("/closed/"):
+            super().send_error(401)
+        else:
+            super().do_GET()
+
     def log_message(self, format: str, *args: Any) -> None: ...
 
     def list_directory(self, path: Any) -> None:
@@ -121,6 +127,7 @@ def test_http(tmp_path: Path) -> None:
     put(tmp_path / "d.zarr", "volumes/s0", voxels())
     zarr.open_group(tmp_path / "d.zarr", mode="a").attrs["resolution"] = [30, 6, 6]
     ome_group(tmp_path / "e.zarr", "img", [voxels()], [[30, 6, 6]], version="0.4")
+    put(tmp_path / "closed", "raw", voxels(), **PLACE)
     server = QuietServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -141,6 +148,8 @@ def test_http(tmp_path: Path) -> None:
             volume = open_volume(f"{base}/{path}", dataset)
             check(volume, voxels())
             assert tuple(volume.voxel_size) == (30, 6, 6)
+        # What lies above the path given may be closed.
+        check(open_volume(f"{base}/closed/raw"), voxels())
         with pytest.raises(InputError, match=r"it holds: volumes/s0 \(5, 7, 9\) uint8"):
             open_volume(f"{base}/d.zarr", "raw")
         with pytest.raises(InputError, match=r"a\.zarr has no dataset 'raww'"):
