@@ -36,6 +36,13 @@ Border = Annotated[
 Border3d = Annotated[
     bool, typer.Option("--border-3d", help="Measure that distance across sections too.")
 ]
+IgnoreLabels = Annotated[
+    str | None,
+    typer.Option(
+        help="Labels of the truth that mean unlabelled, as 0 does: -1,4294967295; default: those "
+        "of the configuration."
+    ),
+]
 By = Annotated[
     Literal["voi_sum", "adapted_rand_error"], typer.Option(help="Score that the search minimises.")
 ]
@@ -44,12 +51,17 @@ By = Annotated[
 def truth_of(run: RunFolder, location: str | None) -> "Volume":
     """Open the truth named, or that of a run's configuration; only what lies in the run's ROI."""
     from agq.blockwise.blocks.grid import BlockGrid
-    from agq.pipeline.config.schema import parse_config
+    from agq.pipeline.config.schema import VolumeSettings, parse_config
+    from agq.pipeline.data.importer import is_importable
     from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 
     record = run.record()
     config = parse_config({**record["config"], "ledger": None}, source=str(run.record_path))
-    if location is not None:
+    path, _, dataset = (location or "").partition("::")
+    if is_importable(path):
+        settings = VolumeSettings(path=path, dataset=dataset or None)
+        truth = open_input(settings, run, "labels", "--truth", config.input.raw.unit)
+    elif location is not None:
         # In the unit of the ROI and of what is scored.
         truth = open_location(location, "labels", config.input.raw.unit)
     elif config.evaluate is not None:
@@ -63,6 +75,17 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     return truth.crop(world_roi(roi_box(config.input.roi, grid), grid))
 
 
+def _labels(run: RunFolder, text: str | None) -> tuple[int, ...]:
+    """Return the labels not to score: those asked for, or those of a run's configuration."""
+    if text is None:
+        recorded = run.record()["config"].get("evaluate") if run.exists() else None
+        return tuple((recorded or {}).get("ignore_labels", ()))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--ignore-labels {text}: expected whole numbers a,b,...") from None
+
+
 def evaluate(
     segmentation: Annotated[
         str, typer.Argument(help="Labels to score: run folder, path or path::dataset.")
@@ -73,6 +96,7 @@ def evaluate(
     ] = None,
     ignore_border: Border = 0,
     border_3d: Border3d = False,
+    ignore_labels: IgnoreLabels = None,
     blocks: Annotated[
         bool, typer.Option("--blocks", help="Also score each block of a run before stitching.")
     ] = False,
@@ -112,7 +136,7 @@ def evaluate(
         raise InputError(f"--blocks needs a run folder, and {segmentation} is not one")
     trees = None if skeletons is None else read_skeletons(skeletons)
     labels, truth = _volumes(run, segmentation, groundtruth)
-    ignore = BorderRule(ignore_border, border_3d)
+    ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
     with step_progress("evaluate") as step:
         report = scoring.evaluate(labels, truth, ignore=ignore, worst=worst, on_progress=step)
     plain = report.to_dict()
@@ -210,6 +234,7 @@ def watershed(
     by: By = "voi_sum",
     ignore_border: Border = 0,
     border_3d: Border3d = False,
+    ignore_labels: IgnoreLabels = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare with seeded watershed and agglomeration of the same network's affinities."""
@@ -232,7 +257,7 @@ def watershed(
         criterion=by,
     )
     run = RunFolder(run_dir)
-    ignore = BorderRule(ignore_border, border_3d)
+    ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
     with run.lock(), dask_client() as client, RunProgress(run.path) as progress:
         labels = truth_of(run, truth)
         report = compare(run, labels, client, search, ignore=ignore, on_progress=progress.step)
@@ -253,6 +278,7 @@ def sweep(
     by: By = "voi_sum",
     ignore_border: Border = 0,
     border_3d: Border3d = False,
+    ignore_labels: IgnoreLabels = None,
     as_json: AsJson = False,
 ) -> None:
     """Score many stitching thresholds of a stitched run without stitching again."""
@@ -267,7 +293,7 @@ def sweep(
     labels = truth_of(run, truth)
     evidence = read_evidence(run.path)
     with dask_client() as client:
-        ignore = BorderRule(ignore_border, border_3d)
+        ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
         counts = fragment_counts(run, labels, client=client, ignore=ignore)
     pairs = _numbers("--across", across), _numbers("--within", within)
     points = two_thresholds("AGQ", counts, evidence, *pairs, run_kinds(run))

@@ -113,6 +113,9 @@ class EvaluateSettings(Settings):
     truth: VolumeSettings
     """Ground-truth labels with the voxel size of the raw volume; 0 is ignored."""
 
+    ignore_labels: tuple[int, ...] = ()
+    """Other labels of the truth that mean unlabelled, such as -1 or 18446744073709551615."""
+
 
 class Config(Settings):
     """A run of the pipeline."""

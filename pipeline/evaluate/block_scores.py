@@ -126,7 +126,8 @@ def score_blocks(
     fragments = open_volume(run.container, "fragments", kind="labels", unit=truth.unit)
     ranks = Journal(run.journal("predict")).ranks(np.arange(grid.n_blocks))
     numbers = np.flatnonzero(ranks == BlockState.DONE).tolist()
-    task = partial(_score, fragments, truth, grid.to_dict(), ignore or BorderRule())
+    rule = (ignore or BorderRule()).for_type(truth.dtype)
+    task = partial(_score, fragments, truth, grid.to_dict(), rule)
     scores = []
     if on_progress is not None:
         on_progress(0, len(numbers))
@@ -153,7 +154,7 @@ def _score(
         low = (common.offset - volume.offset) / size
         return volume.read(low, low + common.shape / size).astype(np.uint64, copy=False)
 
-    real, labels = read(truth), read(fragments)
+    real, labels = ignore.labelled(read(truth)), read(fragments)
     compact = np.unique(real, return_inverse=True)[1].reshape(real.shape).astype(np.uint32)
     pieces = cc3d.connected_components(compact + np.uint32(real.min() > 0), connectivity=26)
     scored = ignore.clear(np.asarray(pieces).astype(np.uint64))

@@ -81,7 +81,7 @@ class Contingency(Columns):
 
 @dataclass(frozen=True)
 class BorderRule:
-    """Which voxels count as too near to a border of the truth to be scored.
+    """Which voxels of the truth are not scored: those near a border, and those of some labels.
 
     A voxel is left out if a voxel of another truth label (0 included) lies at most `radius` steps
     away on every axis. The end of the volume is no border.
@@ -92,10 +92,13 @@ class BorderRule:
         Voxels; 0 leaves nothing out.
     across_sections
         Whether the distance runs over z too; otherwise within a section.
+    labels
+        Labels that mean unlabelled, as 0 does; negative ones too.
     """
 
     radius: int = 0
     across_sections: bool = False
+    labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.radius < 0:
@@ -108,10 +111,22 @@ class BorderRule:
 
     def describe(self) -> dict[str, Any]:
         """Return it in JSON types."""
-        return {"radius": self.radius, "axes": "zyx" if self.across_sections else "yx"}
+        labels = {"labels": list(self.labels)} if self.labels else {}
+        return {"radius": self.radius, "axes": "zyx" if self.across_sections else "yx", **labels}
+
+    def for_type(self, dtype: np.dtype[Any]) -> BorderRule:
+        """Return the rule for truth of an integer type, whose -1 may be its highest value."""
+        bits = 64 if dtype.kind == "i" else 8 * dtype.itemsize
+        return replace(self, labels=tuple(label % 2**bits for label in self.labels))
+
+    def labelled(self, truth: Labels) -> Labels:
+        """Return the truth with 0 in place of labels that are not to be scored."""
+        if not self.labels:
+            return truth
+        return np.where(np.isin(truth, np.array(self.labels, np.uint64)), np.uint64(0), truth)
 
     def clear(self, truth: Labels) -> Labels:
-        """Return the truth with 0 where it is not to be scored."""
+        """Return the truth with 0 where a border is too near."""
         if self.radius == 0:
             return truth
         # Labels are numbered first: the filters compute in doubles.
@@ -120,6 +135,19 @@ class BorderRule:
         highest = ndimage.maximum_filter(small, size, mode="nearest")
         lowest = ndimage.minimum_filter(small, size, mode="nearest")
         return np.where(highest == lowest, truth, np.uint64(0))
+
+
+def reserved_labels(dtype: np.dtype[Any]) -> dict[int, str]:
+    """Return the labels that often mean unlabelled, as uint64, and what they are called.
+
+    The highest value of the type is one, which is -1 stored without a sign, and so are its two
+    neighbours in 64 bits (Paintera), and 2^32-1.
+    """
+    if dtype.kind == "i":
+        return {2**64 - n: f"-{n}" for n in (1, 2, 3)}
+    bits = 8 * dtype.itemsize
+    highest = {2**bits - n: f"2^{bits}-{n}" for n in ((1, 2, 3) if bits == 64 else (1,))}
+    return highest | ({2**32 - 1: "2^32-1"} if bits > 32 else {})
 
 
 @dataclass(frozen=True)
@@ -210,7 +238,7 @@ class Window:
     def scored_truth(self, truth: Volume, box: Box) -> Labels:
         """Read the truth of a box, 0 where it is not to be scored."""
         labels, inner = _read_around(truth, self.in_truth, box, self.ignore.halo)
-        return np.ascontiguousarray(self.ignore.clear(labels)[inner])
+        return np.ascontiguousarray(self.ignore.clear(self.ignore.labelled(labels))[inner])
 
     def inside(
         self, segmentation: Volume, truth: Volume, box: Box, segment: Any, label: Any

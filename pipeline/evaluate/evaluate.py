@@ -4,10 +4,11 @@ A table of (truth label, segment, voxels) is all that variation of information a
 error need. Tables of blocks are merged as integers, so neither the block size nor the order of
 blocks changes a figure, and memory is bounded by the block and the number of touching pairs.
 
-Label 0 of the truth is not scored. A *predicted* 0 is scored in three ways, all reported, because
-the usual metrics count it as one segment, which alone ruins a perfect segmentation with membranes:
-``as_is`` (0 is one segment), ``background_filled`` (it becomes the nearest segment, within a
-named distance) and ``background_ignored`` (voxels of predicted 0 are left out).
+Label 0 of the truth is not scored, nor are others that the user names (`BorderRule.labels`). A
+*predicted* 0 is scored in three ways, all reported, because the usual metrics count it as one
+segment, which alone ruins a perfect segmentation with membranes: ``as_is`` (0 is one segment),
+``background_filled`` (it becomes the nearest segment, within a named distance) and
+``background_ignored`` (voxels of predicted 0 are left out).
 
 Voxels near the borders of truth objects, where annotators differ, can be left out too
 (``BorderRule``).
@@ -28,7 +29,13 @@ from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Box, Triple, triple
 from agq.errors import InputError
-from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule, Window, count_block
+from agq.pipeline.evaluate.contingency import (
+    BlockCounts,
+    BorderRule,
+    Window,
+    count_block,
+    reserved_labels,
+)
 from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, scores_of, shares
 
 _FILL_NANOMETRES = 150.0
@@ -62,7 +69,7 @@ class CountOptions(TypedDict, total=False):
         ``background_filled`` (ties go to the lower z, then y, then x); one further away stays 0
         and is counted in the report.
     ignore
-        Which voxels near borders of the truth are left out; None: none.
+        Which voxels of the truth are left out; None: only those of label 0.
     on_progress
         Called with (blocks done, blocks in all) after each block.
     """
@@ -79,7 +86,8 @@ def count(segmentation: Volume, truth: Volume, **options: Unpack[CountOptions]) 
     """Count the pairs of labels of two volumes, block by block; errors as for `evaluate`."""
     fill_distance = options.get("fill_distance", _FILL_NANOMETRES * PER_NANOMETRE[truth.unit])
     on_progress = options.get("on_progress")
-    window = _window(segmentation, truth, fill_distance, options.get("ignore") or BorderRule())
+    ignore = (options.get("ignore") or BorderRule()).for_type(truth.dtype)
+    window = _window(segmentation, truth, fill_distance, ignore)
     blocks = boxes((0, 0, 0), window.shape, options.get("block", (32, 256, 256)))
     task = partial(count_block, segmentation, truth, window)
     counted = unordered(
@@ -156,7 +164,18 @@ def evaluate(
         background_ignored=scores["background_ignored"],
         worst_mergers=locate(by_segment=True),
         worst_splits=locate(by_segment=False),
+        reserved=_reserved(truth, total),
     )
+
+
+def _reserved(truth: Volume, counts: BlockCounts) -> dict[str, int]:
+    """Count the scored voxels of labels that often mean unlabelled."""
+    found: dict[str, int] = {}
+    for label, name in reserved_labels(truth.dtype).items():
+        tables = (counts.labelled, counts.background)
+        if voxels := sum(int(table.count[table.truth == label].sum()) for table in tables):
+            found[name if name.startswith("-") else f"{label} ({name})"] = voxels
+    return found
 
 
 def _window(

@@ -7,7 +7,7 @@ voxel pairs joined in the segmentation, those joined in the truth) and recall (t
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,8 @@ class EvaluationReport(Tabled):
     offset, shape, voxel_size, unit
         Where: world units, voxels, world units; (z, y, x).
     ignored_border
-        Radius in voxels and axes of the border of truth objects that is not scored.
+        Radius in voxels and axes of the border of truth objects that is not scored, and labels
+        that are not.
     voxels
         Voxels scored: those whose truth is not 0.
     background
@@ -170,6 +171,8 @@ class EvaluationReport(Tabled):
         Scores; None where no voxel is left.
     worst_mergers, worst_splits
         Largest first, counted without predicted background.
+    reserved
+        Scored voxels of each label that often means unlabelled.
     """
 
     segmentation: str
@@ -190,6 +193,7 @@ class EvaluationReport(Tabled):
     background_ignored: Scores | None
     worst_mergers: list[Disagreement]
     worst_splits: list[Disagreement]
+    reserved: dict[str, int] = field(default_factory=dict)
 
     def scores(self) -> dict[str, Scores | None]:
         """Return the scores by the name of the variant."""
@@ -227,11 +231,20 @@ class EvaluationReport(Tabled):
     def table(self) -> Group:
         """Return tables for a rich console."""
         border = self.ignored_border
-        where = f", {border['radius']} voxels at borders ignored ({border['axes']})"
+        where = ""
+        if border["radius"]:
+            where = f", {border['radius']} voxels at borders ignored ({border['axes']})"
+        if "labels" in border:
+            where += f", labels ignored: {', '.join(map(str, border['labels']))}"
+        where += "".join(
+            f"\nscored as one object: {voxels:,} voxels of label {name}, which often means "
+            "unlabelled (--ignore-labels, evaluate.ignore_labels)"
+            for name, voxels in self.reserved.items()
+        )
         main = WholeTable(
             f"{self.segmentation} against {self.truth}\n"
             f"{self.segments} segments, {self.truth_objects} objects, {self.voxels:,} voxels "
-            f"scored, {self.background:.1%} of them predicted 0{where if border['radius'] else ''}",
+            f"scored, {self.background:.1%} of them predicted 0{where}",
             ("predicted 0", *SHORT, "precision", "recall"),
             numbers=(*SHORT, "precision", "recall"),
             legend=LEGEND,

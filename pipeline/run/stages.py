@@ -304,11 +304,12 @@ def segmentation(prepared: Prepared) -> Volume:
 
 def score(session: Session) -> EvaluationReport | None:
     """Compare the segmentation with the ground truth, if the configuration names one."""
-    from agq.pipeline.evaluate.evaluate import evaluate
+    from agq.pipeline.evaluate.evaluate import BorderRule, evaluate
 
     prepared = session.prepared
     truth = prepared.scored_truth()
-    if truth is None:
+    settings = prepared.config.evaluate
+    if truth is None or settings is None:
         return None
     if changed := changed_truth(prepared):
         session.progress.note(f"evaluate.truth has changed since the last scores: {changed}")
@@ -316,6 +317,7 @@ def score(session: Session) -> EvaluationReport | None:
         report = evaluate(
             segmentation(prepared),
             truth,
+            ignore=BorderRule(labels=settings.ignore_labels),
             on_progress=lambda done, total: session.progress.step("evaluate", done, total),
         )
         record["report"] = report.to_dict()

@@ -20,7 +20,7 @@ from agq.blockwise.volumes.boxes import unordered
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BorderRule, Contingency
 from agq.pipeline.evaluate.evaluate import evaluate
-from agq.pipeline.evaluate.scores import Scores
+from agq.pipeline.evaluate.scores import EvaluationReport, Scores
 from tests.helpers.runs import VOXEL_SIZE as SIZE
 from tests.helpers.runs import stored
 
@@ -34,6 +34,12 @@ def blobs(seed: int, n: int, shape: Any = (9, 40, 44), zeros: float = 0.0) -> np
     labels = np.argmin(np.linalg.norm(grid[..., None, :] - points, axis=-1), -1) + 1
     walls = d[..., 1] - d[..., 0]
     return np.where(walls >= np.quantile(walls, zeros), labels, 0).astype(np.uint64)
+
+
+def text_of(report: EvaluationReport) -> str:
+    console = Console(width=200, file=io.StringIO(), soft_wrap=True)
+    console.print(report.table())
+    return console.file.getvalue()
 
 
 def assert_like_skimage(scores: Scores | None, truth: Any, segmentation: Any) -> None:
@@ -198,6 +204,39 @@ def test_borders_of_the_truth_can_be_left_out(
         BorderRule(-1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "name", "given"),
+    [
+        ("uint64", 2**64 - 1, "18446744073709551615 (2^64-1)", -1),
+        ("uint64", 2**64 - 2, "18446744073709551614 (2^64-2)", 2**64 - 2),
+        ("uint64", 2**32 - 1, "4294967295 (2^32-1)", 2**32 - 1),
+        ("uint32", 2**32 - 1, "4294967295 (2^32-1)", -1),
+        ("uint16", 2**16 - 1, "65535 (2^16-1)", 65535),
+        ("int64", -1, "-1", -1),
+        ("int32", -1, "-1", 2**64 - 1),
+    ],
+)
+@pytest.mark.parametrize("radius", [0, 1])
+def test_labels_that_mean_unlabelled(
+    tmp_path: Path, dtype: str, value: int, name: str, given: int, radius: int
+) -> None:
+    truth = blobs(0, 8, zeros=0.1).astype(dtype)
+    plain = truth.copy()
+    truth[:, :9] = value
+    plain[:, :9] = 0
+    labels = stored(tmp_path / "s", blobs(1, 9))
+    marked, clean = stored(tmp_path / "t", truth), stored(tmp_path / "p", plain)
+    report = evaluate(labels, marked, ignore=BorderRule(radius))
+    assert report.reserved == {name: pytest.approx(truth[:, :9].size, rel=0.2)}
+    assert f"voxels of label {name}, which often means unlabelled" in text_of(report)
+    ignored = evaluate(labels, marked, ignore=BorderRule(radius, labels=(given,)))
+    assert not ignored.reserved
+    assert "labels ignored: " in text_of(ignored)
+    wanted = evaluate(labels, clean, ignore=BorderRule(radius))
+    assert ignored.scores() == wanted.scores()
+    assert wanted.voxels == ignored.voxels < report.voxels
+
+
 def test_report_is_json_and_a_table(tmp_path: Path) -> None:
     truth, labels = blobs(8, 6), blobs(9, 6, zeros=0.2)
     report = evaluate(stored(tmp_path / "s", labels), stored(tmp_path / "t", truth))
@@ -206,9 +245,7 @@ def test_report_is_json_and_a_table(tmp_path: Path) -> None:
     assert "150 nm" in plain["scores"]["background_filled"]["meaning"]
     summary = json.loads(json.dumps(report.summary()))
     assert summary["as_is.voi_sum"] == report.as_is.voi_sum
-    console = Console(width=200, file=io.StringIO())
-    console.print(report.table())
-    text = console.file.getvalue()
+    text = text_of(report)
     assert "predicted 0 is one segment" in text
     assert f"{report.as_is.adapted_rand_error:.4f}" in text
 
