@@ -9,7 +9,7 @@ beyond a tile.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +48,22 @@ class Tissue:
     pairs: Bools
 
     @classmethod
-    def read(cls, mask: Volume, grid: BlockGrid, number: int) -> "Tissue":
-        """Read what a mask shows of a block."""
+    def read(
+        cls,
+        mask: Volume | None,
+        grid: BlockGrid,
+        number: int,
+        hidden: Collection[int] = (),
+    ) -> "Tissue":
+        """Read what a mask shows of a block; some sections may be hidden besides."""
         start, stop = grid.read_box(number)
         before = [min(1, first) for first in start]
         begin = [first - n for first, n in zip(start, before, strict=True)]
-        around = read_overlay(mask, grid, begin, stop) != 0
+        if mask is None:
+            around = np.ones([b - a for a, b in zip(begin, stop, strict=True)], np.bool_)
+        else:
+            around = read_overlay(mask, grid, begin, stop) != 0
+        around[[z - begin[0] for z in range(begin[0], stop[0]) if z in hidden]] = False
         shown = np.ascontiguousarray(around[tuple(slice(n, None) for n in before)])
         pairs = np.stack([shown] * 3)
         for axis, n in enumerate(before):

@@ -37,6 +37,7 @@ from agq.blockwise.predict.daisy import Blocks, TakenBlock
 from agq.blockwise.predict.local_processes import OWN_END
 from agq.blockwise.predict.paths import journal_folder, retry_path
 from agq.blockwise.predict.predictor import Prediction, Predictor
+from agq.blockwise.predict.raw_blocks import BlockError, RawBlocks
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
 from agq.blockwise.volumes.content import require_content
@@ -55,17 +56,14 @@ _MAX_PAUSE_S = 30.0
 _logger = logging.getLogger(__name__)
 
 
-class BlockError(Exception):
-    """A block whose data cannot be used; the message says why."""
-
-
 @dataclass(frozen=True)
 class BlockFiles:
     """The input and the outputs of a run, open; shared by the threads of a worker."""
 
-    raw: Volume
+    raw: RawBlocks
     writer: BlockWriter
     mask: Volume | None = None
+    hidden: frozenset[int] = frozenset()
 
     @classmethod
     def open(cls, spec: PredictSpec, run_dir: Path) -> "BlockFiles":
@@ -78,17 +76,14 @@ class BlockFiles:
             began.
         """
         grid = spec.block_grid()
-        raw = open_volume(**spec.raw)
-        if raw.shape != grid.volume_shape:
-            raise InputError(
-                f"{raw.name} has {raw.shape} voxels, but the run was made for {grid.volume_shape}; "
-                "use another run folder or start over with --overwrite"
-            )
+        raw = RawBlocks.open(spec)
         mask = None if spec.mask is None else open_volume(**spec.mask, kind="mask")
-        for name, volume in (("raw", raw), ("mask", mask)):
+        for name, volume in (("raw", raw.volume), ("mask", mask)):
             if volume is not None and (recorded := spec.contents.get(name)):
                 require_content(volume, recorded, f"input.{name}", most=_COMPARED)
-        return cls(raw, BlockWriter.open(run_dir, grid, affinities=spec.affinities), mask)
+        hidden = frozenset(spec.bad_sections if spec.hide_bad_sections else ())
+        writer = BlockWriter.open(run_dir, grid, affinities=spec.affinities)
+        return cls(raw, writer, mask, hidden)
 
     @property
     def grid(self) -> BlockGrid:
@@ -101,25 +96,14 @@ class BlockFiles:
         return self.writer.folder
 
     def read(self, number: int) -> npt.NDArray[Any]:
-        """Read the raw voxels of a block, (z, y, x), always of the grid's `read_shape`.
-
-        Where the volume is smaller than the window, it is continued by reflection behind its end.
-
-        Raises
-        ------
-        BlockError
-            If values are NaN or infinite. Errors of the storage pass through.
-        """
-        raw = self.raw.read(*self.grid.read_box(number))
-        if raw.dtype.kind == "f" and not (finite := np.isfinite(raw)).all():
-            bad = int(raw.size - np.count_nonzero(finite))
-            raise BlockError(f"raw has {bad} NaN or infinite of {raw.size} voxels")
-        missing = [(0, want - n) for want, n in zip(self.grid.read_shape, raw.shape, strict=True)]
-        return np.pad(raw, missing, mode="reflect") if any(m for _, m in missing) else raw
+        """Read the raw voxels of a block as the predictor sees them; see `RawBlocks.read`."""
+        return self.raw.read(number)
 
     def tissue(self, number: int) -> Tissue | None:
-        """Read what the mask shows of a block; None without a mask."""
-        return None if self.mask is None else Tissue.read(self.mask, self.grid, number)
+        """Read what the mask shows of a block; None if it hides nothing."""
+        if self.mask is None and not self.hidden:
+            return None
+        return Tissue.read(self.mask, self.grid, number, self.hidden)
 
     def write(
         self, number: int, prediction: Prediction, tissue: Tissue | None = None

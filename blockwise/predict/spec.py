@@ -43,6 +43,15 @@ class PredictSpec(AttemptSettings, GridSpec):
     contents: dict[str, Content] = Field(default_factory=dict)
     """What `raw` and `mask` held when the run began, by these names."""
 
+    bad_sections: tuple[NonNegativeInt, ...] = ()
+    """Sections of raw in whose place the nearest other one is read."""
+
+    hide_bad_sections: bool = False
+    """Whether they have no label, as where a mask is zero."""
+
+    contrast: tuple[tuple[float, float], ...] | None = None
+    """Grey values that become black and white: one pair, or one of each section; None: as it is."""
+
     factory: str
     """``module:callable`` that makes the predictor."""
 

@@ -1,5 +1,6 @@
 """One YAML file describes a run: the configuration model (`config.yaml_settings` reads it)."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,21 @@ EARLIER_FACTORY = "model.predictor:AGQPredictor"
 
 def _present_factory(name: object) -> object:
     return DEFAULT_FACTORY if name == EARLIER_FACTORY else name
+
+
+def _sections(value: object) -> object:
+    """Read a list of sections: numbers, and texts such as ``40-44`` or ``3,40-44``."""
+    items = value if isinstance(value, list | tuple) else [value]
+    found: set[int] = set()
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise ValueError(f"{item!r} is neither a section nor a range such as 40-44")
+        for part in str(item).split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if match is None or int(match[2] or match[1]) < int(match[1]):
+                raise ValueError(f"{part!r} is neither a section nor a range such as 40-44")
+            found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
 
 
 class VolumeSettings(Settings):
@@ -84,6 +100,13 @@ class InputSettings(Settings):
     roi: RoiSettings | None = None
     """Optional part of the volume."""
 
+    bad_sections: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sections)] = ()
+    """Sections (z) of the raw volume, counted from 0, that are not used, such as
+    `[12, 40-44]`: the nearest other section is read in their place."""
+
+    bad_sections_fill: Literal["neighbour", "mask"] = "neighbour"
+    """`mask`: bad sections also get no label, as where a mask is zero."""
+
 
 class ModelSettings(NetworkSettings):
     """The network that labels one block."""
@@ -91,6 +114,12 @@ class ModelSettings(NetworkSettings):
     factory: Annotated[str, BeforeValidator(_present_factory)] = DEFAULT_FACTORY
     """`module:callable` that makes the predictor; another model can be put here. Its module is
     found through `PYTHONPATH` or an installed package, not in the current folder."""
+
+    normalise: Literal["none", "volume", "section"] | None = None
+    """Stretch grey values so that the 1st and 99th percentiles, of the volume or of each section,
+    become those that the network knows (0.1 and 0.9 of black to white). They are measured once and
+    kept with the run. Without it grey values are used as they are, and a volume with little
+    contrast is refused; `none` uses that one too."""
 
     options: dict[str, Any] | None = None
     """Keyword arguments for a factory other than the default one."""
@@ -171,9 +200,8 @@ def masked(config: Config) -> dict[str, Any]:
     Paths are absolute: a record is read later, in another folder.
     """
     data: dict[str, Any] = config.model_dump(mode="json")
-    volumes = [*data["input"].values(), (data["evaluate"] or {}).get("truth")]
-    for volume in volumes:
-        if volume and "://" not in volume.get("path", "://"):
+    for volume in [*data["input"].values(), (data["evaluate"] or {}).get("truth")]:
+        if isinstance(volume, dict) and "://" not in volume.get("path", "://"):
             volume["path"] = str(Path(volume["path"]).expanduser().absolute())
     checkpoint = Path(data["model"]["checkpoint"]).expanduser()
     if checkpoint.is_file():

@@ -15,15 +15,18 @@ from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.predict.local_processes import OWN_END
 from agq.blockwise.predict.predictor import load_predictor
+from agq.blockwise.predict.raw_blocks import RawBlocks
+from agq.blockwise.predict.spec import PredictSpec
 from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.storage.files import format_bytes, free_space
-from agq.blockwise.volumes.open import open_volume
-from agq.blockwise.volumes.triples import Box, Triple, triple
+from agq.blockwise.volumes.sections import read_sections
+from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 from agq.pipeline.run.fit import Size, show
+from agq.pipeline.run.greys import READS, contrast_of_volume, suggestion
 from agq.pipeline.run.identity import require_same
 from agq.pipeline.run.prepare import Prepared
-from agq.pipeline.run.stages import reopen_options, worker_count
+from agq.pipeline.run.stages import predict_spec, worker_count
 from agq.tables import Tabled
 from agq.terminal import facts
 
@@ -127,16 +130,30 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
         masked = int((~tissue).sum())
         rest = rest[tissue]
     workers = worker_count(prepared)
+    notes = [*prepared.notes]
+    contrast = None
+    try:
+        sections = read_sections(prepared.opened_raw(), within=prepared.box, most_reads=READS)
+    except InputError as error:
+        notes.append(f"sections were not looked at: {error}")
+    else:
+        start, stop = prepared.box or ((0, 0, 0), grid.volume_shape)
+        bad = suggestion(sections, stop[0] - start[0], prepared.config.input.bad_sections)
+        notes += [] if bad is None else [bad]
+        if prepared.config.model.normalise in ("volume", "section"):
+            # Near enough for the time of a block; a run measures what it uses.
+            contrast = (contrast_of_volume(sections),)
     seconds = memory = None
     if time_block and rest.size:
-        seconds, memory = _time_one(prepared, int(rest[rest.size // 2]))
+        spec = predict_spec(prepared, contrast)
+        seconds, memory = _time_one(prepared, spec, int(rest[rest.size // 2]))
     return Plan(
         run_dir=str(prepared.run.path),
         volume_shape=grid.volume_shape,
         voxel_size=triple(grid.voxel_size),
         unit=prepared.unit,
         trained_voxel_size=prepared.trained_voxel_size,
-        notes=prepared.notes,
+        notes=tuple(notes),
         grid_shape=grid.shape,
         read_shape=grid.read_shape,
         write_shape=grid.write_shape,
@@ -153,7 +170,7 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
     )
 
 
-def _time_one(prepared: Prepared, number: int) -> tuple[float, int]:
+def _time_one(prepared: Prepared, spec: PredictSpec, number: int) -> tuple[float, int]:
     # A process of its own: its peak memory is that of a worker, and CUDA stays out of this one.
     context = multiprocessing.get_context("spawn")
     # Ctrl-C, which reaches it too, ends it without a word.
@@ -163,14 +180,7 @@ def _time_one(prepared: Prepared, number: int) -> tuple[float, int]:
     }
     with spawning_apart(), ProcessPoolExecutor(1, mp_context=context, **quiet) as pool:
         try:
-            return pool.submit(
-                _measure,
-                reopen_options(prepared.opened_raw()),
-                prepared.config.model.factory,
-                prepared.predictor_options,
-                prepared.grid.read_box(number),
-                prepared.grid.read_shape,
-            ).result()
+            return pool.submit(_measure, spec, number).result()
         except (InputError, *OWN_END):
             raise
         # What a user's predictor raised in the other process comes back as it is.
@@ -181,18 +191,10 @@ def _time_one(prepared: Prepared, number: int) -> tuple[float, int]:
             ) from error
 
 
-def _measure(
-    raw: dict[str, Any],
-    factory: str,
-    options: dict[str, Any],
-    box: Box,
-    read_shape: Triple,
-) -> tuple[float, int]:
+def _measure(spec: PredictSpec, number: int) -> tuple[float, int]:
     """Return seconds for the second of two equal blocks, and the peak bytes of this process."""
-    predictor = load_predictor(factory, options, 0)
-    block = open_volume(**raw).read(*box)
-    missing = [(0, want - have) for want, have in zip(read_shape, block.shape, strict=True)]
-    block = np.pad(block, missing, mode="reflect")
+    predictor = load_predictor(spec.factory, spec.options, 0)
+    block = RawBlocks.open(spec).read(number)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()

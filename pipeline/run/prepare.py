@@ -15,6 +15,7 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.overlay import require_overlap
 from agq.blockwise.ledger.database import connect
 from agq.blockwise.predict.predictor import option_files, resolve_factory
+from agq.blockwise.predict.raw_blocks import nearest_good
 from agq.blockwise.storage.files import require_free_space, require_writable
 from agq.blockwise.volumes.open import Kind, Volume
 from agq.blockwise.volumes.triples import Box, Triple
@@ -32,6 +33,7 @@ from agq.pipeline.config.schema import (
 from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.fit import Size, fits, misfit, nanometres, require_fit, show
+from agq.pipeline.run.greys import check_greys
 
 # Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
 _FRAGMENT_BYTES = 0.25
@@ -180,11 +182,12 @@ def prepare(
     raw = open_input(config.input.raw, run, "raw", "input.raw")
     mask = _open_beside(config, config.input.mask, run, "mask", "input.mask")
     options, model_identity, trained = _model(config, workers_here)
-    notes = (
-        []
-        if trained is None
-        else _check_fit(config, raw, trained.voxel_size, goes_on=run.exists() and not overwrite)
-    )
+    normalise = config.model.normalise
+    goes_on = run.exists() and not overwrite
+    notes = [] if trained is None else _check_fit(config, raw, trained.voxel_size, goes_on=goes_on)
+    if trained is not None and normalise is None and not goes_on:
+        notes += check_greys(raw)
+    bad = _bad_sections(config, raw)
     if config.model.factory == DEFAULT_FACTORY:
         files = {"checkpoint": str(model_identity["checkpoint_sha256"])}
     else:
@@ -207,6 +210,8 @@ def prepare(
             "grid": grid.to_dict(),
             "model": model_identity,
             "affinities": config.output.affinities,
+            **({"bad_sections": bad} if bad else {}),
+            **({"normalise": normalise} if normalise in ("volume", "section") else {}),
         },
         trained_voxel_size=None if trained is None else trained.voxel_size,
         notes=(*raw.notes, *(mask.notes if mask else ()), *notes),
@@ -299,6 +304,18 @@ def _check_fit(config: Config, raw: Volume, trained: Size | None, *, goes_on: bo
         f"voxels of {show(nanometres(raw))} are not those that checkpoint {model.checkpoint} was "
         f"trained at, {show(trained)}: {misfit(nanometres(raw), trained)}"
     ]
+
+
+def _bad_sections(config: Config, raw: Volume) -> dict[str, Any] | None:
+    """Check the sections that are named as bad; return what they are in the run's identity."""
+    settings = config.input
+    if not settings.bad_sections:
+        return None
+    try:
+        nearest_good(settings.bad_sections, raw.shape[0])
+    except InputError as error:
+        raise InputError(f"input.bad_sections: {error}") from None
+    return {"sections": list(settings.bad_sections), "fill": settings.bad_sections_fill}
 
 
 def _open_truth(config: Config, run: RunFolder, grid: BlockGrid) -> Volume | None:

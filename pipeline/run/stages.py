@@ -35,6 +35,7 @@ from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.pipeline.evaluate.scores import EvaluationReport
+from agq.pipeline.run.greys import Contrast, contrast_of_run
 from agq.pipeline.run.identity import changed_truth, new_makers, recorded_contents
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.session import Session
@@ -127,7 +128,13 @@ def predict(
             if on_progress is not None:
                 on_progress(progress)
 
-        spec = _predict_spec(prepared, cluster, revision)
+        contrast = contrast_of_run(
+            prepared.run.path,
+            prepared.opened_raw(),
+            prepared.config.model.normalise,
+            lambda done, total: session.progress.step("contrast", done, total),
+        )
+        spec = predict_spec(prepared, contrast, cluster=cluster, revision=revision)
         report = run_predict(spec, todo, on_progress=tell)
         # A later status reads this snapshot instead of all lines.
         compact(folder)
@@ -186,14 +193,36 @@ def _skip_masked(
     return todo[tissue]
 
 
-def _predict_spec(prepared: Prepared, cluster: Cluster | None, revision: int) -> PredictSpec:
+def predict_spec(
+    prepared: Prepared,
+    contrast: Contrast | None,
+    *,
+    cluster: Cluster | None = None,
+    revision: int = 0,
+) -> PredictSpec:
+    """Return what the workers of a run are told.
+
+    Parameters
+    ----------
+    prepared
+        The checked run.
+    contrast
+        See `contrast_of_run`.
+    cluster
+        How workers of other machines take part.
+    revision
+        See `PredictSpec.revision`.
+    """
     config = prepared.config
     return PredictSpec(
         run_dir=str(prepared.run.path),
         raw=reopen_options(prepared.opened_raw()),
         mask=reopen_options(prepared.mask) if prepared.mask and prepared.hides_voxels else None,
+        bad_sections=config.input.bad_sections,
+        hide_bad_sections=config.input.bad_sections_fill == "mask",
+        contrast=contrast,
         grid=prepared.grid.to_dict(),
-        contents=recorded_contents(prepared),
+        contents=recorded_contents(prepared) if prepared.run.exists() else {},
         factory=config.model.factory,
         options=prepared.predictor_options,
         files=prepared.files,
