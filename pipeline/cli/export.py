@@ -71,6 +71,8 @@ def precomputed(
     if offset is not None:
         options["offset"] = parse_triple("--offset", offset)
     levels, version = _levels(source, options)
+    for note in levels[0].notes:
+        typer.echo(f"agq: {note}", err=True)
     scales = plan_export(levels, image=image, chunk=parse_triple("--chunk", chunk, least=1))
     for volume, scale in zip(levels, scales, strict=True):
         size = math.prod(scale.shape) * (
