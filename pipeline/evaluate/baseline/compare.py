@@ -208,7 +208,7 @@ def fragment_counts(run: RunFolder, truth: Volume, **options: Unpack[CountOption
 def run_kinds(run: RunFolder) -> Kinds | None:
     """Return which fragments of a stitched run may not merge; None without classes."""
     config = run.record()["config"]
-    if not config["input"].get("classes"):
+    if not config.get("input", {}).get("classes"):
         return None
     return read_kinds(run.path, StitchSettings(**config["stitch"]))
 
