@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.overlay import read_overlay, require_overlap
+from agq.blockwise.storage.files import checksum
 from agq.blockwise.volumes.open import Volume
 
 TILE_VOXELS = 2**24
@@ -72,6 +73,15 @@ class Tissue:
             pairs[axis][tuple(here)] &= around[tuple(ahead)]
         return cls(shown, pairs)
 
+    @property
+    def hides(self) -> bool:
+        """Whether anything is hidden."""
+        return not (self.shown.all() and self.pairs.all())
+
+    def checksum(self) -> str:
+        """Return a checksum of what is hidden; empty if nothing is."""
+        return checksum(np.packbits([self.shown, *self.pairs])) if self.hides else ""
+
     def hide(
         self, labels: npt.NDArray[Any], affinities: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8], Ints | None]:
@@ -93,7 +103,7 @@ class Tissue:
             int64: the label given that each label returned is a piece of; None: all labels are
             what they were.
         """
-        if self.shown.all() and self.pairs.all():
+        if not self.hides:
             return labels, affinities, None
         affinities = np.where(self.pairs, affinities, np.uint8(0))
         lost = np.zeros(int(labels.max()) + 1, np.bool_)

@@ -123,6 +123,8 @@ class Sidecar:
         For fragments that were not made block by block: the label of each in the original volume
         (uint64). Pieces with one original label that touch across a face are one fragment. None:
         every label ends at the border of its block.
+    mask
+        Checksum of what a mask has hidden of the block (`blocks.mask.Tissue`); empty: nothing.
     """
 
     number: int
@@ -135,6 +137,7 @@ class Sidecar:
     count: NDArray[np.int64]
     planes: tuple[AxisPlanes, AxisPlanes, AxisPlanes]
     original_labels: NDArray[np.uint64] | None = None
+    mask: str = ""
 
     def to_bytes(self) -> bytes:
         """Return the file contents: the same bytes for the same evidence."""
@@ -148,10 +151,10 @@ class Sidecar:
                 for name, array in present.items()
             ]
             frames.append([frame, len(blobs[-1]), described])
-        header = json.dumps(
-            {"version": FORMAT_VERSION, "number": self.number, "frames": frames},
-            separators=(",", ":"),
-        ).encode()
+        facts: dict[str, Any] = {"version": FORMAT_VERSION, "number": self.number}
+        if self.mask:
+            facts["mask"] = self.mask
+        header = json.dumps(facts | {"frames": frames}, separators=(",", ":")).encode()
         return b"".join((_MAGIC, struct.pack("<I", len(header)), header, *blobs))
 
     def _frames(self) -> Iterator[tuple[str, Mapping[str, NDArray | None]]]:
@@ -182,6 +185,7 @@ class SidecarFile:
             (length,) = struct.unpack_from("<I", data, 4)
             header: dict[str, Any] = json.loads(data[8 : 8 + length])
             version, self.number = int(header["version"]), int(header["number"])
+            self.mask = str(header.get("mask", ""))
             frames = header["frames"] if version == FORMAT_VERSION else []
             offset, self._frames = 8 + length, {}
             for name, size, arrays in frames:
@@ -295,6 +299,7 @@ def build_sidecar(
     number: int,
     original_labels: NDArray[np.uint64] | None = None,
     agreement: MaskAgreement | None = None,
+    mask: str = "",
 ) -> Sidecar:
     """Collect the evidence of one block.
 
@@ -313,6 +318,8 @@ def build_sidecar(
         block by block.
     agreement
         What else speaks for joining two labels inside the block; it is mixed into ``aff_sum``.
+    mask
+        Checksum of what a mask has hidden of the block.
 
     Raises
     ------
@@ -355,6 +362,7 @@ def build_sidecar(
         count=pairs.count,
         planes=(z, y, x),
         original_labels=None if original_labels is None else original_labels[nodes],
+        mask=mask,
     )
 
 

@@ -110,12 +110,13 @@ class BlockWriter:
         *,
         original_labels: npt.NDArray[np.uint64] | None = None,
         agreement: MaskAgreement | None = None,
+        mask: str = "",
     ) -> dict[str, str]:
         """Write the outputs of a block durably; return the journal's `sums`, a checksum of each.
 
         Parameters
         ----------
-        number, labels, affinities, original_labels, agreement
+        number, labels, affinities, original_labels, agreement, mask
             As for `build_sidecar`: arrays over the block's read box.
 
         Raises
@@ -124,7 +125,7 @@ class BlockWriter:
             If an array does not have the shape or type of the block; nothing is written then.
         """
         sidecar = build_sidecar(
-            labels, affinities, self.grid, number, original_labels, agreement
+            labels, affinities, self.grid, number, original_labels, agreement, mask
         ).to_bytes()
         crop, index = self.grid.write_in_read(number), self.grid.index(number)
         ids = self.grid.fragment_ids(number, labels[crop])

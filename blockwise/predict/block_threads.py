@@ -118,9 +118,10 @@ class BlockFiles:
             If the prediction has a wrong shape or type.
         """
         labels, affinities = self._checked(number, prediction)
-        origin = None
+        origin, mask = None, ""
         if tissue is not None:
             labels, affinities, origin = tissue.hide(labels, affinities)
+            mask = tissue.checksum()
         memberships = getattr(prediction, "memberships", None)
         try:
             agreement = None
@@ -129,7 +130,7 @@ class BlockFiles:
                 agreement = MaskAgreement(np.asarray(memberships), weight)
                 if origin is not None:
                     agreement = agreement.of_pieces(origin)
-            return self.writer.write(number, labels, affinities, agreement=agreement)
+            return self.writer.write(number, labels, affinities, agreement=agreement, mask=mask)
         except InputError as error:
             raise BlockError(f"the predictor's answer cannot be used: {error}") from None
 

@@ -37,6 +37,7 @@ from agq.blockwise.volumes.open import Volume, open_volume
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.run.greys import Contrast, contrast_of_run
 from agq.pipeline.run.identity import changed_truth, new_makers, recorded_contents
+from agq.pipeline.run.masks import apply_mask, require_applied
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.session import Session
 
@@ -100,6 +101,8 @@ def predict(
     )
     folder = prepared.run.journal("predict")
     compact(folder)
+    if concerned := apply_mask(prepared):
+        session.progress.note(f"input.mask has changed: {concerned:,} blocks are chosen anew")
     if again is not None:
         take_back(folder, again, "asked for")
     journal = Journal(folder)
@@ -300,6 +303,7 @@ def stitch(
         dask's client; default: as the configuration says.
     """
     prepared = session.prepared
+    require_applied(prepared)
     config = prepared.config
     section = config.stitch
     spec = stitch_spec(

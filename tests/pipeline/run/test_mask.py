@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
+from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord, this_worker
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.block_threads import BlockFiles
@@ -25,7 +26,7 @@ from agq.pipeline.run.session import open_session
 from tests.helpers import fakes
 from tests.helpers.fragments import same_partition
 from tests.helpers.predict_runs import OFFSET, SHAPE, make_grid, make_run, raw_volume
-from tests.helpers.runs import agq, blobs, make_config, write_volume
+from tests.helpers.runs import agq, blobs, make_config, results, write_volume
 
 BLOCKS = [(4, 16, 16), (11, 37, 40), (5, 9, 20)]
 
@@ -150,6 +151,48 @@ def test_a_run_hides_voxels_and_one_of_an_earlier_release_goes_on(tmp_path):
         assert not session.prepared.hides_voxels
     with open_session(prepared, overwrite=True, on_progress=None) as session:
         assert session.prepared.hides_voxels
+
+
+def test_a_changed_mask_computes_the_blocks_that_it_concerns(tmp_path):
+    """Changed in place: the run ends with the bytes of one that had the new mask from the start."""
+    mask = np.zeros((10, 17, 90), np.uint8)
+    mask[:, :, :20] = mask[:, :, 62:] = 1
+    sections = {"stitch": {"superblock": [1, 1, 1]}}
+    for name in ("run", "fresh"):
+        (tmp_path / name).mkdir()
+        write_volume(tmp_path / name / "in.zarr", "raw", blobs(mask.shape))
+    write_volume(tmp_path / "run" / "in.zarr", "mask", mask)
+    named = [
+        {n: {"path": str(tmp_path / name / "in.zarr"), "dataset": n} for n in ("raw", "mask")}
+        for name in ("run", "fresh")
+    ]
+    config = make_config(tmp_path / "run", input=named[0], **sections)
+    first = agq("predict", config)
+    assert first.returncode == 0, first.stderr
+
+    def ranks():
+        return Journal(tmp_path / "run" / "run" / "journal" / "predict").ranks(np.arange(24))
+
+    before = ranks()
+    # More tissue than before, tissue where there was none, and in one block none any more.
+    mask[:, :, 20:40] = 1
+    mask[7:, 15:, :15] = 0
+    write_volume(tmp_path / "run" / "in.zarr", "other", mask)
+    for name in ("run", "fresh"):
+        write_volume(tmp_path / name / "in.zarr", "mask", mask)
+    refused = agq("stitch", config, "--set", "input.mask.dataset=other")
+    assert refused.returncode == 2
+    assert "input.mask has changed since blocks were computed" in refused.stderr
+    again = agq("run", config)
+    assert again.returncode == 0, again.stderr
+    assert "input.mask has changed:" in again.stderr
+    assert (ranks() != before).any()
+    report = RunFolder(tmp_path / "run" / "run").record()["stages"]["predict"]["report"]
+    fresh = agq("run", make_config(tmp_path / "fresh", input=named[1], **sections))
+    assert fresh.returncode == 0, fresh.stderr
+    whole = RunFolder(tmp_path / "fresh" / "run").record()["stages"]["predict"]["report"]
+    assert 0 < report["done"] < whole["done"]
+    assert results(tmp_path / "run" / "run") == results(tmp_path / "fresh" / "run")
 
 
 def test_fragments_of_another_model_with_mask_and_classes(tmp_path):
