@@ -34,6 +34,7 @@ from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
+from agq.errors import InputError, RunStoppedError
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.run.greys import Contrast, contrast_of_run
 from agq.pipeline.run.identity import changed_truth, new_makers, recorded_contents
@@ -138,19 +139,40 @@ def predict(
             lambda done, total: session.progress.step("contrast", done, total),
         )
         spec = predict_spec(prepared, contrast, cluster=cluster, revision=revision)
-        report = run_predict(spec, todo, on_progress=tell)
+        try:
+            report = run_predict(spec, todo, on_progress=tell)
+        except (InputError, RunStoppedError):
+            _require_unchanged(prepared, spec, todo)
+            raise
         # A later status reads this snapshot instead of all lines.
         compact(folder)
         if report.done:
             record["device"] = _devices(folder, since=started)
             if prepared.device is None:
                 _warn_of_new_makers(prepared, journal, record["device"])
-            require_content(prepared.opened_raw(), spec.contents["raw"], "input.raw")
+            _require_unchanged(prepared, spec, todo)
         if report.blocks or not session.has_report("predict"):
             record["report"] = report.to_dict()
         if report.failed:
             record["state"] = "failed"
     return report
+
+
+def _require_unchanged(prepared: Prepared, spec: PredictSpec, todo: npt.NDArray[np.int64]) -> None:
+    """Refuse inputs that have changed meanwhile; take back the blocks that may have read them so.
+
+    Raises
+    ------
+    InputError
+        Naming the input and what differs.
+    """
+    try:
+        for name, volume in (("raw", prepared.opened_raw()), ("mask", prepared.mask)):
+            if volume is not None and (recorded := spec.contents.get(name)):
+                require_content(volume, recorded, f"input.{name}")
+    except InputError:
+        take_back(prepared.run.journal("predict"), todo, "input changed")
+        raise
 
 
 def _devices(folder: Path, since: float) -> str:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 import zarr
 
+from agq.blockwise.journal.reader import Journal
 from agq.errors import InputError
 from agq.pipeline.api import Run
 from agq.pipeline.config.schema import Config, load_config
@@ -173,11 +174,30 @@ def test_a_worker_that_finds_other_voxels_or_weights_ends_the_run_with_one_line(
     job = Run(file)
     with job._open():
         change(tmp_path / "in.zarr" / "raw")
-        with pytest.raises(InputError, match=r"worker 0 cannot start: input\.raw: .* has changed"):
+        with pytest.raises(InputError, match=r"input\.raw: .* has changed"):
             job.predict()
+        log = (tmp_path / "run" / "logs" / "predict" / "worker-0.log").read_text()
+        assert "cannot start: input.raw: " in log.splitlines()[-1]
+        assert "Traceback" not in log
         change(tmp_path / "in.zarr" / "raw")
         weights.write_bytes(b"two")
         with pytest.raises(
             InputError, match=r"weights .*weights\.bin is not the file that the run"
         ):
             job.predict()
+
+
+def test_blocks_of_a_session_whose_input_changed_are_taken_back(tmp_path):
+    """A worker that has opened the volume reads what is there: the end of the prediction tells."""
+    roi = {"offset": [0, 0, 0], "shape": [10, 10, 40]}
+    raw = {"path": str(tmp_path / "in.zarr"), "dataset": "raw"}
+    file = make_config(tmp_path, DATA, input={"raw": raw, "roi": roi}, workers={"count": 1})
+    changed = []
+
+    def tell(step: str, done: int, total: int) -> None:
+        if done and not changed:
+            changed.append(change(tmp_path / "in.zarr" / "raw", (19, 49, 69)))
+
+    with pytest.raises(InputError, match=r"input\.raw: .* has changed since the run began"):
+        Run(file, on_progress=tell).predict()
+    assert Journal(tmp_path / "run" / "journal" / "predict").counts()["done"] == 0
