@@ -38,13 +38,16 @@ IN_ORDER = (
     "docs/watching.md",
     "docs/stitching.md",
 )
-ON_THEIR_OWN = ("docs/evaluation.md", "docs/training.md")
+AFTER_THE_README = "docs/runs.md"  # goes on with its run
+ON_THEIR_OWN = (AFTER_THE_README, "docs/evaluation.md", "docs/training.md")
 SUBSTITUTES = {
     "/data/www": "www",
     "/var/lib/node_exporter": "node_exporter",
     "/scratch/me/my-volume": "runs/small",
     " RUN": " runs/small",
     "--block 17": "--block 1",
+    "--blocks 12,40-44": "--blocks 0,2-3",
+    "--roi 0:64,512:1024,512:1024": "--roi 0:8,0:64,0:64",
     "--worker 77_3": "--worker worker-0",
     "--nproc-per-node 8": "--nproc-per-node 2",
     "/path/to/folder": "em",
@@ -217,6 +220,9 @@ def test_the_readme_runs_as_written(folder: Path) -> None:
         for line in section_commands("README.md", heading):
             if elsewhere("README.md", line) is None:
                 run(line, folder, variables)
+    for _, kind, body in fences(ROOT / AFTER_THE_README):
+        for line in commands(kind, body) if kind == "sh" else ():
+            run(line, folder, variables)
     assert (folder / "runs" / "my-volume" / "report.html").is_file()
     assert (folder / "www" / "my-volume" / "info").is_file()
     assert (folder / "runs" / "joined" / "lut" / "segments.parquet").is_file()

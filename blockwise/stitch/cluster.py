@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 
+import dask
 from distributed import Client, LocalCluster, Nanny, Status
 from distributed.security import Security
 
@@ -79,6 +80,17 @@ def dask_client(
         If nothing answers at the address, or the certificates do not fit.
     """
     settings = settings or DaskSettings()
+    # A client that cannot connect stays the scheduler of dask's arrays, which then cannot be read.
+    before = dask.config.get("scheduler", None)
+    try:
+        with _client(settings, processes, timeout) as client:
+            yield client
+    finally:
+        dask.config.set(scheduler=before)
+
+
+@contextmanager
+def _client(settings: DaskSettings, processes: bool, timeout: float) -> Iterator[Client]:
     if settings.address is not None:
         with _connect(settings.address, settings, timeout) as client:
             yield client

@@ -2,6 +2,7 @@
 
 import shutil
 
+import dask
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -17,7 +18,7 @@ from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings, Thresholds
 from agq.blockwise.stitch.steps import StitchError
 from agq.blockwise.volumes.create import chunk_file, open_array
-from agq.errors import InputError
+from agq.errors import InputError, RunGoneError
 from agq.pipeline.cli.export import version_of
 from tests.helpers.fragments import GRID, Run, make_run, same_partition, write_run
 from tests.helpers.stitch_runs import (
@@ -138,11 +139,14 @@ def test_processes_and_an_existing_scheduler(run, run_dir, undisturbed):
             run_stitch(run.spec(run_dir), guest)
         assert len(cluster.ncores()) == 2
     assert results(run_dir) == undisturbed
+    before = dask.config.get("scheduler", None)
     with (
         pytest.raises(InputError, match="cannot connect"),
         dask_client(DaskSettings(address=address), timeout=2),
     ):
         pass
+    # Else arrays could not be read in this process any more.
+    assert dask.config.get("scheduler", None) == before
 
 
 def test_only_what_depends_on_a_change_is_redone(run, run_dir, client, undisturbed):
@@ -242,7 +246,7 @@ def test_a_stitch_stopped_in_between_is_nowhere_taken_for_done(run, run_dir, cli
 
 
 def test_bad_input_is_one_clear_error(run, run_dir, client, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no such array"):
+    with pytest.raises(RunGoneError, match="nothing is gone"):
         run_stitch(run.spec(tmp_path / "nothing"), client)
     other = GRID.to_dict() | {"write_shape": [4, 11, 10]}
     with pytest.raises(InputError, match="not that of the block grid"):
