@@ -58,7 +58,7 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     record = run.record()
     config = parse_config({**record["config"], "ledger": None}, source=str(run.record_path))
     path, _, dataset = (location or "").partition("::")
-    if is_importable(path):
+    if location is not None and is_importable(path):
         settings = VolumeSettings(path=path, dataset=dataset or None)
         truth = open_input(settings, run, "labels", "--truth", config.input.raw.unit)
     elif location is not None:
