@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agq.blockwise.predict.coordinator import PredictReport
 from agq.blockwise.stitch.run import StitchReport
-from agq.blockwise.volumes.open import Kind, open_volume
+from agq.blockwise.volumes.open import Kind, Volume, open_volume
 from agq.blockwise.volumes.triples import Box
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.config.recorded import read_target
 from agq.pipeline.config.schema import Config, parse_config
 from agq.pipeline.data.arrays import array_of, store_array
 from agq.pipeline.data.inputs import open_input
+from agq.pipeline.data.sections import is_importable
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run import stages
@@ -294,14 +295,15 @@ def segment(
     ----------
     raw
         An array (z, y, x), written into the run folder once; or ``path`` or ``path::dataset`` of a
-        volume or an image stack.
+        volume or an image stack. What an array of xarray, funlib.persistence or zarr says of its
+        axes, voxel size and offset counts.
     voxel_size
-        (z, y, x) in `unit`, whole numbers; None where the files say it.
+        (z, y, x) in `unit`, whole numbers; None where files and arrays say it.
     out
         Run folder.
     mask, truth
         Like `raw`: voxels outside the mask's nonzero ones are hidden; the result is scored against
-        the ground-truth labels.
+        the ground-truth labels. An array that does not say its place lies where `raw` does.
     unit
         World unit; a voxel of 4.2 nm is 42 ``angstrom``.
     on_progress
@@ -321,10 +323,11 @@ def segment(
     """
     folder = Path(out)
 
-    def volume(given: Any, kind: Kind) -> dict[str, Any]:
-        return _section(given, kind, voxel_size, unit, folder)
+    def volume(data: Any, kind: Kind) -> dict[str, Any]:
+        return _section(data, kind, voxel_size, unit, folder, given["input"].get("raw"))
 
-    given: dict[str, Any] = {"run_dir": str(folder), "input": {"raw": volume(raw, "raw")}}
+    given: dict[str, Any] = {"run_dir": str(folder), "input": {}}
+    given["input"]["raw"] = volume(raw, "raw")
     if mask is not None:
         given["input"]["mask"] = volume(mask, "mask")
     if truth is not None:
@@ -377,14 +380,17 @@ def stitch_fragments(
     """
     folder = Path(out)
 
-    def location(given: Any, name: str) -> str:
+    def location(given: Any, name: str, beside: str | None = None) -> str:
         if isinstance(given, str | os.PathLike):
             return absolute_location(os.fspath(given))
-        return f"{store_array(folder, name, given, whole_size(voxel_size), unit)}::{name}"
+        like = _beside(beside, "labels", voxel_size, unit)
+        size = whole_size(voxel_size)
+        return f"{store_array(folder, name, given, size, unit, like)}::{name}"
 
+    joined = location(fragments, "fragments")
     source = {
-        "fragments": location(fragments, "fragments"),
-        "affinities": location(affinities, "affinities"),
+        "fragments": joined,
+        "affinities": location(affinities, "affinities", joined),
         "voxel_size": voxel_size,
         "unit": unit,
         "channels": channels,
@@ -394,25 +400,44 @@ def stitch_fragments(
 
 
 def _section(
-    given: Any, kind: Kind, voxel_size: Sequence[int] | None, unit: str, folder: Path
+    given: Any,
+    kind: Kind,
+    voxel_size: Sequence[int] | None,
+    unit: str,
+    folder: Path,
+    beside: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the section of a configuration that names a volume, written first if need be."""
     if isinstance(given, str | os.PathLike):
         path, _, dataset = os.fspath(given).partition("::")
         return {"path": path, "dataset": dataset or None, "voxel_size": voxel_size, "unit": unit}
-    path = str(store_array(folder, kind, given, whole_size(voxel_size), unit))
+    near = None if beside is None else "::".join(filter(None, (beside["path"], beside["dataset"])))
+    like = _beside(near, "raw", voxel_size, unit)
+    path = str(store_array(folder, kind, given, whole_size(voxel_size), unit, like))
     return {"path": path, "dataset": kind, "unit": unit}
 
 
-def whole_size(voxel_size: Sequence[int] | None) -> tuple[int, int, int]:
-    """Check the voxel size of an array.
+def _beside(
+    location: str | None, kind: Kind, voxel_size: Sequence[int] | None, unit: str
+) -> Volume | None:
+    """Open the volume beside which an array lies; None for image files, and without any."""
+    path, _, dataset = (location or "").partition("::")
+    if location is None or is_importable(path):
+        return None
+    return open_volume(path, dataset or None, voxel_size=voxel_size, kind=kind, unit=unit)
+
+
+def whole_size(voxel_size: Sequence[int] | None) -> tuple[int, int, int] | None:
+    """Check the voxel size given for an array.
 
     Raises
     ------
     InputError
         If it is not three positive whole numbers.
     """
-    sizes = tuple(voxel_size or ())
+    if voxel_size is None:
+        return None
+    sizes = tuple(voxel_size)
     if len(sizes) != 3 or any(size != int(size) or size < 1 for size in sizes):
         raise InputError(
             f"voxel_size {voxel_size}: an array needs three positive whole numbers (z, y, x); a"

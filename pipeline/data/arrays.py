@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.volumes.conventions import attribute_sources
 from agq.blockwise.volumes.create import create_array
 from agq.blockwise.volumes.open import Volume
+from agq.blockwise.volumes.placement import place
 from agq.errors import InputError
 from agq.pipeline.data.importer import default_chunks
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _MOST_CHUNKS = 4096
 """Every read of a `funlib.persistence.Array` looks at all chunks of it: 0.6 s for a million."""
+
+_PLACE = ("voxel_size", "offset", "units")
 
 
 def array_of(volume: Volume) -> Array:
@@ -76,16 +80,26 @@ def _chunks(volume: Volume) -> tuple[int, ...]:
 
 
 def store_array(
-    run_dir: Path, name: str, data: Any, voxel_size: Sequence[int], unit: str = "nm"
+    run_dir: Path,
+    name: str,
+    data: Any,
+    voxel_size: Sequence[int] | None,
+    unit: str = "nm",
+    like: Volume | None = None,
 ) -> Path:
     """Write an array into a run folder, once; the same content is found again.
+
+    What an array of xarray, funlib.persistence or zarr says of its axes and its place counts as in
+    a file.
 
     Parameters
     ----------
     data
-        (z, y, x) or (channels, z, y, x); bool becomes uint8.
+        (z, y, x) or (channels, z, y, x), or axes with names; bool becomes uint8.
     voxel_size
-        (z, y, x), in world units.
+        (z, y, x), in world units; None where the array says it.
+    like
+        Volume whose voxel size and offset an array has that says none.
 
     Returns
     -------
@@ -95,16 +109,25 @@ def store_array(
     Raises
     ------
     InputError
-        If the array has another number of axes.
+        If the array has another number of axes, or says something else of its place.
     """
-    data = np.asarray(data)
-    if data.dtype == bool:
-        data = data.view(np.uint8)
-    if data.ndim not in (3, 4):
-        raise InputError(f"{name}: an array of shape {data.shape}; it must be 3-D (z, y, x)")
-    about = repr((data.shape, data.dtype.str, [*voxel_size], unit)).encode()
-    digest = hashlib.blake2b(about)
-    for part in data:
+    sources = attribute_sources(_said(data), np.ndim(data), name)
+    values = np.asarray(data if hasattr(data, "__array__") else data[:])
+    if values.dtype == bool:
+        values = values.view(np.uint8)
+    if values.ndim not in (3, 4):
+        raise InputError(f"{name}: an array of shape {values.shape}; it must be 3-D (z, y, x)")
+    if voxel_size is None and like is not None and not any(s.voxel_size for s in sources):
+        voxel_size = like.voxel_size
+    at = place(sources, values.shape, voxel_size=voxel_size, unit=unit, where=name)
+    offset = tuple(at.offset if like is None or any(s.offset for s in sources) else like.offset)
+    others = [axis for axis in range(values.ndim) if axis not in at.axes]
+    values = values.transpose(*others, *at.axes)
+    about = repr((values.shape, values.dtype.str, [*at.voxel_size], unit))
+    if any(offset):
+        about += repr(offset)
+    digest = hashlib.blake2b(about.encode())
+    for part in values:
         digest.update(np.ascontiguousarray(part).data)
     target = run_dir / "imported" / f"{name}-{digest.hexdigest()[:12]}.zarr"
     if target.exists():
@@ -112,17 +135,34 @@ def store_array(
     hidden = target.with_name(f".{target.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.parent.mkdir(parents=True, exist_ok=True)
-    channels = data.shape[:-3]
+    channels = values.shape[:-3]
     array = create_array(
         hidden,
         name,
-        shape=data.shape,
-        chunks=(*channels, *default_chunks(data.shape[-3:], data.itemsize * prod(channels))),
-        dtype=data.dtype,
-        voxel_size=voxel_size,
+        shape=values.shape,
+        chunks=(*channels, *default_chunks(values.shape[-3:], values.itemsize * prod(channels))),
+        dtype=values.dtype,
+        voxel_size=at.voxel_size,
+        offset=offset,
         unit=unit,
     )
-    array[:] = data
+    array[:] = values
     os.sync()  # an array that a power cut has torn must not be found again
     hidden.rename(target)
     return target
+
+
+def _said(data: Any) -> dict[str, Any]:
+    """Return what an array says of itself, under the names that attributes of files have."""
+    attributes = getattr(data, "attrs", None)
+    said = dict(attributes) if isinstance(attributes, Mapping) else {}
+    metadata = getattr(data, "metadata", None)  # of zarr
+    with warnings.catch_warnings():
+        # funlib.persistence speaks of arrays that do not say which axes are channels.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        own = {key: getattr(data, key, None) for key in ("axis_names", *_PLACE)}
+    own["_ARRAY_DIMENSIONS"] = getattr(metadata, "dimension_names", getattr(data, "dims", None))
+    said |= {key: list(value) for key, value in own.items() if isinstance(value, Sequence)}
+    return {
+        key: value.tolist() if hasattr(value, "tolist") else value for key, value in said.items()
+    }

@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+import zarr
 from funlib.geometry import Coordinate, Roi
 
 import agq
@@ -201,6 +204,48 @@ def test_a_unit_finer_than_nm_stays_exact(tmp_path, data):
     array = array_of(open_volume(placed, "raw", unit="angstrom"))
     assert array.voxel_size == Coordinate(300, 42, 42)
     assert array.units == ["angstrom"] * 3
+
+
+@pytest.fixture
+def array_type() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its own use of pydantic
+        from funlib.persistence import Array
+    return Array
+
+
+def test_what_an_array_says_of_its_axes_and_place_counts(tmp_path, array_type):
+    values = blobs((4, 5, 6))
+    named = array_type(
+        values.transpose(2, 1, 0), offset=(12, 6, 60), voxel_size=(6, 6, 30),
+        axis_names=["x", "y", "z"], units=["nm"] * 3,
+    )  # fmt: skip
+    other = zarr.create_array(tmp_path / "o", data=values.T, dimension_names=["x", "y", "z"])
+    for data, size, corner in ((named, None, (60, 6, 12)), (other, (30, 6, 6), (0, 0, 0))):
+        placed = open_volume(store_array(tmp_path, "raw", data, size), "raw")
+        np.testing.assert_array_equal(placed.read((0, 0, 0), placed.shape), values)
+        assert (placed.voxel_size, placed.offset) == (Coordinate(30, 6, 6), Coordinate(corner))
+    with pytest.raises(agq.InputError, match=r"raw.* \(30, 6, 6\) nm, but voxel_size is given"):
+        store_array(tmp_path, "raw", named, (30, 4, 4))
+    with pytest.raises(agq.InputError, match="raw declares no voxel size"):
+        store_array(tmp_path, "raw", values, None)
+    channels = np.stack([values, values + 1, values + 2], axis=-1)
+    affinities = zarr.create_array(
+        tmp_path / "a", data=channels, dimension_names=["z", "y", "x", "c"]
+    )
+    like = open_volume(store_array(tmp_path, "raw", named, None), "raw")
+    stored = store_array(tmp_path, "affinities", affinities, None, like=like)
+    array = zarr.open_array(stored / "affinities", mode="r")
+    np.testing.assert_array_equal(array[:], np.moveaxis(channels, 3, 0))
+    assert (array.attrs["offset"], array.attrs["voxel_size"]) == ([60, 6, 12], [30, 6, 6])
+
+
+def test_an_array_without_an_offset_begins_where_raw_does(tmp_path, data, array_type):
+    raw = array_type(data, offset=(300, 0, 60), voxel_size=(30, 6, 6), axis_names=["z", "y", "x"])
+    truth = (data > 120).astype(np.int64)
+    run = agq.segment(raw, None, tmp_path / "run", truth=truth, **SMALL)
+    assert run.segmentation().offset == Coordinate(300, 0, 60)
+    assert run.evaluate().voxels == np.count_nonzero(truth)
 
 
 def test_an_array_handed_out_reads_what_is_asked_for_only(tmp_path):
