@@ -112,6 +112,7 @@ def _stitch_with_classes(folder: Path, fragments: np.ndarray) -> None:
     assert "input.classes" in far.stderr
 
 
+@pytest.mark.slow
 def test_a_run_hides_voxels_and_one_of_an_earlier_release_goes_on(tmp_path):
     """At the edge of a coarse mask that cuts blocks; then with the record of an earlier release."""
     data = blobs((20, 50, 70))
@@ -153,6 +154,7 @@ def test_a_run_hides_voxels_and_one_of_an_earlier_release_goes_on(tmp_path):
         assert session.prepared.hides_voxels
 
 
+@pytest.mark.slow
 def test_a_changed_mask_computes_the_blocks_that_it_concerns(tmp_path):
     """Changed in place: the run ends with the bytes of one that had the new mask from the start."""
     mask = np.zeros((10, 17, 90), np.uint8)
