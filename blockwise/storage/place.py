@@ -39,9 +39,15 @@ def is_copy(
         Tells of another folder whether it says the same of itself as this one.
     """
     other, now = Path(recorded["path"]), place_of(folder, file)
-    if other != folder and holds_the_same(other):
+    if other == folder:
+        # Nodes of a cluster see one folder under one path, and some file systems number files by
+        # node: a copy at the same path of another machine cannot be told from it.
+        return False
+    if holds_the_same(other):
         return _mark(other, file.name) != _mark(folder, file.name)
-    if "inodes" not in recorded or recorded["inodes"] == now["inodes"]:
+    # 0: there was no such file.
+    pairs = zip(recorded.get("inodes", ()), now["inodes"], strict=False)
+    if all(was == is_ or 0 in (was, is_) for was, is_ in pairs):
         return False
     return bool(recorded["host"] != now["host"])
 

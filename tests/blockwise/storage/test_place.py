@@ -57,12 +57,21 @@ def test_a_move_or_another_name_is_no_copy(folder, tmp_path, monkeypatch):
     assert not copied(again, place_of(again, again / ".lock") | {"host": "first"})
 
 
-@pytest.mark.parametrize("name", ["run", "other"])
-def test_a_copy_on_another_machine(folder, tmp_path, monkeypatch, name):
-    """The original cannot be seen there, whether the path is the same or not."""
+def test_a_copy_on_another_machine(folder, tmp_path, monkeypatch):
+    """The original cannot be seen there; the same path is taken for the same storage."""
     recorded = place_of(folder, folder / ".lock")
-    shutil.copytree(folder, tmp_path / "there")
-    shutil.rmtree(folder)
-    (tmp_path / "there").rename(tmp_path / name)
+    shutil.copytree(folder, tmp_path / "other")
     monkeypatch.setattr(socket, "gethostname", lambda: "other")
-    assert copied(tmp_path / name, recorded)
+    shutil.rmtree(folder)
+    assert copied(tmp_path / "other", recorded)
+    (tmp_path / "other").rename(folder)
+    assert not copied(folder, recorded)
+
+
+def test_a_folder_without_the_file_at_first_is_known_on_another_node(folder, monkeypatch, tmp_path):
+    (folder / ".lock").unlink()
+    recorded = place_of(folder, folder / ".lock")
+    (folder / ".lock").touch()
+    monkeypatch.setattr(socket, "gethostname", lambda: "other")
+    assert not copied(folder, recorded)
+    assert not copied(folder.rename(tmp_path / "mounted"), recorded)
