@@ -384,8 +384,7 @@ def stitch_fragments(
         if isinstance(given, str | os.PathLike):
             return absolute_location(os.fspath(given))
         like = _beside(beside, "labels", voxel_size, unit)
-        size = whole_size(voxel_size)
-        return f"{store_array(folder, name, given, size, unit, like)}::{name}"
+        return f"{store_array(folder, name, given, voxel_size, unit, like)}::{name}"
 
     joined = location(fragments, "fragments")
     source = {
@@ -413,7 +412,7 @@ def _section(
         return {"path": path, "dataset": dataset or None, "voxel_size": voxel_size, "unit": unit}
     near = None if beside is None else "::".join(filter(None, (beside["path"], beside["dataset"])))
     like = _beside(near, "raw", voxel_size, unit)
-    path = str(store_array(folder, kind, given, whole_size(voxel_size), unit, like))
+    path = str(store_array(folder, kind, given, voxel_size, unit, like))
     return {"path": path, "dataset": kind, "unit": unit}
 
 
@@ -425,26 +424,6 @@ def _beside(
     if location is None or is_importable(path):
         return None
     return open_volume(path, dataset or None, voxel_size=voxel_size, kind=kind, unit=unit)
-
-
-def whole_size(voxel_size: Sequence[int] | None) -> tuple[int, int, int] | None:
-    """Check the voxel size given for an array.
-
-    Raises
-    ------
-    InputError
-        If it is not three positive whole numbers.
-    """
-    if voxel_size is None:
-        return None
-    sizes = tuple(voxel_size)
-    if len(sizes) != 3 or any(size != int(size) or size < 1 for size in sizes):
-        raise InputError(
-            f"voxel_size {voxel_size}: an array needs three positive whole numbers (z, y, x); a"
-            " voxel of 4.2 nm is 42 with unit='angstrom'"
-        )
-    z, y, x = (int(size) for size in sizes)
-    return z, y, x
 
 
 def _changed(config: Config, settings: Mapping[str, Any]) -> Config:

@@ -111,14 +111,16 @@ def store_array(
     InputError
         If the array has another number of axes, or says something else of its place.
     """
+    if voxel_size is not None:
+        voxel_size = whole_size(voxel_size)
     sources = attribute_sources(_said(data), np.ndim(data), name)
     values = np.asarray(data if hasattr(data, "__array__") else data[:])
     if values.dtype == bool:
         values = values.view(np.uint8)
     if values.ndim not in (3, 4):
         raise InputError(f"{name}: an array of shape {values.shape}; it must be 3-D (z, y, x)")
-    if voxel_size is None and like is not None and not any(s.voxel_size for s in sources):
-        voxel_size = like.voxel_size
+    if voxel_size is None and not any(s.voxel_size for s in sources):
+        voxel_size = whole_size(None if like is None else like.voxel_size)
     at = place(sources, values.shape, voxel_size=voxel_size, unit=unit, where=name)
     offset = tuple(at.offset if like is None or any(s.offset for s in sources) else like.offset)
     others = [axis for axis in range(values.ndim) if axis not in at.axes]
@@ -150,6 +152,24 @@ def store_array(
     os.sync()  # an array that a power cut has torn must not be found again
     hidden.rename(target)
     return target
+
+
+def whole_size(voxel_size: Sequence[int] | None) -> tuple[int, int, int]:
+    """Check the voxel size given for an array.
+
+    Raises
+    ------
+    InputError
+        If it is not three positive whole numbers.
+    """
+    sizes = tuple(voxel_size or ())
+    if len(sizes) != 3 or any(size != int(size) or size < 1 for size in sizes):
+        raise InputError(
+            f"voxel_size {voxel_size}: an array needs three positive whole numbers (z, y, x); a"
+            " voxel of 4.2 nm is 42 with unit='angstrom'"
+        )
+    z, y, x = (int(size) for size in sizes)
+    return z, y, x
 
 
 def _said(data: Any) -> dict[str, Any]:

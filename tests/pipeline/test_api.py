@@ -227,7 +227,7 @@ def test_what_an_array_says_of_its_axes_and_place_counts(tmp_path, array_type):
         assert (placed.voxel_size, placed.offset) == (Coordinate(30, 6, 6), Coordinate(corner))
     with pytest.raises(agq.InputError, match=r"raw.* \(30, 6, 6\) nm, but voxel_size is given"):
         store_array(tmp_path, "raw", named, (30, 4, 4))
-    with pytest.raises(agq.InputError, match="raw declares no voxel size"):
+    with pytest.raises(agq.InputError, match="three positive whole numbers"):
         store_array(tmp_path, "raw", values, None)
     channels = np.stack([values, values + 1, values + 2], axis=-1)
     affinities = zarr.create_array(
