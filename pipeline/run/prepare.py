@@ -5,6 +5,7 @@ the other commands start with it.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,6 @@ class Prepared:
         Blocks of the whole volume.
     box
         Voxel box (start, stop) of the ROI; None for the whole volume.
-    selected
-        int64 numbers of the blocks that the ROI touches, ascending.
     predictor_options
         Keyword arguments for the predictor's factory.
     identity
@@ -77,13 +76,17 @@ class Prepared:
     truth: Volume | None
     grid: BlockGrid
     box: Box | None
-    selected: npt.NDArray[np.int64]
     predictor_options: dict[str, Any]
     identity: dict[str, Any]
     trained_voxel_size: Size | None = None
     notes: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     device: str | None = None
+
+    @cached_property
+    def selected(self) -> npt.NDArray[np.int64]:
+        """Numbers of the blocks that the ROI touches, ascending; int64."""
+        return self.grid.select(*(self.box or ((0, 0, 0), self.grid.volume_shape)))
 
     @property
     def unit(self) -> str:
@@ -202,7 +205,6 @@ def prepare(
         truth=_open_truth(config, run, grid),
         grid=grid,
         box=box,
-        selected=grid.select(*(box or ((0, 0, 0), grid.volume_shape))),
         predictor_options=options,
         identity={
             "raw": raw.describe(),
@@ -254,7 +256,6 @@ def prepare_stitch(config: Config) -> Prepared:
         truth=None,
         grid=grid,
         box=box,
-        selected=grid.select(*(box or ((0, 0, 0), grid.volume_shape))),
         predictor_options={},
         identity=identity,
     )
