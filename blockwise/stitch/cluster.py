@@ -9,14 +9,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
+from typing import Any
 
-import dask
 from distributed import Client, LocalCluster, Nanny, Status
 from distributed.security import Security
 
 from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.errors import InputError
+
+
+class _ClosedOnFailure(Client):
+    """Closes itself when it cannot connect: dask leaves it to the garbage, with its event loop."""
+
+    def start(self, **options: Any) -> None:
+        try:
+            super().start(**options)
+        except BaseException:
+            self.close()
+            self._loop_runner.stop()  # on some failures dask has closed the client, but for its loop
+            raise
 
 
 class _Nanny(Nanny):
@@ -80,17 +92,6 @@ def dask_client(
         If nothing answers at the address, or the certificates do not fit.
     """
     settings = settings or DaskSettings()
-    # A client that cannot connect stays the scheduler of dask's arrays, which then cannot be read.
-    before = dask.config.get("scheduler", None)
-    try:
-        with _client(settings, processes, timeout) as client:
-            yield client
-    finally:
-        dask.config.set(scheduler=before)
-
-
-@contextmanager
-def _client(settings: DaskSettings, processes: bool, timeout: float) -> Iterator[Client]:
     if settings.address is not None:
         with _connect(settings.address, settings, timeout) as client:
             yield client
@@ -124,7 +125,7 @@ def _client(settings: DaskSettings, processes: bool, timeout: float) -> Iterator
 def _connect(address: str, settings: DaskSettings, timeout: float) -> Client:
     security = _security(settings)
     try:
-        return Client(address, timeout=timeout, security=security)
+        return _ClosedOnFailure(address, timeout=timeout, security=security)
     except (OSError, ValueError, TypeError) as error:
         hint = ""
         if security is None and address.startswith("tls://"):

@@ -1,11 +1,13 @@
 """Where a stitch runs: worker counts, TLS schedulers, and what it asks of a scheduler."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import LocalCluster
 from distributed.security import Security
@@ -43,7 +45,7 @@ def test_scheduler_behind_tls(tmp_path, certificates):
         run_stitch(run.spec(tmp_path / "local"), client)
     with LocalCluster(
         n_workers=1, threads_per_worker=1, security=security, protocol="tls://",
-        host="127.0.0.1", dashboard_address=None,
+        host="127.0.0.1", dashboard_address="127.0.0.1:0",
     ) as cluster:  # fmt: skip
         address = cluster.scheduler_address
         assert address.startswith("tls://")
@@ -108,8 +110,9 @@ def test_a_scheduler_without_workers_is_given_up(tmp_path):
     notes: list[str] = []
     spec = make_run(GRID, seed=5).spec(tmp_path)
     empty = LocalCluster(
-        n_workers=0, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address=None
-    )
+        n_workers=0, processes=False, protocol="tcp://",
+        host="127.0.0.1", dashboard_address="127.0.0.1:0",
+    )  # fmt: skip
     with empty as cluster, dask_client(DaskSettings(address=cluster.scheduler_address)) as client:
         with pytest.raises(StitchError, match=r"contacts: .*no worker is connected for 1 s"):
             run_stitch(spec, client, on_note=notes.append, wait_s=1)
@@ -118,6 +121,23 @@ def test_a_scheduler_without_workers_is_given_up(tmp_path):
         # One that comes in time is enough.
         threading.Timer(1, cluster.scale, [1]).start()
         assert run_stitch(spec, client, wait_s=30).segments > 0
+
+
+def test_a_client_that_cannot_connect_leaves_nothing(tmp_path):
+    """dask leaves its event loop behind, on which the next client then could not start."""
+    threads, scheduler = set(threading.enumerate()), dask.config.get("scheduler", None)
+    for address in ("tls://127.0.0.1:1", "tls://127.0.0.1:1", "tcp://127.0.0.1:1"):
+        with (
+            pytest.raises(InputError, match="cannot connect"),
+            dask_client(DaskSettings(address=address), timeout=0.2),
+        ):
+            pass
+        gc.collect()
+        assert set(threading.enumerate()) == threads
+        # Else arrays could not be read in this process any more.
+        assert dask.config.get("scheduler", None) == scheduler
+    with dask_client(processes=False) as client:
+        assert client.submit(int, 3).result() == 3
 
 
 def test_certificates_are_checked_first(tmp_path, certificates):
