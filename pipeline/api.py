@@ -19,6 +19,7 @@ from agq.blockwise.volumes.triples import Box
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.config.recorded import read_target
 from agq.pipeline.config.schema import Config, parse_config
+from agq.pipeline.config.yaml_settings import expand_variables
 from agq.pipeline.data.arrays import array_of, store_array
 from agq.pipeline.data.inputs import open_input
 from agq.pipeline.data.sections import is_importable
@@ -332,7 +333,8 @@ def segment(
         given["input"]["mask"] = volume(mask, "mask")
     if truth is not None:
         given["evaluate"] = {"truth": volume(truth, "labels")}
-    run = Run(parse_config(_merged(given, settings), "segment"), on_progress=on_progress)
+    values = _merged(given, expand_variables(settings))
+    run = Run(parse_config(values, "segment"), on_progress=on_progress)
     run.run()
     return run
 
@@ -408,7 +410,7 @@ def _section(
 ) -> dict[str, Any]:
     """Return the section of a configuration that names a volume, written first if need be."""
     if isinstance(given, str | os.PathLike):
-        path, _, dataset = os.fspath(given).partition("::")
+        path, _, dataset = expand_variables(os.fspath(given), (kind,)).partition("::")
         return {"path": path, "dataset": dataset or None, "voxel_size": voxel_size, "unit": unit}
     near = None if beside is None else "::".join(filter(None, (beside["path"], beside["dataset"])))
     like = _beside(near, "raw", voxel_size, unit)
@@ -430,7 +432,7 @@ def _changed(config: Config, settings: Mapping[str, Any]) -> Config:
     """Return a configuration with some settings replaced."""
     if not settings:
         return config
-    return parse_config(_merged(config.model_dump(), settings), "settings")
+    return parse_config(_merged(config.model_dump(), expand_variables(settings)), "settings")
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

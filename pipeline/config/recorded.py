@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_target(target: Path, settings: list[str] | None = None) -> "Config":
-    """Return the configuration of a run folder, or of a file."""
+    """Return the configuration of a run folder, or of a file.
+
+    A record holds values as they were when the run began: ``${NAME}`` in it stays as it is.
+    """
     from agq.pipeline.config.schema import load_config, parse_config
     from agq.pipeline.config.yaml_settings import apply_override
 
@@ -26,7 +29,7 @@ def read_target(target: Path, settings: list[str] | None = None) -> "Config":
     recorded["run_dir"] = str(target)
     recorded["ledger"] = recorded_ledger(target, recorded.get("ledger"))
     for setting in settings or []:
-        apply_override(recorded, setting)
+        apply_override(recorded, setting, expand=True)
     return parse_config(recorded, source=str(target / "run.json"))
 
 

@@ -190,7 +190,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:
-    """Check the configuration of a run given as a mapping."""
+    """Check the configuration of a run given as a mapping, whose values are taken as they are."""
     return parse_values(Config, data, source=source)
 
 

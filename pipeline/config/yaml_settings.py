@@ -48,7 +48,9 @@ def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = 
     if not isinstance(data, dict):
         keys = ", ".join(list(model.model_fields)[:3])
         raise InputError(f"config {path}: expected a mapping with the keys {keys}, ...")
-    return parse_values(model, data, overrides, str(path))
+    for override in overrides or []:
+        apply_override(data, override)
+    return _validated(model, expand_variables(data), str(path))
 
 
 def parse_values(
@@ -57,24 +59,30 @@ def parse_values(
     overrides: list[str] | None = None,
     source: str = "settings",
 ) -> ModelType:
-    """Check a mapping after ``a.b=value`` overrides; errors as in `load_yaml`."""
+    """Check a mapping after ``a.b=value`` overrides; errors as in `load_yaml`.
+
+    The mapping may be a record that somebody else wrote: ``${NAME}`` is replaced in the overrides,
+    which the user has written, and nowhere else.
+    """
     for override in overrides or []:
-        apply_override(data, override)
+        apply_override(data, override, expand=True)
     return _validated(model, data, source)
 
 
 def _validated(model: type[ModelType], data: dict[str, Any], source: str) -> ModelType:
-    expanded = _expand(data, ())
     try:
-        return model.model_validate(expanded)
+        return model.model_validate(data)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=True)
         lines = [_explain(model, item) for item in errors]
         raise InputError(f"{source}: " + "; ".join(lines)) from None
 
 
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Replace one value of a plain configuration by an ``a.b=value`` setting, in place."""
+def apply_override(data: dict[str, Any], override: str, *, expand: bool = False) -> None:
+    """Replace one value of a plain configuration by an ``a.b=value`` setting, in place.
+
+    With `expand`, ``${NAME}`` in the value is replaced from the environment.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise InputError(f"--set {override}: expected section.field=value")
@@ -88,18 +96,36 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             raise InputError(f"--set {override}: {parent} is a value, not a section")
         node = child
     try:
-        node[last] = yaml.safe_load(value)
+        given = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:
         # The value may be a secret, and the error repeats some of it.
         reason = getattr(error, "problem", None) or type(error).__name__
         raise InputError(f"--set {key}: the value is not valid YAML ({reason})") from None
+    node[last] = expand_variables(given, tuple(key.split("."))) if expand else given
 
 
-def _expand(value: Any, where: tuple[str, ...]) -> Any:
+def expand_variables(value: Any, where: tuple[str, ...] = ()) -> Any:
+    """Replace ``${NAME}`` and ``${NAME:-default}`` in all texts of plain data.
+
+    Only for what the user has written: in a record of somebody else, ``${NAME}`` could be part of
+    an address that takes the value of a variable away.
+
+    Parameters
+    ----------
+    value
+        Mappings, lists and scalars, as YAML has them.
+    where
+        Names of the fields above the value, for the message.
+
+    Raises
+    ------
+    InputError
+        If a variable is not set and has no default.
+    """
     if isinstance(value, dict):
-        return {key: _expand(item, (*where, str(key))) for key, item in value.items()}
+        return {key: expand_variables(item, (*where, str(key))) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, (*where, str(i))) for i, item in enumerate(value)]
+        return [expand_variables(item, (*where, str(i))) for i, item in enumerate(value)]
     if not isinstance(value, str):
         return value
 

@@ -75,20 +75,34 @@ def test_every_problem_is_listed_at_once():
         parse_config(data)
 
 
-def test_environment_variables_in_values(monkeypatch):
-    monkeypatch.setenv("RAW_FOLDER", "/data")
-    monkeypatch.delenv("LEVEL", raising=False)
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A file with variables of which one is set."""
+    monkeypatch.setenv("RAW_FOLDER", "/${ROOT}")
+    for name in ("ROOT", "LEVEL", "NOT_SET"):
+        monkeypatch.delenv(name, raising=False)
     data = with_value("input.raw.path", "${RAW_FOLDER}/v.zarr")
     data["input"]["raw"]["level"] = "${LEVEL:-2}"
-    config = parse_config(data)
-    assert config.input.raw.path == "/data/v.zarr"
+    data["run_dir"] = "${NOT_SET}/run"
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(data))
+    return tmp_path / "c.yaml"
+
+
+def test_environment_variables_in_values(file):
+    config = load_config(file, ["run_dir=${RAW_FOLDER}-${LEVEL:-x}"])
+    assert config.input.raw.path == "/${ROOT}/v.zarr"
     assert config.input.raw.level == 2
+    assert config.run_dir == "/${ROOT}-x"
+    # A record of it is taken as it is, and so is a configuration that a program hands over.
+    assert parse_config(masked(config)) == config
+    assert parse_config(with_value("input.raw.path", "${NOT_SET}")).input.raw.path == "${NOT_SET}"
 
 
-def test_missing_environment_variable_names_field_and_variable(monkeypatch):
-    monkeypatch.delenv("NOT_SET", raising=False)
+def test_missing_environment_variable_names_field_and_variable(file):
+    with pytest.raises(InputError, match="run_dir: the environment variable NOT_SET"):
+        load_config(file)
     with pytest.raises(InputError, match=r"input\.raw\.path: the environment variable NOT_SET"):
-        parse_config(with_value("input.raw.path", "${NOT_SET}"))
+        load_config(file, ["run_dir=x", "input.raw.path=${NOT_SET}"])
 
 
 def test_secrets_are_not_in_records_or_errors():
