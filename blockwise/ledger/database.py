@@ -139,15 +139,20 @@ class Ledger:
         except (PyMongoError, OSError) as error:
             raise self.error(error) from None
 
-    def prepare(self) -> None:
+    def prepare(self, *, again: bool = False) -> None:
         """Make the collections with their validators, and the indexes, once per process.
+
+        Parameters
+        ----------
+        again : bool
+            Whatever was done before: somebody may have dropped the database.
 
         Raises
         ------
         PyMongoError
             If the database is away or refuses.
         """
-        if self._prepared:
+        if self._prepared and not again:
             return
         existing = self.runs.database.list_collection_names()
         for name in VALIDATORS.keys() - set(existing):
@@ -192,10 +197,11 @@ class Ledger:
 
     # Writing, for the feeder
 
-    def set_run(self, run: str, fields: Document) -> None:
-        """Set fields (dotted paths allowed, not ``created``) of a run's document; make it."""
-        update = {"$set": fields, "$setOnInsert": {"created": time.time()}}
-        self.runs.update_one({"_id": run}, update, upsert=True)
+    def set_run(self, run: str, fields: Document) -> bool:
+        """Set fields (dotted paths allowed) of a run's document; tell whether it is a new one."""
+        made = {} if "created" in fields else {"created": time.time()}
+        update = {"$set": fields} | ({"$setOnInsert": made} if made else {})
+        return self.runs.update_one({"_id": run}, update, upsert=True).upserted_id is not None
 
     def set_totals(self, run: str, stage: str, size: int, totals: Document) -> None:
         """Set the totals of a stage, unless its totals were made from more journal bytes."""
@@ -280,19 +286,47 @@ class Ledger:
             collection.delete_many({"run": run, "stage": stage})
         self.runs.update_one({"_id": run}, {"$unset": {f"stages.{stage}.totals": ""}})
 
-    def remove_old(self, user: str, days: float) -> int:
-        """Delete the runs of a user that nothing was written to for some days; return how many."""
+    def remove_old(self, user: str, days: float, keep: str | None = None) -> int:
+        """Delete the runs of a user that rest: no stage runs, and nothing came for some days.
+
+        Parameters
+        ----------
+        keep : str, optional
+            Run to leave alone.
+
+        Returns
+        -------
+        int
+            How many were deleted.
+        """
         query = {"user": user, "updated": {"$lt": time.time() - 86400 * days}}
-        old = [doc["_id"] for doc in self.runs.find(query, {"_id": 1})]
-        for run in old:
-            self.remove_run(run)
-        return len(old)
+        removed = 0
+        for doc in list(self.runs.find(query, {"updated": 1, "stages": 1})):
+            if doc["_id"] == keep or not _rests(doc):
+                continue
+            # A delivery since then has written another time.
+            if self.runs.find_one({"_id": doc["_id"], "updated": doc["updated"]}, {"_id": 1}):
+                self.remove_run(doc["_id"])
+                removed += 1
+        return removed
 
     def remove_run(self, run: str) -> None:
-        """Delete everything of a run."""
-        for collection in (self.blocks, self.workers):
+        """Delete everything of a run.
+
+        Whenever this is cut short, the next delivery brings back the whole run: how far one has
+        come is said by the workers' documents, and a feeder at work looks for the run's.
+        """
+        for collection in (self.workers, self.blocks):
             collection.delete_many({"run": run})
         self.runs.delete_one({"_id": run})
+
+
+def _rests(run: Document) -> bool:
+    """Whether no stage of a run says that it runs; a document that cannot be read may be alive."""
+    stages = run.get("stages", {})
+    if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
+        return False
+    return all(stage.get("state") != "running" for stage in stages.values())
 
 
 def connect(settings: LedgerSettings) -> Ledger | None:

@@ -3,7 +3,8 @@
 It reads the journal files as any watcher does, so that blocks never wait for it. What it has not
 delivered stays in the files: an outage of the database costs no memory, only a longer tail to read
 afterwards. How far each file has been delivered is kept in the database itself, so that a new
-coordinator goes on where the last one stopped.
+coordinator goes on where the last one stopped. Every delivery also sets when the run was heard of
+last; if that finds the run gone, all of it is delivered again.
 """
 
 import logging
@@ -63,7 +64,8 @@ class LedgerFeeder:
     folders : mapping of str to Path
         Journal folder of each stage; they need not exist yet.
     run_info : dict, optional
-        Fields of the run's document (config, versions, host, user); secrets are masked here.
+        Fields of the run's document (config, created, versions, host, user); secrets are masked
+        here.
     full : bool
         Deliver everything again, whatever the database says it has.
     """
@@ -81,7 +83,8 @@ class LedgerFeeder:
         self._run = run_id
         self._folders = {stage: Path(folder) for stage, folder in folders.items()}
         self._full = full
-        self._fields: Document = dict(mask_secrets(dict(run_info or {})))
+        self._fields: Document = {"run": run_id, **mask_secrets(dict(run_info or {}))}
+        self._known = dict(self._fields)
         self._user: str | None = self._fields.get("user")
         self._since: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -92,6 +95,8 @@ class LedgerFeeder:
         self._error: str | None = None
         self._failures = 0
         self._refused = 0
+        self._delivered = 0
+        self._heard = False
 
     def start(self) -> None:
         """Start delivering."""
@@ -102,7 +107,9 @@ class LedgerFeeder:
         with self._lock:
             if "started" in fields:
                 self._since[stage] = float(fields["started"])
-            self._fields |= {f"stages.{stage}.{k}": v for k, v in mask_secrets(fields).items()}
+            entries = {f"stages.{stage}.{k}": v for k, v in mask_secrets(fields).items()}
+            self._fields |= entries
+            self._known |= entries
         self._wake.set()
 
     def stop(self, timeout: float = 10.0) -> FeedReport:
@@ -132,7 +139,7 @@ class LedgerFeeder:
         if undelivered or waiting or self._thread.is_alive():
             error = self._error or "no time left to deliver the rest"
         return FeedReport(
-            delivered=sum(s.delivered for s in stages),
+            delivered=self._delivered + sum(s.delivered for s in stages),
             undelivered=undelivered,
             refused=self._refused + sum(s.refused for s in stages),
             error=error,
@@ -187,6 +194,7 @@ class LedgerFeeder:
         more = False
         for stage in self._stages:
             more |= stage.deliver()
+        self._heard |= more
         for stage in self._stages:
             stage.send_totals(self._since.get(stage.name), at_once=final and not more)
         return more
@@ -196,24 +204,46 @@ class LedgerFeeder:
         days, user = self._ledger.settings.keep_days, self._user
         if days is None or user is None:
             return
-        if removed := self._ledger.remove_old(user, days):
-            logger.info("ledger: removed %d runs older than %g days", removed, days)
+        if removed := self._ledger.remove_old(user, days, keep=self._run):
+            logger.info("ledger: removed %d runs that rest for more than %g days", removed, days)
         self._user = None
 
     def _send_fields(self) -> None:
         with self._lock:
             fields = dict(self._fields)
-        if not fields and self._stages is not None:
+        first = self._stages is None
+        if not (fields or first or self._heard):
             return
-        now = {"updated": time.time()} if self._stages is not None else {"run": self._run}
-        try:
-            self._ledger.set_run(self._run, fields | now)
-        except InvalidDocument as error:
-            # Too large, usually. It would be refused for ever, and hold up everything behind it.
-            self._refused += 1
-            logger.error("ledger: fields %s left out: %s", ", ".join(fields), str(error)[:200])
+        new = self._set_run(fields)
         with self._lock:
             # A field set again meanwhile stays for the next time.
             for name, value in fields.items():
                 if self._fields.get(name) is value:
                     del self._fields[name]
+        self._heard = False
+        if new and not first:
+            self._start_over()
+
+    def _set_run(self, fields: Document) -> bool:
+        try:
+            return self._ledger.set_run(self._run, fields | {"updated": time.time()})
+        except InvalidDocument as error:
+            # Too large, usually. It would be refused for ever, and hold up everything behind it.
+            self._refused += 1
+            logger.error("ledger: fields %s left out: %s", ", ".join(fields), str(error)[:200])
+            with self._lock:
+                for name in fields:
+                    self._known.pop(name, None)
+            return self._ledger.set_run(self._run, {"run": self._run, "updated": time.time()})
+
+    def _start_over(self) -> None:
+        """Deliver all of a run again that somebody has deleted meanwhile."""
+        logger.warning("ledger: the run is not in the database any more; delivering all of it")
+        self._ledger.prepare(again=True)
+        with self._lock:
+            self._fields = dict(self._known)
+        self._full = True
+        for stage in self._stages or ():
+            self._delivered += stage.delivered
+            self._refused += stage.refused
+        self._stages = None

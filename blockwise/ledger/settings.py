@@ -48,8 +48,8 @@ class LedgerSettings(Settings):
     timeout_s: float = Field(5.0, gt=0)
     """Seconds to wait for the database before trying again later."""
     keep_days: float | None = Field(None, gt=0)
-    """Delete your own runs from the database, not from disk, when nothing was written to them for
-    so many days; checked when a run starts."""
+    """Delete your own runs from the database, not from disk, that rest: no stage runs, and nothing
+    came from them for so many days. Checked when a command on another run starts."""
     interval_s: float = Field(1.0, gt=0)
     """Seconds between two deliveries of new journal lines."""
 

@@ -207,22 +207,14 @@ def sync(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to try at most.")] = 3600.0,
 ) -> None:
     """Make the database agree with the journal of a run."""
-    from agq.blockwise.ledger.feeder import LedgerFeeder
-    from agq.pipeline.run.session import STAGES
+    from agq.pipeline.run.session import feeder_of
 
     run = RunFolder(run_dir)
     if not run.has_own_id(run.record()):
         with run.lock():
             run.claim_id()
-    record = run.record()
     ledger = open_ledger(read_target(run_dir).ledger)
-    command = record["commands"][-1] if record["commands"] else {}
-    info = {"name": record["name"], "run_dir": str(run.path), "config": record["config"], **command}
-    feeder = LedgerFeeder(
-        ledger, record["id"], {stage: run.journal(stage) for stage in STAGES}, info, full=True
-    )
-    for name, stage in record["stages"].items():
-        feeder.update_stage(name, **stage)
+    feeder = feeder_of(run, ledger, full=True)
     feeder.start()
     report = feeder.stop(timeout)
     ledger.close()

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from agq.blockwise.ledger.database import connect
+from agq.blockwise.ledger.database import Ledger, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.local_processes import Terminated, termination_unwinds
 from agq.pipeline.config.schema import masked
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.identity import start
 from agq.pipeline.run.overwrite import clear
 from agq.pipeline.run.prepare import Prepared
@@ -119,13 +120,8 @@ def open_session(
             yield Session(prepared, progress, feeder)
 
 
-@contextmanager
-def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
-    ledger = connect(prepared.config.ledger or LedgerSettings())
-    if ledger is None:
-        yield None
-        return
-    run = prepared.run
+def feeder_of(run: RunFolder, ledger: Ledger, *, full: bool = False) -> LedgerFeeder:
+    """Return what brings a ledger to what a run folder says; `full` as for `LedgerFeeder`."""
     record = run.record()
     feeder = LedgerFeeder(
         ledger,
@@ -133,12 +129,27 @@ def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
         {stage: run.journal(stage) for stage in STAGES},
         {
             "name": record["name"],
+            "created": record["created"],
             "run_dir": str(run.path),
             "config": record["config"],
-            "grid": record["identity"]["grid"],
-            **record["commands"][-1],
+            "grid": record["identity"].get("grid"),
+            **(record["commands"][-1] if record["commands"] else {}),
         },
+        full=full,
     )
+    # Those of earlier commands too: the database may be new, or have lost the run.
+    for name, entries in record["stages"].items():
+        feeder.update_stage(name, **entries)
+    return feeder
+
+
+@contextmanager
+def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
+    ledger = connect(prepared.config.ledger or LedgerSettings())
+    if ledger is None:
+        yield None
+        return
+    feeder = feeder_of(prepared.run, ledger)
     feeder.start()
     try:
         yield feeder

@@ -6,6 +6,7 @@ import signal
 import time
 import traceback
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -302,13 +303,98 @@ def test_every_failed_attempt_of_one_batch_is_kept(ledger, tmp_path):
     assert sorted(a["attempt"] for a in doc["attempts"].values()) == [1, 2]
 
 
-def test_old_runs_of_the_same_user_are_removed(ledger, tmp_path):
-    for run, user, age in (("old", "me", 10), ("new", "me", 1), ("other", "you", 10)):
-        ledger.set_run(run, {"user": user, "updated": time.time() - 86400 * age})
+@pytest.mark.parametrize("state", ["running", "stopped", "failed", "done", None])
+def test_old_runs_of_the_same_user_that_rest_are_removed(ledger, state):
+    """Whatever runs is left alone, however long nothing was heard of it."""
+    odd = {"stages": {"predict": "running"}}, {"stages": {"predict": None}}
+    told = {"stages": {"predict": {"state": "done"}, "stitch": {"state": state} if state else {}}}
+    for run, user, age, fields in (
+        *(("old", "me", 10, told), ("new", "me", 1, told), ("other", "you", 10, told)),
+        *((f"odd{i}", "me", 10, fields) for i, fields in enumerate(odd)),
+        *(("this", "me", 10, {}), ("nothing", "me", 10, {})),
+    ):
+        ledger.set_run(run, {"user": user, "updated": time.time() - 86400 * age, **fields})
         ledger.write("blocks", [block_update(run, "predict", record(1), WORKER)])
-    assert ledger.remove_old("me", 5) == 1
-    assert [r["_id"] for r in ledger.runs.find().sort("_id")] == ["new", "other"]
-    assert {b["run"] for b in ledger.blocks.find()} == {"new", "other"}
+    kept = {"new", "other", "odd0", "odd1", "this"} | ({"old"} if state == "running" else set())
+    assert ledger.remove_old("me", 5, keep="this") == 7 - len(kept)
+    assert (
+        {r["_id"] for r in ledger.runs.find()} == {b["run"] for b in ledger.blocks.find()} == kept
+    )
+
+
+def feed_slowly(ledger, run, folder):
+    """A run whose first blocks are in the database, and whose worker goes on."""
+    feeder = LedgerFeeder(ledger, run, {"predict": folder}, {"user": "me", "config": {"a": 1}})
+    feeder.update_stage("predict", state="running", blocks_total=40, report={"b": 2})
+    feeder.start()
+    writer = JournalWriter(folder, WORKER)
+    writer.finish_many(record(b) for b in range(20))
+    wait_for(lambda: len(in_ledger(ledger, run)) == 20 and ledger.delivered(run, "predict"))
+    return feeder, writer
+
+
+def test_a_run_that_starts_removes_none_that_is_under_way(ledger, tmp_path):
+    """As for one that computes for longer than `keep_days` without another command."""
+    feeder, writer = feed_slowly(ledger, "slow", tmp_path / "slow")
+    long_ago = time.time() - 3600
+    ledger.set_run("slow", {"updated": long_ago})
+    ledger.set_run("over", {"updated": long_ago, "user": "me", "stages.predict.state": "done"})
+    ledger.settings = ledger.settings.model_copy(update={"keep_days": 0.0007})
+    other = LedgerFeeder(ledger, "new", {}, {"user": "me"})
+    other.start()
+    assert other.stop(60).complete
+    assert {r["_id"] for r in ledger.runs.find()} == {"slow", "new"}
+    assert ledger.find_run("slow")["updated"] == long_ago, "heard of since, so nothing is shown"
+    writer.finish_many(record(b) for b in range(20, 30))
+    wait_for(lambda: len(in_ledger(ledger, "slow")) == 30)
+    wait_for(lambda: ledger.find_run("slow")["updated"] > time.time() - 60)
+    writer.close()
+    assert feeder.stop(60).complete
+    assert in_ledger(ledger, "slow") == in_journal(tmp_path / "slow")
+
+
+@pytest.mark.parametrize("how", ["run", "document", "database"])
+def test_a_run_that_vanished_comes_back_whole(ledger, tmp_path, how):
+    feeder, writer = feed_slowly(ledger, "r", tmp_path)
+    if how == "run":
+        ledger.remove_run("r")
+    elif how == "document":
+        ledger.runs.delete_one({"_id": "r"})
+    else:
+        ledger.runs.database.client.drop_database(ledger.runs.database.name)
+    writer.finish_many(record(b) for b in range(20, 40))
+    writer.close()
+    wait_for(lambda: len(in_ledger(ledger, "r")) == 40)
+    feeder.update_stage("predict", state="done")
+    report = feeder.stop(60)
+    assert report.complete, report
+    assert in_ledger(ledger, "r") == in_journal(tmp_path)
+    assert len(ledger.find_workers("r", "predict")) == 1
+    run = ledger.find_run("r")
+    assert (run["run"], run["user"], run["config"]) == ("r", "me", {"a": 1})
+    stage = run["stages"]["predict"]
+    assert (stage["state"], stage["blocks_total"], stage["report"]) == ("done", 40, {"b": 2})
+    assert stage["totals"]["done"] == 40
+    assert "state" in ledger.blocks.index_information()
+
+
+def test_a_removal_that_was_cut_short_is_healed(ledger, tmp_path):
+    """The next command on the run delivers all of it, though the run's document is still there."""
+    feeder, writer = feed_slowly(ledger, "r", tmp_path)
+    writer.close()
+    assert feeder.stop(60).complete
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    runs, ledger.runs = ledger.runs, SimpleNamespace(delete_one=killed)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.remove_run("r")
+    ledger.runs = runs
+    feeder = LedgerFeeder(ledger, "r", {"predict": tmp_path})
+    feeder.start()
+    assert feeder.stop(60).complete
+    assert in_ledger(ledger, "r") == in_journal(tmp_path)
 
 
 def test_fields_too_large_are_left_out_and_hold_nothing_up(ledger, tmp_path):

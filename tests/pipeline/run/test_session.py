@@ -1,14 +1,21 @@
 """What the record says of a stage after it ended one way and was run again."""
 
 import signal
+import uuid
 
 import pytest
+from pydantic import SecretStr
 
+from agq.blockwise.journal.records import BlockRecord
+from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.ledger.database import connect
+from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.local_processes import Terminated
 from agq.pipeline.config.schema import load_config
 from agq.pipeline.run.prepare import prepare
-from agq.pipeline.run.session import open_session
+from agq.pipeline.run.session import feeder_of, open_session
 from agq.pipeline.run.stages import predict
+from tests.helpers.ledgers import WORKER
 from tests.helpers.runs import make_config
 
 
@@ -50,3 +57,28 @@ def test_the_report_outlives_a_command_that_had_nothing_to_do(prepared):
         assert first.done
         assert predict(session).blocks == 0
     assert prepared.run.record()["stages"]["predict"]["report"] == first.to_dict()
+
+
+def test_a_command_delivers_what_earlier_ones_did(prepared, mongo_uri):
+    """The database may be new, or have lost the run."""
+    with open_session(prepared, on_progress=None) as session:
+        session.update_stage("predict", state="done", blocks_total=1, report={"done": 1})
+    with JournalWriter(prepared.run.journal("predict"), WORKER) as writer:
+        writer.finish(BlockRecord(0, "done"))
+    settings = LedgerSettings(uri=SecretStr(mongo_uri), database=f"t{uuid.uuid4().hex}")
+    ledger = connect(settings)
+    feeder = feeder_of(prepared.run, ledger)
+    feeder.update_stage("stitch", state="running")
+    feeder.start()
+    assert feeder.stop(60).complete
+    record = prepared.run.record()
+    document = ledger.find_run(record["id"])
+    for name in ("name", "created", "config"):
+        assert document[name] == record[name]
+    assert document["grid"] == record["identity"]["grid"]
+    assert document["host"] == record["commands"][-1]["host"]
+    predicted, stitched = document["stages"]["predict"], document["stages"]["stitch"]
+    assert {n: predicted[n] for n in record["stages"]["predict"]} == record["stages"]["predict"]
+    assert (predicted["totals"]["done"], stitched["state"]) == (1, "running")
+    ledger.runs.database.client.drop_database(settings.database)
+    ledger.close()
