@@ -82,7 +82,7 @@ ELSEWHERE = {
     ("docs/watching.md", "agq view runs/small --at 9,90,90"): VIEW,
     (
         "docs/watching.md",
-        "agq dashboard --all /scratch/me/runs --port 8765 --viewer-port 8766 --token",
+        "agq dashboard --all /scratch/me/runs --port 8765 --viewer-port 8766",
     ): PAGE,
     ("docs/watching.md", "ssh -L 8765:localhost:8765 -L 8766:localhost:8766 login.cluster"): (
         "ssh's own"

@@ -62,13 +62,15 @@ def dashboard(
     everything: Annotated[
         bool, typer.Option("--all", help="All runs of a folder (default: runs) and of the ledger.")
     ] = False,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; any but loopback requires a token.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8765,
     token: Annotated[
-        bool, typer.Option("--token", help="Require a token on loopback too (for shared machines).")
-    ] = False,
+        bool,
+        typer.Option(
+            "--token/--no-token",
+            help="Ask for the token in the address; without, every user of this machine may read.",
+        ),
+    ] = True,
     ledger_uri_file: Annotated[
         Path | None,
         typer.Option(
@@ -89,6 +91,12 @@ def dashboard(
         raise InputError(f"no run in {target or DEFAULT_RUNS} and none in a ledger; name a run")
 
     def announce(page: Dashboard) -> None:
+        if page.token is None:
+            typer.echo(
+                "agq: WARNING: --no-token: every user of this machine can read these runs, their "
+                "logs and volumes; leave it out to ask for a token",
+                err=True,
+            )
         typer.echo(f"{page.address}\nOpen this address in a browser; Ctrl-C ends.")
 
     # Kept here: the server forgets a viewer that is garbage-collected.

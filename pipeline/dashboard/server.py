@@ -3,37 +3,43 @@
 dask and neuroglancer need Tornado anyway, so the page adds nothing to install and nothing to build.
 It is one HTML, one CSS and one JavaScript file that load nothing from other hosts, so it works on a
 login node without internet. Names, paths and errors travel as JSON and become text nodes in the
-browser, never HTML.
+browser, never HTML. Who may ask is decided in `agq.pipeline.web`, before a handler sees a request.
 """
 
 import asyncio
 import hmac
 import json
+import logging
 import secrets
 import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
-import tornado.httpserver
+import tornado.httputil
 import tornado.netutil
 import tornado.web
 
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 from agq.pipeline.dashboard.runs import Runs
+from agq.pipeline.web import LOOPBACK, BoundedServer, host_names
 
+_logger = logging.getLogger(__name__)
 _FILES: Final = Path(__file__).parent
-_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+_STATIC: Final = ("page.js", "page.css")
 _HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+_BACKLOG: Final = 1024
 _BY: Final = ("state", "seconds", "labels", "dropped")
 
 Viewer = Callable[[Path, str, Triple], str]
@@ -48,14 +54,14 @@ class Dashboard:
     host, port
         Address to listen on; port 0 takes any free one.
     token
-        Require a token on the loopback interface too; other interfaces always require it.
+        Off: whoever reaches the loopback interface, every user of the machine, may read.
     viewer
         Makes the viewer behind a link; without it, links show the command instead.
 
     Raises
     ------
     InputError
-        If the address cannot be used.
+        If the address cannot be used, or there is to be no token on another interface.
     """
 
     def __init__(
@@ -64,14 +70,18 @@ class Dashboard:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        token: bool = False,
+        token: bool = True,
         viewer: Viewer | None = None,
     ) -> None:
+        if not token and host not in LOOPBACK:
+            raise InputError(
+                f"--no-token --host {host}: without a token only the loopback interface may be "
+                "listened on; leave out one of the two"
+            )
         self.host = host
-        local = host in _LOOPBACK
-        self.token = secrets.token_urlsafe(24) if token or not local else None
+        self.token = secrets.token_urlsafe(24) if token else None
         try:
-            sockets = tornado.netutil.bind_sockets(port, host)
+            sockets = tornado.netutil.bind_sockets(port, host, backlog=_BACKLOG)
         except (OSError, OverflowError) as error:
             raise InputError(
                 f"--host {host} --port {port} cannot be used ({error}); try --port 0"
@@ -80,8 +90,7 @@ class Dashboard:
         shared = {"dashboard": self}
         self.runs = runs
         self.viewer = viewer
-        # Another site could let its own name point here; its requests carry that name.
-        self.names = {*_LOOPBACK, "[::1]"} if local else None
+        self.told: set[tuple[str, int]] = set()
         application = tornado.web.Application(
             [
                 (r"/", _Page, shared),
@@ -91,14 +100,33 @@ class Dashboard:
                 (r"/api/run/([0-9A-Za-z_-]+)/block", _Block, shared),
                 (r"/api/run/([0-9A-Za-z_-]+)/log", _Log, shared),
                 (r"/view/([0-9A-Za-z_-]+)", _View, shared),
-                (r"/(page\.js|page\.css)", _Static, shared | {"path": str(_FILES)}),
+                *((f"/({name})", _Static, shared | {"path": str(_FILES)}) for name in _STATIC),
             ],
             # Not logged: addresses may hold the token.
             log_function=lambda handler: None,
             compress_response=True,
         )
-        self._server = tornado.httpserver.HTTPServer(application)
+        self._server = BoundedServer(
+            application,
+            names=host_names(host),
+            knows=self._knows,
+            # Style and script of the page hold no data.
+            public=frozenset(f"/{name}" for name in _STATIC),
+        )
         self._server.add_sockets(sockets)
+
+    @property
+    def cookie(self) -> str:
+        """Name of the cookie that stands for the token."""
+        return f"agq-{self.port}"
+
+    def _knows(self, request: tornado.httputil.HTTPServerRequest) -> bool:
+        if self.token is None:
+            return True
+        given = request.query_arguments.get("token", [])[-1:]
+        if self.cookie in request.cookies:
+            given.append(request.cookies[self.cookie].value.encode())
+        return any(hmac.compare_digest(text, self.token.encode()) for text in given)
 
     @property
     def address(self) -> str:
@@ -126,8 +154,8 @@ async def serve(runs: Runs, *, announce: Callable[[Dashboard], None], **options:
         dashboard.close()
 
 
-class _Guarded(tornado.web.RequestHandler):
-    """Checks host name and token before anything else."""
+class _Handler(tornado.web.RequestHandler):
+    """Answers a request that the server has let in."""
 
     def initialize(self, dashboard: Dashboard, **_: Any) -> None:
         self.dashboard = dashboard
@@ -137,21 +165,18 @@ class _Guarded(tornado.web.RequestHandler):
             self.set_header(name, value)
 
     def prepare(self) -> None:
-        names = self.dashboard.names
-        if names is not None and self.request.host_name not in names:
-            raise tornado.web.HTTPError(403, reason="Wrong host name")
         token = self.dashboard.token
-        if token is None:
-            return
-        cookie = f"agq-{self.dashboard.port}"
-        given = self.get_query_argument("token", None)
-        if given is not None and hmac.compare_digest(given.encode(), token.encode()):
+        if token is not None and "token" in self.request.query_arguments:
             # From now on the cookie is enough, and the address bar no longer shows the token.
-            self.set_cookie(cookie, token, httponly=True, samesite="Strict")
+            self.set_cookie(self.dashboard.cookie, token, httponly=True, samesite="Strict")
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        # A browser asks every two seconds: each place that fails is told once.
+        place = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(tb)][-1:]
+        if isinstance(value, tornado.web.HTTPError) or not place or place[0] in self.dashboard.told:
             return
-        kept = self.get_cookie(cookie) or ""
-        if not hmac.compare_digest(kept.encode(), token.encode()):
-            raise tornado.web.HTTPError(403, reason="Token missing or wrong")
+        self.dashboard.told.add(place[0])
+        _logger.error("the page cannot answer", exc_info=(typ, value, tb))
 
     def write_error(self, status_code: int, **_: Any) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
@@ -189,7 +214,7 @@ class _Guarded(tornado.web.RequestHandler):
         await self.finish(data)
 
 
-class _Page(_Guarded):
+class _Page(_Handler):
     async def get(self) -> None:
         if self.get_query_argument("token", None) is not None:
             rest = {k: v[-1].decode() for k, v in self.request.query_arguments.items()}
@@ -201,7 +226,7 @@ class _Page(_Guarded):
 
 
 class _Static(tornado.web.StaticFileHandler):
-    """Style and script of the page; they hold no data and need no token."""
+    """Style and script of the page."""
 
     def initialize(self, path: str, **_: Any) -> None:  # type: ignore[override]
         super().initialize(path)
@@ -211,17 +236,17 @@ class _Static(tornado.web.StaticFileHandler):
             self.set_header(name, value)
 
 
-class _Listing(_Guarded):
+class _Listing(_Handler):
     async def get(self) -> None:
         await self.send_json(self.dashboard.runs.listing)
 
 
-class _Overview(_Guarded):
+class _Overview(_Handler):
     async def get(self, key: str) -> None:
         await self.send_json(lambda: self.dashboard.runs.view(key).overview())
 
 
-class _Map(_Guarded):
+class _Map(_Handler):
     async def get(self, key: str) -> None:
         by, axis = self.get_query_argument("by"), self.number("axis", 2)
         index = self.number("index", 2**40)
@@ -242,14 +267,14 @@ class _Map(_Guarded):
         await self.finish(image.cells.tobytes())
 
 
-class _Block(_Guarded):
+class _Block(_Handler):
     async def get(self, key: str) -> None:
         at, axis = self.position("at"), self.number("axis", 2)
         step = max(1, self.number("step", 2**20))
         await self.send_json(lambda: self.dashboard.runs.view(key).block(at, axis, step))
 
 
-class _Log(_Guarded):
+class _Log(_Handler):
     async def get(self, key: str) -> None:
         worker = self.get_query_argument("worker")
         text = await self.answer(lambda: self.dashboard.runs.view(key).log(worker))
@@ -257,7 +282,7 @@ class _Log(_Guarded):
         await self.finish(text or "this machine has no log of that name\n")
 
 
-class _View(_Guarded):
+class _View(_Handler):
     async def get(self, key: str) -> None:
         at, make = self.position("at"), self.dashboard.viewer
         if make is None:

@@ -131,6 +131,14 @@ def get(url: str, headers: dict[str, str] | None = None) -> tuple[int, bytes, An
         return error.code, error.read(), error.headers
 
 
+def ask(
+    page: Dashboard, path: str, headers: dict[str, str] | None = None
+) -> tuple[int, bytes, Any]:
+    """Ask a page as its browser does: with the cookie that stands for the token."""
+    cookie = {} if page.token is None else {"Cookie": f"{page.cookie}={page.token}"}
+    return get(f"http://127.0.0.1:{page.port}/{path}", cookie | (headers or {}))
+
+
 def test_states_of_blocks() -> None:
     rows = np.zeros(3, ROW)
     rows["block"], rows["rank"] = [3, 1, 2], [1, 2, 3]
@@ -189,10 +197,10 @@ def test_history_counts_every_block_of_the_session() -> None:
 
 def test_answers(run: RunFolder) -> None:
     with serving(Runs([run.path])) as page:
-        (line,) = json.loads(get(page.address + "api/runs")[1])
+        (line,) = json.loads(ask(page, "api/runs")[1])
         assert (line["state"], line["done"], line["failed"]) == ("running", 10, 3)
-        base = f"{page.address}api/run/{line['key']}"
-        status, body, headers = get(base)
+        base = f"api/run/{line['key']}"
+        status, body, headers = ask(page, base)
         found = json.loads(body)
         assert status == 200
         assert headers["Content-Type"].startswith("application/json")
@@ -202,13 +210,13 @@ def test_answers(run: RunFolder) -> None:
         assert group["blocks"][0]["at"] == [6, 5, 25]
         (worker,) = found["workers"]
         assert (worker["host"], worker["job"], worker["current"]) == ("node1", "77", [30])
-        status, cells, headers = get(base + "/map?by=state&axis=0&index=0")
+        status, cells, headers = ask(page, base + "/map?by=state&axis=0&index=0")
         assert json.loads(headers["X-Map"])["shape"] == [4, 5]
         assert list(cells) == [2] * 8 + [1] * 2 + [3] * 10
-        block = json.loads(get(base + "/block?at=1,0,2&axis=0&step=1")[1])
+        block = json.loads(ask(page, base + "/block?at=1,0,2&axis=0&step=1")[1])
         assert (block["block"], block["record"]["state"]) == (22, "failed")
-        assert get(base + "/log?worker=worker-0")[1].decode() == f"the end {SCRIPT}"
-        assert b"no log" in get(base + "/log?worker=../../run")[1]
+        assert ask(page, base + "/log?worker=worker-0")[1].decode() == f"the end {SCRIPT}"
+        assert b"no log" in ask(page, base + "/log?worker=../../run")[1]
 
 
 @pytest.mark.parametrize(
@@ -227,18 +235,30 @@ def test_answers(run: RunFolder) -> None:
 )
 def test_bad_requests(run: RunFolder, path: str, code: int) -> None:
     with serving(Runs([run.path])) as page:
-        status, body, headers = get(page.address + path.replace("KEY", run.record()["id"]))
+        status, body, headers = ask(page, path.replace("KEY", run.record()["id"]))
     assert status == code
     assert b"<" not in body or b"Traceback" not in body
     assert "text/plain" in headers["Content-Type"] or status == 404
 
 
-def test_wide_server_wants_its_token(run: RunFolder) -> None:
-    with serving(Runs([run.path]), host="0.0.0.0") as page:
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_page_wants_its_token(run: RunFolder, host: str) -> None:
+    with serving(Runs([run.path]), host=host) as page:
         base = f"http://127.0.0.1:{page.port}/"
-        assert get(base)[0] == 403
+        key = run.record()["id"]
+        for path in ("", "api/runs", f"api/run/{key}", f"api/run/{key}/log?worker=worker-0", "x"):
+            assert get(base + path)[0] == 403
         assert get(base + "api/runs?token=wrong")[0] == 403
+        assert get(base + "api/runs?token=")[0] == 403
         assert get(base + "api/runs", {"Cookie": f"agq-{page.port}=wrong"})[0] == 403
+        assert (
+            get(
+                base + "api/runs",
+                {"Cookie": f"agq-{page.port}=\N{LATIN SMALL LETTER E WITH ACUTE}"},
+            )[0]
+            == 403
+        )
+        assert get(base + "page.js")[0] == 200
         token = page.address.split("token=")[1]
         assert len(token) >= 32
         assert json.loads(get(f"{base}api/runs?token={token}")[1])
@@ -252,9 +272,25 @@ def test_wide_server_wants_its_token(run: RunFolder) -> None:
 
 def test_other_host_names_are_refused_on_loopback(run: RunFolder) -> None:
     with serving(Runs([run.path])) as page:
-        assert page.token is None
+        assert ask(page, "api/runs", {"Host": "evil.example:80"})[0] == 403
+        assert ask(page, "api/runs", {"Host": f"localhost:{page.port}"})[0] == 200
+    with serving(Runs([run.path]), token=False) as page:
+        assert page.address == f"http://127.0.0.1:{page.port}/"
         assert get(page.address + "api/runs", {"Host": "evil.example:80"})[0] == 403
-        assert get(page.address + "api/runs", {"Host": f"localhost:{page.port}"})[0] == 200
+        assert get(page.address + "api/runs")[0] == 200
+    with pytest.raises(InputError, match="leave out one of the two"):
+        Dashboard(Runs([run.path]), host="0.0.0.0", token=False)
+
+
+def test_an_error_of_the_program_is_told_once(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = Runs([run.path])
+    monkeypatch.setattr(runs, "listing", lambda: 1 // 0)
+    with serving(runs) as page:
+        assert [ask(page, "api/runs")[0] for _ in range(3)] == [500] * 3
+    assert len(caplog.records) == 1
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_all_runs_of_a_folder(run: RunFolder) -> None:
@@ -301,8 +337,10 @@ def test_command_without_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("everything", [False, True])
 def test_the_command_serves_until_interrupted(run: RunFolder, everything: bool) -> None:
     port = free_port()
-    wanted = ["--all", run.path.parent, "--viewer-port", free_port(), "--token"]
-    words = command("dashboard", *(wanted if everything else [run.path]), "--port", port)
+    wanted = ["--all", run.path.parent, "--viewer-port", free_port()]
+    words = command(
+        "dashboard", *(wanted if everything else [run.path, "--no-token"]), "--port", port
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(words, env=environment(), cwd=ROOT, **pipes) as process:
         try:
@@ -316,7 +354,9 @@ def test_the_command_serves_until_interrupted(run: RunFolder, everything: bool) 
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
-        assert "Traceback" not in process.stderr.read()
+        said = process.stderr.read()
+        assert "Traceback" not in said
+        assert ("WARNING: --no-token" in said) == (not everything)
 
 
 SHOT = os.environ.get("AGQ_SHOTS")
@@ -337,7 +377,7 @@ def test_a_real_browser_shows_the_run_and_follows_it(run: RunFolder, tmp_path: P
             "request",
             lambda r: (
                 other_hosts.append(r.url)
-                if not r.url.startswith((server.address, "data:"))
+                if not r.url.startswith((server.address.partition("?")[0], "data:"))
                 else None
             ),
         )
