@@ -231,15 +231,16 @@ def attach(
     from agq.pipeline.status.text import render
 
     run_dir = _with_own_jobs(run_dir)
+    jobs.load(run_dir)
     monitor = Monitor(*watched(run_dir), queue=jobs.queue_status)
     try:
         with Live(console=out, auto_refresh=False) as view:
-            while True:
-                status = monitor.poll()
+            # A queue that is not known now may still hold jobs.
+            while (status := monitor.poll()).queue or status.queue_error:
                 view.update(render(status), refresh=True)
-                if not jobs.live(jobs.load(run_dir)):
-                    break
                 time.sleep(interval)
+            if status.queue is None:
+                jobs.live(jobs.load(run_dir))  # says what is missing
             view.update(render(monitor.poll()), refresh=True)
     except KeyboardInterrupt:
         return

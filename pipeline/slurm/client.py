@@ -1,6 +1,7 @@
 """Call SLURM's commands with argument lists and return their answers as plain data."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,113 +12,184 @@ from agq.errors import InputError
 _TIMEOUT_S = 60.0
 _SEPARATOR = "\x1f"
 
+_OPTIONS = re.compile(r"(SBATCH|SCANCEL|SINFO|SQUEUE)_\w+|SLURM_TIME_FORMAT")
+# What scancel says of jobs that have ended, or are just about to begin or to end.
+_ENDED = re.compile("Invalid job id|already completing or completed|can not be altered now")
+_TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+
 
 class SlurmError(InputError):
     """A command of SLURM is missing or refuses; the message quotes it."""
 
 
+class SlurmMissingError(SlurmError):
+    """A machine without the commands of SLURM."""
+
+
 @dataclass(frozen=True)
 class QueueEntry:
-    """One job, or one task of an array, in the queue; pending tasks of an array are one entry.
+    """One job, or some tasks of an array, in the queue; pending tasks of an array are one entry.
 
     Attributes
     ----------
-    task
-        Array task, such as ``3`` or ``[4-7%2]``; empty for a single job.
+    tasks
+        Numbers of the array tasks, ascending; empty for a single job.
     state, reason
         As squeue says (PENDING, RUNNING, COMPLETING, ...; Resources, Priority, ...).
     """
 
     job: int
-    task: str
+    tasks: tuple[int, ...]
     state: str
     reason: str
 
     @property
     def target(self) -> str:
         """The entry as an argument of scancel."""
-        return f"{self.job}_{self.task}" if self.task else str(self.job)
-
-    @property
-    def targets(self) -> list[str]:
-        """Each task of the entry as an argument of scancel."""
-        if not self.task.startswith("["):
-            return [self.target]
-        tasks: list[int] = []
-        for part in self.task.strip("[]").partition("%")[0].split(","):
-            first, _, last = part.partition("-")
-            tasks += range(int(first), int(last or first) + 1)
-        return [f"{self.job}_{task}" for task in tasks]
+        return target(self.job, self.tasks)
 
     @property
     def count(self) -> int:
-        """Number of tasks that the entry stands for."""
-        return len(self.targets)
+        """Number of jobs that the entry stands for."""
+        return max(1, len(self.tasks))
 
 
-def call(
-    arguments: Sequence[str | Path],
-    *,
-    check: bool = True,
-    environment: dict[str, str] | None = None,
-) -> str:
-    """Run one SLURM command; return its standard output.
+def target(job: int, tasks: Iterable[int]) -> str:
+    """Name tasks of an array, or a job without any, in one argument of scancel: ``7_[1-3,5]``."""
+    ranges: list[list[int]] = []
+    for task in sorted(tasks):
+        if ranges and task == ranges[-1][1] + 1:
+            ranges[-1][1] = task
+        else:
+            ranges.append([task, task])
+    words = [f"{a}" if a == b else f"{a}-{b}" for a, b in ranges]
+    if len(words) == 1 and words[0].isdigit():
+        return f"{job}_{words[0]}"
+    return f"{job}_[{','.join(words)}]" if words else str(job)
+
+
+def array_tasks(text: str) -> tuple[int, ...]:
+    """Return the tasks of an array index as squeue prints it: ``3``, ``1-2,4%1``, ``0-12:4``.
 
     Raises
     ------
     SlurmError
-        If the command is missing, takes too long, or (with `check`) fails.
+        If the text is cut (``1-2,4...``) or of another form.
     """
+    tasks: list[int] = []
+    for part in text.partition("%")[0].strip("[]").split(","):
+        found = _TASKS.fullmatch(part)
+        if found is None:
+            raise SlurmError(f"squeue: the array tasks {text[:80]!r} cannot be read")
+        first, last, step = (None if group is None else int(group) for group in found.groups())
+        assert first is not None
+        tasks += range(first, (first if last is None else last) + 1, step or 1)
+    return tuple(tasks)
+
+
+def call(arguments: Sequence[str | Path], *, environment: dict[str, str] | None = None) -> str:
+    """Run one SLURM command; return its standard output.
+
+    Options that the environment sets (`environment_options`) do not count.
+
+    Raises
+    ------
+    SlurmError
+        If the command is missing, takes too long, or fails.
+    """
+    done = _run(arguments, environment or {})
+    if done.returncode != 0:
+        raise _failure(arguments, done.stderr.split() or ["exit status", str(done.returncode)])
+    return done.stdout
+
+
+def _failure(arguments: Sequence[str | Path], words: Sequence[str]) -> SlurmError:
+    return SlurmError(f"{arguments[0]}: {' '.join(words)}")
+
+
+def _run(
+    arguments: Sequence[str | Path], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     name = str(arguments[0])
+    inherited = {key: value for key, value in os.environ.items() if not _OPTIONS.fullmatch(key)}
     try:
-        done = subprocess.run(
+        return subprocess.run(
             [str(a) for a in arguments],
             capture_output=True,
             text=True,
             errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=_TIMEOUT_S,
-            env=os.environ | (environment or {}),
+            env=inherited | environment,
             check=False,
         )
     except FileNotFoundError:
-        raise SlurmError(
+        raise SlurmMissingError(
             f"{name} is not installed here: run this on a login node of the cluster"
         ) from None
+    except OSError as error:
+        raise SlurmError(f"{name} cannot be run: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(
             f"{name} gave no answer for {_TIMEOUT_S:.0f} s; check with: scontrol ping"
         ) from None
-    if check and done.returncode != 0:
-        text = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise SlurmError(f"{name}: {text}")
-    return done.stdout
 
 
-def queue(jobs: Iterable[int]) -> list[QueueEntry]:
+def environment_options() -> list[str]:
+    """Return the variables of the environment that would change what SLURM's commands do."""
+    return sorted(filter(_OPTIONS.fullmatch, os.environ))
+
+
+def queue(jobs: Iterable[int], users: Iterable[int] = ()) -> list[QueueEntry]:
     """Return the entries of some jobs that are still in the queue.
+
+    Parameters
+    ----------
+    jobs
+        Job ids.
+    users
+        User ids of those who submitted them; default: the present user's.
 
     Raises
     ------
     SlurmError
-        If squeue cannot be asked.
+        If squeue cannot be asked, says something else than expected, or may not tell.
     """
     wanted = set(jobs)
     if not wanted:
         return []
-    # Asked by user, not by id: squeue fails altogether if one id is too old.
+    # By user, not by id: the controller then looks up the jobs of these users alone, and squeue
+    # would fail altogether if the one id that it is asked for is too old.
+    whose = sorted(set(users)) or [os.getuid()]
     columns = ["%F", "%K", "%T", "%r"]
-    text = call(["squeue", "--noheader", "--me", f"--format={_SEPARATOR.join(columns)}"])
+    text = call(
+        [
+            "squeue",
+            "--noheader",
+            f"--user={','.join(map(str, whose))}",
+            f"--format={_SEPARATOR.join(columns)}",
+        ],
+        # Otherwise array tasks are cut after 64 characters.
+        environment={"SLURM_BITSTR_LEN": "0"},
+    )
+    if not text and os.getuid() not in (0, *whose):
+        _require_public_jobs()
     entries = []
     for line in text.splitlines():
-        fields = line.split(_SEPARATOR)
-        if len(fields) != len(columns) or not fields[0].isdigit() or int(fields[0]) not in wanted:
-            continue
-        task = "" if fields[1] == "N/A" else fields[1]
-        if "-" in task or "," in task or "%" in task:
-            task = f"[{task.strip('[]')}]"
-        entries.append(QueueEntry(int(fields[0]), task, *fields[2:]))
-    return sorted(entries, key=lambda e: (e.job, e.state != "RUNNING", e.task))
+        job, *rest = line.split(_SEPARATOR)
+        if len(rest) != len(columns) - 1 or not job.isdigit():
+            raise SlurmError(f"squeue: the line {line[:80]!r} cannot be read")
+        if int(job) in wanted:
+            tasks = () if rest[0] in ("N/A", "") else array_tasks(rest[0])
+            entries.append(QueueEntry(int(job), tasks, *rest[1:]))
+    return sorted(entries, key=lambda e: (e.job, e.state != "RUNNING", e.tasks))
+
+
+def _require_public_jobs() -> None:
+    config = call(["scontrol", "show", "config"])
+    found = re.search(r"^PrivateData\s*=\s*(.*)", config, re.MULTILINE)
+    if found is not None and "jobs" in re.split(r"\W+", found[1]):
+        raise SlurmError("squeue: this cluster shows jobs to the user who submitted them alone")
 
 
 def submit(arguments: Sequence[str | Path]) -> int:
@@ -134,9 +206,20 @@ def submit(arguments: Sequence[str | Path]) -> int:
 
 
 def cancel(targets: Sequence[str], *options: str) -> None:
-    """Run scancel, which ignores jobs that have ended."""
-    if targets:
-        call(["scancel", *options, *targets], check=False)
+    """Run scancel, once for all targets; jobs that have ended are ignored.
+
+    Raises
+    ------
+    SlurmError
+        If SLURM does not answer or refuses.
+    """
+    if not targets:
+        return
+    arguments = ["scancel", *options, *targets]
+    done = _run(arguments, {})
+    said = [line for line in done.stderr.splitlines() if line and not _ENDED.search(line)]
+    if done.returncode != 0 and said:
+        raise _failure(arguments, said[0].removeprefix("scancel: error: ").split())
 
 
 def node_address(node: str) -> str | None:

@@ -169,9 +169,10 @@ def main(arguments: list[str]) -> int:
         return _predict(run_dir)
     except SystemExit as end:
         if load(run_dir).cancelled:
-            # SLURM does not start this job again: workers need not wait for it.
+            # SLURM does not start this job again: workers need not wait for it. And it has not
+            # succeeded: no stitch that waits for that may begin.
             Session(id="", state="closed").save(run_dir)
-            return 0
+            return 128 + signal.SIGTERM
         _logger.info("a signal ends this job; blocks that are done are in the journal")
         return end.code if isinstance(end.code, int) else 1
     except (InputError, RunStoppedError, OSError) as error:

@@ -1,6 +1,7 @@
 """The jobs of a run: the record of all submissions; submit, scale and cancel."""
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,9 @@ class Job(BaseModel):
     role: Role
     count: int = 1
     submitted: float
+
+    user: int | None = None
+    """Id of the user who submitted it; an earlier release did not say."""
 
 
 class Jobs(BaseModel):
@@ -101,7 +105,8 @@ def load(run_dir: Path) -> Jobs:
     """
     path = record_path(run_dir)
     try:
-        return Jobs.model_validate_json(path.read_bytes())
+        jobs = Jobs.model_validate_json(path.read_bytes())
+        owner = path.stat().st_uid
     except FileNotFoundError:
         raise InputError(
             f"{run_dir} was not submitted to SLURM ({path} does not exist); start it: agq submit"
@@ -110,6 +115,10 @@ def load(run_dir: Path) -> Jobs:
         raise InputError(
             f"{path} is damaged, or another release wrote it; submit the run again: agq submit"
         ) from None
+    jobs.jobs = [
+        job if job.user is not None else job.model_copy(update={"user": owner}) for job in jobs.jobs
+    ]
+    return jobs
 
 
 @contextmanager
@@ -130,17 +139,26 @@ def live(jobs: Jobs, *roles: Role) -> list[client.QueueEntry]:
     SlurmError
         If squeue cannot be asked.
     """
-    return client.queue(jobs.ids(*roles))
+    return client.queue(jobs.ids(*roles), {j.user for j in jobs.jobs if j.user is not None})
 
 
 def queue_status(run_dir: Path) -> tuple[QueueStatus, ...] | None:
-    """Count the jobs of a run in the queue; None without a submission or without SLURM."""
+    """Count the jobs of a run in the queue; None without a submission or without SLURM.
+
+    Raises
+    ------
+    SlurmError
+        If SLURM is here, and does not say.
+    """
     try:
         jobs = load(run_dir)
-        entries = live(jobs)
     except InputError:
         return None
     if are_of_another(run_dir):
+        return None
+    try:
+        entries = live(jobs)
+    except client.SlurmMissingError:
         return None
     roles = {job.id: job.role for job in jobs.jobs}
     counts: Counter[tuple[str, str, str | None]] = Counter()
@@ -249,6 +267,11 @@ def array(count: int, limit: int | None) -> str:
     return f"0-{count - 1}" + (f"%{limit}" if limit else "")
 
 
+def numbers(entries: Sequence[client.QueueEntry]) -> str:
+    """List the job ids of some entries."""
+    return ", ".join(str(job) for job in sorted({entry.job for entry in entries}))
+
+
 def refuse_live(run_dir: Path, jobs: Jobs, stages: Sequence[Stage]) -> None:
     """Refuse a submission whose stages jobs in the queue do already.
 
@@ -260,7 +283,7 @@ def refuse_live(run_dir: Path, jobs: Jobs, stages: Sequence[Stage]) -> None:
     waiting = live(jobs) if "predict" in stages else live(jobs, "stitch")
     if waiting:
         raise InputError(
-            f"{run_dir} has jobs in the queue ({', '.join(e.target for e in waiting[:4])}); "
+            f"{run_dir} has jobs in the queue ({numbers(waiting)}); "
             "agq attach follows them, agq scale changes their number, agq cancel ends them"
         )
 
@@ -273,9 +296,8 @@ def prediction_in_queue(run_dir: Path) -> int | None:
     InputError
         If the prediction is neither in the queue nor done.
     """
-    job = load(run_dir).latest("coordinator") if record_path(run_dir).exists() else None
-    if job is not None and client.queue([job]):
-        return job
+    if record_path(run_dir).exists() and (entries := live(load(run_dir), "coordinator")):
+        return entries[-1].job
     run = RunFolder(run_dir)
     if run.exists() and run.record()["stages"].get("predict", {}).get("state") == "done":
         return None
@@ -338,7 +360,7 @@ def _submit(
     n: int = 1,
 ) -> int:
     number = client.submit(submit_arguments(role, run_dir, array=array, after=after))
-    jobs.jobs.append(Job(id=number, role=role, count=n, submitted=time.time()))
+    jobs.jobs.append(Job(id=number, role=role, count=n, submitted=time.time(), user=os.getuid()))
     # Saved at once: agq cancel ends only the jobs in this record.
     write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode())
     return number
@@ -375,15 +397,17 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
                 jobs, run_dir, section, count - before, after=f"after:{coordinator[0].job}"
             )
         surplus = before - count
+        waiting: list[str] = []
+        running: list[str] = []
         for entry in sorted(entries, key=lambda e: (e.state == "RUNNING", -e.job)):
-            for target in reversed(entry.targets):
-                if surplus <= 0:
-                    break
-                surplus -= 1
-                if entry.state == "RUNNING":
-                    client.cancel([target], "--batch", "--signal=USR2")
-                else:
-                    client.cancel([target])
+            if surplus <= 0:
+                break
+            left = max(0, entry.count - surplus)
+            surplus -= entry.count - left
+            targets = running if entry.state == "RUNNING" else waiting
+            targets.append(client.target(entry.job, entry.tasks[left:]))
+        client.cancel(waiting)
+        client.cancel(running, "--batch", "--signal=USR2")
     return before, count
 
 
@@ -391,16 +415,31 @@ def cancel(run_dir: Path, *, wait_s: float = 30.0) -> int:
     """Cancel waiting jobs at once, let running ones finish their blocks, then kill the rest.
 
     Return how many jobs had not ended after `wait_s` seconds.
+
+    Raises
+    ------
+    InputError
+        If nothing was submitted, or SLURM does not answer or refuses: the run then goes on.
     """
-    with changing(run_dir) as jobs:
-        jobs.cancelled = True
-    queued = [str(n) for n in sorted({e.job for e in live(jobs)})]
-    client.cancel(queued, "--state=PENDING")
-    leading = {str(e.job) for e in live(jobs, "coordinator", "stitch") if e.state == "RUNNING"}
-    client.cancel(sorted(leading), "--batch", "--signal=TERM")
+    queued = sorted({str(entry.job) for entry in live(load(run_dir))})
+    _set_cancelled(run_dir, True)
+    try:
+        client.cancel(queued, "--state=PENDING")
+        entries = live(load(run_dir), "coordinator", "stitch")
+        leading = {str(entry.job) for entry in entries if entry.state == "RUNNING"}
+        client.cancel(sorted(leading), "--batch", "--signal=TERM")
+    except BaseException:
+        # The coordinator would take the next signal, as before its time limit, for the last one.
+        _set_cancelled(run_dir, False)
+        raise
     deadline = time.monotonic() + wait_s
-    while (left := live(jobs)) and time.monotonic() < deadline:
+    while (left := live(load(run_dir))) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     left = [e for e in left if e.state != "COMPLETING"]
     client.cancel(sorted({str(e.job) for e in left}))
     return sum(e.count for e in left)
+
+
+def _set_cancelled(run_dir: Path, cancelled: bool) -> None:
+    with changing(run_dir) as jobs:
+        jobs.cancelled = cancelled

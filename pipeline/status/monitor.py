@@ -36,7 +36,10 @@ _BEHIND_S: Final = 10.0
 
 
 Queue = Callable[[Path], tuple[QueueStatus, ...] | None]
-"""Counts the jobs of a run folder in the batch system's queue; None where it cannot be asked."""
+"""Counts the jobs of a run folder in the batch system's queue.
+
+It gives None where there is no batch system, and raises InputError if that does not say.
+"""
 
 
 def load_status(
@@ -134,7 +137,10 @@ class Monitor:
         status = self._poll()
         if self._queue is None or not (self._run.path / "slurm").is_dir():
             return status
-        return status.model_copy(update={"queue": self._queue(self._run.path)})
+        try:
+            return status.model_copy(update={"queue": self._queue(self._run.path)})
+        except InputError as error:
+            return status.model_copy(update={"queue_error": str(error)})
 
     def progress(self, stage: str) -> StageProgress | None:
         """Return the progress of a stage as last polled; None for a stage without a journal."""

@@ -160,7 +160,10 @@ class RunStatus(_Model, Tabled):
     stages: tuple[StageStatus, ...] = ()
     """In the order of work."""
     queue: tuple[QueueStatus, ...] | None = None
-    """Its batch jobs; None for a run that was not submitted, or where no batch system answers."""
+    """Its batch jobs; None for a run that was not submitted, without a batch system, or if
+    `queue_error` is set."""
+    queue_error: str | None = None
+    """Why its batch jobs are not known now."""
 
     def table(self) -> "RenderableType":
         """Return the status for a rich console."""

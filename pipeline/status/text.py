@@ -37,6 +37,8 @@ def render(status: RunStatus) -> RenderableType:
     parts: list[RenderableType] = [_header(status)]
     if status.queue is not None:
         parts.append(_queue(status.queue))
+    elif status.queue_error is not None:
+        parts.append(_line("queue", f"unknown ({status.queue_error})", "yellow"))
     if status.stages:
         parts.append(_stages(status.stages))
     for stage in status.stages:

@@ -168,7 +168,7 @@ def queue(monkeypatch):
     monkeypatch.setattr(
         client,
         "queue",
-        lambda ids: [QueueEntry(n, "", "RUNNING", "") for n in ids if n in waiting],
+        lambda ids, _users=(): [QueueEntry(n, (), "RUNNING", "") for n in ids if n in waiting],
     )
 
     def submit(_arguments):
@@ -322,7 +322,7 @@ def test_a_lost_dask_job_is_replaced_with_pauses_and_others_work_on(tmp_path, mo
     monkeypatch.setattr(
         dask_jobs.slurm,
         "queue",
-        lambda jobs: [QueueEntry(j, "", "RUNNING", "") for j in jobs if j in queued],
+        lambda jobs: [QueueEntry(j, (), "RUNNING", "") for j in jobs if j in queued],
     )
     cluster = _DaskCluster()
     cluster.scale(2)
@@ -398,13 +398,6 @@ def test_a_stitch_waits_while_the_disk_is_full(tmp_path, monkeypatch):
     full.append(OSError(errno.EIO, "broken"))
     with pytest.raises(OSError, match="broken"):
         slurm_stitch._stitch(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("task", "count"), [("", 1), ("3", 1), ("[4-7%2]", 4), ("[1,3-4]", 3), ("[9%2]", 1)]
-)
-def test_pending_array_tasks_are_counted(task, count):
-    assert QueueEntry(1, task, "PENDING", "").count == count
 
 
 @pytest.mark.parametrize(
