@@ -108,6 +108,8 @@ class Run:
     on_progress
         Called with (step, items done, items in all); what it raises stops the run, which can go
         on later. ``"bars"``: shown on standard error, as the commands do.
+    trust
+        Run what a folder of somebody else names: its `model.factory`, or its dask scheduler.
     **settings
         Sections of the configuration, such as ``stitch={"across": 0.6}``, that replace those of
         the source.
@@ -123,11 +125,13 @@ class Run:
         source: Location | Config,
         *,
         on_progress: Tell | Literal["bars"] | None = None,
+        trust: bool = False,
         **settings: Any,
     ) -> None:
         config = source if isinstance(source, Config) else read_target(Path(source))
         self.config = _changed(config, settings)
         self._on_progress = on_progress
+        self._trust = trust
         self._session: Session | None = None
 
     def __repr__(self) -> str:
@@ -152,9 +156,9 @@ class Run:
             yield self._session
             return
         if predicts:
-            prepared = prepare(self.config, overwrite=overwrite)
+            prepared = prepare(self.config, overwrite=overwrite, trust=self._trust)
         else:
-            prepared = prepare_stitch(self.config)
+            prepared = prepare_stitch(self.config, trust=self._trust)
         with open_session(
             prepared, overwrite=overwrite, on_progress=self._on_progress
         ) as self._session:

@@ -34,6 +34,12 @@ Settings = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run in run_dir and start over.")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Run what the folder of another user names: its predictor, its job lines."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

@@ -10,6 +10,7 @@ import typer
 
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
+from agq.owners import stranger
 from agq.pipeline.cli.arguments import Target, parse_triple
 from agq.pipeline.config.recorded import read_target
 
@@ -143,6 +144,11 @@ def report(
     from agq.pipeline.dashboard.report import write_report
 
     config = read_target(target)
+    if out is None and (owner := stranger(Path(config.run_dir))):
+        raise InputError(
+            f"{config.run_dir} belongs to {owner}, and a report may show what only you can read: "
+            "name a file of your own with --out"
+        )
     file = _writable(out or Path(config.run_dir) / "report.html")
     write_report(config, file)
     typer.echo(f"wrote {file}")

@@ -13,6 +13,7 @@ from agq.pipeline.cli.arguments import (
     ConfigFile,
     Overwrite,
     Settings,
+    Trust,
     parse_blocks,
     parse_box,
     parse_triple,
@@ -25,11 +26,16 @@ out = console()
 err = console(stderr=True)
 
 
-def run(config: ConfigFile, overwrite: Overwrite = False, settings: Settings = None) -> None:
+def run(
+    config: ConfigFile,
+    overwrite: Overwrite = False,
+    trust: Trust = False,
+    settings: Settings = None,
+) -> None:
     """Predict, stitch, build the pyramid, score and report; run it again to go on."""
     from agq.pipeline.api import BlocksFailedError, Run
 
-    job = Run(load_config(config, settings), on_progress="bars")
+    job = Run(load_config(config, settings), on_progress="bars", trust=trust)
     try:
         report = job.run(overwrite=overwrite)
     except BlocksFailedError as error:
@@ -61,6 +67,7 @@ def predict(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --blocks or --roi: only say which they are.")
     ] = False,
+    trust: Trust = False,
     settings: Settings = None,
 ) -> None:
     """Label every block that is not done yet, or some blocks again."""
@@ -78,10 +85,10 @@ def predict(
         from agq.pipeline.run.chosen_blocks import ChosenBlocks, choose_blocks
         from agq.pipeline.run.prepare import prepare
 
-        prepared = prepare(values)
+        prepared = prepare(values, trust=trust)
         out.print(ChosenBlocks.look_up(prepared, choose_blocks(prepared, numbers, box)).table())
         return
-    job = Run(values, on_progress="bars")
+    job = Run(values, on_progress="bars", trust=trust)
     report = job.predict(only_failed=only_failed, overwrite=overwrite, blocks=numbers, roi=box)
     if report.failed:
         _explain_failures(job.path, config, report.failed)
@@ -94,13 +101,15 @@ def plan(
         bool, typer.Option("--time/--no-time", help="Compute one block to estimate the time.")
     ] = True,
     as_json: AsJson = False,
+    trust: Trust = False,
     settings: Settings = None,
 ) -> None:
     """Say what a run would do and cost, and find what would stop it. Writes no result."""
     from agq.pipeline.run.plan import make_plan
     from agq.pipeline.run.prepare import prepare
 
-    report = make_plan(prepare(load_config(config, settings)), time_block=time_block)
+    prepared = prepare(load_config(config, settings), trust=trust)
+    report = make_plan(prepared, time_block=time_block)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1))
     else:

@@ -15,7 +15,15 @@ from agq.blockwise.journal.tail import JournalTail
 from agq.blockwise.predict.paths import log_name, log_path
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.errors import InputError
-from agq.pipeline.cli.arguments import ConfigFile, Overwrite, RunDir, Settings, watched
+from agq.pipeline.cli.arguments import (
+    ConfigFile,
+    Overwrite,
+    RunDir,
+    Settings,
+    Trust,
+    watched,
+)
+from agq.pipeline.config.recorded import require_trusted
 from agq.pipeline.config.schema import Config, masked
 from agq.pipeline.config.schema import load_config as read_config
 from agq.pipeline.slurm import check, client, jobs
@@ -40,6 +48,7 @@ def submit(
         typer.Option("--after", help="With --stage stitch: wait for the prediction in the queue."),
     ] = None,
     overwrite: Overwrite = False,
+    trust: Trust = False,
     settings: Settings = None,
 ) -> None:
     """Start a run on a SLURM cluster: a coordinator, workers, and the stitch after them."""
@@ -63,7 +72,7 @@ def submit(
     if dry_run:
         _show_scripts(loaded, stages)
         return
-    _submit(loaded, stages, overwrite=overwrite, after_predict=after is not None)
+    _submit(loaded, stages, overwrite=overwrite, after_predict=after is not None, trust=trust)
 
 
 def _show_scripts(config: Config, stages: list[jobs.Stage]) -> None:
@@ -84,19 +93,21 @@ def _submit(
     *,
     overwrite: bool = False,
     after_predict: bool = False,
+    trust: bool = False,
 ) -> None:
     from agq.pipeline.run.identity import require_same, start
     from agq.pipeline.run.overwrite import clear
     from agq.pipeline.run.prepare import prepare
 
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
+    _require_trusted_jobs(run_dir, trust=trust)
     cluster = check.read_cluster()
     for warning in check.check(section, cluster):
         out.print(f"note: {warning}", markup=False, soft_wrap=True)
     if jobs.record_path(run_dir).exists() and not jobs.are_of_another(run_dir):
         jobs.refuse_live(run_dir, jobs.load(run_dir), stages)
     behind = after_predict and jobs.prediction_in_queue(run_dir) is not None
-    prepared = prepare(config, workers_here=False, overwrite=overwrite)
+    prepared = prepare(config, workers_here=False, overwrite=overwrite, trust=trust)
     for note in prepared.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
     if behind:
@@ -146,6 +157,13 @@ def _print_submitted(run_dir: Path, submitted: list[jobs.Job]) -> None:
         out.print(f"  agq {command} {quoted}{tail}", markup=False, soft_wrap=True)
 
 
+def _require_trusted_jobs(run_dir: Path, *, trust: bool) -> None:
+    """Refuse a folder of somebody else, whose files say what jobs run; take them over if told."""
+    require_trusted(run_dir, "jobs", trust=trust)
+    if trust:
+        jobs.adopt_config(run_dir)
+
+
 def _with_own_jobs(run_dir: Path) -> Path:
     """Return a run folder, absolute; refuse a copy, whose jobs work on the original."""
     run_dir = run_dir.absolute()
@@ -162,10 +180,15 @@ def resume(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker jobs; default: as before.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Submit the unfinished stages of a run; jobs in the queue go on."""
+    from agq.pipeline.run.prepare import name_factory
+
     run_dir = _with_own_jobs(run_dir)
+    _require_trusted_jobs(run_dir, trust=trust)
     config = jobs.load_config(run_dir)
+    name_factory(config)
     record = jobs.load(run_dir)
     if workers is not None:
         with jobs.changing(run_dir) as changed:
@@ -204,9 +227,12 @@ def _wait_until_gone(record: jobs.Jobs, seconds: float = 20.0) -> None:
 def scale(
     run_dir: RunDir,
     count: Annotated[int, typer.Argument(min=0, help="Worker jobs.", show_default=False)],
+    trust: Trust = False,
 ) -> None:
     """Change the number of worker jobs of a run in the queue."""
-    before, now = jobs.scale(_with_own_jobs(run_dir), count)
+    run_dir = _with_own_jobs(run_dir)
+    _require_trusted_jobs(run_dir, trust=trust)
+    before, now = jobs.scale(run_dir, count)
     out.print(f"worker jobs: {before} -> {now}")
 
 
@@ -215,9 +241,12 @@ def cancel(
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds for workers to finish the blocks in hand.")
     ] = 30.0,
+    trust: Trust = False,
 ) -> None:
     """Let the jobs of a run finish their blocks, then kill them; agq resume goes on."""
-    killed = jobs.cancel(_with_own_jobs(run_dir), wait_s=wait)
+    run_dir = _with_own_jobs(run_dir)
+    require_trusted(run_dir, "jobs to end", trust=trust)
+    killed = jobs.cancel(run_dir, wait_s=wait)
     after = f"; {killed} jobs did not end within {wait:g} s and were killed" if killed else ""
     out.print(f"cancelled{after}")
 

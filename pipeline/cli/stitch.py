@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agq.errors import InputError
-from agq.pipeline.cli.arguments import Settings, parse_triple
+from agq.pipeline.cli.arguments import Settings, Trust, parse_triple
 from agq.pipeline.config.recorded import read_target
 from agq.terminal import console
 
@@ -82,6 +82,7 @@ def stitch(
     voxel_size: VoxelSize = None,
     unit: Unit = None,
     channels: Channels = None,
+    trust: Trust = False,
     settings: Settings = None,
 ) -> None:
     """Join the blocks of a finished prediction into one segmentation with its pyramid.
@@ -114,7 +115,7 @@ def stitch(
             "is for fragments of another model; a run has"
             " --set stitch.across=... and stitch.within=...",
         )
-        run = Run(read_target(target, changes), on_progress="bars")
+        run = Run(read_target(target, changes), on_progress="bars", trust=trust)
         _print(run.stitch(**({"allow_missing": True} if allow_missing else {})), run.path)
         return
     if target is not None or fragments is None or affinities is None or output is None:

@@ -1,18 +1,52 @@
 """The configuration of a run that a folder holds, or that a file describes.
 
 A run that is only looked at needs little of its configuration, so the schema is imported late.
+What a record of somebody else names is looked at, and not done: see `require_trusted`.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agq.blockwise.ledger.settings import URI_VARIABLE
+from agq.errors import InputError
+from agq.owners import TRUSTED_VARIABLE, stranger
 from agq.paths import expanded
 from agq.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from agq.pipeline.config.schema import Config
+
+_logger = logging.getLogger(__name__)
+
+_DECIDING = ("run.json", "predict.json", "slurm", "slurm/config.json", "slurm/jobs.json")
+"""What in a run folder decides which code a command or a job runs."""
+
+
+def require_trusted(run_dir: Path, what: str, *, trust: bool = False) -> None:
+    """Refuse to run what a run folder of somebody else may have chosen.
+
+    Parameters
+    ----------
+    run_dir
+        The folder; it need not exist.
+    what
+        What would run or be sent, for the message.
+    trust
+        Whether the user has said that the owner is trusted.
+
+    Raises
+    ------
+    InputError
+        If the folder, or a file in it that decides what is run, belongs to a stranger.
+    """
+    owner = None if trust else stranger(run_dir, *(run_dir / name for name in _DECIDING))
+    if owner is not None:
+        raise InputError(
+            f"{what}: {run_dir}, or its record, belongs to {owner}, who would decide what runs "
+            f"under your name; if you trust them, give --trust, or list them in {TRUSTED_VARIABLE}"
+        )
 
 
 def read_target(target: Path, settings: list[str] | None = None) -> "Config":
@@ -38,6 +72,13 @@ def recorded_ledger(run_dir: Path, ledger: dict[str, Any] | None) -> dict[str, A
     recorded = (ledger or {}).get("uri_file")
     # What was submitted keeps it in a file, which moves with the run.
     files = [*([] if recorded is None else [recorded]), run_dir / "slurm" / "ledger-uri"]
+    if stranger(run_dir, run_dir / "run.json"):
+        # A stranger's URI could have your credentials of a cloud sent to a server of theirs.
+        for file in [*files]:
+            if owner := stranger(expanded(file)):
+                _logger.warning("%s belongs to %s: it is not used", file, owner)
+                files.remove(file)
+        recorded = recorded if recorded in files else None
     file = next((str(f) for f in files if os.access(expanded(f), os.R_OK)), None)
     if file is None and not os.environ.get(URI_VARIABLE):
         file = recorded  # to say that it cannot be read; else, as for colleagues, the variable

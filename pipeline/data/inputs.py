@@ -13,6 +13,7 @@ from agq.blockwise.volumes.open import Kind, Volume, open_volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Box, triple
 from agq.errors import InputError
+from agq.owners import stranger
 from agq.paths import expanded, require_utf8
 from agq.pipeline.config.schema import RoiSettings, VolumeSettings
 from agq.pipeline.data.importer import import_volume, is_import_of
@@ -53,6 +54,11 @@ def open_input(
         if (target / kind).exists() and not exists(path):
             path, dataset = str(target), kind  # the files have done their work
         elif is_importable(path):
+            if owner := stranger(run.path, run.record_path):
+                raise InputError(
+                    f"{path} is an image file, which would be copied into {run.path}, and that "
+                    f"belongs to {owner}; agq import turns it into zarr in a folder of your own"
+                )
             path, dataset = str(_import_once(settings, target, kind)), kind
         placed = settings.model_dump(exclude={"path", "dataset", "allow_gaps", "gap_value"})
         for name in ("voxel_size", "offset"):

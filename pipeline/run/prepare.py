@@ -4,8 +4,10 @@ Everything that can be found out before a block runs is found out here: `agq pla
 the other commands start with it.
 """
 
+import logging
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.settings import NetworkSettings
+from agq.pipeline.config.recorded import require_trusted
 from agq.pipeline.config.schema import (
     DEFAULT_FACTORY,
     EARLIER_FACTORY,
@@ -35,6 +38,8 @@ from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.fit import Size, fits, misfit, nanometres, require_fit, show
 from agq.pipeline.run.greys import check_greys
+
+_logger = logging.getLogger(__name__)
 
 # Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
 _FRAGMENT_BYTES = 0.25
@@ -159,6 +164,7 @@ def prepare(
     check_output: bool = True,
     workers_here: bool = True,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> Prepared:
     """Open and check every input of a run.
 
@@ -173,6 +179,8 @@ def prepare(
         Whether the network will run on this machine, so that its device must be here.
     overwrite
         Whether the run that the folder holds will be deleted.
+    trust
+        Whether code that is no part of agq may be run for a folder of somebody else.
 
     Raises
     ------
@@ -184,6 +192,10 @@ def prepare(
         require_writable(run.path, "run_dir", create=True)
     raw = open_input(config.input.raw, run, "raw", "input.raw")
     mask = _open_beside(config, config.input.mask, run, "mask", "input.mask")
+    _require_trusted_scheduler(config, run, trust=trust)
+    if config.model.factory != DEFAULT_FACTORY:
+        require_trusted(run.path, f"model.factory {config.model.factory}", trust=trust)
+    name_factory(config)
     options, model_identity, trained = _model(config, workers_here)
     normalise = config.model.normalise
     goes_on = run.exists() and not overwrite
@@ -227,7 +239,7 @@ def prepare(
     return prepared
 
 
-def prepare_stitch(config: Config) -> Prepared:
+def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
     """Check what a stitch of a run needs, and the scores after it.
 
     Where the folder holds a run of the same configuration, that is the folder alone: no input and
@@ -241,7 +253,8 @@ def prepare_stitch(config: Config) -> Prepared:
     """
     run = RunFolder(Path(config.run_dir))
     if not run.exists() or not _in_the_same_words(config, run):
-        return prepare(config, workers_here=False)
+        return prepare(config, workers_here=False, trust=trust)
+    _require_trusted_scheduler(config, run, trust=trust)
     require_writable(run.path, "run_dir")
     identity = run.record()["identity"]
     if identity["model"].get("pieces") == "supervoxels":
@@ -343,6 +356,27 @@ def _check_output(prepared: Prepared) -> None:
         # --overwrite has deleted the earlier run.
         ledger.require_writable()
         ledger.close()
+
+
+def name_factory(config: Config) -> None:
+    """Tell the user which code, beside our own, a configuration runs; before it is imported."""
+    factory = config.model.factory
+    if factory != DEFAULT_FACTORY and _is_found(factory):
+        _logger.warning("model.factory %s is not the built-in one: its code runs as you", factory)
+
+
+def _is_found(factory: str) -> bool:
+    """Whether there is a module to import; nothing of it is imported by looking for it."""
+    try:
+        return find_spec(factory.partition(":")[0].partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _require_trusted_scheduler(config: Config, run: RunFolder, *, trust: bool) -> None:
+    if (address := config.stitch.dask.address) is not None:
+        # What a scheduler sends is unpickled.
+        require_trusted(run.path, f"stitch.dask.address {address}", trust=trust)
 
 
 def _model(

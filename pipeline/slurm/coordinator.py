@@ -132,7 +132,7 @@ def _predict(run_dir: Path) -> int:
     config = load_config(run_dir)
     section = section_of(config)
     listen = listen_address(section)
-    prepared = prepare(config, workers_here=False)
+    prepared = prepare(config, workers_here=False, trust=True)
     watch = _WorkerWatch(run_dir, section)
     while True:
         try:

@@ -17,6 +17,7 @@ from agq.blockwise.storage import locks
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.errors import InputError
+from agq.owners import stranger
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm import client
 from agq.pipeline.slurm.scripts import (
@@ -222,23 +223,35 @@ def _write_config(run_dir: Path, data: dict[str, Any]) -> None:
     write_atomic(config_path(run_dir), text.encode())
 
 
-def load_config(run_dir: Path) -> "Config":
+def load_config(run_dir: Path, *, trust: bool = False) -> "Config":
     """Read the configuration that `save_config` wrote.
 
     Raises
     ------
     InputError
-        If it is missing or damaged.
+        If it is missing or damaged, or somebody else's: it says what jobs run. With `trust` the
+        owner does not matter.
     """
     from agq.pipeline.config.schema import Config
 
     path = config_path(run_dir)
+    if not trust and (owner := stranger(path)):
+        raise InputError(
+            f"{path} belongs to {owner}, and decides what jobs run under your name; if you trust "
+            f"them: agq resume {run_dir} --trust"
+        )
     try:
         data = from_portable(json.loads(path.read_bytes()), run_dir.absolute())
         # The folder may have been moved since an earlier release wrote this.
         return Config.model_validate(data | {"run_dir": str(run_dir.absolute())})
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+
+
+def adopt_config(run_dir: Path) -> None:
+    """Make the configuration of jobs that a trusted user has written one's own."""
+    if stranger(config_path(run_dir)):
+        _write_config(run_dir, load_config(run_dir, trust=True).model_dump(mode="json"))
 
 
 def section_of(config: "Config") -> "SlurmSettings":

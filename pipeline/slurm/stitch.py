@@ -46,7 +46,7 @@ def _with_own_cores(config: Config) -> Config:
 def _stitch(run_dir: Path) -> None:
     config = _with_own_cores(load_config(run_dir))
     section = section_of(config)
-    prepared = prepare_stitch(config)
+    prepared = prepare_stitch(config, trust=True)
     while True:
         try:
             with open_session(prepared) as session:

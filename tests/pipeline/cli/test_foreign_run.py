@@ -1,6 +1,9 @@
 """Commands that look at a run of somebody else: its record is data, whatever it says."""
 
 import http.server
+import os
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,15 +13,21 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+import agq
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.ledger.settings import URI_VARIABLE
 from agq.blockwise.volumes.create import create_array
 from agq.errors import InputError
+from agq.owners import TRUSTED_VARIABLE, stranger
 from agq.pipeline.cli.score import truth_of
 from agq.pipeline.config.recorded import read_target
+from agq.pipeline.config.schema import load_config, masked
 from agq.pipeline.dashboard.runs import Runs
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.prepare import prepare_stitch
+from agq.pipeline.slurm import jobs
 from agq.pipeline.view.layers import config_layers
+from tests.helpers.runs import make_config
 
 Main = Callable[..., tuple[int, str, str]]
 
@@ -26,6 +35,9 @@ SHAPE = (4, 20, 20)
 GRID = BlockGrid(SHAPE, (30, 6, 6), (2, 10, 10))
 SECRET = "AGQ_TEST_SECRET"
 VALUE = "wJalrXUtnFEMI"
+OTHER = 54321
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
 
 class _Recorder(http.server.BaseHTTPRequestHandler):
@@ -129,3 +141,128 @@ def test_variables_in_a_record_stay_as_they_are(
     wanted = f"/${{{SECRET}}}/${{NOT_SET}}/${{X:-y}}.zarr"
     assert asked
     assert all(wanted in unquote(path) for path in asked)
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], bool]]:
+    """Put a module `evil_predictor` where workers look; tells whether it was imported."""
+    (tmp_path / "packages").mkdir()
+    mark = tmp_path / "imported"
+    code = f"import pathlib; pathlib.Path({str(mark)!r}).touch(); from tests.helpers.fakes import *"
+    (tmp_path / "packages" / "evil_predictor.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delenv(TRUSTED_VARIABLE, raising=False)
+
+    def imported() -> bool:
+        was = mark.exists()
+        mark.unlink(missing_ok=True)
+        sys.modules.pop("evil_predictor", None)
+        return was
+
+    yield imported
+    imported()
+
+
+def give_away(*paths: Path) -> None:
+    for path in paths:
+        os.chown(path, OTHER, OTHER)
+
+
+@as_root
+@pytest.mark.parametrize("given", [".", "run.json", "predict.json", "slurm/config.json"])
+def test_code_for_the_folder_of_a_stranger_is_refused_unless_trusted(
+    main: Main, tmp_path: Path, factory: Callable[[], bool], given: str, caplog: Any
+) -> None:
+    config = make_config(tmp_path, model={"factory": "evil_predictor:threshold"})
+    run = RunFolder(tmp_path / "run")
+    values = load_config(config)
+    with run.lock():
+        run.create(masked(values), {"grid": GRID.to_dict(), "raw": {}, "mask": None, "model": {}})
+    jobs.save_config(values)
+    (run.path / "predict.json").write_text("{}")
+    give_away(run.path / given)
+    commands = (
+        ("plan", config, "--no-time"),
+        ("predict", config, "--dry-run", "--blocks", "0"),
+        ("run", config),
+        ("stitch", run.path, "--set", "blocks.before=[2,1,1]"),
+        ("submit", config),
+        ("resume", run.path),
+        ("scale", run.path, "3"),
+        ("cancel", run.path),
+    )
+    for name, *rest in commands:
+        if name == "submit" and not shutil.which("sbatch"):
+            continue  # says first that there is no SLURM
+        code, _, error = main(name, *rest)
+        assert code == 2, name
+        assert f"belongs to uid {OTHER}" in error, (name, error)
+        assert "--trust" in error, (name, error)
+        assert not factory(), name
+    with pytest.raises(InputError, match="--trust"):
+        agq.Run(run.path, blocks={"before": (2, 1, 1)}).stitch()
+    assert not factory()
+    # Named before it is imported, and run when the user says so.
+    caplog.clear()
+    main("plan", config, "--no-time", "--trust")
+    assert factory()
+    assert "model.factory evil_predictor:threshold" in caplog.text
+    _, _, error = main("resume", run.path, "--trust")
+    assert "belongs to" not in error
+    assert stranger(jobs.config_path(run.path)) is None
+
+
+@as_root
+def test_jobs_take_no_configuration_of_a_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that a group may write: its config.json decides what a job runs."""
+    monkeypatch.delenv(TRUSTED_VARIABLE, raising=False)
+    values = load_config(make_config(tmp_path))
+    (tmp_path / "run").mkdir()
+    jobs.save_config(values)
+    give_away(jobs.config_path(tmp_path / "run"))
+    with pytest.raises(InputError, match=f"belongs to uid {OTHER}, and decides what jobs run"):
+        jobs.load_config(tmp_path / "run")
+    jobs.adopt_config(tmp_path / "run")
+    assert jobs.load_config(tmp_path / "run") == values
+
+
+@as_root
+def test_a_recorded_scheduler_of_a_stranger_is_not_called(main: Main, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", str(tmp_path / "none.zarr"))
+    record = run.record()
+    config = {**record["config"], "stitch": {"dask": {"address": "tcp://127.0.0.1:1"}}}
+    run.update(config=config)
+    give_away(run.path)
+    code, _, error = main("stitch", run.path)
+    assert code == 2
+    assert "stitch.dask.address tcp://127.0.0.1:1" in error
+    assert f"belongs to uid {OTHER}" in error
+
+
+@as_root
+def test_looking_copies_nothing_into_the_folder_of_a_stranger(main: Main, tmp_path: Path) -> None:
+    np.save(tmp_path / "private.npy", np.ones(SHAPE, np.uint8))
+    run = make_run(tmp_path / "run", str(tmp_path / "private.npy"))
+    give_away(run.path, run.record_path)
+    assert "--out" in main("report", run.path)[2]
+    for name, said in look(main, run.path, tmp_path):
+        assert not (run.path / "imported").exists(), (name, said)
+        assert not (run.path / "report.html").exists(), name
+
+
+@as_root
+def test_a_uri_of_a_stranger_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(URI_VARIABLE, raising=False)
+    run = make_run(tmp_path / "run", "x.zarr")
+    files = [tmp_path / "uri", run.path / "slurm" / "ledger-uri"]
+    run.update(config={**run.record()["config"], "ledger": {"uri_file": str(files[0])}})
+    files[1].parent.mkdir()
+    for file in files:
+        file.write_text("mongodb://evil.example/?authMechanism=MONGODB-AWS")
+    # The user's own record names a file of a colleague.
+    give_away(*files)
+    assert read_target(run.path).ledger.uri_file == files[0]  # type: ignore[union-attr]
+    give_away(run.path, run.record_path)
+    assert read_target(run.path).ledger.resolve() is None  # type: ignore[union-attr]
