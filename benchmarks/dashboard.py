@@ -89,7 +89,8 @@ def write_block(file: BinaryIO, token: str, number: int, end: float) -> None:
 
 def measure(run: RunFolder) -> None:
     code = "from agq.pipeline.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "dashboard", str(run.path), "--port", "0"]
+    words = ["dashboard", str(run.path), "--port", "0", "--no-token"]
+    command = [sys.executable, "-c", code, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

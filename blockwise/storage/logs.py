@@ -15,11 +15,46 @@ import time
 from pathlib import Path
 from typing import Any
 
+from agq.reading import open_file
+
 LIMIT_BYTES = 16 << 20
 """Of a log, and of the older part beside it."""
 
 _LOOK_S = 1.0
 _PIECE = 1 << 20
+
+
+def log_files(run_dir: Path) -> list[Path]:
+    """List the logs of a run and their older parts, those written last at the end.
+
+    Only files count, not links, FIFOs or folders of such a name.
+    """
+    found = []
+    for pattern in ("*.log", "*.log.1"):
+        for file in (run_dir / "logs").rglob(pattern):
+            with contextlib.suppress(OSError):
+                about = file.lstat()
+                if stat.S_ISREG(about.st_mode):
+                    found.append((about.st_mtime, file))
+    return [file for _, file in sorted(found)]
+
+
+def log_end(run_dir: Path, log: Path, size: int) -> str:
+    """Return the last `size` bytes of a log of a run.
+
+    Whoever made the run folder may have put anything there under the name of a log: links are not
+    followed, so what is read lies in the folder.
+
+    Raises
+    ------
+    InputError
+        If it is no regular file, or there is a link on the way to it.
+    OSError
+        If it cannot be read.
+    """
+    with open_file(log, within=run_dir) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        return file.read(size).decode("utf-8", "replace")
 
 
 def cap_output(limit: int = LIMIT_BYTES) -> None:

@@ -14,6 +14,7 @@ from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.tail import JournalTail
 from agq.blockwise.predict.paths import log_name, log_path
 from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.blockwise.storage.logs import log_end, log_files
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import (
     ConfigFile,
@@ -288,8 +289,7 @@ def logs(
     if block is not None:
         _block_log(run_dir, block, lines)
         return
-    found = [*(run_dir / "logs").rglob("*.log"), *(run_dir / "logs").rglob("*.log.1")]
-    files = sorted(found, key=lambda f: f.stat().st_mtime)
+    files = log_files(run_dir)
     if worker is not None:
         name = worker.removeprefix("worker-").removeprefix("workers-")
         stems = {f: f.name.removesuffix(".1").removesuffix(".log") for f in files}
@@ -299,7 +299,9 @@ def logs(
                 f"--worker {worker}: {run_dir}/logs has no such log; agq logs {run_dir} lists all"
             )
         for file in files:
-            _print_tail(file, lines)
+            typer.echo(f"==> {file}")
+            end = log_end(run_dir, file, 400 * lines)
+            typer.echo("\n".join(end.splitlines()[-lines:]))
         return
     if not files:
         raise InputError(f"{run_dir}/logs has no log yet; jobs write it when they start")
@@ -333,11 +335,3 @@ def _block_log(run_dir: Path, block: int, lines: int) -> None:
         log = log_path(run_dir, log_name(name))
         if log.exists():
             typer.echo(f"log: {log}")
-
-
-def _print_tail(file: Path, lines: int) -> None:
-    typer.echo(f"==> {file}")
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - 400 * lines))
-        text = stream.read().decode("utf-8", "replace")
-    typer.echo("\n".join(text.splitlines()[-lines:]))

@@ -11,6 +11,7 @@ import yaml
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.records import BlockState
+from agq.blockwise.storage.logs import log_end, log_files
 from agq.pipeline.status.failures import error_kind
 from agq.pipeline.status.run_status import Failure, StageStatus
 
@@ -113,12 +114,9 @@ def middle_voxel(grid: BlockGrid, block: int) -> list[int] | None:
 def log_tail(run_dir: Path, worker: str) -> str | None:
     """Return the end of a worker's log; None if the run folder has no log of that name."""
     # Names are compared, not joined: a name from a journal line must not lead out of the folder.
-    file = {file.stem: file for file in sorted((run_dir / "logs").rglob("*.log"))}.get(worker)
-    if file is None:
-        return None
-    with file.open("rb") as handle:
-        handle.seek(max(0, file.stat().st_size - _LOG_BYTES))
-        return handle.read(_LOG_BYTES).decode("utf-8", "replace")
+    files = {file.stem: file for file in log_files(run_dir) if file.suffix == ".log"}
+    file = files.get(worker)
+    return None if file is None else log_end(run_dir, file, _LOG_BYTES)
 
 
 def settings(record: dict[str, Any]) -> dict[str, Any]:

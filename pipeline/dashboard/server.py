@@ -23,7 +23,7 @@ import tornado.netutil
 import tornado.web
 
 from agq.blockwise.volumes.triples import Triple, triple
-from agq.errors import InputError
+from agq.errors import InputError, machine_fault
 from agq.pipeline.dashboard.runs import Runs
 from agq.pipeline.web import LOOPBACK, BoundedServer, host_names
 
@@ -183,14 +183,17 @@ class _Handler(tornado.web.RequestHandler):
         self.finish(f"{status_code}: {self._reason}\n")
 
     async def answer(self, work: Callable[[], Any]) -> Any:
-        """Run `work` in a thread; answer an input error with a plain 404."""
+        """Run `work` in a thread; answer what is wrong with the run with a plain 404."""
         try:
             return await asyncio.get_running_loop().run_in_executor(None, work)
         except InputError as error:
-            self.set_status(404)
-            self.set_header("Content-Type", "text/plain; charset=utf-8")
-            await self.finish(f"{error}\n")
-            raise tornado.web.Finish from None
+            told = str(error)
+        except OSError as error:
+            told = machine_fault(error) or str(error)
+        self.set_status(404)
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        await self.finish(f"{told}\n")
+        raise tornado.web.Finish
 
     def number(self, name: str, most: int) -> int:
         try:

@@ -270,6 +270,28 @@ def test_the_page_wants_its_token(run: RunFolder, host: str) -> None:
             assert json.loads(answer.read())
 
 
+def test_a_log_that_leads_out_of_the_run_folder_is_not_shown(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    logs = run.path / "logs" / "predict"
+    (logs / "link.log").symlink_to(tmp_path / "secret")
+    os.mkfifo(logs / "fifo.log")
+    base = f"api/run/{run.record()['id']}/log?worker="
+    with serving(Runs([run.path])) as page:
+        for name in ("link", "fifo", "../../../secret"):
+            status, body, _ = ask(page, base + name)
+            assert (status, b"secret" in body, b"no log" in body) == (200, False, True)
+        logs.rename(tmp_path / "moved")
+        logs.symlink_to(tmp_path / "moved")
+        assert b"no log" in ask(page, base + "worker-0")[1]
+        (run.path / "logs").rename(tmp_path / "logs")
+        (run.path / "logs").symlink_to(tmp_path / "logs")
+        (tmp_path / "logs" / "worker-0.log").write_text("secret")
+        status, body, _ = ask(page, base + "worker-0")
+        assert (status, b"symbolic link" in body, b"secret" in body) == (404, True, False)
+
+
 def test_other_host_names_are_refused_on_loopback(run: RunFolder) -> None:
     with serving(Runs([run.path])) as page:
         assert ask(page, "api/runs", {"Host": "evil.example:80"})[0] == 403
