@@ -20,7 +20,7 @@ def name_writable_caches() -> None:
         if variable not in os.environ and not any(_writable(Path(place)) for place in places):
             # Where there is no temporary folder either, the library itself says what it lacks.
             with contextlib.suppress(OSError):
-                os.environ[variable] = str(_temporary_folder() / variable.lower())
+                os.environ[variable] = str(temporary_folder() / variable.lower())
 
 
 def _writable(folder: Path) -> bool:
@@ -30,8 +30,8 @@ def _writable(folder: Path) -> bool:
     return folder.is_absolute() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def _temporary_folder() -> Path:
-    """Return a folder that is only this user's: what is compiled is run when it is read back."""
+def temporary_folder() -> Path:
+    """Return a folder that is only this user's, for what is run when it is read back."""
     import tempfile  # slow to load, and seldom needed
 
     folder = Path(tempfile.gettempdir()) / f"agq-{os.getuid()}"

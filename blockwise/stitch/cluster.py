@@ -1,4 +1,9 @@
-"""A dask client: on a cluster of this machine's processes, or on a scheduler that runs already."""
+"""A dask client: on a cluster of this machine's processes, or on a scheduler that runs already.
+
+dask runs the code that any client sends it, and every user of a machine can connect to its loopback
+ports. So a cluster that is started here talks TLS with certificates that only its own processes
+have, and none of them serves a web page.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,10 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
 
-from distributed import Client, LocalCluster, Nanny, Status
+from distributed import Client, Nanny, Scheduler, SpecCluster, Status, Worker
 from distributed.security import Security
 
+from agq import caches
 from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.errors import InputError
@@ -27,8 +33,24 @@ class _ClosedOnFailure(Client):
             super().start(**options)
         except BaseException:
             self.close()
-            self._loop_runner.stop()  # on some failures dask has closed the client, but for its loop
+            # On some failures dask has closed the client already, but for its loop.
+            self._loop_runner.stop()
             raise
+
+
+class _NoWebServer:
+    """dask has one in each process; without its page too, it tells anybody about the tasks."""
+
+    def start_http_server(self, *_arguments: Any, **_options: Any) -> None:
+        """Start none."""
+
+
+class QuietScheduler(_NoWebServer, Scheduler):
+    """A scheduler without a web server."""
+
+
+class QuietWorker(_NoWebServer, Worker):
+    """A worker without a web server."""
 
 
 class _Nanny(Nanny):
@@ -69,8 +91,9 @@ def dask_client(
 ) -> Iterator[Client]:
     """Yield a dask client and close what was started for it.
 
-    Without an address a cluster is started on this machine, on loopback only. Its workers have one
-    thread each: the tasks hold the interpreter lock between compiled parts.
+    Without an address a cluster is started on this machine, on loopback only, which nobody else can
+    use. Its workers have one thread each: the tasks hold the interpreter lock between compiled
+    parts.
 
     Parameters
     ----------
@@ -84,7 +107,7 @@ def dask_client(
     Yields
     ------
     Client
-        ``client.dashboard_link`` is the address of dask's web page.
+        The client.
 
     Raises
     ------
@@ -100,26 +123,44 @@ def dask_client(
     with ExitStack() as stack:
         try:
             with _signals_wait():
-                cluster = LocalCluster(
-                    n_workers=count if processes else 1,
-                    threads_per_worker=1 if processes else count,
-                    processes=processes,
-                    worker_class=_Nanny if processes else None,
-                    # Threads talk inside the process, without a port.
-                    host="127.0.0.1" if processes else None,
-                    dashboard_address="127.0.0.1:0",
-                    # A task's error is raised here as one line; dask would also print a traceback.
-                    silence_logs=logging.CRITICAL,
-                    # A task near the root may need more than an equal share of the memory: dask
-                    # would kill it while the machine still has room.
-                    memory_limit=0,
-                )
-                stack.enter_context(cluster)
+                cluster = stack.enter_context(_local_cluster(count, processes))
                 client = stack.enter_context(Client(cluster, timeout=timeout))
             yield client
         finally:
             with _signals_wait():
                 stack.close()
+
+
+def _local_cluster(count: int, processes: bool) -> SpecCluster:
+    """Start a cluster (as `LocalCluster` does, which has no choice of the scheduler's class)."""
+    common: dict[str, Any] = {
+        "dashboard": False,
+        # dask puts this folder on the import path; its own choice is one that others may have made.
+        "local_directory": str(caches.temporary_folder()),
+        # Threads talk inside the process, without a port.
+        "protocol": "inproc://",
+    }
+    if processes:
+        security = Security.temporary()
+        common |= {"protocol": "tls://", "host": "127.0.0.1", "security": security}
+    # A task's error is raised here as one line; dask would also print a traceback.
+    silence = logging.CRITICAL
+    worker = common | {
+        "nthreads": 1 if processes else count,
+        # A task near the root may need more than an equal share of the memory: dask would kill it
+        # while the machine still has room.
+        "memory_limit": 0,
+        "silence_logs": silence,
+    }
+    if processes:
+        worker["worker_class"] = QuietWorker
+    spec = {"cls": _Nanny if processes else QuietWorker, "options": worker}
+    return SpecCluster(
+        scheduler={"cls": QuietScheduler, "options": common},
+        workers=dict.fromkeys(range(count if processes else 1), spec),
+        security=common.get("security"),
+        silence_logs=silence,
+    )
 
 
 def _connect(address: str, settings: DaskSettings, timeout: float) -> Client:

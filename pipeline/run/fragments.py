@@ -110,7 +110,6 @@ def stitch_arrays(
     if values.input.classes is not None:
         classes = open_input(values.input.classes, run, "labels", "input.classes", source["unit"])
     with dask_client(section.dask) as client, open_progress(output, on_progress) as progress:
-        progress.note(f"dask dashboard: {client.dashboard_link}")
         if opened is not None:
             for note in opened.volume.notes:
                 progress.note(note)

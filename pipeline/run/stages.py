@@ -341,7 +341,6 @@ def stitch(
         session.stage("stitch", int(prepared.selected.size)) as record,
         client or dask_client(section.dask) as dask,
     ):
-        session.progress.note(f"dask dashboard: {dask.dashboard_link}")
         progress = session.progress
         wait_s = section.dask.wait_s
         report = run_stitch(spec, dask, progress.step, progress.note, wait_s=wait_s)

@@ -2,13 +2,12 @@
 
 import time
 
-from agq.blockwise.stitch.cluster import dask_client
-from agq.blockwise.stitch.settings import DaskSettings
+from tests.helpers.stitch_runs import open_cluster
 
 
 def main() -> None:
-    with dask_client(DaskSettings(workers=2)) as client:
-        print(client.scheduler.address, flush=True)
+    with open_cluster(2, processes=True) as cluster:
+        print(cluster.scheduler_address, flush=True)
         time.sleep(600)
 
 

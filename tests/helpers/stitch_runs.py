@@ -2,9 +2,11 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from distributed import LocalCluster
 
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
@@ -21,6 +23,14 @@ STEPS = ["contacts", "agglomerate", "lut", "relabel", "pyramid"]
 def client():
     with dask_client(DaskSettings(workers=2), processes=False) as made:
         yield made
+
+
+def open_cluster(workers: int, **options: Any) -> LocalCluster:
+    """Start a cluster as a user might for `stitch.dask.address`; of threads, without TLS."""
+    given = {"protocol": "tcp://", "processes": False, "threads_per_worker": 1, **options}
+    return LocalCluster(
+        n_workers=workers, host="127.0.0.1", dashboard_address="127.0.0.1:0", **given
+    )
 
 
 @pytest.fixture(scope="module")

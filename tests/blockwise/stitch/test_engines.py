@@ -9,7 +9,6 @@ from pathlib import Path
 
 import dask
 import pytest
-from distributed import LocalCluster
 from distributed.security import Security
 
 from agq.blockwise.stitch.cluster import dask_client
@@ -18,7 +17,7 @@ from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.stitch.steps import StitchError, Workers
 from agq.errors import InputError
 from tests.helpers.fragments import GRID, make_run, write_run
-from tests.helpers.stitch_runs import results
+from tests.helpers.stitch_runs import open_cluster, results
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +35,17 @@ def certificates(tmp_path_factory) -> tuple[Security, dict[str, Path]]:
     return security, files
 
 
-def test_scheduler_behind_tls(tmp_path, certificates):
+def test_scheduler_behind_tls(run, run_dir, undisturbed, tmp_path, certificates):
     security, files = certificates
-    run = make_run(GRID, seed=5)
-    for name in ("local", "tls"):
-        write_run(run, tmp_path / name)
-    with dask_client(DaskSettings(workers=1)) as client:
-        run_stitch(run.spec(tmp_path / "local"), client)
-    with LocalCluster(
-        n_workers=1, threads_per_worker=1, security=security, protocol="tls://",
-        host="127.0.0.1", dashboard_address="127.0.0.1:0",
-    ) as cluster:  # fmt: skip
+    with open_cluster(1, security=security, protocol="tls://") as cluster:
         address = cluster.scheduler_address
         assert address.startswith("tls://")
         section = DaskSettings(address=address, **files)
         with dask_client(section) as client:
-            run_stitch(run.spec(tmp_path / "tls"), client)
+            run_stitch(run.spec(run_dir), client)
         with (
             pytest.raises(InputError, match=r"cannot connect.*stitch\.dask\.ca_file"),
-            dask_client(DaskSettings(address=address), timeout=2),
+            dask_client(DaskSettings(address=address), timeout=0.5),
         ):
             pass
         other = Security.temporary()
@@ -65,10 +56,10 @@ def test_scheduler_behind_tls(tmp_path, certificates):
         wrong = DaskSettings(address=address, **files | strangers)
         with (
             pytest.raises(InputError, match="cannot connect"),
-            dask_client(wrong, timeout=2),
+            dask_client(wrong, timeout=0.5),
         ):
             pass
-    assert results(tmp_path / "tls") == results(tmp_path / "local")
+    assert results(run_dir) == undisturbed
 
 
 LEAVES_A_TASK = """
@@ -90,17 +81,20 @@ Workers(Client(address), Path(folder)).run("slow", [Slow([1])])
 
 def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
     """A scheduler lets what runs go on; its files must not appear among those of the next."""
-    with dask_client(DaskSettings(workers=1)) as cluster:
-        address = cluster.scheduler.address
-        with subprocess.Popen([sys.executable, "-c", LEAVES_A_TASK, address, tmp_path]) as client:
+    with (
+        open_cluster(1) as cluster,
+        dask_client(DaskSettings(address=cluster.scheduler_address)) as client,
+    ):
+        address = cluster.scheduler_address
+        with subprocess.Popen([sys.executable, "-c", LEAVES_A_TASK, address, tmp_path]) as first:
             while not (tmp_path / "begun").exists():
-                assert client.poll() is None
+                assert first.poll() is None
                 time.sleep(0.05)
-            client.kill()
+            first.kill()
         notes: list[str] = []
-        Workers(cluster, tmp_path / "other", on_note=notes.append).wait_for_stragglers()
+        Workers(client, tmp_path / "other", on_note=notes.append).wait_for_stragglers()
         assert not notes
-        Workers(cluster, tmp_path, on_note=notes.append).wait_for_stragglers()
+        Workers(client, tmp_path, on_note=notes.append).wait_for_stragglers()
         assert (tmp_path / "late").exists()
     assert notes == [f"waiting for 1 tasks that an earlier command left running in {tmp_path}"]
 
@@ -109,11 +103,10 @@ def test_a_scheduler_without_workers_is_given_up(tmp_path):
     write_run(make_run(GRID, seed=5), tmp_path)
     notes: list[str] = []
     spec = make_run(GRID, seed=5).spec(tmp_path)
-    empty = LocalCluster(
-        n_workers=0, processes=False, protocol="tcp://",
-        host="127.0.0.1", dashboard_address="127.0.0.1:0",
-    )  # fmt: skip
-    with empty as cluster, dask_client(DaskSettings(address=cluster.scheduler_address)) as client:
+    with (
+        open_cluster(0) as cluster,
+        dask_client(DaskSettings(address=cluster.scheduler_address)) as client,
+    ):
         with pytest.raises(StitchError, match=r"contacts: .*no worker is connected for 1 s"):
             run_stitch(spec, client, on_note=notes.append, wait_s=1)
         assert len(notes) == 1

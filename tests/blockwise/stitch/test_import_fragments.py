@@ -216,7 +216,6 @@ def test_command_line(tmp_path):
     )
     for voxels, segment in largest[:10]:
         assert f"{segment}: {voxels:,} voxels" in done.stdout
-    assert "dask dashboard: http://127.0.0.1:" in done.stderr
     # Other settings later: the volumes are remembered, and only merges are cut again.
     again = agq("stitch", tmp_path / "out", "--margin", "0.2")
     assert again.returncode == 0, again.stderr

@@ -23,6 +23,7 @@ from tests.helpers.fragments import GRID, Run, make_run, same_partition, write_r
 from tests.helpers.stitch_runs import (
     STEPS,
     expected_segments,
+    open_cluster,
     results,
     segmentation,
 )
@@ -128,15 +129,13 @@ def test_batches_and_workers_change_nothing(run, run_dir, undisturbed, batch_blo
 
 
 def test_processes_and_an_existing_scheduler(run, run_dir, undisturbed):
-    with dask_client(DaskSettings(workers=2)) as cluster:
-        address = cluster.scheduler.address
-        assert address.startswith("tcp://127.0.0.1:")
-        assert cluster.dashboard_link.startswith("http://127.0.0.1:")
-        assert len(cluster.ncores()) == 2
-        existing = DaskSettings(address=address)
+    with open_cluster(2, processes=True) as cluster:
+        existing = DaskSettings(address=cluster.scheduler_address)
         with dask_client(existing) as guest:
             run_stitch(run.spec(run_dir), guest)
-        assert len(cluster.ncores()) == 2
+        # It is the user's: it goes on.
+        with dask_client(existing) as guest:
+            assert len(guest.ncores()) == 2
     assert results(run_dir) == undisturbed
 
 
