@@ -8,7 +8,7 @@ DEMO := runs/demo
 # One process more than cores, up to four: many tests wait.
 PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4)))
 
-.PHONY: demo test test-slow test-cluster lint docs format bench install clean
+.PHONY: demo test test-slow test-cluster fuzz lint docs format bench install clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -53,6 +53,11 @@ test-cluster: $(VENV)/.installed .venv-services/.installed
 	AGQ_SLURM_LAB=$$lab $(BIN)/pytest tests/cluster --ignore tests/cluster/test_rate.py -m cluster \
 	  -n 3 --dist worksteal --timeout 1200 --durations 12 && \
 	$(BIN)/pytest tests/cluster/test_rate.py -m cluster
+
+# Every reader of files is given damaged and hostile ones, each for so many seconds.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.installed
+	AGQ_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest $(PARALLEL) -m fuzz --timeout 3600 --durations 12
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

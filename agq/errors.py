@@ -3,9 +3,19 @@
 import errno
 from typing import Final
 
+LONGEST_MESSAGE: Final = 3000
+"""Characters of a message that people are shown; a file may hold a name or a list of any length."""
+
 
 class InputError(Exception):
     """Input or configuration that cannot work; the message names the field or file and the fix."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= LONGEST_MESSAGE:
+            return text
+        half = LONGEST_MESSAGE // 2
+        return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 class DamagedError(InputError):

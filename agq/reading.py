@@ -5,6 +5,7 @@ that leads out of the folder. So every file of a user, of a run folder or of a v
 here, or by a library that was handed what is opened here.
 """
 
+import errno
 import json
 import os
 import stat
@@ -87,15 +88,36 @@ def read_file(
         As for `open_file`.
     """
     with open_file(path, within=within, follow=follow) as file:
+        require_size(path, os.fstat(file.fileno()).st_size, most)
         # A file may grow, and those of /proc say that they are empty.
         data = file.read() if most is None else file.read(most + 1)
-        if most is not None and len(data) > most:
-            size = max(os.fstat(file.fileno()).st_size, len(data))
-            raise InputError(
-                f"{os.fspath(path)} has {size} bytes, and such a file {most} at most: it is "
-                "damaged, or another kind of file"
-            )
+        require_size(path, len(data), most)
     return data
+
+
+def require_file(path: PathLike, *, most: int | None = None) -> None:
+    """Check that a path is a regular file, before it is given by its name to a library.
+
+    Arguments and errors are those of `read_file`. Whoever may write to the folder can still put
+    something else there afterwards.
+    """
+    with open_file(path) as file:
+        require_size(path, os.fstat(file.fileno()).st_size, most)
+
+
+def require_size(path: PathLike, size: int, most: int | None) -> None:
+    """Check that a file is not larger than such a file is.
+
+    Raises
+    ------
+    InputError
+        If it has more than `most` bytes.
+    """
+    if most is not None and size > most:
+        raise InputError(
+            f"{os.fspath(path)} has {size} bytes, and such a file {most} at most: it is damaged, "
+            "or another kind of file"
+        )
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -135,8 +157,13 @@ def read_json(path: PathLike, *, most: int = DOCUMENT_BYTES, **how: Any) -> Any:
 
 def _descriptor(path: PathLike, within: PathLike | None, follow: bool) -> int:
     text = os.fspath(path)
-    if "\0" in text:
-        raise NotAFileError(f"{text!r}: no file has a name with NUL in it")
+    try:
+        os.fsencode(text)
+        possible = "\0" not in text
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name", text)
     try:
         if within is None:
             descriptor = os.open(text, _FLAGS | (0 if follow else os.O_NOFOLLOW))

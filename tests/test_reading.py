@@ -42,7 +42,6 @@ def odd(tmp_path):
         ("folder", "folder"),
         ("device", "device"),
         ("socket", "socket"),
-        ("nul\0", "NUL"),
     ],
 )
 def test_what_is_no_file_is_named_and_does_not_hang(odd, name, kind):
@@ -52,7 +51,9 @@ def test_what_is_no_file_is_named_and_does_not_hang(odd, name, kind):
         read_file(odd / name, within=odd)
 
 
-@pytest.mark.parametrize("name", ["loop", "nowhere", "missing", "folder/x", "fifo/x", "n" * 300])
+@pytest.mark.parametrize(
+    "name", ["loop", "nowhere", "missing", "folder/x", "fifo/x", "n" * 300, "nul\0", "\ud800"]
+)
 def test_what_cannot_be_opened_is_an_error_with_its_path(odd, name):
     with pytest.raises(OSError, match=r".") as raised:
         read_file(odd / name)

@@ -69,7 +69,9 @@ class RawBlocks:
         Raises
         ------
         BlockError
-            If values are NaN or infinite. Errors of the storage pass through.
+            If values are NaN or infinite.
+        InputError
+            If the storage cannot read them.
         """
         start, stop = self.grid.read_box(number)
         raw = self.volume.read(start, stop)

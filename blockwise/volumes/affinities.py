@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.volumes.find import find_array, sources_of
-from agq.blockwise.volumes.open import Volume, open_stored
+from agq.blockwise.volumes.open import Volume, in_order, open_stored, read_stored
 from agq.blockwise.volumes.placement import place
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
@@ -41,7 +41,6 @@ class Affinities:
     _array: Any
     _axes: tuple[int, ...]
     _ndim: int
-    _is_n5: bool
 
     @classmethod
     def open(cls, path: str, like: Volume, channels: Sequence[int] = (0, 1, 2)) -> Affinities:
@@ -91,23 +90,23 @@ class Affinities:
                 f"{where}: {dtype} is neither uint8 (255 is 1.0) nor float (0 to 1); convert them"
             )
         stored = triple(chunks[axis] for axis in placed.axes)
-        return cls(
-            path, triple(channels), like.shape, stored, dtype, array, axes, len(shape), is_n5
-        )
+        return cls(path, triple(channels), like.shape, stored, dtype, array, axes, len(shape))
 
     def read(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[Any]:
-        """Return (3, z, y, x) of a voxel box, as stored."""
+        """Return (3, z, y, x) of a voxel box, as stored.
+
+        Raises
+        ------
+        InputError
+            If the storage cannot read it.
+        """
         # In one piece: a stored chunk often holds all channels, and would be read for each.
         first = min(self.channels)
-        selection: list[int | slice] = [0] * self._ndim
+        ranges = [range(1)] * self._ndim
         begin, end = (first, *start), (max(self.channels) + 1, *stop)
         for axis, a, b in zip(self._axes, begin, end, strict=True):
-            selection[axis] = slice(a, b)
-        data = self._array[tuple(selection)]
-        if self._is_n5:
-            data = data.read().result()
-        ranks = sorted(self._axes)
-        data = np.asarray(data).transpose([ranks.index(axis) for axis in self._axes])
+            ranges[axis] = range(a, b)
+        data = in_order(read_stored(self._array, ranges, self.name), self._axes)
         return data[[channel - first for channel in self.channels]]
 
 

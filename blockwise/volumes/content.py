@@ -173,8 +173,7 @@ def _sums(volume: Voxels, places: list[Box]) -> list[str]:
     def read(place: Box) -> str:
         try:
             return checksum(volume.read(*place))
-        # Whatever the storage raises: a missing server, a damaged chunk.
-        except Exception:
+        except InputError:  # a missing server, a damaged chunk
             return _UNREADABLE
 
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -16,6 +16,7 @@ import zarr.errors
 from zarr.storage import LocalStore
 
 from agq.blockwise.storage.files import Unsynced
+from agq.blockwise.volumes.location import RegularFiles
 from agq.errors import DamagedError, InputError, RunGoneError
 
 # Without this zarr leaves chunks of zeros out, and a missing chunk could also be one never done.
@@ -23,7 +24,7 @@ _CONFIG: Any = {"write_empty_chunks": True}
 _LEVEL = 3
 
 
-class _StandingFolder(LocalStore):
+class _StandingFolder(RegularFiles):
     """A folder that writers do not make anew if it is moved away or deleted meanwhile."""
 
     async def set(self, key: str, value: Any) -> None:
@@ -113,7 +114,7 @@ def create_array(
 def _require_group(folder: Path) -> None:
     """Create the group of a container if it is missing."""
     try:
-        zarr.open_group(store=LocalStore(folder), mode="a", zarr_format=3)
+        zarr.open_group(store=RegularFiles(folder), mode="a", zarr_format=3)
     except OSError:
         raise
     except Exception as error:  # of whatever type zarr raises over malformed metadata

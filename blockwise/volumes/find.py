@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from agq.blockwise.volumes.conventions import (
@@ -67,7 +68,7 @@ def find_in(location: Location, dataset: str | None, level: int | None = None) -
             if child.path == join(key, name):
                 return child
     if not dataset:
-        everywhere = list(find_arrays(location, metadata))
+        everywhere = list(islice(find_arrays(location, metadata), 2))
         if len(everywhere) == 1:
             return everywhere[0]
         if not everywhere:

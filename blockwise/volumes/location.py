@@ -5,6 +5,7 @@ own tools use: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_
 ``AWS_REGION``, ``AWS_SKIP_SIGNATURE=true`` for public buckets, ``GOOGLE_SERVICE_ACCOUNT`` ...
 """
 
+import asyncio
 import functools
 import os
 from collections.abc import Callable
@@ -13,11 +14,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from zarr.abc.store import Store
+from zarr.abc.store import (
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    Store,
+    SuffixByteRequest,
+)
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, ObjectStore
 
 from agq.errors import InputError
 from agq.paths import expanded
+from agq.reading import DOCUMENT_BYTES, NotAFileError, open_file, read_file, require_size
 
 SCHEMES = ("s3", "gs", "http", "https")
 """URL schemes that can be read."""
@@ -27,7 +36,54 @@ NOT_PRECOMPUTED = (
     "tensorstore (from its driver neuroglancer_precomputed to zarr3)"
 )
 
+_DOCUMENTS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
+STORED_BYTES = 2**32
+"""Most bytes of a chunk, or of a shard that is read whole, as stored."""
+
 T = TypeVar("T")
+
+
+class RegularFiles(LocalStore):
+    """A folder whose chunks are files: it may hold FIFOs and devices too, at which reads hang."""
+
+    def get_sync(
+        self,
+        key: str,
+        *,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """Return a file or a part of it; None if there is none."""
+        make = (prototype or default_buffer_prototype()).buffer.from_bytes
+        try:
+            with open_file(self.root / key) as file:
+                size = os.fstat(file.fileno()).st_size
+                start, stop = 0, size
+                if isinstance(byte_range, RangeByteRequest):
+                    start, stop = byte_range.start, byte_range.end
+                elif isinstance(byte_range, OffsetByteRequest):
+                    start = byte_range.offset
+                elif isinstance(byte_range, SuffixByteRequest):
+                    start = size - byte_range.suffix
+                # The index of a damaged shard may say anything.
+                start, stop = max(0, min(start, size)), max(0, min(stop, size))
+                most = DOCUMENT_BYTES if key.endswith(_DOCUMENTS) else STORED_BYTES
+                require_size(self.root / key, stop - start, most)
+                file.seek(start)
+                return make(file.read(max(0, stop - start)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """Return a file or a part of it; None if there is none."""
+        return await asyncio.to_thread(
+            self.get_sync, key, prototype=prototype, byte_range=byte_range
+        )
 
 
 @dataclass(frozen=True)
@@ -51,13 +107,18 @@ class LocalLocation:
         return None if self.root.parent == self.root else LocalLocation(self.root.parent)
 
     def get(self, key: str) -> bytes | None:
-        """Return one whole file, or None if there is none."""
+        """Return the document of a key, or None if there is none."""
+        path = self.root / key
         try:
-            return (self.root / key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
-            return None  # ValueError: no file has a name with NUL in it
+            return read_file(path, most=DOCUMENT_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except NotAFileError:
+            if path.is_dir():  # a group of such a name
+                return None
+            raise
         except OSError as error:
-            raise InputError(f"{self.root / key}: cannot be read ({error.strerror})") from error
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
     def folders(self, key: str) -> list[str] | None:
         """Return the names of the folders below `key`, sorted; None where there is no listing."""
@@ -69,7 +130,7 @@ class LocalLocation:
 
     def zarr_store(self) -> Store:
         """Return the container as a read-only zarr store."""
-        return LocalStore(self.root, read_only=True)
+        return RegularFiles(self.root, read_only=True)
 
     def key_value_store(self, key: str) -> dict[str, Any]:
         """Return the tensorstore key-value store spec of the folder `key`."""
@@ -105,7 +166,9 @@ class RemoteLocation:
 
         def fetch() -> bytes | None:
             try:
-                return bytes(_object_store(self.url).get(key).bytes())
+                found = _object_store(self.url).get(key)
+                require_size(f"{self.text}/{key}", found.meta["size"], DOCUMENT_BYTES)
+                return bytes(found.bytes())
             except (FileNotFoundError, PermissionDeniedError):
                 # Buckets that may not be listed answer 403 for keys that do not exist.
                 return None

@@ -4,19 +4,21 @@ Only small JSON files are read here, so that finding an array, or listing the ar
 found, costs the same in a container of any size.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 from agq.blockwise.storage.files import checksum
 from agq.blockwise.volumes.location import Location
 from agq.errors import InputError
+from agq.reading import parse_json
 
 Format = Literal["zarr3", "zarr2", "n5", "folder"]
 
 _LISTED = 20
 _DEPTH = 5
+_LOOKED_AT = 5000
 _HEIGHT = 8
 
 _CONTAINERS = (".zarr", ".n5")
@@ -124,13 +126,26 @@ def children(location: Location, group: Metadata) -> Iterator[Metadata]:
                 yield metadata
 
 
-def find_arrays(location: Location, group: Metadata, depth: int = _DEPTH) -> Iterator[Metadata]:
-    """Yield the arrays below a group, down to some depth of groups."""
+def find_arrays(
+    location: Location, group: Metadata, depth: int = _DEPTH, looked: Iterator[int] | None = None
+) -> Iterator[Metadata]:
+    """Yield the arrays below a group, down to some depth of groups.
+
+    Raises
+    ------
+    InputError
+        If there are too many groups to look at, as where links lead back.
+    """
+    looked = looked or count(1)
     for child in children(location, group):
+        if next(looked) > _LOOKED_AT:
+            raise InputError(
+                f"{location.text}: it holds more than {_LOOKED_AT} folders; name the dataset"
+            )
         if child.shape is not None:
             yield child
         elif depth > 1:
-            yield from find_arrays(location, child, depth - 1)
+            yield from find_arrays(location, child, depth - 1, looked)
 
 
 def contents(location: Location) -> str:
@@ -163,11 +178,11 @@ def _json(location: Location, key: str) -> tuple[dict[str, Any], bytes] | None:
     if data is None:
         return None
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        document = None
+        document = parse_json(data)
+    except ValueError as error:
+        raise InputError(f"{location.text}: the metadata file {key} is damaged ({error})") from None
     if not isinstance(document, dict):
-        raise InputError(f"{location.text}: the metadata file {key} is damaged (not JSON)")
+        raise InputError(f"{location.text}: the metadata file {key} is damaged (not an object)")
     return document, data
 
 

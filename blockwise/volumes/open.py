@@ -6,8 +6,12 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from itertools import product
+from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +20,12 @@ import zarr
 from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.volumes.find import find_array, sources_of
-from agq.blockwise.volumes.location import Location, locate
+from agq.blockwise.volumes.location import STORED_BYTES, Location, locate
 from agq.blockwise.volumes.metadata import Metadata, join, multiscales, name_of, read_metadata
 from agq.blockwise.volumes.placement import Numbers, numbers_of, place
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
+from agq.reading import require_file
 
 Kind = Literal["raw", "labels", "mask"]
 
@@ -109,21 +114,19 @@ class Volume:
         Raises
         ------
         ValueError
-            If the box is empty or leaves the volume. Errors of the storage pass through.
+            If the box is empty or leaves the volume.
+        InputError
+            If the storage cannot read it: a damaged chunk, a missing server.
         """
         begin, end = tuple(map(int, start)), tuple(map(int, stop))
         if len(begin) != 3 or any(
             not 0 <= b < e <= s for b, e, s in zip(begin, end, self.shape, strict=True)
         ):
             raise ValueError(f"box {begin} to {end} is not inside {self.name} {self.shape}")
-        selection: list[int | slice] = [0] * self._ndim
+        ranges = [range(1)] * self._ndim
         for axis, first, b, e in zip(self._axes, self._origin, begin, end, strict=True):
-            selection[axis] = slice(first + b, first + e)
-        data = self._array[tuple(selection)]
-        if self.format == "n5":
-            data = data.read().result()
-        ranks = sorted(self._axes)
-        data = np.asarray(data).transpose([ranks.index(axis) for axis in self._axes])
+            ranges[axis] = range(first + b, first + e)
+        data = in_order(read_stored(self._array, ranges, self.name), self._axes)
         return np.require(data, self.dtype, ["C", "W", "O"])
 
     def crop(self, roi: Roi) -> "Volume":
@@ -296,6 +299,10 @@ def _require_one_channel(shape: Sequence[int], axes: Triple, where: str) -> None
         raise InputError(f"{where} is empty, with shape {tuple(shape)}")
 
 
+MOST_CHUNK_BYTES = 2**30
+"""Largest chunk that is read: every voxel of it costs the memory of all of them."""
+
+
 def open_stored(
     location: Location, metadata: Metadata, where: str
 ) -> tuple[Any, tuple[int, ...], np.dtype[Any]]:
@@ -309,30 +316,95 @@ def open_stored(
     Raises
     ------
     InputError
-        If it cannot be opened; `where` names it.
+        If it cannot be opened, or its chunks are too large; `where` names it.
     """
     try:
-        if metadata.format == "n5":
-            import tensorstore as ts
-
-            # As read already: tensorstore would refuse attributes that it knows in other lengths.
-            spec = {
-                "driver": "n5",
-                "kvstore": location.key_value_store(metadata.path),
-                "metadata": {key: metadata.attributes[key] for key in _N5_KEYS},
-            }
-            store = ts.open(spec, open=True, read=True, assume_metadata=True).result()
-            chunks = tuple(int(n or 1) for n in store.chunk_layout.read_chunk.shape or ())
-            return store, chunks, store.dtype.numpy_dtype
-        array = zarr.open_array(
-            store=location.zarr_store(),
-            path=metadata.path,
-            mode="r",
-            zarr_format=3 if metadata.format == "zarr3" else 2,
-        )
-        # A structured type has no byte order of its own; it is refused by name afterwards.
-        return array, array.chunks, np.dtype(array.dtype).newbyteorder("=")
+        array, chunks, dtype, index = _opened(location, metadata)
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
-        reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-        raise InputError(f"{where}: the array cannot be opened ({reason})") from error
+        raise InputError(f"{where}: the array cannot be opened ({_reason(error)})") from error
+    for what, size in (
+        (f"chunks of {chunks} {dtype}", prod(chunks) * dtype.itemsize),
+        ("shards with an index", index),
+    ):
+        if size > MOST_CHUNK_BYTES:
+            raise InputError(
+                f"{where}: it has {what} of {size} bytes, and {MOST_CHUNK_BYTES} can be read at "
+                "once; store it in smaller ones"
+            )
+    return array, chunks, dtype
+
+
+def _opened(
+    location: Location, metadata: Metadata
+) -> tuple[Any, tuple[int, ...], np.dtype[Any], int]:
+    """Return what `open_stored` returns, and the bytes of the index of a shard."""
+    if metadata.format == "n5":
+        import tensorstore as ts
+
+        # As read already: tensorstore would refuse attributes that it knows in other lengths.
+        spec = {
+            "driver": "n5",
+            "kvstore": location.key_value_store(metadata.path),
+            "metadata": {key: metadata.attributes[key] for key in _N5_KEYS},
+        }
+        store = ts.open(spec, open=True, read=True, assume_metadata=True).result()
+        chunks = tuple(int(n or 1) for n in store.chunk_layout.read_chunk.shape or ())
+        return store, chunks, store.dtype.numpy_dtype, 0
+    array = zarr.open_array(
+        store=location.zarr_store(),
+        path=metadata.path,
+        mode="r",
+        zarr_format=3 if metadata.format == "zarr3" else 2,
+    )
+    chunks = tuple(map(int, array.chunks))
+    if min(chunks, default=1) < 1:
+        raise ValueError(f"chunks of {chunks}")
+    shards = array.shards or chunks
+    index = 16 * prod(-(-s // c) for s, c in zip(shards, chunks, strict=True))
+    # A structured type has no byte order of its own; it is refused by name afterwards.
+    return array, chunks, np.dtype(array.dtype).newbyteorder("="), index
+
+
+def read_stored(array: Any, ranges: Sequence[range], where: str) -> npt.NDArray[Any]:
+    """Read a box of an array of `open_stored`, with all its axes.
+
+    Raises
+    ------
+    InputError
+        If the storage cannot read it; `where` names the array.
+    """
+    box = tuple(slice(r.start, r.stop) for r in ranges)
+    try:
+        if not hasattr(array, "kvstore"):
+            return np.asarray(array[box])
+        _require_files(array, ranges)  # of tensorstore
+        return np.asarray(array[box].read().result())
+    except InputError:
+        raise
+    except Exception as error:  # of whatever type a codec or a server raises
+        shown = ", ".join(f"{r.start}:{r.stop}" for r in ranges)
+        raise InputError(f"{where}: [{shown}] cannot be read ({_reason(error)})") from error
+
+
+def in_order(data: npt.NDArray[Any], axes: Sequence[int]) -> npt.NDArray[Any]:
+    """Return an array with these axes in this order, and without the others, of size 1."""
+    others = [axis for axis in range(data.ndim) if axis not in axes]
+    return data.transpose([*others, *axes]).reshape([data.shape[axis] for axis in axes])
+
+
+def _require_files(array: Any, ranges: Sequence[range]) -> None:
+    """Check that the chunks of a local N5 array are files: tensorstore would wait at a FIFO."""
+    kvstore = array.kvstore.spec().to_json()
+    if kvstore["driver"] != "file":
+        return
+    sizes = array.chunk_layout.read_chunk.shape
+    spans = (range(r.start // n, -(-r.stop // n)) for r, n in zip(ranges, sizes, strict=True))
+    for index in product(*spans):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            require_file(Path(kvstore["path"], *map(str, index)), most=STORED_BYTES)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error without what tensorstore adds to it."""
+    line = (str(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

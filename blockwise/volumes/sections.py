@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Box
-from agq.errors import InputError
 
 WINDOWS: Final = 16
 """Most places in a section that are looked at."""
@@ -149,14 +148,7 @@ def read_sections(
     def look(slab: tuple[int, int]) -> list[tuple[float, ...]]:
         parts = []
         for (top, bottom), (left, right) in product(y, x):
-            try:
-                part = volume.read((slab[0], top, left), (slab[1], bottom, right))
-            # Whatever the storage raises: a missing server, a damaged chunk.
-            except Exception as error:
-                raise InputError(
-                    f"{volume.name}: sections {slab[0]} to {slab[1] - 1} cannot be read: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+            part = volume.read((slab[0], top, left), (slab[1], bottom, right))
             steps = (-(-n // _SIDE) for n in part.shape[1:])
             part = part[(slice(None), *(slice(None, None, step) for step in steps))]
             parts.append(part.reshape(len(part), -1))

@@ -1,7 +1,7 @@
 """Malformed metadata of any format: a volume or one line, never a traceback."""
 
-import copy
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import zarr
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from agq.blockwise.volumes.find import find_in, sources_of
 from agq.blockwise.volumes.open import open_levels, open_volume
 from agq.blockwise.volumes.placement import place
 from agq.errors import InputError
-from tests.helpers.volumes import ome_group, put_n5, voxels
+from tests.helpers.fuzz import attack, odd_bytes, odd_json, require_one_line
+from tests.helpers.volumes import ome_group, put, put_n5, voxels
 
 SHAPE = (4, 6, 5)
 PLACE: dict[str, Any] = {
@@ -73,68 +72,9 @@ def n5(folder: Path) -> None:
     )
 
 
+METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json")
+
 FORMATS: dict[str, Callable[[Path], None]] = {"zarr3": zarr3, "zarr2": zarr2, "n5": n5}
-
-JUNK: list[Any] = [
-    *(None, True, False, 0, -1, 1, 3.5, 1e-300, 1e300, float("nan"), float("inf"), 10**40, 2**63),
-    *(
-        "",
-        "x",
-        "z",
-        "nm",
-        "furlong",
-        "µm",
-        "scale",
-        "1e999999",
-        "sNaN",
-        "\x00",
-        "..",
-        "/",
-        "0" * 400,
-    ),
-    *([], {}, [0, 0, 0], [1, 2], [[1, 2, 3]], [None, None, None], ["z", "z", "x"], [{}], {"a": 1}),
-    *([1, 2, 3, 4], ["1", "2", "3"], [1e30, 1, 1], {"type": "scale"}, {"path": 3}, [[], [2, 2, 1]]),
-]
-KEYS = (
-    *("voxel_size", "resolution", "pixelResolution", "offset", "units", "unit", "axes", "ome"),
-    *("axis_names", "_ARRAY_DIMENSIONS", "transform", "downsamplingFactors", "scales", "shape"),
-    *("multiscales", "datasets", "coordinateTransformations", "coordinateSystems", "dimensions"),
-    *("dimension_names", "element_size_um", "isLabelMultiset", "node_type", "attributes", "type"),
-)
-
-
-def places(document: Any) -> list[tuple[Any, Any]]:
-    """Return every container of a document with each of its keys."""
-    found = []
-    items = document.items() if isinstance(document, dict) else enumerate(document)
-    for key, value in items:
-        found.append((document, key))
-        if isinstance(value, dict | list):
-            found += places(value)
-    return found
-
-
-def mutated(document: Any, chance: random.Random) -> bytes:
-    """Return the bytes of a document with a few of its values replaced, removed or added."""
-    document = copy.deepcopy(document)
-    for _ in range(chance.randint(1, 3)):
-        spots = places(document)
-        if not spots:
-            break
-        where, key = chance.choice(spots)
-        action = chance.random()
-        if action < 0.6:
-            where[key] = copy.deepcopy(chance.choice(JUNK))
-        elif action < 0.75:
-            del where[key]
-        elif isinstance(where, list):
-            where.append(copy.deepcopy(chance.choice([*JUNK, where[key]])))
-        else:
-            where[chance.choice(KEYS)] = copy.deepcopy(chance.choice(JUNK))
-    data = json.dumps(document).encode()
-    if chance.random() < 0.05:
-        data = chance.choice((data[: len(data) // 2], b"\xff\xfe", b"[" * 100_000, b"3", b"null"))
-    return data
 
 
 class Files:
@@ -168,7 +108,7 @@ def read(folder: Path) -> dict[str, Any]:
     return {
         file.relative_to(folder).as_posix(): json.loads(file.read_bytes())
         for file in folder.rglob("*")
-        if file.name in ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json")
+        if file.name in METADATA
     }
 
 
@@ -179,56 +119,189 @@ def container(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Pa
     return folder, read(folder)
 
 
-@given(seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
-def test_mutated_metadata(container: Any, seed: int) -> None:
+@pytest.mark.fuzz
+def test_mutated_metadata(container: Any) -> None:
     _, documents = container
-    chance = random.Random(seed)
-    messages = set()
-    for _ in range(25):
-        files = {name: json.dumps(document).encode() for name, document in documents.items()}
-        name = chance.choice(sorted(files))
-        files[name] = mutated(documents[name], chance)
-        location: Any = Files(files)
-        for dataset, level in WAYS:
-            size = chance.choice((None, (30, 7, 6)))
-            try:
-                array = find_in(location, dataset, level)
-                place(
-                    sources_of(location, array),
-                    array.shape or (),
-                    voxel_size=size,
-                    unit=chance.choice((None, "nm", "pm")),
-                    x_first=array.format == "n5",
-                    where="a.zarr",
-                )
-            except InputError as error:
-                messages.add(str(error))
-    assert not [message for message in messages if "\n" in message]
+    files = {name: json.dumps(document).encode() for name, document in documents.items()}
+
+    def case(rng: random.Random) -> dict[str, Any]:
+        name = rng.choice(sorted(files))
+        return {
+            "files": files | {name: odd_json(rng, documents[name])},
+            "way": rng.choice(WAYS),
+            "voxel_size": rng.choice((None, (30, 7, 6))),
+            "unit": rng.choice((None, "nm", "pm")),
+        }
+
+    def look(case: dict[str, Any]) -> None:
+        location: Any = Files(case["files"])
+        array = find_in(location, *case["way"])
+        place(
+            sources_of(location, array),
+            array.shape or (),
+            voxel_size=case["voxel_size"],
+            unit=case["unit"],
+            x_first=array.format == "n5",
+            where="a.zarr",
+        )
+
+    assert attack(look, case, 1000)
 
 
-@given(seed=st.integers(0, 2**32))
-@settings(max_examples=8, deadline=None, suppress_health_check=[*HealthCheck])
-def test_mutated_files(container: Any, seed: int) -> None:
+@pytest.mark.fuzz
+def test_mutated_files(container: Any) -> None:
     """The same through all readers, which also open the array with zarr or tensorstore."""
     folder, documents = container
-    chance = random.Random(seed)
-    for _ in range(12):
-        name = chance.choice(sorted(documents))
-        (folder / name).write_bytes(mutated(documents[name], chance))
-        for action in (
-            lambda: open_volume(folder, chance.choice(WAYS)[0], kind="labels", unit=None),
-            lambda: open_volume(folder / "img" / chance.choice("01"), voxel_size=(30, 7, 6)),
-            lambda: open_levels(folder, "img"),
-        ):
-            try:
-                opened = action()
-                for volume in opened if isinstance(opened, list) else [opened]:
-                    json.dumps(volume.describe())
-                    volume.roi.intersect(volume.roi)
-            except InputError as error:
-                assert "\n" not in str(error)  # noqa: PT017
-        (folder / name).write_text(json.dumps(documents[name]))
+
+    def case(rng: random.Random) -> dict[str, Any]:
+        name = rng.choice(sorted(documents))
+        return {
+            "file": folder / name,
+            "data": odd_json(rng, documents[name]),
+            "dataset": rng.choice(WAYS)[0],
+            "voxel_size": rng.choice((None, (30, 7, 6))),
+        }
+
+    def look(case: dict[str, Any]) -> None:
+        before = case["file"].read_bytes()
+        case["file"].write_bytes(case["data"])
+        options: dict[str, Any] = {"voxel_size": case["voxel_size"], "unit": "pm", "kind": "labels"}
+        try:
+            for volume in open_levels(folder, case["dataset"], **options):
+                json.dumps(volume.describe())
+                volume.roi.intersect(volume.roi)
+                volume.read((0, 0, 0), [min(n, 8) for n in volume.shape])
+        finally:
+            case["file"].write_bytes(before)
+
+    assert attack(look, case, 150)
+
+
+def chunks(folder: Path) -> list[Path]:
+    """Return the files that hold voxels."""
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in METADATA)
+
+
+@pytest.mark.fuzz
+def test_damaged_chunks(container: Any) -> None:
+    folder, _ = container
+    level = next((folder / "img").glob("*0"))
+    volume = open_volume(level, kind="labels", unit="pm")
+    chunk = chunks(level)[0]
+    whole = chunk.read_bytes()
+
+    def look(data: bytes) -> None:
+        chunk.write_bytes(data)
+        volume.read((0, 0, 0), volume.shape)
+
+    try:
+        assert attack(look, lambda rng: odd_bytes(rng, whole), 100)
+    finally:
+        chunk.write_bytes(whole)
+
+
+@pytest.mark.fuzz
+def test_damaged_shards(tmp_path: Path) -> None:
+    put(tmp_path / "a", "img", voxels((8, 8, 8)), chunks=(2, 4, 4), shards=(8, 8, 8), **PLACE)
+    volume = open_volume(tmp_path / "a", "img")
+    (shard,) = chunks(tmp_path / "a")
+    whole = shard.read_bytes()
+
+    def look(data: bytes) -> None:
+        shard.write_bytes(data)
+        volume.read((0, 0, 0), (2, 2, 2))  # through the index
+
+    def case(rng: random.Random) -> bytes:
+        # The index is at the end.
+        return (
+            odd_bytes(rng, whole[::-1], 300)[::-1] if rng.random() < 0.8 else odd_bytes(rng, whole)
+        )
+
+    assert attack(look, case, 150)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "loop", "huge"])
+def test_what_is_no_file_among_the_files_of_a_volume(container: Any, kind: str) -> None:
+    folder, documents = container
+    level = next((folder / "img").glob("*0"))
+    volume = open_volume(level, kind="labels", unit="pm")
+    metadata = sorted(folder / name for name in documents)
+    for file in (*metadata, chunks(level)[0]):
+        kept = file.rename(folder.parent / "kept")
+        if kind == "fifo":
+            os.mkfifo(file)
+        elif kind == "huge":
+            file.touch()
+            os.truncate(file, 2**42)
+        else:
+            file.symlink_to("/dev/zero" if kind == "device" else file.name)
+        if file in metadata:
+            line = require_one_line(lambda: open_levels(folder, "img", unit="pm", kind="labels"))
+            assert line or file.name == ".zgroup"  # not read where there are attributes
+        else:
+            line = require_one_line(lambda: volume.read((0, 0, 0), volume.shape))
+            assert str(file) in line or "cannot be read" in line
+        file.unlink()
+        kept.rename(file)
+
+
+@pytest.mark.parametrize("levels", [80, 900, 200_000])
+@pytest.mark.parametrize("brackets", ["[]", "{}"])
+def test_metadata_too_deep(container: Any, levels: int, brackets: str) -> None:
+    folder, documents = container
+    opening, closing = brackets if brackets == "[]" else ('{"a":', "}")
+    for name, document in documents.items():
+        file = folder / name
+        before = file.read_bytes()
+        text = json.dumps(document | {"odd": 0})
+        file.write_text(text.replace('"odd": 0', f'"odd": {opening * levels}0{closing * levels}'))
+        line = require_one_line(lambda: open_levels(folder, "img", unit="pm", kind="labels"))
+        assert "levels" in line or file.name == ".zgroup"
+        file.write_bytes(before)
+
+
+def regular(shape: list[int]) -> dict[str, Any]:
+    """Return the chunk grid of zarr v3."""
+    return {"name": "regular", "configuration": {"chunk_shape": shape}}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("zarr3", {"chunk_grid": regular([2**11, 2**10, 2**10])}, "2147483648 bytes"),
+        ("zarr3", {"chunk_grid": regular([0, 1, 1])}, ""),
+        ("zarr2", {"chunks": [2**9, 2**11, 2**11]}, "2147483648 bytes"),
+        ("zarr2", {"chunks": [10**12] * 3}, f"{10**36} bytes"),
+        ("zarr2", {"chunks": [2**62, 2, 2]}, "bytes"),
+        ("n5", {"blockSize": [2**11, 2**10, 2**10]}, "2147483648 bytes"),
+    ],
+)
+def test_chunks_larger_than_a_worker_may_hold(
+    tmp_path: Path, name: str, change: dict[str, Any], said: str
+) -> None:
+    FORMATS[name](tmp_path / "a.zarr")
+    level = next((tmp_path / "a.zarr" / "img").glob("*0"))
+    file = next(level / f for f in METADATA if (level / f).exists())
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    line = require_one_line(lambda: open_volume(level, kind="labels", unit="pm"))
+    assert str(level) in line
+    assert said in line
+
+
+def test_shards_with_too_many_chunks(tmp_path: Path) -> None:
+    put(tmp_path / "a", "img", voxels((8, 8, 8)), chunks=(2, 4, 4), shards=(8, 8, 8), **PLACE)
+    file = tmp_path / "a" / "img" / "zarr.json"
+    document = json.loads(file.read_text())
+    document["chunk_grid"]["configuration"]["chunk_shape"] = [2**20, 2**20, 2**20]
+    file.write_text(json.dumps(document))
+    line = require_one_line(lambda: open_volume(tmp_path / "a", "img"))
+    assert "shards with an index" in line
+
+
+def test_folders_that_lead_back_to_themselves(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}").symlink_to(tmp_path)
+    assert "name the dataset" in require_one_line(lambda: open_volume(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["\x00", "a" * 300, "\ud800", "..", "/etc", "0/0"])
