@@ -25,10 +25,15 @@ def trusted_uids() -> frozenset[int]:
     return frozenset({os.geteuid(), _ROOT, *(_uid(word) for word in listed if word)})
 
 
-def stranger(*paths: Path) -> str | None:
+def stranger(*paths: Path, like: Path | None = None) -> str | None:
     """Return the first owner of these paths that is not trusted, as ``name (uid 1001)``.
 
     Links are followed; a path that is not there belongs to nobody.
+
+    Parameters
+    ----------
+    like
+        A path whose owner is trusted too, because the user has named it.
 
     Raises
     ------
@@ -36,6 +41,8 @@ def stranger(*paths: Path) -> str | None:
         As for `trusted_uids`.
     """
     trusted = trusted_uids()
+    if like is not None and like.exists():
+        trusted |= {like.stat().st_uid}
     for path in paths:
         try:
             uid = path.stat().st_uid

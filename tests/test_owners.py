@@ -35,5 +35,11 @@ def test_the_owner_of_what_a_link_leads_to_counts(
     assert stranger(tmp_path, link) == f"uid {OTHER}"
     os.chown(folder, 65534, 65534)
     assert stranger(folder) == "nobody (uid 65534)"
+    # Whoever owns the folder that the user has named is trusted too, and nobody else.
+    inner = folder / "inner"
+    inner.mkdir()
+    os.chown(inner, OTHER, OTHER)
+    assert stranger(folder, like=folder) is None
+    assert stranger(inner, like=folder) == f"uid {OTHER}"
     monkeypatch.setenv(TRUSTED_VARIABLE, "nobody")
     assert stranger(folder) is None

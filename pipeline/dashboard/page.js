@@ -6,7 +6,7 @@ const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253
 const POLL_MS = 2000;
 const key = new URLSearchParams(location.search).get("run");
 const id = (name) => document.getElementById(name);
-let run = null, image = null, picked = null, drawn = 0, sought = 0;
+let shown = key, run = null, image = null, picked = null, drawn = 0, sought = 0;
 const open = new Set();
 
 function el(tag, text, attributes = {}, ...children) {
@@ -42,7 +42,7 @@ async function get(path) {
 
 function api(part, query = {}) {
   const text = new URLSearchParams(query).toString();
-  return "/api/run/" + encodeURIComponent(run ? run.id : key) + part + (text ? "?" + text : "");
+  return "/api/run/" + encodeURIComponent(shown) + part + (text ? "?" + text : "");
 }
 
 function pill(node, state) { node.textContent = state; node.className = "pill " + state; }
@@ -56,7 +56,7 @@ function showList(runs) {
   fill(id("runs"), ...runs.map((r) => {
     const state = el("span"); pill(state, r.state);
     const part = r.blocks_total ? ` (${Math.floor(100 * r.done / r.blocks_total)} %)` : "";
-    return el("tr", null, {}, el("td", null, {}, el("a", r.name, {href: "/?run=" + encodeURIComponent(r.key)})),
+    return el("tr", null, {}, el("td", null, {}, r.stranger ? el("span", `${r.name} (of ${r.stranger}, not trusted)`, {title: `agq dashboard ${r.run_dir}`}) : el("a", r.name, {href: "/?run=" + encodeURIComponent(r.key)})),
       el("td", null, {}, state, document.createTextNode(r.stage ? " " + r.stage : "")),
       el("td", r.blocks_total ? `${whole(r.done)} of ${whole(r.blocks_total)}${part}` : ""),
       el("td", r.failed || "", {class: "n"}), el("td", day(r.created)), el("td", r.run_dir, {class: "quiet"}));
@@ -119,7 +119,7 @@ function showWorkers() {
 function command(at) { return `agq view ${run.run_dir} --at ${at.join(",")}`; }
 
 function look(at) {
-  return el("a", "open in the viewer", {href: `/view/${encodeURIComponent(run.id)}?at=${at.join(",")}`, title: command(at), target: "_blank", rel: "noopener"});
+  return el("a", "open in the viewer", {href: `/view/${encodeURIComponent(shown)}?at=${at.join(",")}`, title: command(at), target: "_blank", rel: "noopener"});
 }
 
 function logButton(worker, box) {
@@ -315,7 +315,7 @@ async function tick() {
       if (runs && runs.length !== 1) {
         showList(runs);
       } else {
-        if (runs && !run) run = {id: runs[0].key};
+        if (runs) shown = runs[0].key;
         const found = await (await get(api(""))).json();
         if (found.loading) {
           id("name").textContent = found.name;

@@ -58,14 +58,20 @@ class RunView:
     ----------
     ledger
         Read if the run folder is not on this machine.
+    ledger_id
+        Id of a run that only the ledger is asked for: nothing in `run_dir` is read.
     """
 
-    def __init__(self, run_dir: Path, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, ledger: Ledger | None = None, *, ledger_id: str | None = None
+    ) -> None:
         self._run = RunFolder(run_dir)
-        self._here = self._run.exists()
+        self._here = ledger_id is None and self._run.exists()
         self._ledger = None if self._here else ledger
         # The block map needs every row.
-        self._monitor = Monitor(run_dir, self._ledger, lazy=False, queue=queue_status)
+        self._monitor = Monitor(
+            run_dir, self._ledger, lazy=False, queue=queue_status, ledger_id=ledger_id
+        )
         self._lock = threading.Lock()
         self._polled = 0.0
         self._status: RunStatus | None = None
@@ -80,7 +86,18 @@ class RunView:
 
     @property
     def path(self) -> Path:
-        """Run folder."""
+        """Run folder.
+
+        Raises
+        ------
+        InputError
+            If only the ledger knows the run.
+        """
+        if not self._here:
+            raise InputError(
+                f"this machine has no folder of the run at {self._run.path} that belongs to you or "
+                "to a user whom you trust: look where it lies, or name the folder"
+            )
         return self._run.path
 
     @property
@@ -105,7 +122,7 @@ class RunView:
             If the run does not exist.
         """
         if not self._opened.wait(patience_s):
-            return {"loading": True, "name": self.path.name, "run_dir": str(self.path)}
+            return {"loading": True, "name": self._run.path.name, "run_dir": str(self._run.path)}
         with self._lock:
             status = self._refresh()
             stage = next((s for s in status.stages if s.name == STAGE), None)
@@ -179,7 +196,7 @@ class RunView:
 
     def log(self, worker: str) -> str | None:
         """Return the end of a worker's log, if it is on this machine."""
-        return log_tail(self.path, worker)
+        return log_tail(self.path, worker) if self._here else None
 
     def _open(self) -> None:
         """Read the journal once in the background: 10^6 lines without a snapshot take a while."""

@@ -1,7 +1,10 @@
 """The runs that the page may show: each listing is new, and the last runs shown stay open."""
 
+import hashlib
+import re
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,12 +12,31 @@ from pymongo.errors import PyMongoError
 
 from agq.blockwise.ledger.database import Ledger
 from agq.errors import InputError
+from agq.owners import TRUSTED_VARIABLE, stranger
 from agq.pipeline.dashboard.run_view import STAGE, RunView
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.stages import coordinator_alive, run_state_of, stage_entries
 
 _OPEN_RUNS: Final = 4
 _MAX_LISTED: Final = 500
+_ID: Final = re.compile(r"[0-9A-Za-z_]{1,64}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run lies.
+
+    Attributes
+    ----------
+    ledger_id
+        Its id, if only the ledger knows it.
+    stranger
+        Its owner, if the folder is nobody's who is trusted.
+    """
+
+    folder: Path
+    ledger_id: str | None = None
+    stranger: str | None = None
 
 
 class Runs:
@@ -25,7 +47,8 @@ class Runs:
     folders
         Run folders.
     parent
-        Folder whose subfolders each listing searches for runs.
+        Folder whose subfolders each listing searches for runs. Those of users who are not trusted,
+        nor own this folder, are listed and not opened.
     ledger
         Its runs are listed as well.
     """
@@ -37,7 +60,7 @@ class Runs:
         self._parent = parent
         self._ledger = ledger
         self._views: OrderedDict[str, RunView] = OrderedDict()
-        self._places: dict[str, Path] = {}
+        self._places: dict[str, _Place] = {}
         self._lock = threading.Lock()
         self.listing()
 
@@ -53,23 +76,39 @@ class Runs:
         if self._parent is not None and self._parent.is_dir():
             folders += sorted(p.parent.absolute() for p in self._parent.glob("*/run.json"))
         lines: dict[str, dict[str, Any]] = {}
+        places: dict[str, _Place] = {}
+        strangers = []
         for folder in dict.fromkeys(folders):
+            owner = None if folder in self._folders else self._stranger(folder)
+            if owner is not None:
+                strangers.append((folder, owner))
+                continue
             try:
                 run = RunFolder(folder)
                 record = run.record()
-                if not run.has_own_id(record):
-                    record["id"] = f"copy-{record['id']}-{folder.name}"
-                lines[record["id"]] = _line(record, folder, coordinator_alive(folder), "journal")
+                key = _key(record["id"])
+                if key in lines or not run.has_own_id(record):
+                    key = _key(str(folder), "folder")
+                lines[key] = _line(key, record, folder, coordinator_alive(folder), "journal")
+                places[key] = _Place(folder)
             except InputError:
                 # A damaged or foreign run.json among many must not hide the others.
                 if self._parent is None and self._ledger is None:
                     raise
+        for folder, owner in strangers:
+            # Not under the id that it says: that may be the id of another run.
+            key = _key(str(folder), "folder")
+            unknown = {"state": "", "stranger": owner}
+            lines[key] = _line(key, {}, folder, None, "journal") | unknown
+            places[key] = _Place(folder, stranger=owner)
         for record in self._ledger_runs():
-            if record["_id"] not in lines:
+            key = _key(record["_id"])
+            if key not in lines:
                 place = Path(record.get("run_dir", ""))
-                lines[record["_id"]] = _line({"id": record["_id"], **record}, place, None, "ledger")
+                lines[key] = _line(key, record, place, None, "ledger")
+                places[key] = _Place(place, ledger_id=record["_id"])
         with self._lock:
-            self._places = {key: Path(line["run_dir"]) for key, line in lines.items()}
+            self._places = places
         alive = [line for line in lines.values() if line["state"] == "running"]
         for line in alive[: _OPEN_RUNS - 1]:
             if line["source"] == "journal":
@@ -82,16 +121,30 @@ class Runs:
         Raises
         ------
         InputError
-            If the listing has no such run.
+            If the listing has no such run, or it is a stranger's.
         """
         with self._lock:
             if key not in self._places:
                 raise InputError(f"the listing has no run {key}")
-            view = self._views.pop(key, None) or RunView(self._places[key], self._ledger)
+            view = self._views.pop(key, None) or self._opened(self._places[key])
             self._views[key] = view
             while len(self._views) > _OPEN_RUNS:
                 self._views.popitem(last=False)
             return view
+
+    def _opened(self, place: _Place) -> RunView:
+        if place.stranger is not None:
+            raise InputError(
+                f"{place.folder} belongs to {place.stranger}, who is not trusted; look at this run "
+                f"alone (agq dashboard {place.folder}), or list its owner in {TRUSTED_VARIABLE}"
+            )
+        if place.ledger_id is None or _is_of(place.folder, place.ledger_id):
+            return RunView(place.folder)
+        return RunView(place.folder, self._ledger, ledger_id=place.ledger_id)
+
+    def _stranger(self, folder: Path) -> str | None:
+        assert self._parent is not None
+        return stranger(folder, folder / "run.json", like=self._parent)
 
     def _ledger_runs(self) -> list[dict[str, Any]]:
         if self._ledger is None:
@@ -105,13 +158,36 @@ class Runs:
             return []
 
 
-def _line(record: dict[str, Any], folder: Path, alive: bool | None, source: str) -> dict[str, Any]:
+def _is_of(folder: Path, run: str) -> bool:
+    """Tell whether a folder that a document of the ledger names is that of the run.
+
+    Whoever writes to the database may name any folder: it must be there, say that it is this run,
+    and belong to somebody who is trusted.
+    """
+    if not folder.is_absolute() or stranger(folder, folder / "run.json") is not None:
+        return False
+    try:
+        return bool(RunFolder(folder).record()["id"] == run)
+    except InputError:
+        return False
+
+
+def _key(text: str, kind: str | None = None) -> str:
+    """Return a name for addresses: an id as it stands, if it is one; else made from the text."""
+    if kind is None and _ID.fullmatch(text):
+        return text
+    return f"{kind or 'id'}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _line(
+    key: str, record: dict[str, Any], folder: Path, alive: bool | None, source: str
+) -> dict[str, Any]:
     stages = record.get("stages", {})
     predict = stages.get(STAGE, {})
     counted = predict.get("totals") or predict.get("report") or {}
     failed = counted.get("failed", 0)
     return {
-        "key": record["id"],
+        "key": key,
         "name": record.get("name", folder.name),
         "run_dir": str(folder),
         "created": record.get("created"),

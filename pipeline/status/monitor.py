@@ -107,6 +107,8 @@ class Monitor:
         Read no more of a journal than a status needs; off for callers that ask for all of it.
     queue : callable, optional
         Asked for the jobs of a submitted run.
+    ledger_id : str, optional
+        Id of a run that only the ledger is asked for: nothing in `run_dir` is read.
     """
 
     def __init__(
@@ -116,8 +118,10 @@ class Monitor:
         *,
         lazy: bool = True,
         queue: Queue | None = None,
+        ledger_id: str | None = None,
     ) -> None:
         self._run = RunFolder(Path(run_dir))
+        self._ledger_id = ledger_id
         self._ledger = ledger
         self._lazy = lazy
         self._queue = queue
@@ -135,7 +139,7 @@ class Monitor:
             If the folder holds no run and the ledger does not know it either.
         """
         status = self._poll()
-        if self._queue is None or not (self._run.path / "slurm").is_dir():
+        if self._queue is None or self._ledger_id or not (self._run.path / "slurm").is_dir():
             return status
         try:
             return status.model_copy(update={"queue": self._queue(self._run.path)})
@@ -147,7 +151,7 @@ class Monitor:
         return self._progress.get(stage)
 
     def _poll(self) -> RunStatus:
-        here = self._run.exists()
+        here = self._ledger_id is None and self._run.exists()
         note = None
         if self._ledger is not None:
             from pymongo.errors import PyMongoError
@@ -222,13 +226,15 @@ class Monitor:
             # The ledger knows a copy only once it has an id of its own.
             own = self._run.has_own_id(here)
             document = self._ledger.find_run(here["id"]) if own else None
+        elif self._ledger_id is not None:
+            document = self._ledger.find_run(self._ledger_id)
         else:
             document = self._ledger.runs.find_one(
                 {"$or": [{"run_dir": str(self._run.path)}, {"_id": self._run.path.name}]},
                 sort=[("created", -1)],
             )
-            if document is None:
-                raise InputError(f"{self._run.path} is not a run folder, and unknown to the ledger")
+        if document is None and here is None:
+            raise InputError(f"{self._run.path} is not a run folder, and unknown to the ledger")
         if document is None or (here is not None and self._behind(document)):
             return None
         # What the coordinator says of its stages is in run.json sooner than in the ledger.

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -327,28 +328,110 @@ def test_all_runs_of_a_folder(run: RunFolder) -> None:
         Runs([run.path.parent / "nothing"])
 
 
-def test_a_run_that_only_the_ledger_knows(run: RunFolder, mongo_uri: str) -> None:
-    settings = LedgerSettings(uri=mongo_uri, database="dashboard")
-    ledger = connect(settings)
+@contextmanager
+def ledger_of(run: RunFolder, uri: str, **about: Any) -> Iterator[Any]:
+    """Deliver the run to a database of its own; yield the ledger."""
+    ledger = connect(LedgerSettings(uri=uri, database="dashboard"))
     assert ledger is not None
     record = run.record()
-    about = {"name": record["name"], "run_dir": "/elsewhere/r", "grid": record["identity"]["grid"]}
+    about = {"name": "told", "grid": record["identity"]["grid"], **about}
     feeder = LedgerFeeder(ledger, record["id"], {"predict": run.journal("predict")}, about)
     feeder.start()
     feeder.update_stage("predict", **record["stages"]["predict"])
     assert feeder.stop().complete
     try:
-        runs = Runs([], None, ledger)
-        (line,) = [r for r in runs.listing() if r["key"] == record["id"]]
-        assert (line["source"], line["done"], line["failed"]) == ("ledger", 10, 3)
-        found = runs.view(record["id"]).overview()
-        assert (found["source"], found["states"]) == ("ledger", [0, 2, 8, 46, 1, 3])
-        assert found["failed"] == 3
-        image = runs.view(record["id"]).image("labels", 0, 0)
-        assert (image.low, image.high) == pytest.approx((0.07, 6.93), abs=0.01)
+        yield ledger
     finally:
         ledger.remove_run(record["id"])
         ledger.close()
+
+
+def given_away(folder: Path) -> None:
+    """Give a folder with all in it to another user; skip where that is not possible."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 54321, 54321, follow_symlinks=False)
+
+
+def test_a_run_that_only_the_ledger_knows(run: RunFolder, mongo_uri: str) -> None:
+    key = run.record()["id"]
+    with ledger_of(run, mongo_uri, run_dir="/elsewhere/r") as ledger:
+        runs = Runs([], None, ledger)
+        (line,) = [r for r in runs.listing() if r["key"] == key]
+        assert (line["source"], line["done"], line["failed"]) == ("ledger", 10, 3)
+        found = runs.view(key).overview()
+        assert (found["source"], found["states"]) == ("ledger", [0, 2, 8, 46, 1, 3])
+        assert found["failed"] == 3
+        image = runs.view(key).image("labels", 0, 0)
+        assert (image.low, image.high) == pytest.approx((0.07, 6.93), abs=0.01)
+
+
+@pytest.mark.parametrize("whose", ["its own", "another run", "a stranger", "no run", "relative"])
+def test_a_folder_that_a_document_names_is_read_only_if_it_is_the_runs(
+    run: RunFolder, tmp_path: Path, mongo_uri: str, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    monkeypatch.chdir(run.path.parent)
+    named = run.path
+    if whose == "another run":
+        named = tmp_path / "other"
+        RunFolder(named).create({}, {})
+        shutil.copytree(run.path / "logs", named / "logs")
+    elif whose == "no run":
+        named = tmp_path / "folder"
+        shutil.copytree(run.path / "logs", named / "logs")
+    elif whose == "relative":
+        named = Path(run.path.name)
+    elif whose == "a stranger":
+        given_away(run.path)
+    key = run.record()["id"]
+    with ledger_of(run, mongo_uri, run_dir=str(named)) as ledger:
+        runs = Runs([], None, ledger)
+        (line,) = [r for r in runs.listing() if r["key"] == key]
+        assert (line["name"], line["run_dir"]) == ("told", str(named))
+        view = runs.view(key)
+        found = view.overview(None)
+        mine = whose == "its own"
+        assert (found["here"], found["source"]) == (mine, "journal" if mine else "ledger")
+        assert found["id"] == key
+        assert (view.log("worker-0") is not None) == mine
+        if not mine:
+            with pytest.raises(InputError, match="belongs to you"):
+                assert view.path
+        if whose == "a stranger":
+            monkeypatch.setenv("AGQ_TRUSTED_USERS", "54321")
+            assert Runs([], None, ledger).view(key).overview(None)["here"]
+
+
+def test_folders_of_strangers_are_listed_and_not_opened(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's folder can neither hide a run by its id, nor be opened by a click."""
+    parent = run.path.parent
+    shutil.copytree(run.path, parent / "evil")
+    given_away(parent / "evil")
+    (parent / "evil" / "run.json").unlink()
+    os.mkfifo(parent / "evil" / "run.json")
+    os.chown(parent / "evil" / "run.json", 54321, 54321)
+    with serving(Runs([], parent)) as page:
+        lines = {line["name"]: line for line in json.loads(ask(page, "api/runs")[1])}
+        assert set(lines) == {"my <b>run", "evil"}
+        evil = lines["evil"]
+        assert (evil["stranger"], evil["state"]) == ("uid 54321", "")
+        for path in ("", "/log?worker=worker-0", "/map?by=state&axis=0&index=0"):
+            status, body, _ = ask(page, f"api/run/{evil['key']}{path}")
+            assert (status, b"belongs to uid 54321" in body) == (404, True)
+        assert ask(page, f"view/{evil['key']}?at=0,0,0")[0] == 404
+        assert ask(page, f"api/run/{lines['my <b>run']['key']}")[0] == 200
+    # The owner of the folder that is named is trusted, as in a container.
+    os.chown(parent, 54321, 54321)
+    (parent / "evil" / "run.json").unlink()
+    (parent / "evil" / "run.json").write_bytes(run.record_path.read_bytes())
+    os.chown(parent / "evil" / "run.json", 54321, 54321)
+    runs = Runs([], parent)
+    keys = {line["name"]: line["key"] for line in runs.listing() if "stranger" not in line}
+    assert len(keys) == 1, "both folders have the same name in run.json"
+    assert len({line["key"] for line in runs.listing()}) == 2
 
 
 def test_command_without_a_run(tmp_path: Path) -> None:
