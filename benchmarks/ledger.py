@@ -2,7 +2,8 @@
 
 A worker process computes blocks and journals them; the coordinator process feeds the ledger, or
 does not. Rounds with and without take turns, and medians are compared: the bar is 2 % of the wall
-time. Run ``python benchmarks/ledger.py`` (starts the tests' MongoDB-wire server) or give ``--uri``.
+time. At the end it prints how many bytes the documents of a block take, as BSON.
+Run ``python benchmarks/ledger.py`` (starts the tests' MongoDB-wire server) or give ``--uri``.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import bson
 import numpy as np
 from pydantic import SecretStr
 
@@ -75,6 +77,36 @@ def one_round(settings: LedgerSettings | None, blocks: int, effort: int) -> tupl
         return float(json.loads(done.stdout)), cpu
 
 
+def block_bytes(settings: LedgerSettings) -> dict[str, float]:
+    """Bytes of the documents of a block: of its prediction, and of its relabelling."""
+    begun = time.time()
+    place = {"started": begun, "finished": begun + 9, "voxels": 17 * 257 * 257}
+    about = {"read_s": 0.5, "compute_s": 3.5, "write_s": 1.5, "labels": 300, "components": 400}
+    sums = {"fragments": f"{1:016x}", "sidecar": f"{2:016x}"}
+    run, sizes = uuid.uuid4().hex, {}
+    ledger = connect(settings)
+    assert ledger is not None
+    with tempfile.TemporaryDirectory(prefix="agq-ledger-") as name:
+        folders = {stage: Path(name) / "journal" / stage for stage in ("predict", "relabel")}
+        for stage, folder in folders.items():
+            more = about | {"roi": ((0, 0, 0), (510, 1542, 1542))} if stage == "predict" else {}
+            with JournalWriter(
+                folder, WorkerInfo("worker-1234567_89", "gpu-node-123", 1)
+            ) as writer:
+                writer.finish_many(
+                    BlockRecord(10**7 + i, "done", sums=sums, **place, **more) for i in range(1000)
+                )
+        feeder = LedgerFeeder(ledger, run, folders)
+        feeder.start()
+        assert feeder.stop(60).complete
+    for stage in folders:
+        found = [len(bson.encode(d)) for d in ledger.find_blocks(run, stage)]
+        sizes[stage] = statistics.mean(found)
+    ledger.remove_run(run)
+    ledger.close()
+    return sizes
+
+
 @contextlib.contextmanager
 def server(uri: str | None) -> Iterator[str]:
     if uri:
@@ -111,6 +143,7 @@ def main() -> None:
             wall, cpu = one_round(settings if on else None, args.blocks, args.effort)
             times[on].append(wall)
             cpus[on].append(cpu)
+        sizes = block_bytes(settings)
     without, with_feeder = (statistics.median(times[on]) for on in (False, True))
     ratio = with_feeder / without
     extra = statistics.median(cpus[True]) - statistics.median(cpus[False])
@@ -125,6 +158,7 @@ def main() -> None:
         # What a worker would lose if it had to share its only core with the feeder; unlike the
         # ratios it can be trusted on a busy machine.
         f"coordinator CPU, share of wall time   {extra / with_feeder:.4f}   (bar {BAR - 1:.2f})",
+        *(f"bytes per block, {stage:<15}      {size:.0f}" for stage, size in sizes.items()),
     ):
         sys.stdout.write(line + "\n")
 

@@ -53,6 +53,10 @@ from agq.errors import RunGoneError
 _BATCH_BYTES = 1 << 20
 _FLUSH_SECONDS = 0.5
 
+# What `process_journal` has opened, by folder and revision.
+_open_journals: dict[tuple[Path, int], "JournalWriter"] = {}
+_open_lock = threading.Lock()
+
 
 class JournalWriter:
     """Appends the events of one process to a file of its own; safe to use from several threads.
@@ -199,7 +203,8 @@ def run_journalled(
 ) -> int:
     """Call ``work(number, unsynced)`` for each number and record how it ended.
 
-    The work returns how many voxels it wrote, and a checksum of each thing that it wrote.
+    The work returns how many voxels it wrote, and a checksum of each thing that it wrote. All calls
+    of one process for a folder write one file, until `end_journal` closes it.
 
     What the work adds to ``unsynced`` is made durable before its line is written. Files and lines
     are synced together about twice a second: after a crash a little work is done again, with the
@@ -217,41 +222,76 @@ def run_journalled(
     """
     failed = 0
     unsynced = Unsynced()
-    with JournalWriter(folder, this_worker(f"stitch-{os.getpid()}")) as journal:
-        journal.revision = revision
-        waiting: list[BlockRecord] = []
-        flushed = time.monotonic()
+    journal = process_journal(folder, revision)
+    waiting: list[BlockRecord] = []
+    flushed = time.monotonic()
 
-        def flush() -> int:
-            records, lost = waiting, 0
-            try:
-                unsynced.sync()
-            except OSError as error:
-                if error.errno in FATAL_ERRNOS:
-                    raise
-                records = [_failed(record, error) for record in waiting]
-                lost = sum(record.state == "done" for record in waiting)
-            journal.finish_many(records)
-            waiting.clear()
-            return lost
+    def flush() -> int:
+        records, lost = waiting, 0
+        try:
+            unsynced.sync()
+        except OSError as error:
+            if error.errno in FATAL_ERRNOS:
+                raise
+            records = [_failed(record, error) for record in waiting]
+            lost = sum(record.state == "done" for record in waiting)
+        journal.finish_many(records)
+        waiting.clear()
+        return lost
 
-        for number in numbers:
-            journal.require_place()
-            record = BlockRecord(int(number), "done", started=time.time())
-            try:
-                voxels, sums = work(record.block, unsynced)
-                ended = time.time()
-                waiting.append(replace(record, finished=ended, voxels=voxels, sums=sums))
-            except Exception as error:
-                if isinstance(error, OSError) and error.errno in FATAL_ERRNOS:
-                    raise
-                failed += 1
-                waiting.append(_failed(record, error))
-            if time.monotonic() - flushed > _FLUSH_SECONDS:
-                failed += flush()
-                flushed = time.monotonic()
-        failed += flush()
-    return failed
+    for number in numbers:
+        journal.require_place()
+        record = BlockRecord(int(number), "done", started=time.time())
+        try:
+            voxels, sums = work(record.block, unsynced)
+            ended = time.time()
+            waiting.append(replace(record, finished=ended, voxels=voxels, sums=sums))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FATAL_ERRNOS:
+                raise
+            failed += 1
+            waiting.append(_failed(record, error))
+        if time.monotonic() - flushed > _FLUSH_SECONDS:
+            failed += flush()
+            flushed = time.monotonic()
+    return failed + flush()
+
+
+def end_journal(folder: Path) -> None:
+    """Close what `process_journal` has opened in this process for a folder."""
+    with _open_lock:
+        keys = [key for key in _open_journals if key[0] == folder]
+        journals = [_open_journals.pop(key) for key in keys]
+    for journal in journals:
+        journal.close()
+
+
+def process_journal(folder: Path, revision: int) -> JournalWriter:
+    """Return the open journal of this process in a folder, for all of its tasks to write to.
+
+    Parameters
+    ----------
+    folder : Path
+        As of `JournalWriter`; `end_journal` closes its journals.
+    revision : int
+        What the records are signed with.
+
+    Raises
+    ------
+    OSError
+        If the folder or file cannot be made.
+    """
+    with _open_lock:
+        # A folder that a stitch has emptied, or a run that was deleted or moved.
+        gone = [key for key, journal in _open_journals.items() if not journal.path.exists()]
+        for key in gone:
+            _open_journals.pop(key).close()
+        journal = _open_journals.get((folder, revision))
+        if journal is None or journal.worker.pid != os.getpid():
+            journal = JournalWriter(folder, this_worker(f"stitch-{os.getpid()}"))
+            journal.revision = revision
+            _open_journals[folder, revision] = journal
+        return journal
 
 
 def take_back(folder: Path, numbers: npt.ArrayLike, reason: str) -> int:

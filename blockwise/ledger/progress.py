@@ -59,7 +59,7 @@ class LedgerStage:
     def failed(self, limit: int | None = None) -> list[BlockRecord]:
         """Return the records of the first failed blocks."""
         documents = self._ledger.find_blocks(*self._key, "failed", limit or _MAX_FAILURES)
-        return [_record(document) for document in documents]
+        return [self._record(document) for document in documents]
 
     def reasons(self) -> Iterable[tuple[str, int, int]]:
         """Yield the errors as the database groups them: a million blocks may have failed."""
@@ -68,7 +68,9 @@ class LedgerStage:
     def record(self, block: int) -> BlockRecord | None:
         """Return the record of a block that has ended."""
         document = self._ledger.find_block(*self._key, block)
-        return None if document is None or document["state"] in _UNENDED else _record(document)
+        if document is None or document["state"] in _UNENDED:
+            return None
+        return self._record(document)
 
     def running(self) -> list[int]:
         """Return the blocks begun and not ended."""
@@ -91,16 +93,19 @@ class LedgerStage:
             self._rows_read = time.monotonic()
         return self._rows
 
+    def _record(self, document: Document) -> BlockRecord:
+        """Return what a document says; the worker is named in a document of its own."""
+        roi = document.get("roi")
+        values = {k: v for k, v in document.items() if v is not None}
+        worker = self.workers.get(document["token"])
+        if worker is not None:
+            values["worker"] = worker.info.name
+        return BlockRecord.from_dict(values | {"roi": roi and (roi["offset"], roi["shape"])})
+
     @property
     def version(self) -> float:
         """When the rows were read."""
         return self._rows_read
-
-
-def _record(document: Document) -> BlockRecord:
-    roi = document.get("roi")
-    values = {k: v for k, v in document.items() if v is not None}
-    return BlockRecord.from_dict(values | {"roi": roi and (roi["offset"], roi["shape"])})
 
 
 def _worker(document: Document) -> WorkerState:

@@ -132,7 +132,7 @@ class StageFeed:
             block, attempt = int(event.data["block"]), int(event.data.get("attempt", 1))
             revision = int(event.data.get("revision", 0))
             begun = Order(revision, BlockState.OPEN, event.time, attempt, event.token)
-            return block, begun, partial(begin_update, *where, block, begun, info)
+            return block, begun, partial(begin_update, *where, block, begun)
         record = event.record
         if record.state == "failed":
             failed[record.block].append((record, info))

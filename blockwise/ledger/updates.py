@@ -13,6 +13,8 @@ _MAX_ERROR: Final = 4096
 _STATES: Final = 8
 """More than there are states."""
 
+_TIMES: Final = ("started", "finished")
+
 Document = dict[str, Any]
 Attempt = tuple[BlockRecord, WorkerInfo | None]
 
@@ -34,20 +36,24 @@ def block_update(
     earlier : sequence of (BlockRecord, WorkerInfo or None)
         Further failed attempts, to keep.
     """
-    if record.state == "failed":
-        earlier = [*earlier, (record, worker)]
     fields: Document = {
         "state": "queued" if record.state == BlockState.OPEN.word else record.state,
+        "started": float(record.started),
+        "finished": float(record.finished),
         "reason": record.reason and storable(record.reason),
-        "error": record.error and storable(record.error),
-        "roi": record.roi and {"offset": list(record.roi[0]), "shape": list(record.roi[1])},
-        "sums": {k.replace(".", "_"): v for k, v in record.sums.items()},
     }
-    for name in ("started", "finished", "read_s", "compute_s", "write_s"):
+    for name in ("read_s", "compute_s", "write_s"):
         fields[name] = float(getattr(record, name))
-    for name in ("labels", "components", "dropped", "voxels"):
+    for name in ("labels", "dropped", "voxels"):
         fields[name] = min(int(getattr(record, name)), _I64)
-    return _block(run, stage, record.block, record.order, worker, fields, earlier)
+    if record.state == "failed":
+        earlier = [*earlier, (record, worker)]
+        fields["error"] = record.error and storable(record.error)
+        fields["roi"] = record.roi and {
+            "offset": list(record.roi[0]),
+            "shape": list(record.roi[1]),
+        }
+    return _block(run, stage, record.block, record.order, fields, earlier)
 
 
 def begin_update(
@@ -55,13 +61,12 @@ def begin_update(
     stage: str,
     block: int,
     begun: Order,
-    worker: WorkerInfo | None = None,
     *,
     earlier: Sequence[Attempt] = (),
 ) -> UpdateOne:
     """Update that marks a block as running, unless it has ended; `earlier` as in `block_update`."""
-    fields: Document = {"state": "running", "started": begun.time}
-    return _block(run, stage, block, begun, worker, fields, earlier)
+    fields: Document = {"state": "running", "started": float(begun.time)}
+    return _block(run, stage, block, begun, fields, earlier)
 
 
 def _block(
@@ -69,41 +74,43 @@ def _block(
     stage: str,
     block: int,
     order: Order,
-    worker: WorkerInfo | None,
     fields: Document,
     earlier: Sequence[Attempt],
 ) -> UpdateOne:
     name = f"{run}/{stage}/{block}"
     # Documents count from 1: 0 is for a block that is queued. A later revision comes first.
-    key = [
-        _STATES * order.revision + order.state + 1,
-        float(order.time),
-        min(order.attempt, _I64),
-        order.token,
-    ]
-    document = fields | {
+    rank = _STATES * order.revision + order.state + 1
+    attempt = min(order.attempt, _I64)
+    document = {
         "_id": name,
         "run": run,
         "stage": stage,
         "block": block,
-        "attempt": key[2],
+        "attempt": attempt,
         "token": order.token,
-        "worker": worker and storable(worker.name),
-        "host": worker and storable(worker.host),
-        "device": worker and worker.device,
-        "job": worker and worker.job,
-        "order": key,
+        # An array, as in the documents of earlier releases: those held the whole key.
+        "order": [rank],
+        # There are millions of them: what is not there takes no room.
+        **{name: value for name, value in fields.items() if value or name in _TIMES},
     }
-    # In a pipeline a value such as "$5 off" would be a field path: hence $literal. A missing
-    # order is smaller than any array, so the first write of a block always counts.
-    newer = {"$gt": [{"$literal": key}, "$order"]}
-    kept = {"$cond": [newer, {"$literal": document}, "$$ROOT"]}
+    # In a pipeline a value such as "$5 off" would be a field path: hence $literal. What is missing
+    # is smaller than any number, so the first write of a block always counts.
+    key = [rank, float(order.time), attempt, order.token]
+    time = {"$ifNull": ["$finished", {"$ifNull": ["$started", 0.0]}]}
+    present = [{"$arrayElemAt": ["$order", 0]}, time, "$attempt", "$token"]
+    newer = {"$gt": [{"$literal": key}, present]}
+    merged: list[Document] = [{"$cond": [newer, {"$literal": document}, "$$ROOT"]}]
     # By a key of its own for each attempt, so that their order and repetition do not matter.
-    kept_attempts = {"$ifNull": ["$attempts", {"$literal": {}}]}
     added = {f"{r.token}-{min(r.attempt, _I64)}": _attempt(r, w) for r, w in earlier}
-    history = {"attempts": {"$mergeObjects": [kept_attempts, {"$literal": added}]}}
-    whole = {"$mergeObjects": [kept, history]}
-    return UpdateOne({"_id": name}, [{"$replaceWith": whole}], upsert=True)
+    kept = {"attempts": {"$mergeObjects": ["$attempts", {"$literal": added}]}}
+    merged.append(kept if added else {"$cond": [{"$gt": ["$attempts", None]}, kept, {}]})
+    return UpdateOne({"_id": name}, [{"$replaceWith": {"$mergeObjects": merged}}], upsert=True)
+
+
+def give_back_update(run: str, stage: str, block: int, token: str) -> UpdateOne:
+    """Update that marks a block as queued, if it says that a process works on it that has ended."""
+    begun = {"_id": f"{run}/{stage}/{block}", "state": "running", "token": token}
+    return UpdateOne(begun, {"$set": {"state": "queued"}})
 
 
 def _attempt(record: BlockRecord, worker: WorkerInfo | None) -> Document:

@@ -28,8 +28,8 @@ from agq.blockwise.blocks.mask import Tissue
 from agq.blockwise.blocks.overlay import require_overlap
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
-from agq.blockwise.journal.records import BlockRecord, this_worker
-from agq.blockwise.journal.writer import JournalWriter
+from agq.blockwise.journal.records import BlockRecord
+from agq.blockwise.journal.writer import process_journal
 from agq.blockwise.stitch.steps import Progress, Task, Workers
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities
@@ -143,6 +143,7 @@ def import_fragments(
     batches = workers.batches(todo.tolist(), _BATCH, share=4)
     tasks = [ImportBlocks(batch, source, run_dir, journal.revision) for batch in batches]
     workers.run("import", tasks, grid.n_blocks - len(todo))
+    workers.end_journal(journal.folder)
     return grid
 
 
@@ -192,32 +193,29 @@ class ImportBlocks(Task):
         """Write fragments, sidecar and journal record of each block."""
         grid = self.source.grid()
         writer = BlockWriter.open(self.run_dir, grid)
-        with JournalWriter(self.run_dir / "journal" / "predict", this_worker()) as journal:
-            journal.revision = self.revision
-            for number in self.items:
-                started = time.time()
-                start, stop = grid.read_box(number)
-                labels, original = local_labels(self.source.volume.read(start, stop))
-                if len(original) > 2**LOCAL_BITS:
-                    raise InputError(
-                        f"fragments: block {number} has {len(original)} of them, too many"
-                    )
-                window = _uint8(self.source.affinities.read(start, stop), number)
-                if self.source.mask is not None:
-                    tissue = Tissue.read(self.source.mask, grid, number)
-                    labels, window, origin = tissue.hide(labels, window)
-                    original = original if origin is None else original[origin]
-                sums = writer.write(number, labels, window, original_labels=original)
-                journal.finish(
-                    BlockRecord(
-                        block=number,
-                        state="done",
-                        started=started,
-                        finished=time.time(),
-                        sums=sums,
-                        **grid.place(number),
-                    )
+        journal = process_journal(self.run_dir / "journal" / "predict", self.revision)
+        for number in self.items:
+            started = time.time()
+            start, stop = grid.read_box(number)
+            labels, original = local_labels(self.source.volume.read(start, stop))
+            if len(original) > 2**LOCAL_BITS:
+                raise InputError(f"fragments: block {number} has {len(original)} of them, too many")
+            window = _uint8(self.source.affinities.read(start, stop), number)
+            if self.source.mask is not None:
+                tissue = Tissue.read(self.source.mask, grid, number)
+                labels, window, origin = tissue.hide(labels, window)
+                original = original if origin is None else original[origin]
+            sums = writer.write(number, labels, window, original_labels=original)
+            journal.finish(
+                BlockRecord(
+                    block=number,
+                    state="done",
+                    started=started,
+                    finished=time.time(),
+                    sums=sums,
+                    **grid.place(number),
                 )
+            )
 
 
 def local_labels(fragments: NDArray) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:

@@ -556,6 +556,7 @@ class _Stitch:
                     for at in range(0, len(todo), size)
                 ]
             self._run_journalled("relabel", tasks, total, folder)
+            self.workers.end_journal(folder)
             step.finish({}, [self.container / self.pyramid.array(0) / _METADATA])
         self.report.end(step)
         return step.key
@@ -574,6 +575,7 @@ class _Stitch:
             indices = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1)
             for i in range(1, len(levels)):
                 indices, numbers = self._coarsen_level(i, indices, numbers, folder)
+            self.workers.end_journal(folder)
             self.pyramid.write_metadata(how)
             metadata = [self.pyramid.array(i) for i in range(1, len(levels))]
             places = [self.container, group, *(self.container / name for name in metadata)]

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from distributed import Client, Future, KilledWorker, Worker, as_completed
 from distributed.client import FutureCancelledError
 
+from agq.blockwise.journal.writer import end_journal
 from agq.blockwise.storage.files import file_checksum, require_folder, write_atomic
 from agq.blockwise.storage.leftovers import remove_all_temporaries
 from agq.errors import DamagedError, InputError, RunStoppedError, repairable
@@ -178,6 +179,10 @@ class Workers:
         finally:
             self.client.cancel(list(futures))
         return results
+
+    def end_journal(self, folder: Path) -> None:
+        """Close the journals that tasks have written in a folder: its work is done."""
+        self.client.run(end_journal, folder, on_error="ignore")
 
     @contextmanager
     def _watched(self, futures: list[Future]) -> Iterator[list[str]]:

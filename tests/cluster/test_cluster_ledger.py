@@ -33,13 +33,14 @@ def server(tmp_path):
 def in_ledger(uri: str) -> dict[int, tuple]:
     """What the database says of the blocks that have ended."""
     with MongoClient(uri) as client:
+        workers = {w["token"]: w for w in client.agq.workers.find({"stage": "predict"})}
         return {
             d["block"]: (
-                d["state"], d["attempt"], d["token"], d["worker"], d["host"], d["started"],
-                d["finished"], d["labels"], d["components"], d["dropped"], d["voxels"], d["sums"],
-                d["error"], tuple(d["roi"]["offset"]), tuple(d["roi"]["shape"]),
+                d["state"], d["attempt"], d["token"], d["started"], d["finished"],
+                d.get("labels", 0), d.get("dropped", 0), d["voxels"], d.get("error"),
+                workers[d["token"]]["name"], workers[d["token"]]["host"],
             )
-            for d in client.agq.blocks.find({"state": {"$ne": "running"}})
+            for d in client.agq.blocks.find({"stage": "predict", "state": {"$ne": "running"}})
         }  # fmt: skip
 
 
@@ -47,9 +48,9 @@ def in_journal(run: ClusterRun) -> dict[int, tuple]:
     journal = run.journal()
     return {
         r.block: (
-            r.state, r.attempt, r.token, r.worker, journal.workers[r.token].info.host, r.started,
-            r.finished, r.labels, r.components, r.dropped, r.voxels, r.sums,
-            r.error, tuple(r.roi[0]), tuple(r.roi[1]),
+            r.state, r.attempt, r.token, r.started, r.finished,
+            r.labels, r.dropped, r.voxels, r.error,
+            r.worker, journal.workers[r.token].info.host,
         )
         for r in journal.records()
     }  # fmt: skip

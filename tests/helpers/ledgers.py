@@ -28,11 +28,14 @@ def record(block: int, state: str = "done", **kwargs) -> BlockRecord:
     return BlockRecord(block, state, **(values | kwargs))
 
 
+NUMBERS = ("started", "finished", "read_s", "labels", "dropped", "voxels")
+
+
 def in_ledger(ledger: Ledger, run: str, stage: str = "predict") -> dict[int, tuple]:
     return {
         doc["block"]: (
-            doc["state"], doc["attempt"], doc["token"], doc["finished"], doc["labels"],
-            doc["voxels"], doc["sums"], doc["error"], doc["worker"], doc["host"],
+            doc["state"], doc["attempt"], doc["token"], *(doc.get(n, 0) for n in NUMBERS),
+            doc.get("error"),
         )
         for doc in ledger.find_blocks(run, stage)
         if doc["state"] != "running"
@@ -40,13 +43,9 @@ def in_ledger(ledger: Ledger, run: str, stage: str = "predict") -> dict[int, tup
 
 
 def in_journal(folder) -> dict[int, tuple]:
-    journal = Journal(folder)
     return {
-        r.block: (
-            r.state, r.attempt, r.token, r.finished, r.labels,
-            r.voxels, r.sums, r.error, r.worker, journal.workers[r.token].info.host,
-        )
-        for r in journal.records()
+        r.block: (r.state, r.attempt, r.token, *(getattr(r, n) for n in NUMBERS), r.error)
+        for r in Journal(folder).records()
     }  # fmt: skip
 
 

@@ -244,6 +244,7 @@ def export_precomputed(
             )
         first += boxes
         written += len(todo)
+    workers.end_journal(folder)
     return written
 
 

@@ -1,5 +1,6 @@
 import errno
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo, encode
-from agq.blockwise.journal.writer import JournalWriter, run_journalled, take_back
+from agq.blockwise.journal.writer import JournalWriter, end_journal, run_journalled, take_back
 from agq.blockwise.storage import files
 from agq.blockwise.storage.files import Unsynced
 from agq.errors import InputError
@@ -26,6 +27,28 @@ def test_journal_line_comes_after_the_work(tmp_path):
     assert Journal(tmp_path).done(5).all()
     record = Journal(tmp_path).record(3)
     assert (record.voxels, record.sums) == (10, {"a": "b"})
+
+
+def test_a_process_writes_one_file_for_all_its_tasks(tmp_path):
+    folder = tmp_path / "journal"
+    for first in (0, 3):
+        run_journalled(folder, range(first, first + 3), lambda _, __: (1, {}))
+    (file,) = folder.iterdir()
+    run_journalled(folder, [6], lambda _, __: (1, {}), revision=1)
+    assert len(list(folder.iterdir())) == 2, "records are signed with a revision"
+    end_journal(folder)
+    workers = Journal(folder).workers.values()
+    assert [w.exit for w in workers] == ["end"] * 2
+    assert sorted(w.done for w in workers) == [1, 6]
+    # Again, and in a folder that was emptied meanwhile.
+    run_journalled(folder, [7], lambda _, __: (1, {}))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    run_journalled(folder, [8], lambda _, __: (1, {}))
+    (record,) = Journal(folder).records()
+    assert record.block == 8
+    end_journal(folder)
+    assert not file.exists()
 
 
 def test_files_are_durable_before_their_journal_line(tmp_path, monkeypatch):

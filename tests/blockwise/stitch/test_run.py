@@ -132,10 +132,15 @@ def test_processes_and_an_existing_scheduler(run, run_dir, undisturbed):
     with open_cluster(2, processes=True) as cluster:
         existing = DaskSettings(address=cluster.scheduler_address)
         with dask_client(existing) as guest:
-            run_stitch(run.spec(run_dir), guest)
+            run_stitch(run.spec(run_dir, batch_blocks=1), guest)
         # It is the user's: it goes on.
         with dask_client(existing) as guest:
             assert len(guest.ncores()) == 2
+    for stage in ("relabel", "pyramid"):
+        workers = list(Journal(run_dir / "journal" / stage).workers.values())
+        # One for each process, though every block was a task of its own.
+        assert len({w.info.pid for w in workers}) == len(workers) <= 2
+        assert {w.exit for w in workers} == {"end"}
     assert results(run_dir) == undisturbed
 
 
