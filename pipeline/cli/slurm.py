@@ -27,7 +27,7 @@ from agq.pipeline.cli.arguments import (
 from agq.pipeline.config.recorded import require_trusted
 from agq.pipeline.config.schema import Config, masked
 from agq.pipeline.config.schema import load_config as read_config
-from agq.pipeline.slurm import check, client, jobs
+from agq.pipeline.slurm import check, jobs
 from agq.pipeline.slurm.scripts import folder, log_folder, submit_arguments
 
 out = Console(highlight=False)
@@ -99,6 +99,7 @@ def _submit(
     from agq.pipeline.run.identity import require_same, start
     from agq.pipeline.run.overwrite import clear
     from agq.pipeline.run.prepare import prepare
+    from agq.pipeline.slurm import missing
 
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
     _require_trusted_jobs(run_dir, trust=trust)
@@ -106,12 +107,15 @@ def _submit(
     for warning in check.check(section, cluster):
         out.print(f"note: {warning}", markup=False, soft_wrap=True)
     if jobs.record_path(run_dir).exists() and not jobs.are_of_another(run_dir):
-        jobs.refuse_live(run_dir, jobs.load(run_dir), stages)
-    behind = after_predict and jobs.prediction_in_queue(run_dir) is not None
+        # A stitch may be submitted beside a prediction.
+        roles: list[jobs.Role] = [] if "predict" in stages else ["stitch"]
+        jobs.refuse_live(run_dir, jobs.load(run_dir), *roles)
+    behind = jobs.prediction_in_queue(run_dir) if after_predict else None
     prepared = prepare(config, workers_here=False, overwrite=overwrite, trust=trust)
     for note in prepared.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
-    if behind:
+    workers = None
+    if behind is not None:
         # The prediction holds the lock of the run and owns its record and scripts.
         require_same(prepared.as_begun())
         jobs.save_stitch_config(config)
@@ -124,9 +128,13 @@ def _submit(
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)
             _write_scripts(config, ["predict", "stitch"], Path.cwd())
-    before = len(jobs.load(run_dir).jobs)
-    submitted = jobs.submit_all(config, stages, after_predict=after_predict)
-    _print_submitted(run_dir, submitted.jobs[before:])
+            left = missing.blocks_left(prepared.as_begun())
+        if "predict" in stages and missing.prediction_is_done(prepared, left):
+            out.print("predict: done")
+            stages.remove("predict")
+        workers = None if left else 0
+    if stages:
+        _print_submitted(run_dir, jobs.submit_all(config, stages, workers=workers, behind=behind))
 
 
 def _start_record(config: Config, grace_s: int) -> None:
@@ -183,46 +191,36 @@ def resume(
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Submit the unfinished stages of a run; jobs in the queue go on."""
+    """Submit what is missing of a run; jobs in the queue go on."""
     from agq.pipeline.run.prepare import name_factory
+    from agq.pipeline.slurm import missing
 
     run_dir = _with_own_jobs(run_dir)
     _require_trusted_jobs(run_dir, trust=trust)
     config = jobs.load_config(run_dir)
     name_factory(config)
     record = jobs.load(run_dir)
-    if workers is not None:
-        with jobs.changing(run_dir) as changed:
-            changed.workers = workers
-    coordinator = jobs.live(record, "coordinator")
-    if coordinator and stage != "stitch":
-        out.print(f"{run_dir} is in the queue: {coordinator[0].state}", markup=False)
-        if not jobs.live(record, "workers"):
-            _, now = jobs.scale(run_dir, workers or record.workers)
-            out.print(f"no worker job was left; submitted {now}")
-        return
-    # Workers of an earlier submission wait for a coordinator; new ones replace them.
-    client.cancel([str(n) for n in record.ids("workers")], "--state=PENDING")
-    _wait_until_gone(record)
+    if record.cancelled:
+        missing.end(record, jobs.live(record))
+    # After `agq scale RUN 0`, as many as at first.
+    wanted = workers or record.workers or jobs.section_of(config).workers
     stages: list[jobs.Stage] = [stage] if stage else ["predict", "stitch"]
+    lacks = missing.of_run(config, record, stages, wanted, trust=trust)
+    for note in lacks.notes:
+        out.print(note, markup=False, soft_wrap=True)
+    if lacks.idle:
+        out.print(f"ends jobs with nothing to do: {jobs.numbers(lacks.idle)}")
+        missing.end(record, lacks.idle)
     # They name the run folder, which may have been moved.
-    _write_scripts(config, stages, Path(record.here))
-    submitted = jobs.submit_all(config, stages)
-    _print_submitted(run_dir, submitted.jobs[len(record.jobs) :])
-
-
-def _wait_until_gone(record: jobs.Jobs, seconds: float = 20.0) -> None:
-    """Terminate the jobs of an earlier submission, and wait until they have left the queue."""
-    deadline = time.monotonic() + seconds
-    told = False
-    while entries := jobs.live(record, "workers", "stitch"):
-        if not told:
-            client.cancel([e.target for e in entries], "--batch", "--signal=TERM")
-            told = True
-        if time.monotonic() > deadline:
-            client.cancel([e.target for e in entries])
-            deadline += seconds
-        time.sleep(0.5)
+    _write_scripts(config, ["predict", "stitch"], Path(record.here))
+    if lacks.behind is not None and (lacks.workers or workers is not None):
+        before, now = jobs.scale(run_dir, wanted)
+        out.print(f"worker jobs: {before} -> {now}")
+    if lacks.stages:
+        submitted = jobs.submit_all(
+            config, lacks.stages, wanted=wanted, workers=lacks.workers, behind=lacks.behind
+        )
+        _print_submitted(run_dir, submitted)
 
 
 def scale(

@@ -151,6 +151,8 @@ def _predict(run_dir: Path) -> int:
             if error.errno not in FATAL_ERRNOS:
                 raise
             wait_for_storage(run_dir, section.wait_s, error)
+    # A prediction with nothing to do has opened no session, whose end workers would read.
+    Session(id="", state="closed").save(run_dir)
     # Without scancel (in a container) these jobs find the run closed when they start, and end.
     with contextlib.suppress(client.SlurmError):
         client.cancel([str(n) for n in load(run_dir).ids("workers")], "--state=PENDING")

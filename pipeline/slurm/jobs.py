@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 Role = Literal["coordinator", "workers", "stitch"]
 Stage = Literal["predict", "stitch"]
 
+ENDING = ("COMPLETING", "CANCELLED", "COMPLETED")
+"""States of jobs that are still in the queue, and do no more."""
+
 _POLL_S = 0.5
 
 
@@ -285,15 +288,15 @@ def numbers(entries: Sequence[client.QueueEntry]) -> str:
     return ", ".join(str(job) for job in sorted({entry.job for entry in entries}))
 
 
-def refuse_live(run_dir: Path, jobs: Jobs, stages: Sequence[Stage]) -> None:
-    """Refuse a submission whose stages jobs in the queue do already.
+def refuse_live(run_dir: Path, jobs: Jobs, *roles: Role) -> None:
+    """Refuse a submission while jobs of some roles (none given: all) are in the queue.
 
     Raises
     ------
     InputError
-        Naming those jobs. A stitch may be submitted beside a prediction.
+        Naming those jobs.
     """
-    waiting = live(jobs) if "predict" in stages else live(jobs, "stitch")
+    waiting = live(jobs, *roles)
     if waiting:
         raise InputError(
             f"{run_dir} has jobs in the queue ({numbers(waiting)}); "
@@ -320,39 +323,82 @@ def prediction_in_queue(run_dir: Path) -> int | None:
     )
 
 
-def submit_all(config: "Config", stages: Sequence[Stage], *, after_predict: bool = False) -> Jobs:
-    """Submit the scripts in the run folder, chained by dependencies.
+def submit_all(
+    config: "Config",
+    stages: Sequence[Stage],
+    *,
+    wanted: int | None = None,
+    workers: int | None = None,
+    behind: int | None = None,
+) -> list[Job]:
+    """Submit the scripts of some stages in the run folder, chained by dependencies: all or none.
 
     Parameters
     ----------
-    after_predict
-        Let the stitch wait for the prediction that is in the queue already.
+    wanted
+        How many worker jobs the run should have; default: as recorded.
+    workers
+        How many of them to submit now; default: all.
+    behind
+        Job of a prediction in the queue that a stitch alone waits for.
+
+    Returns
+    -------
+    jobs
+        What was submitted.
 
     Raises
     ------
     InputError
-        If jobs of the run are in the queue, or SLURM refuses.
+        If jobs for one of the stages are in the queue, or SLURM refuses.
     """
     from agq.blockwise.predict.spec import Session
 
     run_dir, section = Path(config.run_dir), section_of(config)
     make_folder(log_folder(run_dir))
+    leads: dict[Stage, Role] = {"predict": "coordinator", "stitch": "stitch"}
     with changing(run_dir) as jobs:
-        refuse_live(run_dir, jobs, stages)
-        jobs.cancelled = False
-        before = None
-        if "predict" in stages:
-            session = Session.load(run_dir)
-            if session is not None and session.state == "closed":
+        refuse_live(run_dir, jobs, *(leads[stage] for stage in stages))
+        before = jobs.model_copy(deep=True)
+        session = Session.load(run_dir) if "predict" in stages else None
+        closed = session is not None and session.state == "closed"
+        try:
+            jobs.cancelled = False
+            jobs.workers = jobs.workers if wanted is None else wanted
+            if closed:
                 # Workers would read the end of the last submission as the end of this one.
                 session_path(run_dir).unlink(missing_ok=True)
-            before = _submit(jobs, run_dir, "coordinator")
-            submit_workers(jobs, run_dir, section, jobs.workers, after=f"after:{before}")
-        elif after_predict:
-            before = prediction_in_queue(run_dir)
-        if "stitch" in stages:
-            _submit(jobs, run_dir, "stitch", after=f"afterok:{before}" if before else None)
-    return jobs
+            if "predict" in stages:
+                behind = _submit(jobs, run_dir, "coordinator")
+                count = jobs.workers if workers is None else workers
+                submit_workers(jobs, run_dir, section, count, after=f"after:{behind}")
+            if "stitch" in stages:
+                _submit(jobs, run_dir, "stitch", after=f"afterok:{behind}" if behind else None)
+        except BaseException as error:
+            _take_back(run_dir, before, jobs.jobs[len(before.jobs) :], error)
+            if closed:
+                Session(id="", state="closed").save(run_dir)
+            raise
+        return jobs.jobs[len(before.jobs) :]
+
+
+def _take_back(run_dir: Path, before: Jobs, submitted: Sequence[Job], error: BaseException) -> None:
+    """Cancel the jobs of a submission that failed half-way, and restore the record.
+
+    Raises
+    ------
+    SlurmError
+        Naming the jobs that are in the queue, if SLURM does not cancel them.
+    """
+    ids = [str(job.id) for job in submitted]
+    try:
+        client.cancel(ids)
+    except client.SlurmError as refused:
+        raise client.SlurmError(
+            f"{error}; of this submission jobs {', '.join(ids)} are in the queue and could not be "
+            f"cancelled ({refused}): scancel {' '.join(ids)}"
+        ) from None
+    write_atomic(record_path(run_dir), before.model_dump_json(indent=1).encode())
 
 
 def submit_workers(
@@ -401,8 +447,7 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
         coordinator = live(jobs, "coordinator")
         if not coordinator:
             raise InputError(f"no prediction of {run_dir} is in the queue; start it: agq resume")
-        ending = ("COMPLETING", "CANCELLED", "COMPLETED")
-        entries = [e for e in live(jobs, "workers") if e.state not in ending]
+        entries = [e for e in live(jobs, "workers") if e.state not in ENDING]
         before = sum(e.count for e in entries)
         jobs.workers = count
         if count > before:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 EXIT_REQUEUE = 75
 """Exit status with which a program in a job asks to be started again (EX_TEMPFAIL)."""
 
-
 _MAX_KILLED = 5
 
 
@@ -168,10 +167,21 @@ def _text(
         "fi",
     ]
     if section.requeue:
+        killed = shlex.quote(str(folder(run_dir) / "killed"))
         lines += [
-            "# 137: killed (kill -9, out of memory); run it again, a few times at most.",
-            f'[ "$status" = 137 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {_MAX_KILLED} ] && '
-            f"status={EXIT_REQUEUE}",
+            "# 137: killed (kill -9, out of memory): run it again, a few times. Requeues of",
+            "# other kinds do not count, unless the deaths cannot be written down.",
+            'if [ "$status" = 137 ]; then',
+            f'  deaths={killed}; {{ [ -d "$deaths" ] || mkdir "$deaths"; }} &&',
+            '    echo "$(date) $SLURMD_NODENAME" >> "$deaths/$SLURM_JOB_ID" &&',
+            '    count=$(wc -l < "$deaths/$SLURM_JOB_ID") ||',
+            "    count=$((${SLURM_RESTART_COUNT:-0} + 1))",
+            f'  if [ "$count" -le {_MAX_KILLED} ]; then',
+            f"    status={EXIT_REQUEUE}",
+            "  else",
+            '    echo "killed $count times (kill -9, or out of memory): not started again" >&2',
+            "  fi",
+            "fi",
             f'if [ "$status" = {EXIT_REQUEUE} ]; then',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",

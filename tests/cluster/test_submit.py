@@ -6,13 +6,14 @@ import shlex
 import signal
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from agq.blockwise.journal.reader import Journal
-from tests.cluster.runs import ClusterRun, chunks, wait_for
+from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, wait_for
 from tests.helpers.pages import CLUSTER_PAGES, section_commands
 from tests.helpers.runs import ROOT, agq, blobs, command, environment, results, write_volume
 
@@ -85,6 +86,50 @@ def test_scale_cancel_and_resume(quiet, tmp_path, undisturbed):
     run.agq("resume", run.run_dir, "--stage", "predict", "--workers", "4")
     run.wait_until_done()
     assert chunks(run.run_dir) == undisturbed
+
+
+def test_resume_submits_what_is_missing(quiet, tmp_path, segmented, note):
+    held = tmp_path / "held"
+    held.touch()
+    wait = f'case "$SLURM_JOB_NAME" in agq-stitch*) while [ -e {held} ]; do sleep 0.2; done;; esac'
+    run = ClusterRun(tmp_path, delay_s=0.3, slurm={"prologue": [wait]})
+    ids = lambda: {line.split()[0] for line in run.queue() if "COMPLETING" not in line}  # noqa: E731
+
+    # sbatch refuses the last of three scripts.
+    refused = agq("submit", run.config, "--set", "slurm.stitch.constraint=a&b")
+    assert refused.returncode == 2
+    assert "sbatch" in refused.stderr
+    assert not ids()
+    assert [run.jobs(role) for role in ("coordinator", "workers", "stitch")] == [[], [], []]
+
+    # No worker is wanted: the coordinator stops, and the stitch never starts.
+    run.agq("submit", run.config)
+    run.wait_until_begun(2)
+    run.agq("scale", run.run_dir, 0)
+    wait_for(lambda: not run.queue(), why=run.post_mortem)
+    assert run.done() < N_BLOCKS
+    since = time.monotonic()
+    assert "3 array tasks" in run.agq("resume", run.run_dir)
+
+    # The prediction is done, the stitch works: it goes on, and no GPU waits for nothing.
+    wait_for(lambda: run.stage().get("state") == "done" and len(ids()) == 1, why=run.post_mortem)
+    stitch = str(run.jobs("stitch")[-1])
+    wait_for(lambda: any("RUNNING" in line for line in run.queue()))
+    said = run.agq("resume", run.run_dir)
+    assert f"stitch: job {stitch} is in the queue (RUNNING) and goes on" in said
+    assert ids() == {stitch}
+
+    # The stitch is lost: it alone is submitted.
+    quiet.command("scancel", stitch)
+    wait_for(lambda: not run.queue())
+    assert run.agq("resume", run.run_dir).count("submitted") == 1
+    assert ids() == {str(run.jobs("stitch")[-1])}
+    held.unlink()
+    wait_for(lambda: not run.queue(), why=run.post_mortem)
+    note("scale 0, then resume; stitch lost, then resume", "only what is missing comes", since)
+    assert results(run.run_dir) == segmented, run.post_mortem()
+    assert "stitch: done" in run.agq("resume", run.run_dir)
+    assert not ids()
 
 
 def pending(run_dir: Path) -> set[tuple[str, int]]:

@@ -87,18 +87,37 @@ def test_a_container_gets_gpus_and_options(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ends", "restarts", "requeued"),
-    [("exit 75", "0", True), ("exit 1", "0", False), ("kill -9 $$", "0", True),
-     ("kill -9 $$", "5", False)],
+    ("ends", "deaths", "requeued"),
+    [("exit 75", 0, True), ("exit 75", 6, True), ("exit 1", 0, False), ("kill -9 $$", 0, True),
+     ("kill -9 $$", 4, True), ("kill -9 $$", 5, False)],
 )  # fmt: skip
-def test_a_job_is_requeued_when_its_program_asks_or_was_killed(tmp_path, ends, restarts, requeued):
+def test_a_job_is_requeued_when_its_program_asks_or_was_killed(tmp_path, ends, deaths, requeued):
+    """Requeues of other kinds (pre-emption, nodes, by hand) do not use up the restarts."""
+    run_dir = tmp_path / ODD
+    (run_dir / "slurm").mkdir(parents=True)
+    if deaths:
+        (run_dir / "slurm" / "killed").mkdir()
+        (run_dir / "slurm" / "killed" / "17").write_text("Monday gpu1\n" * deaths)
     section = SlurmSettings(python=program(tmp_path, ends))
-    text = coordinator_script(section, tmp_path, tmp_path).text
-    code = run_script(tmp_path, text, SLURM_RESTART_COUNT=restarts).wait(20)
+    text = coordinator_script(section, run_dir, tmp_path).text
+    code = run_script(tmp_path, text, SLURM_RESTART_COUNT="9").wait(20)
     assert (tmp_path / "scontrol.txt").exists() == requeued
     assert code == (75 if requeued else 137 if "kill" in ends else 1)
     if requeued:
         assert (tmp_path / "scontrol.txt").read_text().split() == ["requeue", "17"]
+    killed = run_dir / "slurm" / "killed" / "17"
+    now = len(killed.read_text().splitlines()) if killed.exists() else 0
+    assert now == deaths + ("kill" in ends)
+
+
+@pytest.mark.parametrize(("restarts", "requeued"), [("4", True), ("5", False)])
+def test_deaths_that_cannot_be_written_down_are_bounded(tmp_path, restarts, requeued):
+    """As on a full disk, or where the run folder has gone, which is not made anew."""
+    section = SlurmSettings(python=program(tmp_path, "kill -9 $$"))
+    text = coordinator_script(section, tmp_path / "gone", tmp_path).text
+    assert run_script(tmp_path, text, SLURM_RESTART_COUNT=restarts).wait(20) != 0
+    assert (tmp_path / "scontrol.txt").exists() == requeued
+    assert not (tmp_path / "gone").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
