@@ -13,7 +13,6 @@ import stat
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from agq.reading import open_file
 
@@ -79,11 +78,6 @@ def cap_output(limit: int = LIMIT_BYTES) -> None:
             target=_watch, args=(list(files.values()), limit), name="cap-output", daemon=True
         )
         watch.start()
-
-
-def dask_setup(_worker: Any) -> None:
-    """Watch the output of a dask worker that was started with ``--preload`` of this module."""
-    cap_output()
 
 
 def _watch(descriptors: list[int], limit: int) -> None:

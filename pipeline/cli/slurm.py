@@ -1,6 +1,5 @@
 """The commands for a SLURM cluster: submit, resume, scale, cancel, attach, logs."""
 
-import re
 import shlex
 import time
 from pathlib import Path
@@ -59,11 +58,6 @@ def submit(
         raise InputError(
             f"run_dir {loaded.run_dir!r}: SLURM cannot log into a folder with %, a backslash "
             "or a line break in its name; choose another"
-        )
-    if jobs.section_of(loaded).stitch.jobs and not re.fullmatch(r"[\w./+@:-]+", loaded.run_dir):
-        raise InputError(
-            f"run_dir {loaded.run_dir!r}: slurm.stitch.jobs allows only letters, digits and "
-            "._-+@: in it (dask-jobqueue does not quote paths); rename it, or set stitch.jobs to 0"
         )
     if after is not None and stage != "stitch":
         raise InputError("--after predict needs --stage stitch")

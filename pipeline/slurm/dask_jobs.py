@@ -5,25 +5,28 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dask_jobqueue.slurm import SLURMCluster, SLURMJob
 from distributed import Client, Status
+from distributed.security import Security
 
-from agq.blockwise.storage import logs
+from agq import caches
+from agq.blockwise.stitch.cluster import QuietScheduler
+from agq.blockwise.storage.files import write_atomic
 from agq.errors import RunStoppedError
 from agq.pipeline.slurm import client as slurm
+from agq.pipeline.slurm import dask_worker
 from agq.pipeline.slurm.coordinator import listen_address
 from agq.pipeline.slurm.scripts import folder, log_folder
 from agq.pipeline.slurm.settings import SlurmSettings
-
-if TYPE_CHECKING:
-    from dask_jobqueue import SLURMCluster
 
 _CHECK_S = 15.0
 _PAUSE_S = 10.0
@@ -35,7 +38,8 @@ _logger = logging.getLogger(__name__)
 def jobqueue_options(section: SlurmSettings, run_dir: Path) -> dict[str, Any]:
     """Return dask-jobqueue's options for the worker jobs of the stitch."""
     job, qos = section.stitch, section.stitch.qos or section.qos
-    extra = ["--open-mode=append", *([f"--qos={qos}"] if qos else [])]
+    logs = [f"--{name}=dask-worker-%J.{name[:3]}" for name in ("error", "output")]
+    extra = ["--open-mode=append", *logs, *([f"--qos={qos}"] if qos else [])]
     if job.constraint:
         extra.append(f"--constraint={job.constraint}")
     return {
@@ -47,7 +51,8 @@ def jobqueue_options(section: SlurmSettings, run_dir: Path) -> dict[str, Any]:
         "memory": f"{job.mem if job.mem[-1].isalpha() else job.mem + 'M'}iB",
         "job_mem": job.mem,
         # As in `stitch.cluster`: a task near the root may need more than an equal share.
-        "worker_extra_args": ["--memory-limit", "0", "--preload", logs.__name__],
+        "worker_command": dask_worker.__name__,
+        "worker_extra_args": ["--memory-limit", "0", "--nworkers", str(job.cpus)],
         "walltime": job.time,
         # Without a time, the limit of the partition instead of dask-jobqueue's half hour.
         "job_directives_skip": [] if job.time else ["#SBATCH -t "],
@@ -56,6 +61,41 @@ def jobqueue_options(section: SlurmSettings, run_dir: Path) -> dict[str, Any]:
         "job_script_prologue": list(section.prologue),
         "log_directory": str(log_folder(run_dir)),
     }
+
+
+class WorkerJob(SLURMJob):
+    """A job of dask workers, for any run folder.
+
+    dask-jobqueue quotes no path, and it writes the script to a name in the temporary folder that
+    was free a moment before, which somebody else could take.
+
+    Parameters
+    ----------
+    security
+        Certificates, in files that the job can read.
+    log_directory
+        The job's folder, in which SLURM opens its logs.
+    """
+
+    def __init__(
+        self, *arguments: Any, security: Security, log_directory: str, **options: Any
+    ) -> None:
+        files = security.get_tls_config_for_role("worker")
+        for name in ("ca_file", "cert", "key"):
+            option = f"--tls-{name.replace('_', '-')}"
+            options["worker_extra_args"] = [
+                *options["worker_extra_args"], option, shlex.quote(files[name]),
+            ]  # fmt: skip
+        super().__init__(*arguments, **options)
+        self.submit_command = shlex.join(["sbatch", f"--chdir={log_directory}"])
+
+    @contextmanager
+    def job_file(self) -> Iterator[str]:
+        """Yield the name of a file with the script."""
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+            file.write(self.job_script())
+            file.flush()
+            yield file.name
 
 
 class WorkerJobs:
@@ -70,7 +110,7 @@ class WorkerJobs:
         Folder of the jobs' logs, which messages name.
     """
 
-    def __init__(self, cluster: "SLURMCluster", count: int, logs: Path) -> None:
+    def __init__(self, cluster: SLURMCluster, count: int, logs: Path) -> None:
         self.cluster = cluster
         self.count = count
         self.logs = logs
@@ -176,6 +216,24 @@ def _watched(jobs: WorkerJobs) -> Iterator[None]:
         signal.signal(signal.SIGUSR2, before)
 
 
+def certificates_in(folder: Path) -> Security:
+    """Make certificates, in files for the jobs (dask-jobqueue expands $ and ~ in their paths)."""
+    made, files = Security.temporary(), {}
+    for name in ("tls_ca_file", "tls_worker_cert", "tls_worker_key"):
+        path = folder / name
+        write_atomic(path, getattr(made, name).encode(), mode=0o600)
+        files[name] = str(path)
+    certificate, key = files["tls_worker_cert"], files["tls_worker_key"]
+    return Security(
+        require_encryption=True,
+        tls_scheduler_cert=certificate,
+        tls_scheduler_key=key,
+        tls_client_cert=certificate,
+        tls_client_key=key,
+        **files,
+    )
+
+
 @contextmanager
 def jobqueue_client(section: SlurmSettings, run_dir: Path) -> Iterator[Client]:
     """Yield a dask client whose workers are SLURM jobs, on TLS with certificates of this run.
@@ -188,16 +246,23 @@ def jobqueue_client(section: SlurmSettings, run_dir: Path) -> Iterator[Client]:
     RunStoppedError
         In the block, if job after job ends before its workers connect.
     """
-    from dask_jobqueue import SLURMCluster
-
     secrets = folder(run_dir) / "dask"
-    secrets.mkdir(mode=0o700, exist_ok=True)
-    with SLURMCluster(
-        **jobqueue_options(section, run_dir),
-        security=True,
-        shared_temp_directory=str(secrets),
-        scheduler_options={"host": listen_address(section), "dashboard_address": "127.0.0.1:0"},
-    ) as cluster:
+    secrets.mkdir(exist_ok=True)
+    secrets.chmod(0o700)
+    with (
+        tempfile.TemporaryDirectory(dir=secrets) as certificates,
+        SLURMCluster(
+            job_cls=WorkerJob,  # type: ignore[arg-type]  # it is a class that is asked for
+            scheduler_cls=QuietScheduler,
+            **jobqueue_options(section, run_dir),
+            security=certificates_in(Path(certificates)),
+            scheduler_options={
+                "host": listen_address(section),
+                "dashboard": False,
+                "local_directory": str(caches.temporary_folder()),
+            },
+        ) as cluster,
+    ):
         cluster.scale(jobs=section.stitch.jobs)
         jobs = WorkerJobs(cluster, section.stitch.jobs, log_folder(run_dir))
         try:

@@ -22,7 +22,6 @@ from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare_stitch
 from agq.pipeline.run.session import Session, open_session
 from agq.pipeline.slurm.coordinator import wait_for_storage
-from agq.pipeline.slurm.dask_jobs import jobqueue_client
 from agq.pipeline.slurm.jobs import load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE
 
@@ -50,7 +49,11 @@ def _stitch(run_dir: Path) -> None:
     while True:
         try:
             with open_session(prepared) as session:
-                client = jobqueue_client(section, run_dir) if section.stitch.jobs else None
+                client = None
+                if section.stitch.jobs:
+                    from agq.pipeline.slurm.dask_jobs import jobqueue_client
+
+                    client = jobqueue_client(section, run_dir)
                 stages.stitch(session, client=client)
                 stages.score(session)
                 _picture(session)

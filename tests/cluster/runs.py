@@ -107,7 +107,7 @@ class ClusterRun:
                 alive = process.status() != psutil.STATUS_ZOMBIE
             except psutil.Error:
                 continue
-            if alive and module in line and str(self.run_dir) in line:
+            if alive and module in line and any(w.startswith(str(self.run_dir)) for w in line):
                 found.append(process)
         return found
 

@@ -1,6 +1,7 @@
-"""What a stranger on the same machine tries on ports: to be a client of dask, or a browser.
+"""What a stranger on the same machine tries on a port: to be a client of dask, or a browser.
 
-Run as a program with a user id and ports, it prints what answers: one line "PORT WAY ANSWER" each.
+Run as a program with a user id and addresses, it prints what answers: one line "ADDRESS WAY ANSWER"
+each.
 """
 
 import asyncio
@@ -19,28 +20,30 @@ from distributed.security import Security
 NOBODY = 65534
 
 
-def listening() -> set[int]:
-    """Return the TCP ports on which this process and its children listen."""
-    this = psutil.Process()
+def listening(pid: int | None = None) -> set[str]:
+    """Return the addresses HOST:PORT on which a process (None: this) and its children listen."""
     found = set()
-    for process in (this, *this.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            connections = process.net_connections("tcp")
-            found |= {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        for process in (first, *first.children(recursive=True)):
+            for one in process.net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN:
+                    host = one.laddr.ip.replace("0.0.0.0", "127.0.0.1")
+                    found.add(f"{host.replace('::', '127.0.0.1')}:{one.laddr.port}")
     return found
 
 
-def attack(ports: set[int], uid: int) -> list[str]:
-    """Let a user try ports; return what answers."""
-    script = [sys.executable, __file__, *map(str, (uid, *sorted(ports)))]
+def attack(addresses: set[str], uid: int) -> list[str]:
+    """Let a user try addresses; return what answers."""
+    script = [sys.executable, __file__, str(uid), *sorted(addresses)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-async def _dask(port: int, security: Security | None = None) -> str:
-    address = f"{'tls' if security else 'tcp'}://127.0.0.1:{port}"
-    client = Client(address, timeout=1, asynchronous=True, security=security)
+async def _dask(address: str, security: Security | None = None) -> str:
+    scheme = "tls" if security else "tcp"
+    client = Client(f"{scheme}://{address}", timeout=1, asynchronous=True, security=security)
     try:
         await client
         return f"client {client}"
@@ -48,13 +51,13 @@ async def _dask(port: int, security: Security | None = None) -> str:
         await client.close()
 
 
-async def _identity(port: int) -> str:
-    async with rpc(f"tcp://127.0.0.1:{port}", timeout=1) as server:
+async def _identity(address: str) -> str:
+    async with rpc(f"tcp://{address}", timeout=1) as server:
         return f"rpc {(await asyncio.wait_for(server.identity(), 1))['type']}"
 
 
-async def _page(port: int, context: ssl.SSLContext | None) -> str:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+async def _page(address: str, context: ssl.SSLContext | None) -> str:
+    reader, writer = await asyncio.open_connection(*address.split(":"), ssl=context)
     writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
     answer = await asyncio.wait_for(reader.read(40), 1)
     writer.close()
@@ -63,7 +66,7 @@ async def _page(port: int, context: ssl.SSLContext | None) -> str:
     return f"page {answer!r}"
 
 
-async def _main(uid: int, ports: list[int]) -> None:
+async def _main(uid: int, addresses: list[str]) -> None:
     own = Security.temporary()
     anything = ssl.create_default_context()
     anything.check_hostname, anything.verify_mode = False, ssl.CERT_NONE
@@ -72,21 +75,20 @@ async def _main(uid: int, ports: list[int]) -> None:
         os.setgid(uid)
         os.setuid(uid)
 
-    async def one(port: int, way: Coroutine[None, None, str]) -> None:
+    async def one(address: str, way: Coroutine[None, None, str]) -> None:
         try:
-            print(port, await asyncio.wait_for(way, 3), flush=True)
+            print(address, await asyncio.wait_for(way, 3), flush=True)
         except (OSError, TimeoutError):
             pass
         except Exception as error:  # an answer too, though not the one wanted
-            print(port, type(error).__name__, flush=True)
+            print(address, type(error).__name__, flush=True)
 
-    def ways(port: int) -> list[Coroutine[None, None, str]]:
-        pages = [_page(port, None), _page(port, anything)]
-        return [_dask(port), _dask(port, own), _identity(port), *pages]
+    def ways(address: str) -> list[Coroutine[None, None, str]]:
+        pages = [_page(address, None), _page(address, anything)]
+        return [_dask(address), _dask(address, own), _identity(address), *pages]
 
-    await asyncio.gather(*(one(port, way) for port in ports for way in ways(port)))
+    await asyncio.gather(*(one(address, way) for address in addresses for way in ways(address)))
 
 
 if __name__ == "__main__":
-    first, *others = map(int, sys.argv[1:])
-    asyncio.run(_main(first, others))
+    asyncio.run(_main(int(sys.argv[1]), sys.argv[2:]))

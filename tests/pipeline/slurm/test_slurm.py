@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from dask_jobqueue.slurm import SLURMJob
+from distributed.security import Security
 from pydantic import SecretStr
 
 from agq.blockwise.ledger.settings import LedgerSettings
@@ -301,18 +301,48 @@ def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time, m
     stitch = {"jobs": 2, "cpus": 3, "mem": "900000K", "partition": "cpu", "time": time}
     section = SlurmSettings(qos="low", account="lab", python="/my python", stitch=stitch)
     options = dask_jobs.jobqueue_options(section, tmp_path / "run")
-    lines = SLURMJob("tls://node:1", name="x", **options).job_script().splitlines()
+    security = Security(tls_ca_file="ca", tls_worker_cert="cert", tls_worker_key="key")
+    script = dask_jobs.WorkerJob("tls://n:1", "x", security=security, **options).job_script()
+    lines = script.splitlines()
     asked = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
     assert {"-p cpu", "-A lab", "--qos=low", "--mem=900000K", "--cpus-per-task=3"} <= asked
     # Without a time, the partition's limit: not dask-jobqueue's half an hour.
     assert {line for line in asked if line.startswith("-t")} == ({f"-t {time}"} if time else set())
     words = shlex.split(lines[-1])
-    assert words[:4] == ["/my python", "-P", "-m", "distributed.cli.dask_worker"]
+    assert words[:4] == ["/my python", "-P", "-m", "agq.pipeline.slurm.dask_worker"]
     assert words[words.index("--nworkers") + 1] == "3"
     # Each job spills to its own temporary folder: that of the stitch's job is not for others.
-    assert "of-this-job-alone" not in SLURMJob("tls://node:1", name="x", **options).job_script()
+    assert "of-this-job-alone" not in script
     # The last one counts: no worker is killed while the job still has memory.
     assert words[len(words) - words[::-1].index("--memory-limit")] == "0"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a b", "it's", 'a "b"', "line\nbreak", "$HOME $(id)", "~", "naïve 神经", "-x"],
+)
+def test_jobs_of_dask_workers_take_any_run_folder(tmp_path, name):
+    """The shell that runs the script, and the arguments of sbatch, get the folder as it is."""
+    python, certificates = tmp_path / "python", tmp_path / name / "slurm" / "dask"
+    python.write_text('#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done\n')
+    python.chmod(0o755)
+    certificates.mkdir(parents=True)
+    section = SlurmSettings(python=str(python), stitch={"jobs": 1, "mem": "1G"})
+    options = dask_jobs.jobqueue_options(section, tmp_path / name)
+    security = dask_jobs.certificates_in(certificates)
+    job = dask_jobs.WorkerJob("tls://n:1", "x", security=security, **options)
+    with job.job_file() as script:
+        assert stat.S_IMODE(Path(script).stat().st_mode) == 0o600
+        done = subprocess.run(["bash", script], capture_output=True, text=True, check=True)
+        asked = [line for line in Path(script).read_text().splitlines() if "#SBATCH" in line]
+    words = done.stdout.split("\0")
+    for option, file in (("ca-file", "ca_file"), ("cert", "worker_cert"), ("key", "worker_key")):
+        path = Path(words[words.index(f"--tls-{option}") + 1])
+        assert path == certificates / f"tls_{file}"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not [line for line in asked if str(tmp_path) in line]
+    logs = tmp_path / name / "logs" / "slurm"
+    assert shlex.split(job.submit_command) == ["sbatch", f"--chdir={logs}"]
 
 
 class _DaskCluster:
