@@ -4,7 +4,6 @@ The viewer's server runs in this process, on the loopback interface only. It rea
 that the browser asks for, so a volume of any size opens at once, and so does a run that goes on.
 """
 
-import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from agq.pipeline.view.marks import Marks, run_marks
 
 try:
     import neuroglancer
+
+    from agq.pipeline.view.server import require_server
 except ImportError:
     raise InputError(
         "agq view needs neuroglancer; install it with: pip install 'agq-pipeline[view]'"
@@ -81,10 +82,9 @@ def build_viewer(
     if not layers:
         raise InputError("the viewer has no volume to show")
     _start_voxel(layers[0], at)
-    if not neuroglancer.server.is_server_running():
-        _require_port(host, port)
-        neuroglancer.set_server_bind_address(host, port)
-    viewer = neuroglancer.Viewer()
+    require_server(host, port)
+    # Its volumes are those of this process: the browser needs no credentials of the user.
+    viewer = neuroglancer.Viewer(allow_credentials=False)
     with viewer.txn() as state:
         fill_state(state, [(layer, _served(layer)) for layer in layers], marks, at)
     return viewer
@@ -164,17 +164,6 @@ def run_viewer(
     layers = config_layers(config)
     marks = run_marks(RunFolder(Path(config.run_dir)), layers[0].unit, at)
     return build_viewer(layers, port=port, at=at, host=host, marks=marks)
-
-
-def _require_port(host: str, port: int) -> None:
-    """Refuse a taken port before the server starts: it would leave a thread behind."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--port {port} cannot be used ({error}); try another") from error
 
 
 def _nanometres(layer: Layer, values: Coordinate) -> list[float]:

@@ -1,0 +1,60 @@
+"""Neuroglancer's web server within the bounds of `agq.pipeline.web`.
+
+Every address of a viewer has its random token in it, and of its volumes too. Neuroglancer looks for
+it only after it has read a body, of up to a gigabyte, and the numbers in an address; and it answers
+under any host name.
+"""
+
+import re
+import socket
+from typing import Any
+
+import neuroglancer
+import tornado.httputil
+
+from agq.errors import InputError
+from agq.pipeline.web import BoundedServer, host_names
+
+_MAX_BODY = 64 << 20
+"""Bytes of a body: a browser sends its screenshots, and it knows the token."""
+
+
+def require_server(host: str, port: int) -> None:
+    """Start the server of all viewers of this process, unless it runs.
+
+    Raises
+    ------
+    InputError
+        If the address cannot be used.
+    """
+    if neuroglancer.server.is_server_running():
+        return
+    try:
+        # Tried first: where it fails, Tornado leaves its socket open.
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+        neuroglancer.server.global_server = _Server(bind_address=host, bind_port=port)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port {port} cannot be used ({error}); try another") from error
+
+
+class _Server(neuroglancer.server.Server):
+    """Refuses a request that names no viewer before anything else."""
+
+    def _attempt_to_start_server(self) -> None:
+        super()._attempt_to_start_server()
+        unbounded = self.http_server
+        listening = [one.dup() for one in unbounded._sockets.values()]
+        unbounded.stop()
+        self.http_server: Any = BoundedServer(
+            self.app,
+            names=host_names(self._bind_address),
+            knows=self._names_a_viewer,
+            max_body=_MAX_BODY,
+        )
+        self.http_server.add_sockets(listening)
+
+    def _names_a_viewer(self, request: tornado.httputil.HTTPServerRequest) -> bool:
+        # /v/TOKEN/..., and /neuroglancer/info/TOKEN.VOLUME of a volume.
+        return any(word in self.viewers for word in re.split(r"[/.]", request.path))
