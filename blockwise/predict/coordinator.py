@@ -341,8 +341,8 @@ class _Run:
             if event.kind == "block" and event.record.revision == self.spec.revision:
                 self._note(event.record)
         self._compact()
-        for worker in ended:
-            self._replace(worker)
+        for index, worker in ended.items():
+            self._replace(index, worker)
         if self._on_progress is not None:
             self._on_progress(self._progress())
 
@@ -374,23 +374,23 @@ class _Run:
             for name in self._totals:
                 self._totals[name] += getattr(record, name)
 
-    def _replace(self, worker: LocalWorker) -> None:
+    def _replace(self, index: int, worker: LocalWorker) -> None:
         """Start another worker for one that has ended, or stop the run."""
         if worker.code == EXIT_START_FAILED:
             kind = RunStoppedError if self._ranks.any() else InputError
-            raise kind(f"worker {worker.index} cannot start: {worker.message} (log: {worker.log})")
+            raise kind(f"worker {index} cannot start: {worker.message} (log: {worker.log})")
         if worker.code == EXIT_STOP_RUN:
             raise RunStoppedError(f"{worker.message}; fix it and run again to resume")
         self._deaths += 1
         self._deaths_in_a_row += 1
-        how = describe_exit(worker.code)
+        how = worker.how
         if worker.code == EXIT_TIMED_OUT:
             how = f"a block took longer than {self.spec.timeout_s:g} s"
         if worker.token is not None:
             state = self._journal.workers.get(worker.token)
             for block in state.current if state is not None else ():
                 self._losses[block] += 1
-                self._last_loss[block] = f"worker {worker.index} ended ({how}), log: {worker.log}"
+                self._last_loss[block] = f"worker {index} ended ({how}), log: {worker.log}"
         self._crashes_at_start = 0 if worker.token is not None else self._crashes_at_start + 1
         if (
             self._deaths_in_a_row > self.spec.max_restarts
@@ -400,7 +400,7 @@ class _Run:
                 f"{self._deaths_in_a_row} workers in a row ended without finishing a block, the "
                 f"last by {how}; see {worker.log}, then run again to resume"
             )
-        self._workers.start(worker.index)
+        self._workers.start(index)
 
     def _record_lost(self, numbers: npt.NDArray[np.int64]) -> None:
         """Record blocks that were alone in every worker they took down."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,12 @@ EXIT_TIMED_OUT = 87
 
 DRAINED = "drained"
 """Reason in the journal's exit line of a worker that ends with `EXIT_DRAINED`."""
+
+BEAT_S = 30.0
+"""A worker gives a sign of life that often, whatever its blocks do."""
+
+SILENT_S = 10 * BEAT_S
+"""A worker that has given none for so long is ended by the process that started it."""
 
 _STOP_S = 3.0
 _PR_SET_PDEATHSIG = 1
@@ -71,10 +77,21 @@ OWN_END = (KeyboardInterrupt, Terminated)
 class LocalWorker:
     """One worker process and what it has said through its pipe.
 
+    Parameters
+    ----------
+    run_dir
+        Run folder.
+    name
+        Name of the worker, and of its log.
+    options
+        Further arguments of `agq.blockwise.predict.worker`.
+    env
+        Environment; default: that of this process.
+    own_group
+        Whether it leads a process group, which `kill` ends as a whole.
+
     Attributes
     ----------
-    index
-        Number of the worker.
     log
         Its log file.
     token
@@ -83,22 +100,34 @@ class LocalWorker:
         Why it ends on purpose.
     """
 
-    def __init__(self, run_dir: str, index: int) -> None:
-        self.index = index
-        self.log = log_path(run_dir, f"worker-{index}")
+    def __init__(
+        self,
+        run_dir: str | Path,
+        name: str,
+        options: Sequence[object],
+        *,
+        env: dict[str, str] | None = None,
+        own_group: bool = False,
+    ) -> None:
+        self.log = log_path(run_dir, name)
         self.token: str | None = None
         self.message: str | None = None
         self._text = b""
+        self._group = own_group
+        self._silent_s = 0.0
+        self._looked = time.monotonic()
         self._pipe, child_end = os.pipe()
         os.set_blocking(self._pipe, False)
+        words = [run_dir, *options, "--status-fd", child_end, "--parent", os.getpid()]
         try:
-            arguments = [run_dir, "--index", str(index), "--status-fd", str(child_end)]
             self.process = start_module(
                 "agq.blockwise.predict.worker",
-                [*arguments, "--parent", str(os.getpid()), "--wait", "1e9"],
+                [str(word) for word in words],
                 log=self.log,
                 stdin=subprocess.DEVNULL,
                 pass_fds=(child_end,),
+                env=env,
+                process_group=0 if own_group else None,
             )
         except BaseException:
             os.close(self._pipe)
@@ -111,16 +140,43 @@ class LocalWorker:
         """Exit status once it has ended; negative for a signal."""
         return int(self.process.returncode)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether it has said nothing for so long that it is stopped or hangs as a whole."""
+        return self.token is not None and self._silent_s > SILENT_S
+
+    @property
+    def how(self) -> str:
+        """How it has ended, for people."""
+        frozen = f"killed after {SILENT_S:g} s without a sign of life"
+        return frozen if self.frozen else describe_exit(self.code)
+
     def listen(self) -> None:
-        """Read what the worker has said."""
+        """Read what the worker has said; to be called at least every second."""
+        now = time.monotonic()
+        # Where this process was stopped too, nobody can tell how long the worker was silent.
+        self._silent_s += min(now - self._looked, 1.0)
+        self._looked = now
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._pipe, 65536):
                 self._text += data
+                self._silent_s = 0.0
         *lines, self._text = self._text.split(b"\n")
         for line in lines:
             message = json.loads(line)
             self.token = message.get("token", self.token)
             self.message = message.get("message", self.message)
+
+    def send_signal(self, signum: int) -> None:
+        """Send the process a signal, if it lives."""
+        self.process.send_signal(signum)
+
+    def kill(self) -> None:
+        """End it at once, whatever it does; a process that is stopped ends too."""
+        if not self._group:
+            self.process.kill()
+        elif self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Forget the process; it has ended."""
@@ -139,35 +195,41 @@ class LocalWorkers:
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir
-        self._running: list[LocalWorker] = []
+        self._running: dict[int, LocalWorker] = {}
 
     def __len__(self) -> int:
         return len(self._running)
 
     def start(self, index: int) -> None:
         """Start worker `index`."""
-        self._running.append(LocalWorker(self._run_dir, index))
+        options = ["--index", index, "--wait", "1e9"]
+        self._running[index] = LocalWorker(self._run_dir, f"worker-{index}", options)
 
-    def ended(self) -> list[LocalWorker]:
-        """Return the workers that have ended since the last call, and forget them."""
-        ended = [worker for worker in self._running if worker.process.poll() is not None]
-        for worker in self._running:
+    def ended(self) -> dict[int, LocalWorker]:
+        """Return the workers that have ended since the last call, by index, and forget them.
+
+        One that is frozen is ended: it holds its device, and its block until that times out.
+        """
+        ended = {i: w for i, w in self._running.items() if w.process.poll() is not None}
+        for worker in self._running.values():
             worker.listen()
-        for worker in ended:
+            if worker.frozen:
+                worker.kill()
+        for index, worker in ended.items():
             worker.close()
-            self._running.remove(worker)
+            del self._running[index]
         return ended
 
     def stop(self, grace_s: float) -> None:
         """End all workers: let them go for `grace_s`, then terminate, seconds later kill."""
-        processes = [worker.process for worker in self._running]
+        processes = [worker.process for worker in self._running.values()]
         _wait(processes, grace_s)
         for process in processes:
             process.terminate()
         _wait(processes, _STOP_S)
         for process in processes:
             process.kill()
-        for worker in self._running:
+        for worker in self._running.values():
             worker.close()
         self._running.clear()
 

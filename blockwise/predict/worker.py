@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.block_threads import BlockFiles, BlockLoop
 from agq.blockwise.predict.local_processes import (
+    BEAT_S,
     DRAINED,
     EXIT_DRAINED,
     EXIT_START_FAILED,
@@ -36,17 +36,17 @@ from agq.blockwise.predict.predictor import load_predictor
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS
 from agq.blockwise.storage.logs import cap_output
+from agq.blockwise.threads import start_vital
 from agq.errors import InputError
 
 _POLL_S = 0.2
-_BEAT_S = 30.0
 _AGAIN_S = 10.0
 
 _logger = logging.getLogger(__name__)
 
 
 class CoordinatorPipe:
-    """What a worker tells the coordinator that started it.
+    """What a worker tells the process that started it: the coordinator, or that of a job.
 
     Parameters
     ----------
@@ -102,7 +102,9 @@ def work(options: argparse.Namespace) -> int:
         _logger.error("the worker cannot start: %s", text, exc_info=unexpected)
         return EXIT_START_FAILED
     coordinator.tell(event="ready", token=loop.journal.token)
-    threading.Thread(target=_beat, args=(loop.journal,), name="heartbeat", daemon=True).start()
+    # One each: the journal may be on a disk that hangs, which is no fault of this process.
+    start_vital("sign-of-life", _beat, lambda: coordinator.tell(event="alive"))
+    start_vital("heartbeat", _beat, loop.journal.alive)
     _on_signals(loop, {signal.SIGTERM: options.term, signal.SIGUSR1: options.usr1})
     reason = "terminated"
     try:
@@ -137,11 +139,11 @@ def _gpu(device: str) -> dict[str, Any]:
     return {"gpu": properties.name, "gpu_bytes": int(properties.total_memory)}
 
 
-def _beat(journal: JournalWriter) -> None:
+def _beat(tell: Callable[[], object]) -> None:
     """Let watchers see that this process lives, however long its blocks take."""
     while True:
-        time.sleep(_BEAT_S)
-        journal.alive()
+        time.sleep(BEAT_S)
+        tell()
 
 
 def _on_signals(loop: BlockLoop, seconds_left: Mapping[int, float]) -> None:
@@ -194,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     help_text = "seconds to wait for a dispatcher, the first or the next"
     parser.add_argument("--wait", type=float, default=60.0, help=help_text)
     parser.add_argument("--parent", type=int, help="process to die with")
-    parser.add_argument("--status-fd", type=int, help="pipe to the coordinator")
+    parser.add_argument("--status-fd", type=int, help="pipe to the process that started it")
     help_text = "take a session that is closed at the start for the end of this run"
     parser.add_argument("--closed-is-over", action="store_true", help=help_text)
     parser.add_argument("--name", help="name in the journal; default: from the number")

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -25,8 +24,7 @@ from agq.blockwise.predict.local_processes import (
     EXIT_DRAINED,
     EXIT_START_FAILED,
     EXIT_STOP_RUN,
-    describe_exit,
-    start_module,
+    LocalWorker,
 )
 from agq.blockwise.predict.paths import log_path
 from agq.blockwise.predict.spec import Session
@@ -42,6 +40,8 @@ _SHORT_S = 60.0
 _MAX_CRASHES = 5
 _MAX_DRAINS = 1
 _KILL_S = 2.0
+_LOOK_S = 5.0
+_END_S = 30.0
 _LINE_BYTES = 4096
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class _Place:
     name: str
     device: str | None
     index: int = 0
-    process: "subprocess.Popen[bytes] | None" = None
+    process: LocalWorker | None = None
     started: float = 0.0
     not_before: float = 0.0
     crashes: int = 0
@@ -72,6 +72,8 @@ class _Host:
     places: list[_Place] = field(default_factory=list)
     signals: list[int] = field(default_factory=list)
     kill_at: float = float("inf")
+    over_since: float | None = None
+    look_at: float = 0.0
     patience: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +87,6 @@ class _Host:
         return session is not None
 
     def start(self, place: _Place) -> None:
-        log = log_path(self.run_dir, f"worker-{place.name}")
         environment = dict(os.environ)
         if place.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = place.device
@@ -95,15 +96,14 @@ class _Host:
             "--wait": self.wait_s,
             "--term": self.term_s,
             "--usr1": self.usr1_s,
-            "--parent": os.getpid(),
         }
-        words = [str(word) for option in options.items() for word in option]
-        place.process = start_module(
-            "agq.blockwise.predict.worker",
-            [str(self.run_dir), *words, "--closed-is-over"],
-            log=log,
-            stdin=subprocess.DEVNULL,
+        words = [word for option in options.items() for word in option]
+        place.process = LocalWorker(
+            self.run_dir,
+            f"worker-{place.name}",
+            [*words, "--closed-is-over"],
             env=environment,
+            own_group=True,
         )
         place.started = time.monotonic()
 
@@ -113,16 +113,23 @@ class _Host:
         if place.result is not None:
             return
         if place.process is None:
-            if self.signals or not self._has_coordinator(now):
+            if self.over_since is not None:
+                place.result = 0
+            elif self.signals or not self._has_coordinator(now):
                 place.result = 0 if self.signals or now > self.patience else None
             elif now >= place.not_before and self._storage_is_there(place):
                 self.start(place)
             return
-        code = place.process.poll()
+        worker = place.process
+        code = worker.process.poll()
+        worker.listen()
         if code is None:
+            if worker.frozen:
+                worker.kill()
             return
+        worker.close()
         place.process = None
-        if code == 0 or self.signals:
+        if code == 0 or self.signals or self.over_since is not None:
             place.result = 0
         elif code == EXIT_START_FAILED:
             self._give_up(place, code, _last_line(log_path(self.run_dir, f"worker-{place.name}")))
@@ -140,9 +147,9 @@ class _Host:
         else:
             short = now - place.started < _SHORT_S
             place.crashes = place.crashes + 1 if short else 1
-            _logger.warning("%s ended (%s)", place.name, describe_exit(code))
+            _logger.warning("%s ended (%s)", place.name, worker.how)
             if place.crashes > _MAX_CRASHES:
-                self._give_up(place, 1, f"it keeps ending with {describe_exit(code)}")
+                self._give_up(place, 1, f"it keeps ending with {worker.how}")
             place.not_before = now + min(2.0 ** (place.crashes - 1), 30.0) - 1.0
 
     def _storage_is_there(self, place: _Place) -> bool:
@@ -186,6 +193,34 @@ class _Host:
             if place.process is not None:
                 place.process.send_signal(signal.SIGUSR1 if soft else signal.SIGTERM)
 
+    def _is_over(self) -> bool:
+        """Whether the run has ended, or its folder is gone."""
+        try:
+            session = Session.load(self.run_dir)
+        except (OSError, ValueError):
+            return False  # not known now
+        return not self.run_dir.exists() if session is None else session.state == "closed"
+
+    def end_those_left(self) -> None:
+        """Kill workers that do not end in time after a signal, or after the end of the run.
+
+        Those are frozen, or in a call for a block that is of no use any more.
+        """
+        now = time.monotonic()
+        if now >= self.look_at:
+            self.look_at = now + _LOOK_S
+            self.over_since = (self.over_since or now) if self._is_over() else None
+        since_end = 0.0 if self.over_since is None else now - self.over_since
+        if now <= self.kill_at and since_end <= _END_S:
+            return
+        for place in self.places:
+            if place.process is None:
+                continue
+            place.process.kill()
+            if now > self.kill_at + _END_S or since_end > 2 * _END_S:
+                _logger.error("%s cannot be killed: its disk or device hangs", place.name)
+                place.process, place.result = None, 1
+
     def run(self) -> int:
         while True:
             for place in self.places:
@@ -193,14 +228,9 @@ class _Host:
             results = [place.result for place in self.places]
             if all(result is not None for result in results):
                 break
-            if time.monotonic() > self.kill_at:
-                for place in self.places:
-                    if place.process is not None:
-                        place.process.kill()
+            self.end_those_left()
             time.sleep(_POLL_S)
-        session = Session.load(self.run_dir)
-        over = session is not None and session.state == "closed"
-        if self.signals and self.signals[0] == signal.SIGUSR1 and not over:
+        if self.signals and self.signals[0] == signal.SIGUSR1 and not self._is_over():
             return EXIT_REQUEUE
         return next((result for result in results if result), 0)
 

@@ -201,6 +201,17 @@ def test_a_worker_that_hangs(quiet, tmp_path, note):
     check(run, chunks(tmp_path / "calm" / "run"))
 
 
+def test_a_frozen_worker(quiet, tmp_path, undisturbed, note):
+    run = ClusterRun(tmp_path, workers={"count": 1, "timeout_s": 10})
+    run.submit()
+    run.wait_until_begun(workers=3)
+    run.processes("agq.blockwise.predict.worker")[0].suspend()
+    wait_for(lambda: run.stage().get("state") == "done", why=run.post_mortem)
+    since = time.monotonic()
+    check(run, undisturbed, 120)
+    note("a worker: kill -STOP", "another takes its block; its job ends it after the run", since)
+
+
 @contextlib.contextmanager
 def read_only(folder: Path, aside: Path) -> Iterator[None]:
     """Make a folder read-only, for root too, while processes write to it."""
