@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from agq.blockwise.journal.progress import RECENT_S
 from agq.blockwise.journal.records import (
@@ -28,14 +27,14 @@ from agq.blockwise.journal.snapshot import (
     write_snapshot,
 )
 from agq.blockwise.journal.table import BlockTable
-from agq.blockwise.journal.tail import JournalTail, WorkerState, follow_worker
+from agq.blockwise.journal.tail import LONGEST_LINE, JournalTail, WorkerState, follow_worker
 from agq.errors import InputError
+from agq.reading import NotAFileError, open_file
 
 _KEPT = (
     *("attempt", "labels", "components", "dropped", "voxels"),
     *("started", "finished", "read_s", "compute_s", "write_s"),
 )
-_WORKER_STATE = TypeAdapter(WorkerState)
 _U16 = 2**16 - 1
 _U32 = 2**32 - 1
 
@@ -181,7 +180,7 @@ class Journal:
         if not gone or not self.folder.is_dir():
             return False
         snapshot = open_snapshot(self.folder)
-        return snapshot is None or not gone <= snapshot.meta["files"].keys()
+        return snapshot is None or not gone <= snapshot.meta.files.keys()
 
     @property
     def rows(self) -> NDArray[np.void]:
@@ -216,12 +215,12 @@ class Journal:
             return None
         file, token = self._sources[int(values["source"])]
         try:
-            with (self.folder / file).open("rb") as handle:
+            with open_file(self.folder / file, within=self.folder) as handle:
                 handle.seek(int(values["offset"]))
-                record = decode(handle.readline()).record
+                record = decode(handle.readline(LONGEST_LINE)).record
             if record.block == block and record.token == token:
                 return record
-        except (OSError, BadLineError):
+        except (OSError, OverflowError, BadLineError, NotAFileError):
             pass
         worker = self.workers.get(token)
         data = {name: values[name].item() for name in _KEPT} | {
@@ -379,19 +378,17 @@ class Journal:
     def _restore(self, snapshot: Snapshot, *, lazy: bool) -> None:
         meta = snapshot.meta
         self._table = SnapshotTable(snapshot) if lazy else BlockTable(snapshot.rows())
-        self.tail = JournalTail(self.folder, meta["files"], set(meta["ended"]))
-        self.tail.garbage = meta["garbage"]
-        started, self._finished = meta.get("span") or _span(self.rows)
+        self.tail = JournalTail(self.folder, meta.files, meta.ended)
+        self.tail.garbage = meta.garbage
+        started, self._finished = meta.span or _span(self.rows)
         self._started = started or math.inf
-        for file, token in meta["sources"]:
+        for file, token in meta.sources:
             self._source(file, token)
-        for reason in meta["reasons"]:
+        for reason in meta.reasons:
             self._reason(reason)
-        self._failed = {d["block"]: BlockRecord.from_dict(d) for d in meta["failed"]}
-        self._rivals = {block: {(t, d) for t, d in keys} for block, keys in meta["rivals"]}
-        for data in meta["workers"]:
-            data["current"] = {block: begun for block, *begun in data["current"]}
-            self.workers[data["token"]] = _WORKER_STATE.validate_python(data)
+        self._failed = {record.block: record for record in meta.failed}
+        self._rivals = dict(meta.rivals)
+        self.workers = {worker.token: worker for worker in meta.workers}
 
 
 def _span(rows: NDArray[np.void]) -> tuple[float, float]:

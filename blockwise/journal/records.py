@@ -63,6 +63,11 @@ FORMAT_VERSION: Final = 1
 #: A traceback longer than this keeps its end: one line stays one small write.
 MAX_TEXT: Final = 16_384
 
+#: Seconds since the epoch that calendars have a date for (until the year 6325).
+_LAST_TIME: Final = 2.0**37
+_TIMES: Final = ("started", "finished", "read_s", "compute_s", "write_s")
+_COUNTS: Final = ("attempt", "labels", "components", "dropped", "voxels")
+
 _CRC_HEAD: Final = b',"crc":"'
 _CRC_SIZE: Final = len(_CRC_HEAD) + 8 + len(b'"}')
 
@@ -71,6 +76,32 @@ Numbers = tuple[int | float, ...]
 
 class BadLineError(ValueError):
     """A complete line that is no journal line; the reader counts it and goes on."""
+
+
+def require_time(value: float) -> float:
+    """Return a time or a duration in seconds, if it is one.
+
+    Raises
+    ------
+    BadLineError
+        If it is not finite, or beyond what calendars have.
+    """
+    if not -_LAST_TIME < value < _LAST_TIME:
+        raise BadLineError(f"{value} is no time in seconds")
+    return value
+
+
+def require_block(value: Any) -> int:
+    """Return the number of a block, if it is one.
+
+    Raises
+    ------
+    BadLineError
+        If it is no whole number, or out of range.
+    """
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise BadLineError(f"block number {str(value)[:40]} is out of range")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +126,12 @@ class WorkerInfo:
     started: float = 0.0
     gpu: str | None = None
     gpu_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        require_time(self.started)
+        for value in (self.pid, self.gpu_bytes or 0):
+            if not 0 <= value < 2**63:
+                raise BadLineError(f"{str(value)[:40]} is out of range")
 
 
 def this_worker(name: str | None = None, device: str = "cpu") -> WorkerInfo:
@@ -172,10 +209,14 @@ class BlockRecord:
     def __post_init__(self) -> None:
         if self.state not in get_args(State):
             raise BadLineError(f"state {self.state!r} is none of {', '.join(get_args(State))}")
-        if not 0 <= self.block < 2**63:
-            raise BadLineError(f"block number {self.block} is out of range")
+        require_block(self.block)
         if not 0 <= self.revision < 2**16:
             raise BadLineError(f"revision {self.revision} is out of range")
+        for name in _TIMES:
+            require_time(getattr(self, name))
+        for name in _COUNTS:
+            if not -(2**63) <= getattr(self, name) < 2**63:
+                raise BadLineError(f"{name} is out of range")
 
     @property
     def order(self) -> Order:
@@ -303,13 +344,13 @@ def decode(line: bytes, file: str = "", offset: int = 0) -> Event:
             data = json.loads(line)
         return Event(
             kind=str(data["event"]),
-            time=float(data["time"]),
+            time=require_time(float(data["time"])),
             token=str(data["token"]),
             data=data,
             file=file,
             offset=offset,
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadLineError(str(error)) from error
 
 

@@ -16,30 +16,98 @@ import struct
 import time
 import weakref
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, FiniteFloat, field_validator
 
-from agq.blockwise.journal.records import BlockState
+from agq.blockwise.journal.records import BlockRecord, BlockState
 from agq.blockwise.journal.table import ROW, BlockTable
-from agq.blockwise.storage.arrays import parsed
+from agq.blockwise.journal.tail import WorkerState
+from agq.blockwise.storage.arrays import UNREADABLE, open_npz, parsed
 from agq.blockwise.storage.files import atomic_file
 from agq.errors import InputError
+from agq.reading import NotAFileError, open_file
 
 SNAPSHOT: Final = "compact.npz"
 _VERSION: Final = 1
 _STALE_S: Final = 3600.0
 #: Blocks done in one second of the clock.
 _SECOND: Final = np.dtype([("second", np.float64), ("blocks", np.uint32), ("voxels", np.uint64)])
+_OTHER: Final = {"meta": np.dtype(np.uint8), "seconds": _SECOND}
 #: A member's header in a zip: the sizes of its name and of its extra fields.
 _ZIP_HEADER: Final = struct.Struct("<26xHH")
-_UNREADABLE: Final = (OSError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile)
+_UNREADABLE: Final = (OSError, *UNREADABLE, NotAFileError)
 
 
 class SnapshotError(InputError):
     """A snapshot cannot be read any more; a journal read anew says all of it."""
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Counts(BaseModel):
+    failed: _Count
+    skipped: _Count
+    done: _Count
+
+
+class _Sums(BaseModel):
+    voxels: _Count
+    labels: _Count
+    components: _Count
+    dropped: _Count
+    read_s: FiniteFloat
+    compute_s: FiniteFloat
+    write_s: FiniteFloat
+
+
+class _Summary(BaseModel):
+    rows: _Count
+    counts: _Counts
+    sums: _Sums
+
+
+class Meta(BaseModel):
+    """The JSON member of a snapshot.
+
+    Attributes
+    ----------
+    files, ended, garbage
+        Of the `JournalTail`: bytes read of each file, files that have an end, bad lines.
+    sources, reasons
+        What columns of numbers stand for.
+    failed, workers
+        Records of failed blocks, and processes.
+    rivals
+        Blocks that were done more than once: token and digest of each.
+    span
+        First start and last end of a block; a snapshot of an older release lacks it.
+    summary
+        Sums of all rows; likewise.
+    """
+
+    version: Literal[1]
+    files: dict[str, _Count]
+    ended: set[str]
+    garbage: _Count
+    sources: list[tuple[str, str]]
+    reasons: list[str]
+    failed: list[BlockRecord]
+    rivals: list[tuple[int, set[tuple[str, int]]]]
+    workers: list[WorkerState]
+    span: tuple[FiniteFloat, FiniteFloat] | None = None
+    summary: _Summary | None = None
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _by_block(cls, workers: Any) -> Any:
+        """Take the blocks that a worker has begun: lists, for JSON has no numbers as keys."""
+        return [w | {"current": {block: begun for block, *begun in w["current"]}} for w in workers]
 
 
 def write_snapshot(folder: Path, table: BlockTable, meta: dict[str, Any]) -> Path:
@@ -94,17 +162,15 @@ class Snapshot:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Opened here: np.load leaks the file it opens when it finds no zip archive in it.
-        self._file = path.open("rb")
-        self.close = weakref.finalize(self, self._file.close)
+        opened = ExitStack()
+        self._file = opened.enter_context(open_file(path))
+        self.close = weakref.finalize(self, opened.close)
         self._columns: dict[str, NDArray[Any]] = {}
         self._starts: dict[str, int] = {}
         self._names: tuple[str, ...] = ()
         try:
-            self._archive = np.load(self._file, allow_pickle=False)
-            self.meta: dict[str, Any] = json.loads(self.column("meta").tobytes())
-            if self.meta["version"] != _VERSION:
-                raise ValueError("made by a newer release")
+            self._archive = parsed(lambda: open_npz(self._file))
+            self.meta = Meta.model_validate(json.loads(self.column("meta").tobytes()))
             # One of an older release has fewer columns; what they say is 0 there.
             self._names = tuple(n for n in ROW.names or () if n in self._archive.files)
         except BaseException:
@@ -114,7 +180,7 @@ class Snapshot:
     @property
     def has_seconds(self) -> bool:
         """Whether sums can be told without reading all rows; not in one of an older release."""
-        return "seconds" in self._archive.files
+        return self.meta.summary is not None and "seconds" in self._archive.files
 
     def column(self, name: str) -> NDArray[Any]:
         """Return a column, which is checked as a whole.
@@ -126,9 +192,13 @@ class Snapshot:
         """
         if name not in self._columns:
             try:
-                self._columns[name] = parsed(lambda: self._archive[name])
+                column = parsed(lambda: self._archive[name])
+                dtype = _OTHER.get(name) or ROW[name]
+                if column.dtype != dtype or column.ndim != 1:
+                    raise ValueError(f"{name} is {column.dtype} {column.shape}")
             except _UNREADABLE as error:
                 raise self._error(error) from None
+            self._columns[name] = column
         return self._columns[name]
 
     def row(self, row: int) -> np.void:
@@ -146,6 +216,9 @@ class Snapshot:
                 size = ROW[name].itemsize
                 data = os.pread(self._file.fileno(), size, self._start(name) + row * size)
                 values[name] = np.frombuffer(data, ROW[name])
+            for name, end in _bounded(self.meta).items():
+                if values[name][0] >= max(1, end):
+                    raise ValueError(f"{name} is out of range")
         except _UNREADABLE as error:
             raise self._error(error) from None
         return values[0]
@@ -154,21 +227,35 @@ class Snapshot:
         """Return all rows, dtype ROW, ascending by block."""
         rows = np.zeros(len(self.column("block")), ROW)
         for name in self._names:
-            rows[name] = self.column(name)
+            column = self.column(name)
+            if len(column) != len(rows):
+                raise self._error(f"{name} has {len(column)} of {len(rows)} rows")
+            rows[name] = column
             del self._columns[name]
+        blocks = rows["block"]
+        if len(rows) and (blocks[0] < 0 or not (blocks[1:] > blocks[:-1]).all()):
+            raise self._error("its blocks are not in order")
+        for name, values in _bounded(self.meta).items():
+            if rows[name].max(initial=0) >= max(1, values):
+                raise self._error(f"{name} is out of range")
+        for name in ("started", "finished", "read_s", "compute_s", "write_s"):
+            if not np.isfinite(rows[name]).all():
+                raise self._error(f"{name} is not finite")
         return rows
 
     def _start(self, name: str) -> int:
         """Byte of the file at which the values of a column start."""
         if name not in self._starts:
+            assert self._archive.zip is not None
             info = self._archive.zip.getinfo(f"{name}.npy")
             head = os.pread(self._file.fileno(), _ZIP_HEADER.size, info.header_offset)
             before = info.header_offset + _ZIP_HEADER.size + sum(_ZIP_HEADER.unpack(head))
-            values = self.meta["summary"]["rows"] * ROW[name].itemsize
+            assert self.meta.summary is not None
+            values = self.meta.summary.rows * ROW[name].itemsize
             self._starts[name] = before + info.file_size - values
         return self._starts[name]
 
-    def _error(self, error: Exception) -> SnapshotError:
+    def _error(self, error: object) -> SnapshotError:
         return SnapshotError(f"{self._path} cannot be read: {error}")
 
 
@@ -183,7 +270,9 @@ class SnapshotTable:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self._size: int = snapshot.meta["summary"]["rows"]
+        assert snapshot.meta.summary is not None
+        self._summary = snapshot.meta.summary
+        self._size = self._summary.rows
         self._seconds = snapshot.column("seconds")
         # Records of newer lines, and the rows of the snapshot that they replace.
         self._newer = BlockTable()
@@ -228,11 +317,11 @@ class SnapshotTable:
 
     def counts(self) -> dict[str, int]:
         """Count the blocks by state."""
-        return self._add("counts", self._newer.counts(), self._replaced.counts())
+        return _changed(self._summary.counts, self._newer.counts(), self._replaced.counts())
 
     def sums(self) -> dict[str, float]:
         """Add up the done blocks."""
-        return self._add("sums", self._newer.sums(), self._replaced.sums())
+        return _changed(self._summary.sums, self._newer.sums(), self._replaced.sums())
 
     def recent(self, since: float) -> tuple[int, int]:
         """Count the blocks done in the second of a time or later, and their voxels."""
@@ -252,9 +341,15 @@ class SnapshotTable:
         table.version = self.version
         return table
 
-    def _add(self, name: str, newer: dict[str, Any], replaced: dict[str, Any]) -> dict[str, Any]:
-        sums = self._snapshot.meta["summary"][name]
-        return {key: sums[key] + newer[key] - replaced[key] for key in newer}
+
+def _changed(sums: BaseModel, newer: dict[str, Any], replaced: dict[str, Any]) -> dict[str, Any]:
+    return {key: getattr(sums, key) + newer[key] - replaced[key] for key in newer}
+
+
+def _bounded(meta: Meta) -> dict[str, int]:
+    """Return the columns whose numbers have an end, and that end."""
+    ends = {"rank": len(BlockState), "source": len(meta.sources), "reason": len(meta.reasons)}
+    return ends | {"offset": 2**63}
 
 
 def _seconds(rows: NDArray[np.void]) -> NDArray[np.void]:

@@ -8,9 +8,21 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from agq.blockwise.journal.records import BadLineError, Event, WorkerInfo, decode
+from agq.blockwise.journal.records import (
+    BadLineError,
+    Event,
+    WorkerInfo,
+    decode,
+    require_block,
+    require_time,
+)
+from agq.errors import InputError
+from agq.reading import open_file
 
 _POLL_BYTES = 8 << 20
+LONGEST_LINE = 16 << 20
+"""Bytes of a line that is refused. Those of workers have less than a hundredth of it."""
+
 _WORKER = TypeAdapter(WorkerInfo)
 
 
@@ -71,6 +83,8 @@ class JournalTail:
         ------
         OSError
             If a file may not be read.
+        InputError
+            If one is no file, or has a line without end.
         """
         events: list[Event] = []
         for name in self.files():
@@ -81,7 +95,7 @@ class JournalTail:
             start = self.positions.get(name, 0)
             try:
                 data = self._read(name, start, limit)
-            except OSError:
+            except (OSError, InputError):
                 # What other files gave must not get lost; the next poll meets the error again.
                 if events:
                     break
@@ -102,7 +116,7 @@ class JournalTail:
     def _read(self, name: str, start: int, limit: int) -> bytes:
         """Whole lines from ``start``; notes whether an unfinished one follows."""
         try:
-            with (self.folder / name).open("rb", buffering=0) as file:
+            with open_file(self.folder / name) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size <= start:
                     self._torn.discard(name)
@@ -110,6 +124,11 @@ class JournalTail:
                 file.seek(start)
                 data = bytearray()
                 while len(data) < limit or b"\n" not in data:
+                    if len(data) >= LONGEST_LINE and b"\n" not in data:
+                        raise InputError(
+                            f"{self.folder / name}: a line of more than {LONGEST_LINE} bytes at "
+                            f"byte {start}, which no worker writes; move the file away"
+                        )
                     piece = file.read(min(max(limit, 1 << 16), _POLL_BYTES))
                     if not piece:
                         break
@@ -170,6 +189,11 @@ class WorkerState:
     exit: str | None = None
     left: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        require_time(self.last)
+        for block in (*self.current, *self.left):
+            require_block(block)
+
 
 def worker_of(event: Event) -> WorkerInfo:
     """Worker of an event: of its ``worker`` line, else made up from the file name."""
@@ -182,7 +206,10 @@ def worker_of(event: Event) -> WorkerInfo:
     host, _, rest = event.file.rpartition(".")[0].partition("-")
     pid = rest.partition("-")[0]
     return WorkerInfo(
-        name=event.token, host=host or "?", pid=int(pid) if pid.isdigit() else 0, device="?"
+        name=event.token,
+        host=host or "?",
+        pid=int(pid) if pid.isdecimal() and len(pid) < 12 else 0,
+        device="?",
     )
 
 
@@ -203,13 +230,14 @@ def follow_worker(workers: dict[str, WorkerState], event: Event) -> WorkerState:
     data = event.data
     try:
         if event.kind == "begin":
-            state.current[int(data["block"])] = (int(data.get("attempt", 1)), event.time)
+            attempt = min(int(data.get("attempt", 1)), 2**31)
+            state.current[require_block(data["block"])] = (attempt, event.time)
         elif event.kind == "block":
-            state.current.pop(int(data["block"]), None)
+            state.current.pop(require_block(data["block"]), None)
             kind = data["state"]
             if kind == "done":
                 state.done += 1
-                state.voxels += int(data.get("voxels", 0))
+                state.voxels += min(max(int(data.get("voxels", 0)), 0), 2**32 - 1)
             elif kind == "skipped":
                 state.skipped += 1
             elif kind == "failed":
@@ -218,6 +246,6 @@ def follow_worker(workers: dict[str, WorkerState], event: Event) -> WorkerState:
             state.exit = str(data.get("reason", "end"))
             state.left += state.current
             state.current.clear()
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadLineError(str(error)) from error
     return state

@@ -5,24 +5,26 @@ that all have one row for each item, see `Columns`.
 """
 
 import io
+import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import IO, Annotated, Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.storage.files import atomic_file, write_atomic
 from agq.errors import DamagedError
+from agq.reading import NotAFileError, open_file, require_file
 
 Result = TypeVar("Result")
 
-# What a damaged zip may raise, of whose headers any bit may be wrong.
-_UNREADABLE = (
+UNREADABLE = (
     zipfile.BadZipFile,
     ValueError,
     EOFError,
@@ -34,7 +36,9 @@ _UNREADABLE = (
     SyntaxError,
     MemoryError,
     OverflowError,
+    TypeError,
 )
+"""What a damaged zip may raise, of whose headers any bit may be wrong."""
 
 
 def parsed(read: Callable[[], Result]) -> Result:
@@ -53,8 +57,16 @@ def parsed(read: Callable[[], Result]) -> Result:
 
 
 def map_array(path: Path) -> NDArray:
-    """Map the file of :func:`save_array` into memory, read-only."""
-    return parsed(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
+    """Map the file of :func:`save_array` into memory, read-only.
+
+    Raises
+    ------
+    DamagedError
+        If the file is missing, or not a readable npy.
+    """
+    with _damage(path):
+        require_file(path)
+        return parsed(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def save_array(path: Path, array: NDArray) -> None:
@@ -74,27 +86,78 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray]) -> None:
                 np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
 
 
-def load_arrays(path: Path, *prefixes: str) -> dict[str, NDArray]:
+class _Arrays(dict[str, NDArray]):
+    """Arrays of a file that is damaged if one is missing."""
+
+    def __init__(self, path: Path, arrays: Iterable[tuple[str, NDArray]]) -> None:
+        super().__init__(arrays)
+        self._path = path
+
+    def __missing__(self, name: str) -> NDArray:
+        raise DamagedError(f"{self._path}: file is damaged (it has no {name})")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Let errors of reading a file say that it is missing or damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: file is missing") from None
+    except (*UNREADABLE, OSError, NotAFileError) as error:
+        raise DamagedError(f"{path}: file is damaged ({error})") from None
+
+
+def open_npz(file: IO[bytes], most: int | None = None) -> "np.lib.npyio.NpzFile":
+    """Open an npz, of which no member is larger than it may be.
+
+    Parameters
+    ----------
+    file
+        The open file.
+    most
+        Bytes that all members may have, decompressed; None: those of the file itself, as they have
+        in the files of :func:`save_arrays`, which are not compressed.
+
+    Raises
+    ------
+    ValueError
+        If it is no npz, or its members are larger: a small file can say that it holds any number of
+        zeros.
+    """
+    archive = np.load(file, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile) or archive.zip is None:
+        raise ValueError("not an npz")
+    if most is None:
+        most = os.fstat(file.fileno()).st_size
+    size = sum(info.file_size for info in archive.zip.infolist())
+    if size > most:
+        raise ValueError(f"its arrays have {size} bytes, and {most} are the most")
+    return archive
+
+
+def load_arrays(path: Path, *prefixes: str, most: int | None = None) -> dict[str, NDArray]:
     """Read :func:`save_arrays`: members whose name begins with one of ``prefixes``, or all.
+
+    Parameters
+    ----------
+    most
+        As for :func:`open_npz`.
 
     Raises
     ------
     DamagedError
-        If the file is missing, or not a readable npz.
+        If the file is missing, or not a readable npz; also if the dictionary is asked for an array
+        that the file does not have.
     """
 
     def read() -> dict[str, NDArray]:
-        # Opened here: np.load leaks the file it opens when it finds no zip archive in it.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with open_file(path) as file, open_npz(file, most) as archive:
             wanted = [name for name in archive.files if not prefixes or name.startswith(prefixes)]
-            return {name: archive[name] for name in wanted}
+            return _Arrays(path, ((name, archive[name]) for name in wanted))
 
-    try:
+    with _damage(path):
         return parsed(read)
-    except FileNotFoundError:
-        raise DamagedError(f"{path}: file is missing") from None
-    except (*_UNREADABLE, OSError) as error:
-        raise DamagedError(f"{path}: file is damaged ({error})") from None
 
 
 Ids = NDArray[np.uint64]
@@ -158,13 +221,40 @@ class Columns:
 
     @classmethod
     def of_arrays(cls, prefix: str, arrays: Mapping[str, NDArray]) -> Self:
-        """Return the table whose columns :meth:`arrays` named."""
-        return cls(*(arrays[f"{prefix}.{name}"] for name in cls.names()))
+        """Return the table whose columns :meth:`arrays` named.
+
+        Raises
+        ------
+        DamagedError
+            If a column is missing, or of another type or width: compiled code relies on them.
+        """
+        columns = []
+        for name, (dtype, width) in zip(cls.names(), _types(cls), strict=True):
+            column = arrays.get(f"{prefix}.{name}")
+            if column is None or column.dtype != dtype or column.shape[1:] != width:
+                found = "missing" if column is None else f"{column.dtype} {column.shape}"
+                raise DamagedError(f"column {prefix}.{name} is {found}, not {dtype} (n, {width})")
+            columns.append(column)
+        try:
+            return cls(*columns)
+        except ValueError as error:
+            raise DamagedError(str(error)) from None
 
     @classmethod
     def load(cls, path: Path, prefix: str) -> Self:
-        """Read the table whose columns :meth:`arrays` named from an npz file."""
-        return cls.of_arrays(prefix, load_arrays(path, f"{prefix}."))
+        """Read the table whose columns :meth:`arrays` named from an npz file.
+
+        Raises
+        ------
+        DamagedError
+            If the file is missing or damaged.
+        """
+        try:
+            return cls.of_arrays(prefix, load_arrays(path, f"{prefix}."))
+        except DamagedError as error:
+            if str(path) in str(error):
+                raise
+            raise DamagedError(f"{path}: file is damaged ({error})") from None
 
 
 def _types(table: type[Columns]) -> list[tuple[np.dtype, tuple[int, ...]]]:

@@ -235,7 +235,7 @@ def attack(
             refused += bool(require_one_line(lambda c=case: read(c), *allowed))  # type: ignore[misc]
         except BaseException as error:
             shown = repr(case)
-            error.add_note(f"case {number}: {shown[:3000]}")
+            error.add_note(f"case {number}: {shown[:1000]}")
             raise
         number += 1
     return refused

@@ -137,8 +137,22 @@ class BlockLut:
 
     @classmethod
     def open(cls, path: Path) -> BlockLut:
-        """Read a file of what :meth:`arrays` returns."""
-        return cls(**load_arrays(path))
+        """Read a file of what :meth:`arrays` returns.
+
+        Raises
+        ------
+        DamagedError
+            If it is missing or damaged.
+        """
+        arrays = load_arrays(path)
+        lut = cls(arrays["blocks"], arrays["offsets"], arrays["segments"], arrays.get("voxels"))
+        for name, column in lut.arrays().items():
+            dtype = np.uint64 if name == "segments" else np.int64
+            if column.dtype != dtype or column.ndim != 1:
+                raise DamagedError(f"{path}: file is damaged ({name} is {column.dtype})")
+        if len(lut.offsets) != len(lut.blocks) + 1:
+            raise DamagedError(f"{path}: file is damaged ({len(lut.offsets)} offsets)")
+        return lut
 
 
 @numba.njit(cache=True, nogil=True)
