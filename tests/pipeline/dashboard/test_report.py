@@ -1,8 +1,10 @@
 """`agq report` and `agq snapshot`: files that need nothing else."""
 
 import base64
+import http.server
 import io
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from agq.errors import InputError
 from agq.pipeline.config.schema import Config, parse_config
 from agq.pipeline.dashboard.report import write_report, write_snapshot
 from agq.pipeline.folder import RunFolder
+from tests.helpers.browser import browser_page
 
 SHAPE = (8, 60, 70)
 PLACE: dict[str, Any] = {"voxel_size": (30, 6, 6), "offset": (60, 12, -6)}
@@ -82,6 +85,71 @@ def test_report_is_one_file_with_everything(config: Config, tmp_path: Path) -> N
     # The block map has the colour of the failed block and that of the done ones.
     colours = {tuple(p) for p in np.asarray(images[0].convert("RGB")).reshape(-1, 3).tolist()}
     assert {(0xD1, 0x26, 0x4F), (0x3B, 0x7D, 0xD8)} <= colours
+
+
+class _Recorder(http.server.BaseHTTPRequestHandler):
+    """Answers everything with a script, and notes who asked for what."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Access-Control-Allow-Origin", "*")
+        self.end_headers()
+        self.wfile.write(b"document.title = 'pwned'")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+HOSTILE = """
+<script>document.title = 'pwned'; fetch('URL/fetched').catch(() => 0);</script>
+<script src="URL/script"></script>
+<script type="module">import('URL/module').catch(() => 0)</script>
+<img src="URL/image" onerror="document.title = 'pwned'">
+<img src="data:," onerror="document.title = 'pwned'">
+<svg onload="document.title = 'pwned'"><use href="URL/use"/></svg>
+<link rel="stylesheet" href="URL/sheet"><link rel="icon" href="URL/icon">
+<style>@import url(URL/import); @font-face { font-family: f; src: url(URL/font); }
+p { background: url(URL/background); font-family: f; }</style><p>text</p>
+<iframe src="URL/frame"></iframe><object data="URL/object"></object><embed src="URL/embed">
+<video src="URL/video" poster="URL/poster" autoplay></video><audio src="URL/audio"></audio>
+<form id="form" action="URL/form"></form><input form="form" type="image" src="URL/input">
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_report_loads_and_runs_nothing_whatever_is_in_it(
+    config: Config, tmp_path: Path, guarded: bool
+) -> None:
+    """Without its policy the same page asks for almost all of it: the test would see that."""
+    file = tmp_path / "report.html"
+    write_report(config, file)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Recorder) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        html = file.read_text()
+        assert html.count("Content-Security-Policy") == 1
+        if not guarded:
+            html = html.replace("Content-Security-Policy", "x")
+        file.write_text(html.replace("<body>", f"<body>{HOSTILE.replace('URL', url)}"))
+        with browser_page() as page:
+            page.goto(file.as_uri())
+            page.wait_for_timeout(500)
+            title = page.title()
+            shown = page.evaluate("document.images[document.images.length - 1].naturalWidth")
+            page.evaluate("document.getElementById('form').submit()")
+            page.wait_for_timeout(500)
+        server.shutdown()
+    asked = set(server.asked)  # type: ignore[attr-defined]
+    assert shown > 100, "the pictures of the report are there"
+    if guarded:
+        assert (title, asked) == ("run: report", set())
+    else:
+        assert title == "pwned"
+        wanted = "fetched script module image sheet import background frame object embed form"
+        assert {f"/{name}" for name in wanted.split()} <= {path.rstrip("?") for path in asked}
 
 
 def test_report_of_a_run_whose_input_is_away(config: Config, tmp_path: Path) -> None:
