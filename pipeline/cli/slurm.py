@@ -3,7 +3,7 @@
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -26,8 +26,12 @@ from agq.pipeline.cli.arguments import (
 from agq.pipeline.config.recorded import require_trusted
 from agq.pipeline.config.schema import Config, masked
 from agq.pipeline.config.schema import load_config as read_config
-from agq.pipeline.slurm import check, jobs
+from agq.pipeline.slurm import check, client, jobs
 from agq.pipeline.slurm.scripts import folder, log_folder, submit_arguments
+
+if TYPE_CHECKING:
+    from agq.pipeline.run.prepare import Prepared
+    from agq.pipeline.slurm.settings import SlurmSettings
 
 out = Console(highlight=False)
 
@@ -40,7 +44,7 @@ StageOption = Annotated[
 def submit(
     config: ConfigFile,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")
+        bool, typer.Option("--dry-run", help="Check all, print what would be submitted.")
     ] = False,
     stage: StageOption = None,
     after: Annotated[
@@ -64,22 +68,14 @@ def submit(
     if after is not None and overwrite:
         raise InputError("--overwrite would delete the prediction that --after predict waits for")
     stages: list[jobs.Stage] = [stage] if stage else ["predict", "stitch"]
-    if dry_run:
-        _show_scripts(loaded, stages)
-        return
-    _submit(loaded, stages, overwrite=overwrite, after_predict=after is not None, trust=trust)
-
-
-def _show_scripts(config: Config, stages: list[jobs.Stage]) -> None:
-    run_dir = Path(config.run_dir)
-    for script in jobs.scripts(config, stages, Path.cwd()):
-        many = script.name == "workers"
-        section = jobs.section_of(config)
-        array = jobs.array(section.workers, section.limit) if many else None
-        words = submit_arguments(script.name, run_dir, array=array)
-        typer.echo(f"# {script.path(run_dir)}")
-        typer.echo(f"# sbatch {shlex.join(str(word) for word in words)}")
-        typer.echo(script.text)
+    _submit(
+        loaded,
+        stages,
+        overwrite=overwrite,
+        after_predict=after is not None,
+        trust=trust,
+        dry_run=dry_run,
+    )
 
 
 def _submit(
@@ -89,32 +85,47 @@ def _submit(
     overwrite: bool = False,
     after_predict: bool = False,
     trust: bool = False,
+    dry_run: bool = False,
 ) -> None:
     from agq.pipeline.run.identity import require_same, start
     from agq.pipeline.run.overwrite import clear
     from agq.pipeline.run.prepare import prepare
-    from agq.pipeline.slurm import missing
 
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
     _require_trusted_jobs(run_dir, trust=trust)
-    cluster = check.read_cluster()
-    for warning in check.check(section, cluster):
-        out.print(f"note: {warning}", markup=False, soft_wrap=True)
-    if jobs.record_path(run_dir).exists() and not jobs.are_of_another(run_dir):
-        # A stitch may be submitted beside a prediction.
-        roles: list[jobs.Role] = [] if "predict" in stages else ["stitch"]
-        jobs.refuse_live(run_dir, jobs.load(run_dir), *roles)
-    behind = jobs.prediction_in_queue(run_dir) if after_predict else None
-    prepared = prepare(config, workers_here=False, overwrite=overwrite, trust=trust)
+    cluster = _checked_cluster(section, dry_run=dry_run)
+    behind = None
+    if cluster is not None:
+        if jobs.record_path(run_dir).exists() and not jobs.are_of_another(run_dir):
+            # A stitch may be submitted beside a prediction.
+            roles: list[jobs.Role] = [] if "predict" in stages else ["stitch"]
+            jobs.refuse_live(run_dir, jobs.load(run_dir), *roles)
+        behind = jobs.prediction_in_queue(run_dir) if after_predict else None
+    prepared = prepare(
+        config,
+        check_output=not dry_run,
+        workers_here=False,
+        overwrite=overwrite,
+        trust=trust,
+    )
     for note in prepared.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
+    goes_on = prepared.run.exists() and not overwrite
     workers = None
+    if dry_run:
+        if goes_on:
+            require_same(prepared.as_begun())
+        if behind is None:
+            stages, workers = _lacking(prepared, stages, goes_on=goes_on)
+        _show(config, stages, section.workers if workers is None else workers, behind)
+        return
     if behind is not None:
         # The prediction holds the lock of the run and owns its record and scripts.
         require_same(prepared.as_begun())
         jobs.save_stitch_config(config)
         _write_scripts(config, ["stitch"], Path.cwd())
     else:
+        assert cluster is not None
         with prepared.run.lock():
             if overwrite:
                 clear(prepared.run, config)
@@ -122,13 +133,61 @@ def _submit(
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)
             _write_scripts(config, ["predict", "stitch"], Path.cwd())
-            left = missing.blocks_left(prepared.as_begun())
-        if "predict" in stages and missing.prediction_is_done(prepared, left):
-            out.print("predict: done")
-            stages.remove("predict")
-        workers = None if left else 0
+            stages, workers = _lacking(prepared, stages, goes_on=True)
     if stages:
         _print_submitted(run_dir, jobs.submit_all(config, stages, workers=workers, behind=behind))
+
+
+def _checked_cluster(section: "SlurmSettings", *, dry_run: bool) -> check.Cluster | None:
+    """Compare the settings with the cluster; None if a dry run finds no SLURM here."""
+    try:
+        cluster = check.read_cluster()
+    except client.SlurmMissingError as error:
+        if not dry_run:
+            raise
+        out.print(f"note: not compared with a cluster: {error}", markup=False, soft_wrap=True)
+        return None
+    for warning in check.check(section, cluster):
+        out.print(f"note: {warning}", markup=False, soft_wrap=True)
+    if ignored := [n for n in client.environment_options() if n.startswith("SBATCH_")]:
+        names = ", ".join(ignored)
+        out.print(
+            f"note: {names} of the environment do not count, the slurm section does",
+            markup=False,
+            soft_wrap=True,
+        )
+    return cluster
+
+
+def _lacking(
+    prepared: "Prepared", stages: list[jobs.Stage], *, goes_on: bool
+) -> tuple[list[jobs.Stage], int | None]:
+    """Leave a prediction out that is done, and workers (0) where no blocks are left."""
+    from agq.pipeline.slurm import missing
+
+    if not goes_on or "predict" not in stages:
+        return stages, None
+    prepared = prepared.as_begun()
+    left = missing.blocks_left(prepared)
+    if missing.prediction_is_done(prepared, left):
+        out.print("predict: done")
+        stages = [stage for stage in stages if stage != "predict"]
+    return stages, None if left else 0
+
+
+def _show(config: Config, stages: list[jobs.Stage], workers: int, behind: int | None) -> None:
+    """Print the scripts of a submission, each with the command that would submit it."""
+    run_dir = Path(config.run_dir)
+    steps = jobs.steps(jobs.section_of(config), stages, workers)
+    coordinator = "COORDINATOR" if "predict" in stages else behind
+    by_name = {script.name: script for script in jobs.scripts(config, stages, Path.cwd())}
+    for step in steps:
+        script = by_name[step.role]
+        after = f"{step.after}:{coordinator}" if step.after and coordinator else None
+        words = submit_arguments(step.role, run_dir, array=step.array, after=after)
+        typer.echo(f"# {script.path(run_dir)}")
+        typer.echo(f"# sbatch {shlex.join(str(word) for word in words)}")
+        typer.echo(script.text)
 
 
 def _start_record(config: Config, grace_s: int) -> None:

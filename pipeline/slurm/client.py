@@ -3,7 +3,7 @@
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ _TIMEOUT_S = 60.0
 _SEPARATOR = "\x1f"
 
 _OPTIONS = re.compile(r"(SBATCH|SCANCEL|SINFO|SQUEUE)_\w+|SLURM_TIME_FORMAT")
+_OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_DEBUG_FLAGS")
 # What scancel says of jobs that have ended, or are just about to begin or to end.
 _ENDED = re.compile("Invalid job id|already completing or completed|can not be altered now")
 _TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
@@ -87,10 +88,13 @@ def array_tasks(text: str) -> tuple[int, ...]:
     return tuple(tasks)
 
 
-def call(arguments: Sequence[str | Path], *, environment: dict[str, str] | None = None) -> str:
+def call(
+    arguments: Sequence[str | Path], *, environment: Mapping[str, str | None] | None = None
+) -> str:
     """Run one SLURM command; return its standard output.
 
-    Options that the environment sets (`environment_options`) do not count.
+    Options that the environment sets (`environment_options`) do not count; `environment` adds
+    variables to it, or takes away those that are None.
 
     Raises
     ------
@@ -108,10 +112,10 @@ def _failure(arguments: Sequence[str | Path], words: Sequence[str]) -> SlurmErro
 
 
 def _run(
-    arguments: Sequence[str | Path], environment: dict[str, str]
+    arguments: Sequence[str | Path], environment: Mapping[str, str | None]
 ) -> subprocess.CompletedProcess[str]:
     name = str(arguments[0])
-    inherited = {key: value for key, value in os.environ.items() if not _OPTIONS.fullmatch(key)}
+    inherited = {key: None if _OPTIONS.fullmatch(key) else os.environ[key] for key in os.environ}
     try:
         return subprocess.run(
             [str(a) for a in arguments],
@@ -120,7 +124,7 @@ def _run(
             errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=_TIMEOUT_S,
-            env=inherited | environment,
+            env={k: v for k, v in {**inherited, **environment}.items() if v is not None},
             check=False,
         )
     except FileNotFoundError:
@@ -200,8 +204,11 @@ def submit(arguments: Sequence[str | Path]) -> int:
     SlurmError
         If sbatch refuses; the message quotes it.
     """
-    # SLURM copies the environment; a URI with a password travels in a file instead.
-    text = call(["sbatch", "--parsable", *arguments], environment={"AGQ_MONGO_URI": ""})
+    # SLURM copies the environment; a URI with a password travels in a file instead. And what this
+    # process is told of the job that it may run in would be taken for the new job's.
+    of_job = [n for n in os.environ if n.startswith("SLURM_") and n not in _OF_CLUSTER]
+    environment = {**dict.fromkeys(of_job), "AGQ_MONGO_URI": ""}
+    text = call(["sbatch", "--parsable", *arguments], environment=environment)
     return int(text.strip().split(";")[0])
 
 

@@ -21,7 +21,7 @@ from agq.blockwise.predict.local_processes import Terminated
 from agq.blockwise.predict.spec import Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
 from agq.blockwise.storage.logs import cap_output
-from agq.errors import InputError, RunStoppedError, machine_fault
+from agq.errors import InputError, RunGoneError, RunStoppedError, machine_fault
 from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare
@@ -152,7 +152,7 @@ def _predict(run_dir: Path) -> int:
                 raise
             wait_for_storage(run_dir, section.wait_s, error)
     # A prediction with nothing to do has opened no session, whose end workers would read.
-    Session(id="", state="closed").save(run_dir)
+    _close(run_dir)
     # Without scancel (in a container) these jobs find the run closed when they start, and end.
     with contextlib.suppress(client.SlurmError):
         client.cancel([str(n) for n in load(run_dir).ids("workers")], "--state=PENDING")
@@ -173,18 +173,25 @@ def main(arguments: list[str]) -> int:
         if load(run_dir).cancelled:
             # SLURM does not start this job again: workers need not wait for it. And it has not
             # succeeded: no stitch that waits for that may begin.
-            Session(id="", state="closed").save(run_dir)
+            _close(run_dir)
             return 128 + signal.SIGTERM
         _logger.info("a signal ends this job; blocks that are done are in the journal")
         return end.code if isinstance(end.code, int) else 1
-    except (InputError, RunStoppedError, OSError) as error:
-        line = machine_fault(error) if isinstance(error, OSError) else str(error)
+    except Exception as error:
+        # SLURM does not start this job again, whatever it was.
+        _close(run_dir)
+        known = isinstance(error, InputError | RunStoppedError)
+        line = str(error) if known else machine_fault(error) if isinstance(error, OSError) else None
         if line is None:
             raise
-        with contextlib.suppress(OSError):
-            Session(id="", state="closed").save(run_dir)
         _logger.error("%s", " ".join(line.split()))
         return 1
+
+
+def _close(run_dir: Path) -> None:
+    """Tell workers that no coordinator comes any more, if that can be written."""
+    with contextlib.suppress(OSError, RunGoneError):
+        Session(id="", state="closed").save(run_dir)
 
 
 if __name__ == "__main__":

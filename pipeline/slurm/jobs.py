@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -368,12 +369,11 @@ def submit_all(
             if closed:
                 # Workers would read the end of the last submission as the end of this one.
                 session_path(run_dir).unlink(missing_ok=True)
-            if "predict" in stages:
-                behind = _submit(jobs, run_dir, "coordinator")
-                count = jobs.workers if workers is None else workers
-                submit_workers(jobs, run_dir, section, count, after=f"after:{behind}")
-            if "stitch" in stages:
-                _submit(jobs, run_dir, "stitch", after=f"afterok:{behind}" if behind else None)
+            count = jobs.workers if workers is None else workers
+            for step in steps(section, stages, count):
+                after = f"{step.after}:{behind}" if step.after and behind else None
+                number = _submit(jobs, run_dir, step, after)
+                behind = number if step.role == "coordinator" else behind
         except BaseException as error:
             _take_back(run_dir, before, jobs.jobs[len(before.jobs) :], error)
             if closed:
@@ -401,25 +401,50 @@ def _take_back(run_dir: Path, before: Jobs, submitted: Sequence[Job], error: Bas
     write_atomic(record_path(run_dir), before.model_dump_json(indent=1).encode())
 
 
+@dataclass(frozen=True)
+class Step:
+    """One script of a submission.
+
+    Attributes
+    ----------
+    count, array
+        Number of jobs, and the option of sbatch for it; None for a single job.
+    after
+        Kind of the dependency on the coordinator: ``after`` its start, or ``afterok``.
+    """
+
+    role: Role
+    count: int = 1
+    array: str | None = None
+    after: str | None = None
+
+
+def steps(section: "SlurmSettings", stages: Sequence[Stage], workers: int) -> list[Step]:
+    """Return what is submitted for some stages, in this order."""
+    chosen = []
+    if "predict" in stages:
+        chosen.append(Step("coordinator"))
+        if workers > 0:
+            chosen.append(Step("workers", workers, array(workers, section.limit), "after"))
+    if "stitch" in stages:
+        chosen.append(Step("stitch", after="afterok"))
+    return chosen
+
+
 def submit_workers(
     jobs: Jobs, run_dir: Path, section: "SlurmSettings", count: int, *, after: str | None = None
 ) -> None:
     """Submit an array of worker jobs."""
     if count > 0:
-        _submit(jobs, run_dir, "workers", array=array(count, section.limit), after=after, n=count)
+        _submit(jobs, run_dir, Step("workers", count, array(count, section.limit)), after)
 
 
-def _submit(
-    jobs: Jobs,
-    run_dir: Path,
-    role: Role,
-    *,
-    array: str | None = None,
-    after: str | None = None,
-    n: int = 1,
-) -> int:
-    number = client.submit(submit_arguments(role, run_dir, array=array, after=after))
-    jobs.jobs.append(Job(id=number, role=role, count=n, submitted=time.time(), user=os.getuid()))
+def _submit(jobs: Jobs, run_dir: Path, step: Step, after: str | None) -> int:
+    arguments = submit_arguments(step.role, run_dir, array=step.array, after=after)
+    number = client.submit(arguments)
+    jobs.jobs.append(
+        Job(id=number, role=step.role, count=step.count, submitted=time.time(), user=os.getuid())
+    )
     # Saved at once: agq cancel ends only the jobs in this record.
     write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode())
     return number

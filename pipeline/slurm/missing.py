@@ -53,7 +53,9 @@ def blocks_left(prepared: Prepared) -> int:
 
 def prediction_is_done(prepared: Prepared, left: int) -> bool:
     """Tell whether a coordinator would find nothing to do."""
-    return left == 0 and prepared.run.record()["stages"].get("predict", {}).get("state") == "done"
+    run = prepared.run
+    stage = run.record()["stages"].get("predict", {}) if run.exists() else {}
+    return left == 0 and stage.get("state") == "done"
 
 
 def of_run(

@@ -18,12 +18,26 @@ from tests.helpers.pages import CLUSTER_PAGES, section_commands
 from tests.helpers.runs import ROOT, agq, blobs, command, environment, results, write_volume
 
 
-def test_all_stages_with_odd_names(quiet, tmp_path, segmented):
+def test_all_stages_with_odd_names(quiet, tmp_path, segmented, monkeypatch):
     run = ClusterRun(tmp_path / "a ü 'q\" $x; #y", delay_s=0.05)
+    # Options and the job of the shell that it is called from.
+    for name, value in {"SBATCH_PARTITION": "short", "SBATCH_TIMELIMIT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "77")
     shown = run.agq("submit", run.config, "--dry-run")
+    assert "SBATCH_PARTITION, SBATCH_TIMELIMIT of the environment do not count" in shown
     assert not run.run_dir.exists()
+    refused = agq("submit", run.config, "--dry-run", "--set", "slurm.mem=1T")
+    assert (refused.returncode, refused.stdout) == (2, "")
     said = run.agq("submit", run.config)
     assert said.count("submitted") == 3
+    lines = quiet.command("scontrol", "--oneliner", "show", "job").splitlines()
+    jobs = [dict(w.split("=", 1) for w in line.split() if "=" in w) for line in lines]
+    jobs = [job for job in jobs if int(job["JobId"]) >= run.jobs("coordinator")[0]]
+    assert {(job["Partition"], job["TimeLimit"]) for job in jobs} == {("gpu", "01:00:00")}
+    for option in ("--array=0-2", "--dependency=after:COORDINATOR", "afterok:COORDINATOR"):
+        assert option in shown
     for name in ("coordinator", "workers", "stitch"):
         assert (run.run_dir / "slurm" / f"{name}.sh").read_text() in shown
     wait_for(lambda: run.done() > 0)
@@ -40,6 +54,11 @@ def test_all_stages_with_odd_names(quiet, tmp_path, segmented):
     status = json.loads(run.agq("status", run.run_dir, "--json"))
     assert status["state"] == "done"
     workers = status["stages"][0]["workers"]
+    array = run.jobs("workers")[0]
+    assert {w["name"] for w in workers} <= {f"{array}_{task}" for task in range(3)}
+    again = run.agq("submit", run.config, "--dry-run")
+    assert "predict: done" in again
+    assert again.count("# sbatch") == 1
     assert {w["host"] for w in workers} <= {"gpu1", "gpu2", "gpu3", "gpu4"}
     assert "attempt 1 begun by" in run.agq("logs", run.run_dir, "--block", "7")
     assert "workers-" in run.agq("logs", run.run_dir)

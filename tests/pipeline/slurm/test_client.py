@@ -127,6 +127,20 @@ def test_queue_lists_the_jobs_asked_for(program, monkeypatch):
     assert "--user=11\\,12 " in said.read_text()
 
 
+def test_a_job_is_not_told_of_the_job_that_submits_it(program, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SBATCH_QOS"):
+        monkeypatch.setenv(name, "77")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("AGQ_MONGO_URI", "mongodb://me:s3cr3t@db/")
+    said = program("sbatch", "12;cluster\n")
+    assert client.submit(["x.sh"]) == 12
+    text = said.read_text()
+    assert "SLURM_CONF=/etc/slurm.conf" in text
+    assert "77" not in text
+    assert "s3cr3t" not in text
+    assert client.environment_options() == ["SBATCH_QOS"]
+
+
 @pytest.mark.parametrize(
     "stdout", [lines(("6", CUT, "PENDING", "x")), "slurm_load: odd\n", lines(("6", "1", "RUNNING"))]
 )

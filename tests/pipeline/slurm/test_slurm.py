@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from distributed.security import Security
 from pydantic import SecretStr
 
 from agq.blockwise.ledger.settings import LedgerSettings
+from agq.blockwise.predict.spec import Session
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.cli import slurm as commands
 from agq.pipeline.config.schema import Config
@@ -29,7 +31,7 @@ from agq.pipeline.slurm import check as check_module
 from agq.pipeline.slurm import client, dask_jobs, jobs
 from agq.pipeline.slurm import coordinator as slurm_coordinator
 from agq.pipeline.slurm import stitch as slurm_stitch
-from agq.pipeline.slurm.check import Cluster, Node, Partition, check, grace_s
+from agq.pipeline.slurm.check import Association, Cluster, Node, Partition, check, grace_s
 from agq.pipeline.slurm.client import QueueEntry
 from agq.pipeline.slurm.scripts import coordinator_script, worker_script
 from agq.pipeline.slurm.settings import SlurmSettings
@@ -285,6 +287,110 @@ def test_what_the_cluster_lacks_is_named_with_what_it_has(wrong, words):
         assert word in str(raised.value)
 
 
+MIXED = Cluster(
+    {
+        "mixed": Partition(
+            "mixed",
+            True,
+            True,
+            None,
+            0,
+            (Node(64, 256000, {}, frozenset({"big"})), Node(8, 32000, {"a100": 4}, frozenset())),
+            accounts=frozenset({"lab"}),
+        ),
+        "off": Partition("off", False, False, None, 0, (Node(64, 256000, {}, frozenset()),)),
+        "any": Partition(
+            "any", False, True, 30.0, 0, (Node(64, 256000, {"v100": 1}, frozenset()),)
+        ),
+    },
+    max_array=100,
+    kill_wait_s=30,
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        # Each is had somewhere, but on no node all of it.
+        ({"cpus": 4, "gpus": 4}, ["slurm:", "16 cores", "4 of gpu", "8 cores 32000M gpu:a100:4"]),
+        ({"mem": "64G"}, ["slurm:", "64G", "together"]),
+        ({"gpus": 1, "constraint": "big"}, ["slurm:", "the feature big"]),
+        ({"partition": "off"}, ["slurm.partition", "off takes no jobs"]),
+        ({"partition": "any,mixed", "time": "1:00:00", "cpus": 99}, ["slurm.time", "30 minutes"]),
+        ({"account": "other"}, ["slurm.account", "mixed is not for other", "lab"]),
+    ],
+)
+def test_one_node_must_have_all_that_a_job_asks_for(wrong, words):
+    section = SlurmSettings.model_validate(
+        {"mem": "8G", "stitch": {"mem": "8G"}, "coordinator": {"mem": "8G"}} | wrong
+    )
+    with pytest.raises(InputError) as raised:
+        check(section, MIXED)
+    for word in words:
+        assert word in str(raised.value), raised.value
+
+
+def test_a_job_fits_if_one_of_its_partitions_takes_it():
+    cpu = {"mem": "8G", "partition": "any"}
+    section = SlurmSettings.model_validate(
+        {"partition": "off,any,mixed", "gpus": 4, "mem": "8G", "cpus": 2, "stitch": cpu,
+         "coordinator": cpu}
+    )  # fmt: skip
+    assert check(section, MIXED) == []
+
+
+def test_a_default_partition_that_is_down():
+    down = Cluster({"d": Partition("d", True, False, None, 0, ())}, 100, 30)
+    with pytest.raises(InputError, match=r"slurm\.partition: d takes no jobs now"):
+        check(SlurmSettings(), down)
+
+
+MINE = (
+    Association("lab", "", frozenset({"normal", "low"})),
+    Association("guest", "old", frozenset({"low"})),
+)
+RULES = frozenset({"associations", "limits", "qos"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "mine", "words"),
+    [
+        ({"account": "labb"}, MINE, ["slurm.account", "labb", "you have lab"]),
+        ({"account": "guest"}, MINE, ["slurm.account", "guest", "partition gpu"]),
+        ({}, (), ["slurm.account", "you have none"]),
+        ({"qos": "high"}, MINE, ["slurm.qos", "high", "low, normal"]),
+        ({"stitch": {"partition": "cpu", "qos": "urgent"}}, MINE, ["slurm.stitch.qos", "urgent"]),
+        ({"account": "lab", "qos": "low"}, MINE, None),
+        # Nobody answers, or nobody asks.
+        ({"account": "labb", "qos": "high"}, None, None),
+    ],
+)
+def test_accounts_and_qos_that_the_accounting_knows(asked, mine, words):
+    section = SlurmSettings.model_validate(SMALL | asked)
+    cluster = replace(CLUSTER, enforced=RULES, associations=mine)
+    if words is None:
+        assert check(section, cluster) == []
+    else:
+        with pytest.raises(InputError) as raised:
+            check(section, cluster)
+        for word in words:
+            assert word in str(raised.value), raised.value
+    assert check(section, replace(cluster, enforced=frozenset())) == []
+
+
+def test_a_container_program_that_is_not_on_the_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    section = {**SMALL, "container": "apptainer:///a.sif"}
+    [warning] = check(SlurmSettings.model_validate(section), CLUSTER)
+    assert "apptainer is not on the PATH" in warning
+    section["prologue"] = ["module load apptainer"]
+    assert check(SlurmSettings.model_validate(section), CLUSTER) == []
+    (tmp_path / "apptainer").write_text("#!/bin/sh\n")
+    (tmp_path / "apptainer").chmod(0o755)
+    del section["prologue"]
+    assert check(SlurmSettings.model_validate(section), CLUSTER) == []
+
+
 def test_what_fits_is_accepted():
     section = SlurmSettings.model_validate(
         SMALL | {"gpus": 2, "gres": "gpu:a100", "time": "1:00:00", "constraint": "ib"}
@@ -403,6 +509,37 @@ def test_a_lost_dask_job_is_replaced_with_pauses_and_others_work_on(tmp_path, mo
     queued.clear()
     with pytest.raises(RunStoppedError, match="6 dask worker jobs were refused, or ended"):
         check_for(60)
+
+
+@pytest.mark.parametrize(
+    ("fault", "cancelled", "code"),
+    [
+        (InputError("no input"), False, 1),
+        (ZeroDivisionError("of nobody's expectation"), False, None),
+        (OSError(errno.EIO, "broken"), False, 1),
+        (SystemExit(75), False, 75),
+        (SystemExit(143), True, 143),
+        (SystemExit(75), True, 143),
+    ],
+    ids=str,
+)
+def test_workers_learn_that_no_coordinator_comes(tmp_path, monkeypatch, fault, cancelled, code):
+    """A coordinator that fails or is cancelled closes the session, and never succeeds."""
+    record = jobs.Jobs(here="/", grace_s=30, workers=1, cancelled=cancelled)
+    (tmp_path / "slurm").mkdir()
+    jobs.record_path(tmp_path).write_text(record.model_dump_json())
+    Session(id="x", host="h", port=1).save(tmp_path)
+
+    def predict(_run_dir):
+        raise fault
+
+    monkeypatch.setattr(slurm_coordinator, "_predict", predict)
+    monkeypatch.setattr(slurm_coordinator, "cap_output", lambda: None)
+    monkeypatch.setattr(slurm_coordinator.signal, "signal", lambda *_: None)
+    with contextlib.nullcontext() if code is not None else pytest.raises(type(fault)):
+        assert slurm_coordinator.main([str(tmp_path)]) == code
+    comes_again = isinstance(fault, SystemExit) and not cancelled
+    assert Session.load(tmp_path).state == ("open" if comes_again else "closed")
 
 
 def test_jobs_of_the_original_are_none_of_a_copy(tmp_path):
