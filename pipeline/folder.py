@@ -15,11 +15,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from agq.blockwise.ledger.settings import mask_secrets, shown_uri
+from agq.blockwise.ledger.settings import shown_uri
 from agq.blockwise.storage import locks
+from agq.blockwise.storage.addresses import put_away, put_back
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.storage.place import is_copy, place_of
 from agq.blockwise.storage.portable import from_portable, to_portable
+from agq.credentials import hidden, hide_address
 from agq.errors import InputError, machine_fault
 from agq.paths import require_utf8
 
@@ -29,6 +31,7 @@ KEPT = (_LOCK, f"{_LOCK}.owner", "imported", "slurm")
 """What may be in the folder before the run's record is, and stays when the run is deleted: its
 lock, image files made into zarr, and what a submission has prepared."""
 _URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
+_ADDRESS = re.compile(r"\w[\w+.-]*://.*", re.DOTALL)
 _PACKAGES = ("numpy", "zarr", "daisy", "dask", "pymongo")
 _PORTABLE = ("config", "identity")
 
@@ -91,6 +94,17 @@ class RunFolder:
             raise InputError(f"{self.record_path} was written by another version of agq")
         present = {name: record[name] for name in _PORTABLE if name in record}
         return record | from_portable(present, self.path)
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration of the record, with whole addresses for the run's owner.
+
+        Raises
+        ------
+        InputError
+            As `record`.
+        """
+        recorded: dict[str, Any] = put_back(self.record_path, self.record()["config"])
+        return recorded
 
     def create(
         self, config: dict[str, Any], identity: dict[str, Any], compared: Collection[str] = ()
@@ -187,10 +201,10 @@ class RunFolder:
         InputError
             Naming every difference, and how to start over.
         """
-        new = json.loads(json.dumps(identity))
+        new = hidden(json.loads(json.dumps(identity)))
         changed = [
             line
-            for name, line in _differences(self.record()["identity"], new)
+            for name, line in _differences(hidden(self.record()["identity"]), new)
             if name not in compared and not _names_only(name)
         ]
         if changed:
@@ -215,7 +229,9 @@ class RunFolder:
     def _write(self, record: dict[str, Any]) -> None:
         present = {name: record[name] for name in _PORTABLE if name in record}
         record = record | to_portable(json.loads(json.dumps(present)), self.path)
-        write_atomic(self.record_path, json.dumps(record, indent=1).encode())
+        # Earlier releases have recorded whole addresses; an error may hold one at any time.
+        record = put_away(self.record_path, record)
+        write_atomic(self.record_path, json.dumps(record, indent=1).encode(), mode=0o644)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -240,10 +256,10 @@ class RunFolder:
 
 
 def shown_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return a command line as records may hold it: a database's URI without its password."""
+    """Return a command line as records may hold it: addresses without passwords."""
     # To the end of the argument: an unescaped password may hold anything, a space too.
     plain = [_URI.sub(lambda match: shown_uri(match[0]), text) for text in arguments]
-    return [str(text) for text in mask_secrets(plain)]
+    return [_ADDRESS.sub(lambda match: hide_address(match[0]), text) for text in plain]
 
 
 def identity_hash(identity: dict[str, Any]) -> str:

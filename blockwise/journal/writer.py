@@ -48,6 +48,7 @@ from agq.blockwise.storage.files import (
     naming,
     require_folder,
 )
+from agq.credentials import hidden
 from agq.errors import RunGoneError
 
 _BATCH_BYTES = 1 << 20
@@ -148,6 +149,9 @@ class JournalWriter:
             signed = replace(
                 record, token=self.token, worker=self.worker.name, revision=self.revision
             )
+            if record.state == "failed":
+                # A library's error may quote a whole address.
+                signed = replace(signed, reason=hidden(signed.reason), error=hidden(signed.error))
             lines += encode("block", time.time(), self.token, signed.to_dict())
             wrote = True
             if len(lines) >= _BATCH_BYTES:

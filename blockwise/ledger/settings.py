@@ -1,29 +1,32 @@
 """Where the database is, and how its password stays out of every message."""
 
+import functools
+import logging
 import os
 import re
+import shlex
+import stat
 from pathlib import Path
 from typing import Any, Final, Self
-from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus
 
 from pydantic import Field, SecretStr
 
+from agq.credentials import HIDDEN, hide_address, secrets_of
 from agq.errors import InputError
 from agq.paths import expanded
 from agq.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 #: Environment variable with the URI, used when the settings have none.
 URI_VARIABLE: Final = "AGQ_MONGO_URI"
 #: Environment variable with the database's name, for commands that have no settings.
 DATABASE_VARIABLE: Final = "AGQ_MONGO_DATABASE"
-HIDDEN: Final = "***"
 
 _SCHEME: Final = re.compile(r"^\s*(mongodb(?:\+srv)?://)(.*)$", re.DOTALL)
 _SECRET_KEY: Final = re.compile(
     r"pass(word|wd|phrase)?$|secret|token$|credential|api_?key|access_?key|^uri$", re.IGNORECASE
 )
-# Begins with a literal: a pattern for the scheme's name takes quadratic time on a long word.
-_USERINFO: Final = re.compile(r"(://[^\s/:@]*):\S*@")
 
 
 class LedgerError(InputError):
@@ -73,6 +76,7 @@ class LedgerSettings(Settings):
             where = f"ledger.uri_file {self.uri_file}"
             try:
                 text = expanded(self.uri_file).read_text(encoding="utf-8")
+                _warn_of_readers(expanded(self.uri_file))
             except (OSError, UnicodeDecodeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "not a text file"
                 raise LedgerError(f"{where}: {reason}") from None
@@ -84,6 +88,26 @@ class LedgerSettings(Settings):
         if not _SCHEME.match(text) or len(text.split()) != 1:
             raise LedgerError(f"{where}: not a MongoDB URI (mongodb://user:password@host:port/)")
         return SecretStr(text)
+
+
+@functools.cache
+def _warn_of_readers(file: Path) -> None:
+    """Say once that others can read a file, and the folders above it do not keep them out."""
+    path = file.resolve()
+    if path.is_relative_to("/run/secrets"):
+        return  # of a container, where nobody else is
+    for who, read, enter in (
+        ("all users", stat.S_IROTH, stat.S_IXOTH),
+        ("its group", stat.S_IRGRP, stat.S_IXGRP),
+    ):
+        if path.stat().st_mode & read and all(p.stat().st_mode & enter for p in path.parents):
+            logger.warning(
+                "ledger.uri_file %s may be read by %s, and has a password in it: chmod 600 %s",
+                file,
+                who,
+                shlex.quote(str(file)),
+            )
+            return
 
 
 def shown_uri(uri: str) -> str:
@@ -109,24 +133,9 @@ class Secrets:
 
     def __init__(self, uri: str) -> None:
         self._shown = shown_uri(uri)
-        secrets = {uri.strip()}
-        match = _SCHEME.match(uri.strip())
-        if match is not None:
-            user, _, rest = match[2].rpartition("@")
-            password = user.partition(":")[2]
-            query = rest.partition("?")[2]
-            values = [v for k, v in parse_qsl(query) if "password" in k.lower() or "prop" in k]
-            for value in (password, *values):
-                plain = unquote_plus(value)
-                secrets |= {
-                    value,
-                    plain,
-                    quote(plain, safe=""),
-                    quote_plus(plain),
-                    repr(plain)[1:-1],
-                }
+        secrets = {uri.strip(), *secrets_of(uri.strip())}
         # Longest first: a part of a secret must not break up the whole of it.
-        self._parts = sorted(secrets - {""}, key=len, reverse=True)
+        self._parts = sorted(secrets, key=len, reverse=True)
 
     def hide(self, text: object) -> str:
         """Return one line of the text with every secret replaced."""
@@ -139,9 +148,9 @@ class Secrets:
 def mask_secrets(value: Any) -> Any:
     """Copy a JSON-like value with passwords hidden and in a form that any MongoDB stores.
 
-    Values of keys that name a secret, and the password in any ``scheme://user:password@host``,
-    become ``***``. Keys lose dots and a leading dollar; numbers beyond 64 bits, paths and other
-    objects become text.
+    Values of keys that name a secret become ``***``, and so do passwords, queries and fragments in
+    addresses (`agq.credentials`). Keys lose dots and a leading dollar; numbers beyond 64 bits,
+    paths and other objects become text.
     """
     if isinstance(value, dict):
         return {
@@ -156,7 +165,7 @@ def mask_secrets(value: Any) -> Any:
         return value if -(2**63) <= value < 2**63 else str(value)
     if isinstance(value, SecretStr):
         return HIDDEN
-    return _USERINFO.sub(rf"\1:{HIDDEN}@", storable(str(value)))
+    return hide_address(storable(str(value)))
 
 
 def storable(text: str) -> str:

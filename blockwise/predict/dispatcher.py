@@ -22,6 +22,7 @@ from agq.blockwise.predict.auth_proxy import AuthProxy
 from agq.blockwise.predict.local_processes import die_with_parent
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.logs import cap_output
+from agq.credentials import log_to_stderr
 
 
 def publish(run_dir: Path, spec: PredictSpec, port: int, *, alone: bool) -> None:
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
     run_dir, parent, alone = Path(arguments[0]), int(arguments[1]), arguments[2] == "alone"
     die_with_parent(parent)
     cap_output()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr()
     numbers = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
     spec = PredictSpec.load(run_dir)
     daisy.serve(spec, numbers, lambda port: publish(run_dir, spec, port, alone=alone))

@@ -3,7 +3,8 @@
 Everything a worker needs is in the run folder, so a worker that a scheduler starts on another
 machine, at any time, is told nothing but that folder:
 
-- ``predict.json``: `PredictSpec`, written once;
+- ``predict.json``: `PredictSpec`, written once; ``predict.secrets.json`` beside it has what only
+  its owner may read of it (`storage.addresses`);
 - ``session.json``: `Session`, where the dispatcher listens now; replaced by every new dispatcher.
 """
 
@@ -22,6 +23,7 @@ from pydantic import (
 from agq.blockwise.blocks.grid import GridSpec
 from agq.blockwise.predict.paths import session_path, spec_path
 from agq.blockwise.predict.settings import AttemptSettings
+from agq.blockwise.storage.addresses import put_away, put_back
 from agq.blockwise.storage.files import require_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.blockwise.volumes.content import Content
@@ -81,7 +83,8 @@ class PredictSpec(AttemptSettings, GridSpec):
     def save(self) -> None:
         """Write ``predict.json`` into the run folder."""
         values = to_portable(self.model_dump(mode="json"), Path(self.run_dir))
-        write_atomic(spec_path(self.run_dir), json.dumps(values, indent=1).encode())
+        path = spec_path(self.run_dir)
+        write_atomic(path, json.dumps(put_away(path, values), indent=1).encode(), mode=0o644)
 
     @classmethod
     def load(cls, run_dir: str | Path) -> "PredictSpec":
@@ -95,7 +98,7 @@ class PredictSpec(AttemptSettings, GridSpec):
         path = spec_path(run_dir)
         try:
             values = from_portable(json.loads(path.read_bytes()), Path(run_dir))
-            return cls.model_validate(values)
+            return cls.model_validate(put_back(path, values))
         except FileNotFoundError:
             raise InputError(f"{path} is missing: {run_dir} is no run folder") from None
         except ValidationError as error:

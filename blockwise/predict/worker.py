@@ -37,6 +37,7 @@ from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS
 from agq.blockwise.storage.logs import cap_output
 from agq.blockwise.threads import start_vital
+from agq.credentials import hidden, hide, log_to_stderr
 from agq.errors import InputError
 
 _POLL_S = 0.2
@@ -61,7 +62,7 @@ class CoordinatorPipe:
         """Send the coordinator one message."""
         if self._descriptor is not None:
             with contextlib.suppress(BrokenPipeError):
-                os.write(self._descriptor, json.dumps(message).encode() + b"\n")
+                os.write(self._descriptor, json.dumps(hidden(message)).encode() + b"\n")
 
     def stop_run(self, reason: str) -> None:
         """End the process with `EXIT_STOP_RUN`, whatever other threads do."""
@@ -96,6 +97,7 @@ def work(options: argparse.Namespace) -> int:
             # No fault of this worker: it can start once there is room.
             coordinator.stop_run(f"a worker cannot start: {error}")
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        text = hide(text)
         coordinator.tell(event="start_failed", message=text.splitlines()[0])
         # The last line of the log says why: whoever else started the worker reads it there.
         unexpected = not isinstance(error, InputError)
@@ -213,9 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, _end_now)
     cap_output()
     faulthandler.enable()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(message)s"
-    )
+    log_to_stderr("%(asctime)s %(levelname)s %(threadName)s %(message)s")
     return work(options)
 
 

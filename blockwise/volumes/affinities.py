@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ from agq.blockwise.volumes.find import find_array, sources_of
 from agq.blockwise.volumes.open import Volume, in_order, open_stored, read_stored
 from agq.blockwise.volumes.placement import place
 from agq.blockwise.volumes.triples import Triple, triple
+from agq.credentials import hide_address
 from agq.errors import InputError
 
 
@@ -38,7 +39,7 @@ class Affinities:
     shape: Triple
     chunks: Triple
     dtype: np.dtype[Any]
-    _array: Any
+    _array: Any = field(repr=False)
     _axes: tuple[int, ...]
     _ndim: int
 
@@ -60,6 +61,7 @@ class Affinities:
         """
         container, _, dataset = path.partition("::")
         location, metadata = find_array(container, dataset or None)
+        path = hide_address(container) + (dataset and f"::{dataset}")
         where = f"affinities {path}"
         shape = metadata.shape or ()
         is_n5 = metadata.format == "n5"

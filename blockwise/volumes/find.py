@@ -13,7 +13,7 @@ from agq.blockwise.volumes.conventions import (
     level_of,
     multiscale_sources,
 )
-from agq.blockwise.volumes.location import NOT_PRECOMPUTED, Location, locate
+from agq.blockwise.volumes.location import NOT_PRECOMPUTED, Location, RemoteLocation, locate
 from agq.blockwise.volumes.metadata import (
     Metadata,
     children,
@@ -26,6 +26,7 @@ from agq.blockwise.volumes.metadata import (
     read_metadata,
 )
 from agq.blockwise.volumes.placement import Source
+from agq.credentials import has_secret
 from agq.errors import InputError
 
 
@@ -80,6 +81,12 @@ def find_in(location: Location, dataset: str | None, level: int | None = None) -
 def _nothing(location: Location, key: str) -> InputError:
     if location.get(join(key, "info")) is not None:
         return InputError(f"{location.text}: {NOT_PRECOMPUTED}")
+    if isinstance(location, RemoteLocation) and has_secret(location.url):
+        # A server that refuses may say so, or that there is nothing.
+        return InputError(
+            f"{join(location.text, key)}: nothing there that can be read; its password may be "
+            "wrong or its signature may have expired: give a fresh address, or correct the path"
+        )
     if key:
         return InputError(f"{location.text} has no dataset {key!r}; it holds: {contents(location)}")
     remote = ", or the credentials if it is private" if "://" in location.text else ""

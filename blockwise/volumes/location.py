@@ -3,16 +3,20 @@
 Endpoints and credentials of object stores come from the environment, under the names that their
 own tools use: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
 ``AWS_REGION``, ``AWS_SKIP_SIGNATURE=true`` for public buckets, ``GOOGLE_SERVICE_ACCOUNT`` ...
+A web server may want a user and password, or the query of a signed address: each file is then asked
+for with them.
 """
 
 import asyncio
+import base64
 import functools
 import os
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from zarr.abc.store import (
     ByteRequest,
@@ -24,6 +28,7 @@ from zarr.abc.store import (
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, ObjectStore
 
+from agq.credentials import HIDDEN, has_secret, hide, hide_address, remember
 from agq.errors import InputError
 from agq.paths import expanded
 from agq.reading import DOCUMENT_BYTES, NotAFileError, open_file, read_file, require_size
@@ -98,6 +103,11 @@ class LocalLocation:
         return str(self.root)
 
     @property
+    def address(self) -> str:
+        """The same."""
+        return self.text
+
+    @property
     def name(self) -> str:
         """The last part of the path."""
         return self.root.name
@@ -141,7 +151,12 @@ class LocalLocation:
 class RemoteLocation:
     """A container behind a URL; its keys are those of a local one."""
 
-    url: str
+    url: str = field(repr=False)
+
+    @property
+    def address(self) -> str:
+        """The whole URL, to open it again."""
+        return self.url
 
     @property
     def text(self) -> str:
@@ -208,10 +223,13 @@ class RemoteLocation:
             return spec
         if parts.scheme == "gs":
             return {"driver": "gcs", "bucket": parts.netloc, "path": path}
+        base, headers = _web_request(self.url)
         return {
             "driver": "http",
-            "base_url": f"{parts.scheme}://{parts.netloc}",
+            # A query of it is that of every request.
+            "base_url": urlunsplit(urlsplit(base)._replace(path="")),
             "path": "/" + path,
+            "headers": [f"{name}: {value}" for name, value in headers.items()],
         }
 
     def _try(self, action: Callable[[], T]) -> T:
@@ -220,14 +238,20 @@ class RemoteLocation:
         try:
             return action()
         except (BaseError, OSError) as error:
-            first_line = str(error).strip().splitlines()[0]
+            first_line = hide(str(error).strip().splitlines()[0])
             raise InputError(
                 f"{self.text}: cannot be read ({type(error).__name__}: {first_line}); check the "
                 "address, the credentials and the endpoint in the environment"
-            ) from error
+            ) from shown_cause(error)
 
 
 Location = LocalLocation | RemoteLocation
+
+
+def shown_cause(error: Exception) -> Exception:
+    """Return an error as the cause of another: tracebacks print it, and it may hold secrets."""
+    printed = "".join(traceback.format_exception(error))
+    return error if hide(printed) == printed else OSError(hide(error))
 
 
 def locate(path: str | os.PathLike[str]) -> Location:
@@ -242,16 +266,23 @@ def locate(path: str | os.PathLike[str]) -> Location:
         contacted yet.
     """
     text = os.fspath(path)
-    scheme = urlsplit(text).scheme.lower() if "://" in text else ""
+    try:
+        scheme = urlsplit(text).scheme.lower() if "://" in text else ""
+    except ValueError:
+        raise InputError(
+            f"{hide_address(text)}: not a usable address; write / [ ] ? # @ in a password as"
+            " %2F %5B %5D %3F %23 %40"
+        ) from None
     if scheme in SCHEMES:
-        return RemoteLocation(text.rstrip("/"))
+        remember(text)
+        return RemoteLocation(_checked(text))
     if scheme == "precomputed":
-        raise InputError(f"{text}: {NOT_PRECOMPUTED}")
+        raise InputError(f"{hide_address(text)}: {NOT_PRECOMPUTED}")
     if scheme == "file":
         text = text[len("file://") :]
     elif scheme:
         raise InputError(
-            f"{text}: cannot read {scheme}:// addresses; use a local path or one of "
+            f"{hide_address(text)}: cannot read {scheme}:// addresses; use a local path or one of "
             + ", ".join(f"{readable}://" for readable in SCHEMES)
         )
     folder = expanded(text)
@@ -269,17 +300,54 @@ def locate(path: str | os.PathLike[str]) -> Location:
     return LocalLocation(folder.resolve())
 
 
+def _checked(url: str) -> str:
+    """Return the URL of a container; refuse secrets that are hidden, or of no use."""
+    shown = hide_address(url)
+    if shown == url and HIDDEN in url:
+        raise InputError(
+            f"{url}: the password or signature of this address is not recorded; give all of it in "
+            "the configuration, or put it into an environment variable, for example RAW_URL, and "
+            "set the field to it: --set 'input.raw.path=${RAW_URL}'"
+        )
+    if not url.lower().startswith("http") and has_secret(url):
+        raise InputError(
+            f"{shown}: no user, password or query belongs into the address of a bucket; credentials"
+            " come from the environment (AWS_ACCESS_KEY_ID, GOOGLE_SERVICE_ACCOUNT, ...)"
+        )
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
+
+
+def _web_request(url: str) -> tuple[str, dict[str, str]]:
+    """Return a URL without user and password, and the headers that say these."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, {}
+    name, _, password = user.partition(":")
+    pair = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode()
+    remember(url)
+    return urlunsplit(parts._replace(netloc=host)), {"Authorization": f"Basic {pair}"}
+
+
 @functools.lru_cache(maxsize=64)
 def _object_store(url: str) -> Any:
     """Return the obstore store of a URL; one per URL, so that connections are reused."""
     from obstore.exceptions import BaseError
-    from obstore.store import from_url
+    from obstore.store import HTTPStore, from_url
 
     options: Any = {}
     if url.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         # An address without TLS was asked for by name; obstore wants it said twice.
         options["allow_http"] = True
+    open_store: Any = from_url
+    if url.startswith("http") and has_secret(url):
+        # By the name of its host, obstore would take it for a bucket with credentials elsewhere.
+        open_store = HTTPStore.from_url
+        url, headers = _web_request(url)
+        options["default_headers"] = headers
     try:
-        return from_url(url, client_options=options, retry_config={"max_retries": 3})
+        return open_store(url, client_options=options, retry_config={"max_retries": 3})
     except (BaseError, ValueError) as error:
-        raise InputError(f"{RemoteLocation(url).text}: not a usable address ({error})") from error
+        reason = hide(error)
+        raise InputError(f"{RemoteLocation(url).text}: not a usable address ({reason})") from None

@@ -7,7 +7,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import product
 from math import prod
@@ -20,10 +20,11 @@ import zarr
 from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.volumes.find import find_array, sources_of
-from agq.blockwise.volumes.location import STORED_BYTES, Location, locate
+from agq.blockwise.volumes.location import STORED_BYTES, Location, locate, shown_cause
 from agq.blockwise.volumes.metadata import Metadata, join, multiscales, name_of, read_metadata
 from agq.blockwise.volumes.placement import Numbers, numbers_of, place
 from agq.blockwise.volumes.triples import Triple, triple
+from agq.credentials import hide
 from agq.errors import InputError
 from agq.reading import require_file
 
@@ -50,7 +51,9 @@ class Volume:
     Attributes
     ----------
     path, dataset
-        Resolved container, and array inside it.
+        Resolved container, without passwords or signatures in it, and array inside it.
+    address
+        The container with them, to open it again.
     format
         "zarr3", "zarr2" or "n5".
     shape
@@ -77,11 +80,12 @@ class Volume:
     offset: Coordinate
     unit: str
     digest: str
-    _array: Any
+    _array: Any = field(repr=False)
     _axes: Triple
     _ndim: int
     _origin: Triple = (0, 0, 0)
     notes: tuple[str, ...] = ()
+    address: str = field(default="", repr=False)
 
     @property
     def roi(self) -> Roi:
@@ -250,6 +254,7 @@ def open_volume(
         _axes=axes,
         _ndim=len(shape),
         notes=placed.notes,
+        address=location.address,
     )
 
 
@@ -321,7 +326,9 @@ def open_stored(
     try:
         array, chunks, dtype, index = _opened(location, metadata)
     except Exception as error:
-        raise InputError(f"{where}: the array cannot be opened ({_reason(error)})") from error
+        raise InputError(
+            f"{where}: the array cannot be opened ({_reason(error)})"
+        ) from shown_cause(error)
     for what, size in (
         (f"chunks of {chunks} {dtype}", prod(chunks) * dtype.itemsize),
         ("shards with an index", index),
@@ -383,7 +390,9 @@ def read_stored(array: Any, ranges: Sequence[range], where: str) -> npt.NDArray[
         raise
     except Exception as error:  # of whatever type a codec or a server raises
         shown = ", ".join(f"{r.start}:{r.stop}" for r in ranges)
-        raise InputError(f"{where}: [{shown}] cannot be read ({_reason(error)})") from error
+        raise InputError(f"{where}: [{shown}] cannot be read ({_reason(error)})") from shown_cause(
+            error
+        )
 
 
 def in_order(data: npt.NDArray[Any], axes: Sequence[int]) -> npt.NDArray[Any]:
@@ -406,5 +415,5 @@ def _require_files(array: Any, ranges: Sequence[range]) -> None:
 
 def _reason(error: Exception) -> str:
     """Return the first line of an error without what tensorstore adds to it."""
-    line = (str(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
+    line = (hide(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

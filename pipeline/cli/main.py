@@ -1,17 +1,23 @@
 """The command line: `agq COMMAND`. Every command is imported when it is asked for."""
 
 import io
+import logging
 import os
+import re
 import sys
 from typing import Annotated, Final
 
 import typer
 
+from agq.credentials import HidingFormatter, hide, hide_address, hide_uncaught, visible_secret
 from agq.errors import InputError, RunStoppedError, machine_fault
 from agq.pipeline.cli.lazy import lazy_group
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+# A whole argument, or the value of an option, with a dataset after it perhaps.
+_VARIABLE: Final = re.compile(r"^(--[\w-]+=)?\$\{(\w+)\}(?=::|$)")
 
 #: In the order of the help.
 COMMANDS: Final = {
@@ -84,8 +90,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(HidingFormatter())
     try:
-        app(prog_name="agq")
+        app(_arguments(sys.argv[1:]), prog_name="agq")
     except BrokenPipeError:
         # A reader that has seen enough (agq status | head). The interpreter must not flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,10 +106,32 @@ def main() -> None:
         if line is None:
             raise
         _fail(error, EXIT_BAD_INPUT, line)
+    finally:
+        # typer has a hook of its own while a command runs.
+        hide_uncaught()
+
+
+def _arguments(words: list[str]) -> list[str]:
+    """Return a command line in which ``${NAME}``, where a path may be, stands for its variable.
+
+    Raises
+    ------
+    InputError
+        If an address in it has a secret, which other users of the machine could read.
+    """
+    for word in words:
+        option, equals, value = word.partition("=")
+        what = option if equals and option.startswith("--") else ""
+        if option != "--set" and (way := visible_secret(value if what else word)):
+            raise InputError(f"{what or hide_address(word)}: {way}")
+    return [
+        _VARIABLE.sub(lambda match: f"{match[1]}{os.environ.get(match[2], match[0])}", word)
+        for word in words
+    ]
 
 
 def _fail(error: Exception, code: int, line: str | None = None) -> None:
     if _shown["tracebacks"]:
         raise error
-    typer.echo(f"agq: {' '.join((line or str(error)).split())}", err=True)
+    typer.echo(f"agq: {hide(' '.join((line or str(error)).split()))}", err=True)
     sys.exit(code)

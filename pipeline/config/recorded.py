@@ -59,7 +59,7 @@ def read_target(target: Path, settings: list[str] | None = None) -> "Config":
 
     if not target.is_dir():
         return load_config(target, settings)
-    recorded = RunFolder(target).record()["config"]
+    recorded = RunFolder(target).config()
     recorded["run_dir"] = str(target)
     recorded["ledger"] = recorded_ledger(target, recorded.get("ledger"))
     for setting in settings or []:

@@ -10,6 +10,7 @@ from agq.blockwise.blocks.settings import BlocksSettings
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.settings import WorkersSettings
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
+from agq.credentials import hidden
 from agq.model.settings import NetworkSettings
 from agq.pipeline.config.yaml_settings import load_yaml, parse_values
 from agq.pipeline.slurm.settings import SlurmSettings
@@ -206,4 +207,5 @@ def masked(config: Config) -> dict[str, Any]:
     checkpoint = Path(data["model"]["checkpoint"]).expanduser()
     if checkpoint.is_file():
         data["model"]["checkpoint"] = str(checkpoint.absolute())
-    return data
+    found: dict[str, Any] = hidden(data)
+    return found

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from agq.credentials import hidden, hide, remember, visible_secret
 from agq.errors import InputError
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -70,6 +71,7 @@ def parse_values(
 
 
 def _validated(model: type[ModelType], data: dict[str, Any], source: str) -> ModelType:
+    remember(data)
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -85,7 +87,7 @@ def apply_override(data: dict[str, Any], override: str, *, expand: bool = False)
     """
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise InputError(f"--set {override}: expected section.field=value")
+        raise InputError(f"--set {hide(override)}: expected section.field=value")
     *parents, last = key.split(".")
     node = data
     for parent in parents:
@@ -93,7 +95,7 @@ def apply_override(data: dict[str, Any], override: str, *, expand: bool = False)
         if child is None:  # absent, or recorded as not set
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise InputError(f"--set {override}: {parent} is a value, not a section")
+            raise InputError(f"--set {key}: {parent} is a value, not a section")
         node = child
     try:
         given = yaml.safe_load(value)
@@ -101,7 +103,20 @@ def apply_override(data: dict[str, Any], override: str, *, expand: bool = False)
         # The value may be a secret, and the error repeats some of it.
         reason = getattr(error, "problem", None) or type(error).__name__
         raise InputError(f"--set {key}: the value is not valid YAML ({reason})") from None
+    _refuse_visible(given, key)
     node[last] = expand_variables(given, tuple(key.split("."))) if expand else given
+
+
+def _refuse_visible(value: Any, field: str) -> None:
+    """Refuse a setting whose secret is in the process list, where all users of a machine see it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_visible(inner, f"{field}.{name}")
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_visible(inner, field)
+    elif isinstance(value, str) and (way := visible_secret(value)):
+        raise InputError(f"--set {field}: {way}")
 
 
 def expand_variables(value: Any, where: tuple[str, ...] = ()) -> Any:
@@ -157,7 +172,7 @@ def _explain(model: type[BaseModel], item: Any) -> str:
     # A URI may hold a password, so the ledger's values are never repeated.
     shown = item["input"]
     if isinstance(shown, str | int | float | list | tuple) and "ledger" not in loc:
-        return f"{field}: {message} (got {shown!r})"
+        return f"{field}: {message} (got {hidden(shown)!r})"
     return f"{field}: {message}"
 
 

@@ -12,6 +12,7 @@ import yaml
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.storage.logs import log_end, log_files
+from agq.credentials import hidden
 from agq.pipeline.status.failures import error_kind
 from agq.pipeline.status.run_status import Failure, StageStatus
 
@@ -124,7 +125,7 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
     commands = record.get("commands") or [record]
     last = commands[-1]
     return {
-        "config": yaml.safe_dump(record.get("config", {}), sort_keys=False),
+        "config": yaml.safe_dump(hidden(record.get("config", {})), sort_keys=False),
         "versions": last.get("versions", {}),
         "commands": [
             {key: c.get(key) for key in ("argv", "time", "host", "user")} for c in commands[-10:]

@@ -9,6 +9,7 @@ from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, imported_grid
 from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
+from agq.blockwise.storage.addresses import put_away, put_back
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import InputError
 from agq.paths import expanded
@@ -51,6 +52,7 @@ def recorded_source(output: Path) -> dict[str, Any]:
     """Return what `stitch_arrays` has recorded in a folder: ``source`` and ``settings``."""
     try:
         recorded: dict[str, Any] = json.loads((output / RECORD).read_bytes())
+        recorded = put_back(output / RECORD, recorded)
     except ValueError:
         raise InputError(f"{output / RECORD} is damaged; remove {output} and start over") from None
     return recorded
@@ -116,7 +118,8 @@ def stitch_arrays(
             grid = import_fragments(opened, output, client, progress.step)
         assert grid is not None
         record = {"source": source, "settings": values.model_dump(mode="json")}
-        write_atomic(output / RECORD, json.dumps(record, indent=1).encode())
+        record = put_away(output / RECORD, record)
+        write_atomic(output / RECORD, json.dumps(record, indent=1).encode(), mode=0o644)
         report = run_stitch(
             stitch_spec(section, values.pyramid, output, grid, classes=classes),
             client,

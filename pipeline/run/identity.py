@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from agq.blockwise.predict.predictor import factory_code
+from agq.blockwise.storage.addresses import put_away
 from agq.blockwise.volumes.content import Content, difference, read_content, require_content
 from agq.errors import InputError
 from agq.pipeline.folder import DECIDING, identity_hash, versions
@@ -60,6 +61,8 @@ def start(prepared: Prepared, config: dict[str, Any]) -> None:
         require_same(prepared)
         record = run.record()
     run.create(config, prepared.identity, _compared(prepared, record))
+    # With what the record does not say, for later commands and other machines.
+    put_away(run.record_path, prepared.config.model_dump(mode="json"))
     contents = _contents(record)
     for name, volume in (("raw", prepared.raw), ("mask", prepared.mask)):
         # A changed mask is recorded when its blocks are chosen (`record_mask`).

@@ -22,6 +22,7 @@ from agq.blockwise.predict.raw_blocks import nearest_good
 from agq.blockwise.storage.files import require_free_space, require_writable
 from agq.blockwise.volumes.open import Kind, Volume
 from agq.blockwise.volumes.triples import Box, Triple
+from agq.credentials import hidden
 from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.settings import NetworkSettings
@@ -387,7 +388,7 @@ def _model(
     if model.factory != DEFAULT_FACTORY:
         resolve_factory(model.factory)
         options = dict(model.options or {})
-        return options, {"factory": model.factory, "options": options}, None
+        return options, {"factory": model.factory, "options": hidden(options)}, None
     if model.options is not None:
         raise InputError("model.options: only a model.factory of your own takes them; remove it")
     # torch takes seconds to load, and stitching another model's labels never needs it.

@@ -10,6 +10,7 @@ from agq.blockwise.ledger.database import Ledger, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.local_processes import Terminated, termination_unwinds
+from agq.credentials import hide
 from agq.pipeline.config.schema import masked
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.identity import start
@@ -82,7 +83,7 @@ def _reason(error: BaseException) -> str:
         return "interrupted (Ctrl-C)"
     if isinstance(error, Terminated):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return hide(f"{type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -263,7 +263,7 @@ def predict_spec(
 def reopen_options(volume: Volume) -> dict[str, Any]:
     """Return the arguments with which `open_volume` opens the same volume in a worker."""
     return {
-        "path": volume.path,
+        "path": volume.address,
         "dataset": volume.dataset or None,
         "voxel_size": [int(v) for v in volume.voxel_size],
         "offset": [int(v) for v in volume.offset],

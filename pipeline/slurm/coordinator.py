@@ -21,6 +21,7 @@ from agq.blockwise.predict.local_processes import Terminated
 from agq.blockwise.predict.spec import Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
 from agq.blockwise.storage.logs import cap_output
+from agq.credentials import log_to_stderr
 from agq.errors import InputError, RunGoneError, RunStoppedError, machine_fault
 from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages
@@ -163,7 +164,7 @@ def _predict(run_dir: Path) -> int:
 
 def main(arguments: list[str]) -> int:
     """Predict; see the module."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr()
     cap_output()
     run_dir = Path(arguments[0])
     signal.signal(signal.SIGUSR1, _requeue_before_limit)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.paths import session_path
 from agq.blockwise.storage import locks
+from agq.blockwise.storage.addresses import put_away, put_back
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.errors import InputError
@@ -223,8 +224,9 @@ def save_stitch_config(config: "Config") -> None:
 
 
 def _write_config(run_dir: Path, data: dict[str, Any]) -> None:
-    text = json.dumps(to_portable(data, run_dir), indent=1)
-    write_atomic(config_path(run_dir), text.encode())
+    path = config_path(run_dir)
+    text = json.dumps(put_away(path, to_portable(data, run_dir)), indent=1)
+    write_atomic(path, text.encode(), mode=0o644)
 
 
 def load_config(run_dir: Path, *, trust: bool = False) -> "Config":
@@ -246,6 +248,7 @@ def load_config(run_dir: Path, *, trust: bool = False) -> "Config":
         )
     try:
         data = from_portable(json.loads(path.read_bytes()), run_dir.absolute())
+        data = put_back(path, data)
         # The folder may have been moved since an earlier release wrote this.
         return Config.model_validate(data | {"run_dir": str(run_dir.absolute())})
     except (OSError, ValueError, TypeError) as error:

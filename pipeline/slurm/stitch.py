@@ -15,6 +15,7 @@ from typing import Any
 from agq.blockwise.predict.local_processes import Terminated
 from agq.blockwise.storage.files import FATAL_ERRNOS
 from agq.blockwise.storage.logs import cap_output
+from agq.credentials import log_to_stderr
 from agq.errors import InputError, RunStoppedError, machine_fault
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunLockedError
@@ -81,7 +82,7 @@ def _requeue_before_limit(signum: int, _frame: Any) -> None:
 
 def main(arguments: list[str]) -> int:
     """Stitch; see the module."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr()
     cap_output()
     signal.signal(signal.SIGUSR1, _requeue_before_limit)
     try:

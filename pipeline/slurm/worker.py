@@ -30,6 +30,7 @@ from agq.blockwise.predict.paths import log_path
 from agq.blockwise.predict.spec import Session
 from agq.blockwise.storage.files import require_folder, require_writable, write_atomic
 from agq.blockwise.storage.logs import cap_output
+from agq.credentials import log_to_stderr
 from agq.errors import InputError, RunGoneError
 from agq.pipeline.slurm.jobs import load, load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
@@ -254,7 +255,7 @@ def _devices(gpus: int) -> list[str | None]:
 
 def main(arguments: list[str]) -> int:
     """Run the workers of this job; see the module."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr()
     cap_output()
     run_dir = Path(arguments[0])
     section = section_of(load_config(run_dir))

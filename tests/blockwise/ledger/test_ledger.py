@@ -638,6 +638,31 @@ def test_where_the_uri_comes_from(tmp_path, monkeypatch):
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("folder", "file", "warned"),
+    [
+        (0o755, 0o644, "may be read by all users"),
+        (0o755, 0o640, "may be read by its group"),
+        (0o755, 0o600, ""),
+        # A closed folder keeps everybody out, whatever its files allow.
+        (0o700, 0o644, ""),
+    ],
+)
+def test_a_uri_file_that_others_can_read_is_named(tmp_path, caplog, folder, file, warned):
+    for above in (tmp_path, *tmp_path.parents[:2]):  # pytest keeps its folders closed
+        above.chmod(0o755)
+    closed = tmp_path / "closed"
+    closed.mkdir(folder)
+    path = closed / "uri"
+    path.write_text("mongodb://u:s3cr3t@h/")
+    path.chmod(file)
+    for _ in range(2):
+        assert LedgerSettings(uri_file=path).resolve() is not None
+    assert caplog.text.count(f"chmod 600 {path}") == bool(warned)
+    assert warned in caplog.text
+    assert "s3cr3t" not in caplog.text
+
+
 def test_settings_never_show_the_uri():
     settings = LedgerSettings(uri=SecretStr("mongodb://u:hunter2@h/"))
     assert "hunter2" not in repr(settings) + str(settings) + settings.model_dump_json()

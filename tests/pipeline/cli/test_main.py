@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from agq.pipeline.cli import watch
+from agq.pipeline.folder import RunFolder
 from tests.helpers import ROOT
-from tests.helpers.runs import environment
+from tests.helpers.runs import environment, make_config
 
 
 def agq_module(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
@@ -141,3 +142,63 @@ def test_two_files_and_none(main, tmp_path, monkeypatch):
     errors.append(OSError("of a library"))
     with pytest.raises(OSError, match="of a library"):
         main("status", tmp_path)
+
+
+SECRET_URL = "https://user:RAWSECRET@host/in.zarr?sig=QUERYSECRET"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("import", SECRET_URL, "out.zarr"),
+        ("evaluate", "run", f"{SECRET_URL}::truth"),
+        ("stitch", "--fragments", SECRET_URL),
+        ("view", "run", f"--base-url={SECRET_URL}"),
+        ("run", "config.yaml", "--set", f"input.raw.path={SECRET_URL}"),
+        ("run", "config.yaml", f"--set=input.raw={{path: '{SECRET_URL}'}}"),
+        ("stitch", "RUN", "--set", f"input.classes.path=${{X:-{SECRET_URL}}}"),
+        ("run", "config.yaml", "--set", "ledger.uri=mongodb://user:RAWSECRET@host/"),
+        ("run", "config.yaml", "--set", "ledger.uri=mongodb://host/"),
+        ("run", "config.yaml", "--set", "ledger={uri: 'mongodb://user:RAWSECRET@host/'}"),
+        ("stitch", "RUN", "--set", "ledger.uri=mongodb://user:RAWSECRET@host/"),
+    ],
+)
+def test_secrets_on_a_command_line_are_refused(main, tmp_path, monkeypatch, words):
+    """Other users of the machine see command lines; the message says how to do it."""
+    monkeypatch.chdir(tmp_path)
+    make_config(tmp_path)
+    RunFolder(tmp_path / "RUN").create({"input": {}}, {})
+    code, out, err = main(*words)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "other users of this machine can read" in err
+    assert ("AGQ_MONGO_URI" if "mongodb" in str(words) else "${RAW_URL}") in err
+    assert "SECRET" not in out + err
+
+
+def test_a_variable_stands_for_an_argument(main, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAW_URL", str(tmp_path / "nothing.zarr"))
+    assert f"{tmp_path}/nothing.zarr: no such file" in main("evaluate", "${RAW_URL}", "x")[2]
+    assert f"{tmp_path}/nothing.zarr: no such file" in main("evaluate", "${RAW_URL}::a", "x")[2]
+    assert "${NONE}: no such file" in main("evaluate", "${NONE}", "x")[2]
+    # In a setting, it is the configuration that replaces it.
+    monkeypatch.setenv("LEDGER", "mongodb://user:RAWSECRET@host/")
+    config = make_config(tmp_path)
+    assert main("config", "check", config, "--set", "ledger.uri=${LEDGER}")[0] == 0
+    assert main("config", "check", config, "--set", "ledger.uri=null")[0] == 0
+
+
+def test_an_uncaught_error_shows_no_secret():
+    code = (
+        "import sys; sys.argv = ['agq', 'status', '.']\n"
+        "from agq.pipeline.cli import main, watch\n"
+        f"def fail(_): raise RuntimeError('{SECRET_URL}')\n"
+        "watch._status_of = fail\n"
+        "main.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: https://user:***@host/in.zarr?***" in done.stderr
+    assert "SECRET" not in done.stderr
