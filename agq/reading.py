@@ -11,8 +11,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from agq.errors import InputError
 
@@ -24,6 +25,7 @@ DOCUMENT_BYTES: Final = 2**24
 DOCUMENT_LEVELS: Final = 64
 """Most levels of lists and mappings within each other in a document."""
 
+_TOO_DEEP: Final = f"more than {DOCUMENT_LEVELS} levels of lists and objects in each other"
 _FLAGS: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _KINDS: Final = {
     stat.S_IFDIR: "folder",
@@ -41,7 +43,7 @@ class NotAFileError(InputError):
 @contextmanager
 def open_file(
     path: PathLike, *, within: PathLike | None = None, follow: bool = True
-) -> Iterator[IO[bytes]]:
+) -> Iterator[BufferedReader]:
     """Open a regular file for reading.
 
     Parameters
@@ -131,13 +133,19 @@ def parse_json(data: bytes | str) -> Any:
     try:
         document = json.loads(data)
     except RecursionError:
-        document = None
-        deep = True
-    else:
-        deep = _deeper(document, DOCUMENT_LEVELS)
-    if deep:
-        raise ValueError(f"more than {DOCUMENT_LEVELS} levels of lists and objects in each other")
-    return document
+        raise ValueError(_TOO_DEEP) from None
+    level: list[Any] = [document]
+    for _ in range(DOCUMENT_LEVELS):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return document
+    raise ValueError(_TOO_DEEP)
 
 
 def read_json(path: PathLike, *, most: int = DOCUMENT_BYTES, **how: Any) -> Any:
@@ -222,18 +230,3 @@ def _told(error: OSError, path: Path, within: PathLike | None, follow: bool) -> 
 def _no_file(path: PathLike, mode: int) -> str:
     kind = _KINDS.get(stat.S_IFMT(mode), "special file")
     return f"{os.fspath(path)} is a {kind}, not a file; correct the path, or restore the file"
-
-
-def _deeper(document: Any, levels: int) -> bool:
-    level: list[Any] = [document]
-    for _ in range(levels):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return False
-    return True

@@ -1,5 +1,6 @@
 """What the settings of every room are made of: strict, frozen, described."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -10,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from agq.errors import InputError
@@ -26,9 +28,26 @@ File = Annotated[Path, AfterValidator(Path.absolute)]
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, attribute docstrings are the schema."""
+    """Base of all settings: unknown keys are errors, attribute docstrings are the schema.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    Numbers are finite, and whole ones fit 64 bits.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fits_64_bits(cls, values: Any) -> Any:
+        level: list[Any] = [values]
+        while level:
+            item = level.pop()
+            if isinstance(item, int) and not -(2**63) <= item < 2**63:
+                raise ValueError("a number does not fit 64 bits")
+            if isinstance(item, Mapping | list | tuple):
+                level += item.values() if isinstance(item, Mapping) else item
+        return values
 
     @classmethod
     def from_values(cls, values: Any, source: str) -> Self:

@@ -23,8 +23,13 @@ from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.network.agq import AGQ
 from agq.paths import expanded
+from agq.reading import open_file, parse_json, require_size
 
 FORMAT_VERSION = 1
+_MOST_BYTES = 2**34
+# Tensors may share memory, as tied weights do.
+_SHARED = 4
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 # One metadata entry only: the order of several is not fixed, and equal checkpoints should be
 # equal files.
 METADATA_KEY = "agq"
@@ -157,27 +162,51 @@ def load(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Loa
     """
     path = resolve(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            require_size(path, size, _MOST_BYTES)
             start = file.read(16)
+            header: dict[str, Any] = {}
+            if start[8:9] == b"{":
+                state, header = _read_safetensors(path)
+            else:
+                state = _read_torch(path)
+            _require_plain(state, size, str(path))
+            if config is None:
+                config = (
+                    ModelConfig.from_values(header["config"], f"configuration in {path}")
+                    if "config" in header
+                    else infer_config(state, str(path))
+                )
+            _check(state, config, str(path))
+            _check_finite(state, str(path))
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror}") from None
-    header: dict[str, Any] = {}
-    if start[8:9] == b"{":
-        state, header = _read_safetensors(path)
-    else:
-        state = _read_torch(path)
-    if config is None:
-        config = (
-            ModelConfig.from_values(header["config"], f"configuration in {path}")
-            if "config" in header
-            else infer_config(state, str(path))
-        )
-    _check(state, config, str(path))
-    _check_finite(state, str(path))
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"checkpoint {path}: {error}") from None
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     return LoadedCheckpoint(config, state, dict(header.get("provenance", {})), digest)
+
+
+def _require_plain(state: Mapping[str, Tensor], size: int, source: str) -> None:
+    """Check that tensors are numbers of a file: a view of one value can claim any size."""
+    claimed = 0
+    for key, value in state.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in _TYPES:
+            raise InputError(
+                f"checkpoint {source}: {key[:100]} is {value.dtype}, {value.layout}, on "
+                f"{value.device}, and cannot be the weights of a network"
+            )
+        claimed += value.numel() * value.element_size()
+    # One tensor may have several names.
+    if claimed > _SHARED * size:
+        raise InputError(
+            f"checkpoint {source}: its tensors claim {claimed} bytes, and the file has {size}"
+        )
 
 
 def infer_config(state: Mapping[str, Tensor], source: str = "state dict") -> ModelConfig:
@@ -214,7 +243,7 @@ def infer_config(state: Mapping[str, Tensor], source: str = "state dict") -> Mod
     except (KeyError, IndexError):
         raise InputError(
             f"{source} is not an AGQ checkpoint: it lacks the tensors that define the "
-            f"architecture (its first keys: {', '.join(sorted(state)[:3]) or 'none'})"
+            f"architecture (its first keys: {', '.join(sorted(state)[:3])[:200] or 'none'})"
         ) from None
     except ValueError as error:
         reason = "; ".join(str(e["msg"]) for e in getattr(error, "errors", list)()) or error
@@ -229,10 +258,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-        header = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        header = parse_json(metadata.get(METADATA_KEY, "{}"))
+    # What safetensors and torch raise depends on the byte that is wrong.
+    except Exception as error:
         raise InputError(f"checkpoint {path} is corrupt: {_line(error)}") from None
-    if not isinstance(header, dict) or header.get("format_version", 1) != FORMAT_VERSION:
+    if not isinstance(header, dict) or not isinstance(header.get("provenance", {}), dict):
+        raise InputError(f"checkpoint {path} is corrupt: its description is not an object")
+    if header.get("format_version", 1) != FORMAT_VERSION:
         raise InputError(
             f"checkpoint {path} has a format this version does not know "
             f"(it reads format_version {FORMAT_VERSION}): update agq-pipeline"
@@ -242,7 +274,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(info.file_size for info in archive.infolist())
+            # torch stores without compression.
+            require_size(f"what {path} unpacks to", unpacked, path.stat().st_size)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
@@ -251,10 +290,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 "loaded for safety: save its state_dict alone with torch.save"
             ) from None
         raise InputError(f"checkpoint {path} is corrupt or no checkpoint") from None
-    except (
-        RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
-        AttributeError, AssertionError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
+    except Exception as error:
         # What torch raises on a damaged file depends on the byte that is wrong.
         raise InputError(f"checkpoint {path} is corrupt: {_line(error)}") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -265,7 +301,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     if others:
         raise InputError(
             f"checkpoint {path} holds no state dict: entries that are not tensors: "
-            f"{', '.join(others[:5])}"
+            f"{', '.join(name[:100] for name in others[:5])}"
         )
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
@@ -297,4 +333,4 @@ def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

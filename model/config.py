@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import Literal, Self
+from math import prod
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from agq.errors import InputError
+from agq.reading import parse_json
 from agq.settings import Settings
 
 SeedOrder = Literal["label", "largest"]
@@ -18,6 +19,15 @@ PUBLISHED_VOXEL_SIZE = (30.0, 6.0, 6.0)
 """Voxel size (z, y, x) in nanometres of the data that the published network was trained on."""
 
 
+MOST_VOXELS = 2**30
+"""Voxels of a block that a network can be for."""
+
+# A checkpoint says of itself what it is: these are far above any network that has been useful, and
+# far below what takes minutes or gigabytes to make.
+Width = Annotated[int, Field(ge=1, le=2048)]
+Depth = Annotated[int, Field(ge=1, le=32)]
+
+
 class ModelConfig(Settings):
     """Architecture and inference constants of one AGQ network.
 
@@ -25,34 +35,34 @@ class ModelConfig(Settings):
     so that a checkpoint alone is enough to run it.
     """
 
-    filters: tuple[int, ...] = Field(default=(32, 64, 96, 128, 160), min_length=2)
+    filters: tuple[Width, ...] = Field(default=(32, 64, 96, 128, 160), min_length=2, max_length=12)
     """Channels of the backbone levels, full resolution first."""
 
     isotropy: tuple[bool, ...] = (False, False, False, True, True)
     """Per level: kernel and stride also act along z (level 0 is never strided)."""
 
-    embed_dim: int = Field(default=64, ge=1)
+    embed_dim: Width = 64
     """Channels of the fused features, the mask features and the queries."""
 
-    norm_groups: int = Field(default=8, ge=1)
+    norm_groups: Width = 8
     """Groups of the group norms of backbone and fusion."""
 
-    iterations: int = Field(default=2, ge=1)
+    iterations: Depth = 2
     """Decoder iterations after the first prediction."""
 
-    attention_heads: int = Field(default=8, ge=1)
+    attention_heads: Width = 8
     """Heads of the self-attention among queries."""
 
-    mlp_ratio: int = Field(default=4, ge=1)
+    mlp_ratio: Depth = 4
     """Width of the MLP behind the attention, in units of ``embed_dim``."""
 
-    branch_layers: int = Field(default=4, ge=1)
+    branch_layers: Depth = 4
     """Convolution units of the affinity branch, the mask branch and the instance convolutions."""
 
-    learned_queries: int = Field(default=100, ge=1)
+    learned_queries: int = Field(default=100, ge=1, le=10_000)
     """Learned queries, always appended after the affinity-guided ones."""
 
-    max_seeds: int = Field(default=100, ge=0)
+    max_seeds: int = Field(default=100, ge=0, le=100_000)
     """Most affinity-guided queries per block; further components are dropped and counted."""
 
     min_seed_voxels: int = Field(default=100, ge=0)
@@ -86,19 +96,19 @@ class ModelConfig(Settings):
     voxel_size: tuple[float, float, float] | None = None
     """Voxel size (z, y, x) in nanometres that the network was trained at; None if nothing says."""
 
-    @field_validator("filters")
-    @classmethod
-    def _positive_filters(cls, filters: tuple[int, ...]) -> tuple[int, ...]:
-        if min(filters) < 1:
-            raise ValueError("every level needs at least one channel")
-        return filters
-
     @field_validator("input_shape", "voxel_size")
     @classmethod
     def _positive_sizes(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
         if value is not None and min(value) <= 0:
             raise ValueError("must be positive on every axis")
         return value
+
+    @field_validator("input_shape")
+    @classmethod
+    def _possible_shape(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        if prod(shape) > MOST_VOXELS:
+            raise ValueError(f"has {prod(shape)} voxels, and {MOST_VOXELS} are the most")
+        return shape
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -145,6 +155,6 @@ class ModelConfig(Settings):
     def from_json(cls, text: str | bytes, source: str = "model configuration") -> ModelConfig:
         """Read a configuration from a JSON object; see `from_values`."""
         try:
-            return cls.from_values(json.loads(text), source)
+            return cls.from_values(parse_json(text), source)
         except ValueError as error:
             raise InputError(f"{source} is not JSON: {error}") from None

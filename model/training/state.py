@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from agq.errors import InputError
+from agq.reading import require_file
 
 
 class Ema:
@@ -60,9 +61,11 @@ def load_state(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"nothing to resume: {path} does not exist; train without resume")
     try:
+        require_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"cannot read the training state {path}: {error}") from error
+    except Exception as error:  # what torch raises depends on the byte that is wrong
+        line = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot read the training state {path}: {line}") from error
     if not isinstance(state, dict) or "step" not in state:
         raise InputError(f"{path} is not a training state of this program")
     return state

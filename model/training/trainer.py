@@ -1,6 +1,5 @@
 """One training run: the network, its optimizer and average, its steps, state and export."""
 
-import json
 import math
 import platform
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from agq.model.training.distributed import Ranks, synchronise_norms
 from agq.model.training.half import HalfRunner
 from agq.model.training.losses.losses import item_losses
 from agq.model.training.state import Ema
+from agq.reading import parse_json
 
 
 def pick_device(name: str, ranks: Ranks = Ranks()) -> torch.device:  # noqa: B008
@@ -150,20 +150,28 @@ class Trainer:
         InputError
             If the state belongs to another network.
         """
-        theirs = json.loads(state["config"])["network"]
-        # No weight depends on it, and states of earlier releases hold a default.
-        if theirs | {"voxel_size": None} != json.loads(
-            self.config.network.model_copy(update={"voxel_size": None}).model_dump_json()
-        ):
-            raise InputError(
-                "the saved state belongs to another network configuration; "
-                "choose another output folder or restore the configuration"
+        try:
+            theirs = parse_json(state["config"])["network"]
+            # No weight depends on it, and states of earlier releases hold a default.
+            ours = self.config.network.model_copy(update={"voxel_size": None}).model_dump(
+                mode="json"
             )
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.state = {k: v.to(self.device) for k, v in state["ema"].items()}
-        self.step, self.minutes = state["step"], state["minutes"]
-        self.best_error = state["best_error"]
+            if theirs | {"voxel_size": None} != ours:
+                raise InputError(
+                    "the saved state belongs to another network configuration; "
+                    "choose another output folder or restore the configuration"
+                )
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.state = {k: v.to(self.device) for k, v in state["ema"].items()}
+            self.step, self.minutes = int(state["step"]), float(state["minutes"])
+            best = state["best_error"]
+            self.best_error = None if best is None else float(best)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            line = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"the saved state is damaged ({type(error).__name__}: {line})"
+            ) from error
 
     @property
     def done(self) -> float:

@@ -11,7 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from agq.credentials import hidden, hide, remember, visible_secret
 from agq.errors import InputError
+from agq.reading import read_file
 
+_MOST_BYTES = 2**19
+_MOST_VALUES = 10**5
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -37,14 +40,16 @@ def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = 
         If the file cannot be read or a value is wrong; the message names every field.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, most=_MOST_BYTES).decode()
     except UnicodeDecodeError:
         raise InputError(f"config {path}: not a text file") from None
+    except InputError as error:
+        raise InputError(f"config {error}") from None
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror or error}") from error
     try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+        data = parse_yaml(text)
+    except yaml.YAMLError as error:
         raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         keys = ", ".join(list(model.model_fields)[:3])
@@ -52,6 +57,45 @@ def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = 
     for override in overrides or []:
         apply_override(data, override)
     return _validated(model, expand_variables(data), str(path))
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML document of plain values.
+
+    Raises
+    ------
+    yaml.YAMLError
+        If it is not valid, or its aliases make it larger than a configuration is.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            _require_small(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("too many levels in each other") from None
+    # A value that is not of its type: a date that is none, a tag on a value that does not fit it.
+    except Exception as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
+def _require_small(node: yaml.Node | None) -> None:
+    """Count the values of a document as often as aliases name them."""
+    waiting, values = [node], 0
+    while waiting:
+        values += 1
+        if values > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES} values, or aliases of themselves")
+        item = waiting.pop()
+        if isinstance(item, yaml.MappingNode):
+            waiting += [part for pair in item.value for part in pair]
+        elif isinstance(item, yaml.SequenceNode):
+            waiting += item.value
 
 
 def parse_values(
@@ -98,8 +142,8 @@ def apply_override(data: dict[str, Any], override: str, *, expand: bool = False)
             raise InputError(f"--set {key}: {parent} is a value, not a section")
         node = child
     try:
-        given = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
+        given = parse_yaml(value)
+    except yaml.YAMLError as error:
         # The value may be a secret, and the error repeats some of it.
         reason = getattr(error, "problem", None) or type(error).__name__
         raise InputError(f"--set {key}: the value is not valid YAML ({reason})") from None

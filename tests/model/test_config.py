@@ -26,7 +26,7 @@ def test_json_round_trip() -> None:
     [
         ({"filters": (30, 64, 96, 128, 160)}, "filters 30 is not a multiple of norm_groups 8"),
         ({"filters": (32, 64)}, "isotropy has 5 levels but filters has 2"),
-        ({"filters": (0, 64, 96, 128, 160)}, "every level needs at least one channel"),
+        ({"filters": (0, 64, 96, 128, 160)}, r"filters\.0: .*greater than or equal to 1"),
         ({"embed_dim": 60}, "embed_dim 60 is not a multiple of norm_groups"),
         ({"embed_dim": 24, "attention_heads": 5}, "not a multiple of attention_heads 5"),
         ({"input_shape": (17, 0, 257)}, "input_shape: .*positive"),
