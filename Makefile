@@ -8,24 +8,31 @@ DEMO := runs/demo
 # One process more than cores, up to four: many tests wait.
 PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4)))
 
-.PHONY: demo test test-slow test-cluster fuzz lint docs format bench install clean
+.PHONY: demo test test-slow test-cluster fuzz lint docs format lock audit bench install clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# All but torch is held to checksums: what an index serves instead is refused. What has no wheel is
+# built with the setuptools from there, our own package too. The last call of pip adds the CUDA
+# libraries of this build of torch.
+$(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
-	$(if $(TORCH_INDEX),$(BIN)/pip install -q -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,view,slurm,docs]'
+	$(BIN)/pip install -q --no-deps --require-hashes -r requirements/build.txt
+	$(BIN)/pip install -q --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(BIN)/pip install -q --no-deps --require-hashes --no-build-isolation --use-pep517 -r requirements/all.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/pip install -q -r requirements/torch.txt
 	@touch $@
 
-# The database that the ledger tests talk to has its own environment: it is no part of the product.
+# SecantusDB, the database that the ledger tests talk to, speaks the MongoDB wire protocol. It is
+# GPL-2.0-only and no part of the product, hence its own environment.
 .venv-services/.installed: tests/requirements-services.txt
 	$(PYTHON) -m venv .venv-services
-	.venv-services/bin/pip install -q -r tests/requirements-services.txt || \
+	.venv-services/bin/pip install -q --no-deps --require-hashes -r tests/requirements-services.txt || \
 	  echo "no test database for this Python: the ledger tests will say so and skip" >&2
 	@touch $@
 
@@ -71,6 +78,31 @@ docs: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Exact versions and the checksums of their files, for all extras and for the image; versions stay as
+# they are unless pyproject.toml asks for others (LOCK_OPTIONS=--upgrade: the newest ones).
+LOCK := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate \
+  --custom-compile-command "make lock" -c requirements/torch.txt $(LOCK_OPTIONS)
+NO_TORCH := awk '/^[^ ]/ {skip = /^(torch|triton|cuda-|nvidia-)/} !skip'
+lock: $(VENV)/.installed
+	$(LOCK) --all-extras pyproject.toml -o requirements/all.txt
+	cp requirements/all.txt requirements/image.txt
+	$(LOCK) --extra view --extra slurm pyproject.toml -o requirements/image.txt
+	cp requirements/all.txt requirements/build.txt
+	echo "setuptools>=77" | $(LOCK) - -o requirements/build.txt
+	echo "secantusdb==0.7.0b3" | $(LOCK) - -o tests/requirements-services.txt
+	@for file in requirements/all.txt requirements/image.txt; do \
+	  $(NO_TORCH) $$file > $$file.new && mv $$file.new $$file || exit 1; done
+
+# Looks the locked versions up in a database of known vulnerabilities (osv.dev); ends with an error if
+# there are any. Without a network it says that nothing was checked, and ends well.
+audit: $(VENV)/.installed
+	@mkdir -p build
+	@sed -n 's/^\([a-z][^\\]*[^ \\]\).*/\1/p' requirements/all.txt requirements/torch.txt > build/versions.txt
+	@$(BIN)/uv tool run pip-audit@2.10.1 -s osv --disable-pip --no-deps --progress-spinner off \
+	  -r build/versions.txt 2> build/audit.log; status=$$?; \
+	tail -n 1 build/audit.log | grep -E '^(Found|No known)' && exit $$status; \
+	echo "nothing was checked: no database of vulnerabilities can be reached (see build/audit.log)"
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/forward.py

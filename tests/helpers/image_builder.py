@@ -1,7 +1,7 @@
 """The container image, built and run without a daemon: buildah, and a stand-in for Debian's image.
 
 The stand-in is made by mmdebstrap from the same packages. pip inside takes the wheels that this
-machine's pip takes, so the versions are those of constraints.txt and nothing is downloaded twice.
+machine's pip has fetched, so nothing is downloaded twice.
 """
 
 import json
@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,11 +88,11 @@ class Builder:
 
     def fetch_wheels(self) -> None:
         """Fetch what pip inside will install, torch as this machine's pip has it."""
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-        extras = project["project"]["optional-dependencies"]
-        wanted = [*project["project"]["dependencies"], *extras["view"], *extras["slurm"]]
-        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "-c", ROOT / "constraints.txt"]
-        call([*pip, "-w", self.wheels, *wanted, *project["build-system"]["requires"]], 900)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", self.wheels]
+        call([*pip, "-r", ROOT / "requirements" / "torch.txt"], 900)
+        for name in ("build", "image"):
+            locked = ["--no-deps", "--require-hashes", "--no-build-isolation"]
+            call([*pip, *locked, "-r", ROOT / "requirements" / f"{name}.txt"], 900)
         torch = next(self.wheels.glob("torch-*.whl"))
         self.torch_build = torch.name.split("-")[1].partition("+")[2]
         (self.folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")

@@ -74,7 +74,7 @@ def test_apptainer_definition_does_what_the_dockerfile_does() -> None:
     ours = post_script("${TORCH_INDEX}").splitlines()
     shared = r"/opt/agq/bin/pip |find |rm -rf /opt|python3 -m venv"
     wanted = [line for line in theirs if re.match(shared, line)]
-    assert len(wanted) == 7
+    assert len(wanted) == 10
     assert [line for line in ours if re.match(shared, line)] == wanted
 
     def packages(lines: list[str]) -> set[str]:
