@@ -24,6 +24,7 @@ from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.credentials import hidden, hide_address
 from agq.errors import InputError, machine_fault
 from agq.paths import require_utf8
+from agq.reading import read_json
 
 FORMAT = 1
 _LOCK = ".lock"
@@ -32,6 +33,7 @@ KEPT = (_LOCK, f"{_LOCK}.owner", "imported", "slurm")
 lock, image files made into zarr, and what a submission has prepared."""
 _URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
 _ADDRESS = re.compile(r"\w[\w+.-]*://.*", re.DOTALL)
+_LEADS = {"coordinator": "predict", "stitch": "stitch"}
 _PACKAGES = ("numpy", "zarr", "daisy", "dask", "pymongo")
 _PORTABLE = ("config", "identity")
 
@@ -69,6 +71,14 @@ class RunFolder:
     def record_path(self) -> Path:
         """The file that records what was run, with what, and how it ended."""
         return self.path / "run.json"
+
+    def submitted(self) -> dict[str, int]:
+        """Return the number of the last batch job that was submitted for each stage."""
+        try:
+            jobs = read_json(self.path / "slurm" / "jobs.json")["jobs"]
+            return {_LEADS[job["role"]]: int(job["id"]) for job in jobs if job["role"] in _LEADS}
+        except (InputError, OSError, ValueError, TypeError, KeyError):
+            return {}
 
     def exists(self) -> bool:
         """Tell whether the folder holds a run."""

@@ -47,6 +47,6 @@ class StageProgress(Protocol):
         """Return the record of a block that has ended."""
         ...
 
-    def running(self) -> Iterable[int]:
-        """Return the blocks begun and not ended."""
+    def running(self, now: float) -> Iterable[int]:
+        """Return the blocks begun and not ended, of workers that are not silent."""
         ...

@@ -162,7 +162,7 @@ class Journal:
         return {
             **self.counts(),
             **totals,
-            "running": len(self.running()),
+            "running": len(self.running(now)),
             "duplicates": len(self.duplicates),
             "conflicts": len(self.conflicts),
             "session": {"blocks": session[0], "voxels": session[1]},
@@ -265,10 +265,15 @@ class Journal:
 
     # Workers
 
-    def running(self) -> dict[int, tuple[str, int, float]]:
-        """Blocks begun and not ended: token, attempt and begin time of the latest attempt."""
+    def running(self, now: float | None = None) -> dict[int, tuple[str, int, float]]:
+        """Blocks begun and not ended: token, attempt and begin time of the latest attempt.
+
+        At a time, what a silent worker had in hand (`WorkerState.is_silent`) is not worked on.
+        """
         latest: dict[int, tuple[str, int, float]] = {}
         for token, worker in self.workers.items():
+            if now is not None and worker.is_silent(now):
+                continue
             for block, (attempt, begun) in worker.current.items():
                 if block not in latest or latest[block][2] < begun:
                     latest[block] = (token, attempt, begun)

@@ -4,7 +4,7 @@ import errno
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,6 +18,10 @@ from agq.blockwise.journal.records import (
 )
 from agq.errors import InputError
 from agq.reading import open_file
+
+SILENT_S: Final = 120.0
+"""A worker that wrote nothing for so many seconds, or five times as long as its blocks take, is
+taken for dead. (One that lives writes every 30 s.)"""
 
 _POLL_BYTES = 8 << 20
 LONGEST_LINE = 16 << 20
@@ -193,6 +197,11 @@ class WorkerState:
         require_time(self.last)
         for block in (*self.current, *self.left):
             require_block(block)
+
+    def is_silent(self, now: float) -> bool:
+        """Tell whether it has not ended, but gave no sign of life for longer than a block takes."""
+        usual = (self.last - self.info.started) / self.done if self.done else 0.0
+        return self.exit is None and now - self.last > max(SILENT_S, 5 * usual)
 
 
 def worker_of(event: Event) -> WorkerInfo:

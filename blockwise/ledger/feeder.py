@@ -196,6 +196,8 @@ class LedgerFeeder:
             more |= stage.deliver()
         self._heard |= more
         for stage in self._stages:
+            if not more:
+                stage.give_back(over=final)
             stage.send_totals(self._since.get(stage.name), at_once=final and not more)
         return more
 

@@ -51,10 +51,17 @@ class LedgerStage:
         self.workers = {d["token"]: _worker(d) for d in documents if "last" in d}
 
     def progress(self, since: float | None, now: float) -> Document:
-        """Return the totals; a minute that has passed since then is one without blocks."""
-        if now - self._totals.get("updated", 0.0) > RECENT_S:
-            return self._totals | {"recent": {"seconds": RECENT_S, "blocks": 0, "voxels": 0}}
-        return self._totals
+        """Return the totals as they are now.
+
+        A minute that has passed since they were sent is one without blocks, and where all workers
+        are silent or have ended, nobody works on one.
+        """
+        totals = self._totals
+        if now - totals.get("updated", 0.0) > RECENT_S:
+            totals = totals | {"recent": {"seconds": RECENT_S, "blocks": 0, "voxels": 0}}
+        if not any(w.exit is None and not w.is_silent(now) for w in self.workers.values()):
+            totals = totals | {"running": 0}
+        return totals
 
     def failed(self, limit: int | None = None) -> list[BlockRecord]:
         """Return the records of the first failed blocks."""
@@ -72,9 +79,10 @@ class LedgerStage:
             return None
         return self._record(document)
 
-    def running(self) -> list[int]:
-        """Return the blocks begun and not ended."""
-        return [block for worker in self.workers.values() for block in worker.current]
+    def running(self, now: float) -> list[int]:
+        """Return the blocks begun and not ended, of workers that are not silent."""
+        alive = [worker for worker in self.workers.values() if not worker.is_silent(now)]
+        return [block for worker in alive for block in worker.current]
 
     @property
     def rows(self) -> "npt.NDArray[Any]":

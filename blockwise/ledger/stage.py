@@ -20,6 +20,7 @@ from agq.blockwise.ledger.updates import (
     Document,
     begin_update,
     block_update,
+    give_back_update,
     worker_update,
 )
 
@@ -77,6 +78,8 @@ class StageFeed:
         ended = {f for f in self._journal.tail.ended if delivered.get(f) == read.get(f)}
         self._tail = JournalTail(self.folder, delivered, ended)
         self._batch: list[Event] = []
+        # When a worker was heard of last whose blocks have been given back.
+        self._given_back: dict[str, float] = {}
         self._totals_key: tuple[int, int] | None = None
         self._totals_time = 0.0
         self.sent = delivered
@@ -152,6 +155,27 @@ class StageFeed:
             for file, token in files.items()
         ]
         self.refused += self._ledger.write("workers", updates)
+
+    def give_back(self, *, over: bool = False) -> None:
+        """Mark blocks as queued that a worker had in hand when it ended or fell silent.
+
+        Parameters
+        ----------
+        over : bool
+            Nobody works on the stage any more: so do those of all other workers.
+        """
+        now = time.time()
+        updates = []
+        for token, worker in self._journal.workers.items():
+            ended = over or worker.exit is not None or worker.is_silent(now)
+            if ended and self._given_back.get(token) != worker.last:
+                updates += [
+                    give_back_update(self._run, self.name, block, token)
+                    for block in (*worker.left, *worker.current)
+                ]
+                self._given_back[token] = worker.last
+        for start in range(0, len(updates), _BULK):
+            self._ledger.write("blocks", updates[start : start + _BULK])
 
     def send_totals(self, since: float | None, *, at_once: bool = False) -> None:
         """Send the totals of the stage if they have changed; at most now and then, or at once.

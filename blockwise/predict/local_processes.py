@@ -64,7 +64,10 @@ class Terminated(SystemExit):
 
     def __init__(self, signum: int, status: int | None = None, why: str | None = None) -> None:
         super().__init__(128 + signum if status is None else status)
-        self._why = why or f"told to end ({signal.Signals(signum).name})"
+        name = signal.Signals(signum).name
+        self._why = why or f"told to end ({name})"
+        if why is None and "SLURM_JOB_ID" in os.environ:
+            self._why = f"its batch job was pre-empted, requeued or cancelled ({name})"
 
     def __str__(self) -> str:
         return self._why

@@ -318,6 +318,10 @@ def attach(
         with Live(console=out, auto_refresh=False) as view:
             # A queue that is not known now may still hold jobs.
             while (status := monitor.poll()).queue or status.queue_error:
+                if status.state == "stopped" and all(
+                    q.state == "PENDING" for q in status.queue or ()
+                ):
+                    break  # what waits can never start
                 view.update(render(status), refresh=True)
                 time.sleep(interval)
             if status.queue is None:
@@ -325,7 +329,7 @@ def attach(
             view.update(render(monitor.poll()), refresh=True)
     except KeyboardInterrupt:
         return
-    if status.state not in ("done", "running"):
+    if status.state != "done":
         raise typer.Exit(1)
 
 

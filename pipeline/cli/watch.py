@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -156,16 +156,19 @@ def show_all(as_json: bool) -> None:
 
 def prometheus(status: "RunStatus") -> str:
     """Write the state of a run in Prometheus' text format."""
+    from agq.pipeline.status.run_status import RunState
+
     lines: list[str] = []
+    whose = {"run": status.name, "id": status.id, "user": status.user or ""}
 
     def metric(name: str, text: str, values: Iterable[tuple[dict[str, str], float | None]]) -> None:
-        lines.append(f"# HELP agq_{name} {text}")
-        lines.append(f"# TYPE agq_{name} gauge")
-        for labels, value in values:
-            if value is not None:
-                given = {"run": status.name, **labels}
-                inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in given.items())
-                lines.append(f"agq_{name}{{{inner}}} {float(value)!r}")
+        samples = [(labels, value) for labels, value in values if value is not None]
+        if samples:
+            lines.append(f"# HELP agq_{name} {text}")
+            lines.append(f"# TYPE agq_{name} gauge")
+        for labels, value in samples:
+            inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in (whose | labels).items())
+            lines.append(f"agq_{name}{{{inner}}} {float(value)!r}")
 
     def stages(name: str, text: str, value: "Callable[[StageStatus], float | None]") -> None:
         metric(name, text, [({"stage": s.name}, value(s)) for s in status.stages])
@@ -177,8 +180,10 @@ def prometheus(status: "RunStatus") -> str:
         metric(name, text, [({"stage": s.name, "state": x}, value(s, x)) for s, x in pairs])
 
     metric("run_running", "1 while a coordinator lives.", [({}, status.state == "running")])
+    words = get_args(RunState)
+    metric("run_state", "1 for the state.", [({"state": w}, w == status.state) for w in words])
     by_state("blocks", "Blocks by state.", ("done", "skipped", "failed", "running"), getattr)
-    stages("blocks_total", "Blocks of the stage.", lambda s: s.blocks_total or None)
+    stages("stage_blocks", "Blocks of the stage.", lambda s: s.blocks_total or None)
     stages("voxels_done", "Voxels of the done blocks.", lambda s: s.voxels)
     stages("voxels_per_second", "Over the last minute.", lambda s: s.voxels_per_s_now)
     stages("eta_seconds", "Time left at the present rate.", lambda s: s.eta_s)
@@ -188,7 +193,7 @@ def prometheus(status: "RunStatus") -> str:
         ("running", "silent"),
         lambda s, state: sum(worker.state == state for worker in s.workers),
     )
-    metric("updated_seconds", "When this was true.", [({}, status.updated)])
+    metric("updated_timestamp_seconds", "When this was true, as Unix time.", [({}, status.updated)])
     return "\n".join(lines) + "\n"
 
 

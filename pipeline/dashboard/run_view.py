@@ -229,7 +229,7 @@ class RunView:
 
     def _running(self) -> npt.NDArray[np.int64]:
         running = self._status is not None and self._status.state == "running"
-        blocks = self._progress.running() if running and self._progress else []
+        blocks = self._progress.running(time.time()) if running and self._progress else []
         return np.fromiter(blocks, np.int64)
 
     def _codes(self) -> npt.NDArray[np.uint8]:

@@ -144,6 +144,28 @@ def feeder_of(run: RunFolder, ledger: Ledger, *, full: bool = False) -> LedgerFe
     return feeder
 
 
+def record_stop(
+    run: RunFolder, stage: str, why: str, since: float, ledger: LedgerSettings | None = None
+) -> None:
+    """Record why a stage has not begun, if nothing was recorded of it since a time.
+
+    Raises
+    ------
+    InputError
+        If another process works on the run, or its record cannot be read or written.
+    """
+    with run.lock():
+        if (run.record()["stages"].get(stage, {}).get("finished") or 0.0) >= since:
+            return
+        run.update_stage(stage, state="stopped", error=why, finished=time.time())
+    database = connect(ledger or LedgerSettings())
+    if database is not None:
+        feeder = feeder_of(run, database)
+        feeder.start()
+        feeder.stop()
+        database.close()
+
+
 @contextmanager
 def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
     ledger = connect(prepared.config.ledger or LedgerSettings())

@@ -23,10 +23,10 @@ from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
 from agq.blockwise.storage.logs import cap_output
 from agq.credentials import log_to_stderr
 from agq.errors import InputError, RunGoneError, RunStoppedError, machine_fault
-from agq.pipeline.folder import RunLockedError
+from agq.pipeline.folder import RunFolder, RunLockedError
 from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare
-from agq.pipeline.run.session import open_session
+from agq.pipeline.run.session import open_session, record_stop
 from agq.pipeline.slurm import client
 from agq.pipeline.slurm.jobs import changing, live, load, load_config, section_of, submit_workers
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
@@ -125,6 +125,14 @@ def wait_for_storage(run_dir: Path, wait_s: float, why: OSError) -> None:
             return
 
 
+def record_end(run_dir: Path, stage: str, why: str, since: float) -> None:
+    """Record that a stage ended before it began; nobody else would say why."""
+    try:
+        record_stop(RunFolder(run_dir), stage, why, since, load_config(run_dir).ledger)
+    except (InputError, OSError) as error:
+        _logger.warning("not recorded in run.json: %s", error)
+
+
 def _requeue_before_limit(signum: int, _frame: Any) -> None:
     raise Terminated(signum, EXIT_REQUEUE, "requeued before the time limit of its job")
 
@@ -166,7 +174,7 @@ def main(arguments: list[str]) -> int:
     """Predict; see the module."""
     log_to_stderr()
     cap_output()
-    run_dir = Path(arguments[0])
+    run_dir, begun = Path(arguments[0]), time.time()
     signal.signal(signal.SIGUSR1, _requeue_before_limit)
     try:
         return _predict(run_dir)
@@ -185,7 +193,9 @@ def main(arguments: list[str]) -> int:
         line = str(error) if known else machine_fault(error) if isinstance(error, OSError) else None
         if line is None:
             raise
-        _logger.error("%s", " ".join(line.split()))
+        line = " ".join(line.split())
+        _logger.error("%s", line)
+        record_end(run_dir, "predict", line, begun)
         return 1
 
 

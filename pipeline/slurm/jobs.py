@@ -5,7 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.errors import InputError
 from agq.owners import stranger
-from agq.pipeline.folder import RunFolder
+from agq.pipeline.folder import RunFolder, RunLockedError
 from agq.pipeline.slurm import client
 from agq.pipeline.slurm.scripts import (
     Script,
@@ -366,6 +366,7 @@ def submit_all(
         before = jobs.model_copy(deep=True)
         session = Session.load(run_dir) if "predict" in stages else None
         closed = session is not None and session.state == "closed"
+        said = _mark_waiting(run_dir, stages)
         try:
             jobs.cancelled = False
             jobs.workers = jobs.workers if wanted is None else wanted
@@ -379,6 +380,7 @@ def submit_all(
                 behind = number if step.role == "coordinator" else behind
         except BaseException as error:
             _take_back(run_dir, before, jobs.jobs[len(before.jobs) :], error)
+            _unmark(run_dir, said)
             if closed:
                 Session(id="", state="closed").save(run_dir)
             raise
@@ -413,7 +415,7 @@ class Step:
     count, array
         Number of jobs, and the option of sbatch for it; None for a single job.
     after
-        Kind of the dependency on the coordinator: ``after`` its start, or ``afterok``.
+        Kind of the dependency on the coordinator: ``after`` its start, or ``afterany``.
     """
 
     role: Role
@@ -430,8 +432,31 @@ def steps(section: "SlurmSettings", stages: Sequence[Stage], workers: int) -> li
         if workers > 0:
             chosen.append(Step("workers", workers, array(workers, section.limit), "after"))
     if "stitch" in stages:
-        chosen.append(Step("stitch", after="afterok"))
+        chosen.append(Step("stitch", after="afterany"))
     return chosen
+
+
+def _mark_waiting(run_dir: Path, stages: Sequence[Stage]) -> dict[str, Any] | None:
+    """Record that stages are to be done: what an earlier job said of them counts no more.
+
+    Return what the record said of all stages; None if a prediction in the queue owns it. (That a
+    stitch waits for that one is said by `Jobs`.)
+    """
+    run = RunFolder(run_dir)
+    with suppress(RunLockedError), run.lock():
+        said: dict[str, Any] = run.record()["stages"]
+        for stage in stages:
+            run.update_stage(stage, state="waiting", finished=None, error=None)
+        return said
+    return None
+
+
+def _unmark(run_dir: Path, said: dict[str, Any] | None) -> None:
+    """Restore what the record said before a submission that failed."""
+    run = RunFolder(run_dir)
+    if said is not None:
+        with suppress(RunLockedError), run.lock():
+            run.update(stages=said)
 
 
 def submit_workers(

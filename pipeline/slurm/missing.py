@@ -106,8 +106,12 @@ def of_run(
     if not left and config.input.mask is not None:
         left = blocks_left(prepare(config, workers_here=False, trust=trust).as_begun())
     predict = "predict" in stages and not prediction_is_done(prepared, left)
-    # Without its coordinator, a stitch that waits for one never starts.
-    waits = [e for e in entries["stitch"] if e.reason.startswith("Dependency")]
+    # Without its coordinator, a stitch that waits for one never starts, or finds blocks missing.
+    waits = [
+        entry
+        for entry in entries["stitch"]
+        if entry.reason.startswith("Dependency") or (predict and entry.state == "PENDING")
+    ]
     if predict and (works := [e for e in entries["stitch"] if e not in waits]):
         raise InputError(
             f"{left} blocks of {prepared.run.path} are left, and its stitch is in the queue (job "

@@ -194,7 +194,7 @@ def submit_arguments(
 ) -> list[str | Path]:
     """Return sbatch's arguments for a script, named as in `Script`, of a run folder.
 
-    `array` are tasks, such as ``0-7%4``, and `after` a dependency, such as ``afterok:17``.
+    `array` are tasks, such as ``0-7%4``, and `after` a dependency, such as ``afterany:17``.
     """
     arguments: list[str | Path] = [f"--chdir={log_folder(run_dir)}"]
     if array is not None:

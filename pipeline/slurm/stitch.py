@@ -22,7 +22,7 @@ from agq.pipeline.folder import RunLockedError
 from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare_stitch
 from agq.pipeline.run.session import Session, open_session
-from agq.pipeline.slurm.coordinator import wait_for_storage
+from agq.pipeline.slurm.coordinator import record_end, wait_for_storage
 from agq.pipeline.slurm.jobs import load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE
 
@@ -85,13 +85,16 @@ def main(arguments: list[str]) -> int:
     log_to_stderr()
     cap_output()
     signal.signal(signal.SIGUSR1, _requeue_before_limit)
+    run_dir, begun = Path(arguments[0]), time.time()
     try:
-        _stitch(Path(arguments[0]))
+        _stitch(run_dir)
     except (InputError, RunStoppedError, OSError) as error:
         line = machine_fault(error) if isinstance(error, OSError) else str(error)
         if line is None:
             raise
-        _logger.error("%s", " ".join(line.split()))
+        line = " ".join(line.split())
+        _logger.error("%s", line)
+        record_end(run_dir, "stitch", line, begun)
         return 1
     return 0
 

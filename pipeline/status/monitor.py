@@ -15,6 +15,7 @@ from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 from agq.pipeline.status.stages import (
+    Batch,
     Record,
     coordinator_alive,
     run_state_of,
@@ -88,7 +89,7 @@ def watch(
     with Live(render(status), console=console or Console(), auto_refresh=False) as live:
         # Twice: between two stages, and seen from another machine, nothing runs for a moment.
         while over < 2:
-            over = 0 if status.state in ("new", "running") else over + 1
+            over = 0 if status.state in ("new", "waiting", "running") else over + 1
             live.update(render(status), refresh=True)
             if over < 2:
                 time.sleep(interval_s)
@@ -129,6 +130,7 @@ class Monitor:
         self._documents: dict[tuple[str, str], LedgerStage] = {}
         self._progress: dict[str, StageProgress] = {}
         self._ended: dict[str, tuple[Record, StageStatus]] = {}
+        self._batch = Batch()
 
     def poll(self) -> RunStatus:
         """Return the present state.
@@ -138,13 +140,18 @@ class Monitor:
         InputError
             If the folder holds no run and the ledger does not know it either.
         """
-        status = self._poll()
-        if self._queue is None or self._ledger_id or not (self._run.path / "slurm").is_dir():
-            return status
-        try:
-            return status.model_copy(update={"queue": self._queue(self._run.path)})
-        except InputError as error:
-            return status.model_copy(update={"queue_error": str(error)})
+        queue, unknown = None, None
+        self._batch = Batch()
+        if self._ledger_id is None and (self._run.path / "slurm").is_dir():
+            try:
+                queue = None if self._queue is None else self._queue(self._run.path)
+            except InputError as error:
+                unknown = str(error)
+            if queue is not None or (
+                self._run.exists() and self._run.has_own_id(self._run.record())
+            ):
+                self._batch = Batch(self._run.submitted(), queue)
+        return self._poll().model_copy(update={"queue": queue, "queue_error": unknown})
 
     def progress(self, stage: str) -> StageProgress | None:
         """Return the progress of a stage as last polled; None for a stage without a journal."""
@@ -185,13 +192,13 @@ class Monitor:
 
     def _from_journal(self, record: Record, note: str | None) -> RunStatus:
         begun = [s for s in _JOURNALS if next(self._run.journal(s).glob("*.jsonl"), None)]
-        entries = stage_entries(record, begun)
+        alive = coordinator_alive(self._run.path)
+        entries = stage_entries(record, begun, self._batch, alive)
         self._progress = {
             stage: self.journal(stage)
             for stage in _JOURNALS
             if stage in begun and not self._is_over(stage, entries[stage])
         }
-        alive = coordinator_alive(self._run.path)
         status = self._status(record, self._run.path, entries, "journal", note, alive)
         for stage in status.stages:
             name, entry = stage.name, entries[stage.name]
@@ -247,8 +254,8 @@ class Monitor:
         self._progress = {
             name: self._documents_of(document["_id"], name, sums) for name, sums in totals.items()
         }
-        entries = stage_entries(record, totals)
         alive = None if here is None else coordinator_alive(self._run.path)
+        entries = stage_entries(record, totals, self._batch, alive)
         status = self._status(record, path, entries, "ledger", None, alive)
         times = [
             document.get("updated", 0.0),
@@ -294,6 +301,9 @@ class Monitor:
             else stage_status(name, entry, self._progress.get(name), state, path, now)
             for name, entry in entries.items()
         ]
+        times = [entry.get(name) for entry in entries.values() for name in ("started", "finished")]
+        for progress in self._progress.values():
+            times += [worker.last for worker in progress.workers.values()]
         return RunStatus(
             id=str(record.get("id", "")),
             name=str(record.get("name", path.name)),
@@ -304,4 +314,12 @@ class Monitor:
             created=record.get("created"),
             updated=now,
             stages=tuple(stages),
+            user=_user(record),
+            heard=max(filter(None, times), default=None),
         )
+
+
+def _user(record: Record) -> str | None:
+    """Return who gave the last command, as the record of a run or a document of the ledger says."""
+    commands = record.get("commands") or [record]
+    return commands[-1].get("user")

@@ -10,7 +10,7 @@ from agq.tables import Tabled
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-RunState = Literal["new", "running", "stopped", "failed", "done"]
+RunState = Literal["new", "waiting", "running", "stopped", "failed", "done"]
 
 
 class _Model(BaseModel):
@@ -148,7 +148,9 @@ class RunStatus(_Model, Tabled):
     name: str
     run_dir: str
     state: RunState
-    """Running while a coordinator lives; stopped if it ended in the middle of a stage."""
+    """Running while a coordinator lives; stopped if it ended in the middle of a stage, or if the
+    batch job of a stage has gone without doing it. Waiting: stages are done, and the next one was
+    submitted and has not begun. New: none has begun."""
     source: Literal["ledger", "journal"]
     """Where the numbers are from."""
     note: str | None = None
@@ -164,6 +166,11 @@ class RunStatus(_Model, Tabled):
     `queue_error` is set."""
     queue_error: str | None = None
     """Why its batch jobs are not known now."""
+    user: str | None = None
+    """Who gave the last command on it."""
+    heard: float | None = None
+    """When it was heard of last, by a line of its journals or in the ledger, seconds since the
+    epoch."""
 
     def table(self) -> "RenderableType":
         """Return the status for a rich console."""

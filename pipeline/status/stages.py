@@ -1,7 +1,8 @@
 """The parts of a run's status: stages and workers, from journal or ledger."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -9,13 +10,22 @@ from agq.blockwise.journal.progress import StageProgress
 from agq.blockwise.journal.tail import WorkerState
 from agq.blockwise.storage import locks
 from agq.pipeline.status.failures import MAX_FAILURES, failure_groups, failure_of
-from agq.pipeline.status.run_status import RunState, StageStatus, WorkerStatus
+from agq.pipeline.status.run_status import QueueStatus, RunState, StageStatus, WorkerStatus
 
 Record = dict[str, Any]
 
 _ORDER: Final = ("predict", "stitch", "relabel", "pyramid", "evaluate")
 _PARTS: Final = ("relabel", "pyramid")
-_SILENT_S: Final = 120.0
+_LEADERS: Final = {"predict": "coordinator", "stitch": "stitch"}
+# Reasons of jobs that wait which no time heals.
+_NEVER: Final = frozenset(
+    {
+        *("DependencyNeverSatisfied", "BadConstraints", "PartitionConfig", "PartitionTimeLimit"),
+        *("PartitionNodeLimit", "InvalidAccount", "InvalidQOS", "AccountNotAllowed"),
+        *("QOSNotAllowed", "job_requeued_in_held_state", "launch_failed_requeued_held"),
+        *("JobHeldAdmin", "JobHeldUser"),
+    }
+)
 _MAX_WORKERS: Final = 200
 _MIN_DONE: Final = 3
 _MIN_WORKERS: Final = 3
@@ -26,8 +36,57 @@ def coordinator_alive(run_dir: Path) -> bool | None:
     return locks.is_held(run_dir / ".lock")
 
 
-def stage_entries(record: Record, begun: Iterable[str]) -> dict[str, Record]:
-    """Return what the coordinator says of each stage, in the order of work.
+@dataclass(frozen=True)
+class Batch:
+    """The batch jobs of a run, as far as they are known.
+
+    Attributes
+    ----------
+    jobs
+        The last job of each stage that was submitted.
+    queue
+        What of the run is in the queue; None: not known.
+    """
+
+    jobs: Mapping[str, int] = field(default_factory=dict)
+    queue: Iterable[QueueStatus] | None = None
+
+    def entry(self, stage: str, said: Record, alive: bool | None) -> Record:
+        """Return what a stage's entry means, given what it says and whether its process lives.
+
+        What waits in the queue goes on by itself, whatever ended it before; what has no job there
+        does not.
+        """
+        job = self.jobs.get(stage)
+        if job is None:
+            return said
+        state = said.get("state", "waiting")
+        said = said | {"state": state}
+        if alive or self.queue is None or state in ("done", "failed"):
+            return said
+        leads = [q for q in self.queue if q.role == _LEADERS[stage]]
+        never = [q.reason for q in leads if q.reason in _NEVER]
+        if leads and not never:
+            works = state == "running" and any(q.state != "PENDING" for q in leads)
+            return said if works and alive is None else said | {"state": "waiting"}
+        if state == "stopped" and said.get("error"):
+            return said
+        why = (
+            f"job {job} is not in the queue any more: cancelled, or ended without a word; agq logs "
+            "shows what it said, agq resume goes on"
+        )
+        if never:
+            why = (
+                f"job {job} waits in the queue and can never start ({never[0]}); agq cancel "
+                "removes it, agq resume goes on"
+            )
+        return said | {"state": "stopped", "error": said.get("error") or why}
+
+
+def stage_entries(
+    record: Record, begun: Iterable[str], batch: Batch | None = None, alive: bool | None = None
+) -> dict[str, Record]:
+    """Return what is so of each stage, in the order of work.
 
     Parameters
     ----------
@@ -35,11 +94,17 @@ def stage_entries(record: Record, begun: Iterable[str]) -> dict[str, Record]:
         Record of the run, or its document in the ledger.
     begun
         Stages of which blocks have been begun.
+    batch
+        Batch jobs of the run.
+    alive
+        Whether the process that works on it lives; None: not known.
     """
-    begun = set(begun)
+    begun, batch = set(begun), batch or Batch()
     told = {
         name: dict(entry) for name, entry in record.get("stages", {}).items() if "state" in entry
     }
+    for name in {*told, *batch.jobs} & _LEADERS.keys():
+        told[name] = batch.entry(name, told.get(name, {}), alive)
     names = {*told, *begun, *(_PARTS if "stitch" in told else ())}
     known = [*(n for n in _ORDER if n in names), *sorted(names.difference(_ORDER))]
     entries = {name: told.get(name, {}) for name in known}
@@ -56,6 +121,7 @@ def stage_entries(record: Record, begun: Iterable[str]) -> dict[str, Record]:
 
 def run_state_of(entries: Iterable[Record], alive: bool | None) -> RunState:
     """Return the state of a run from what its stages say and whether its coordinator lives."""
+    entries = list(entries)
     states = [entry.get("state") for entry in entries]
     if alive:
         return "running"
@@ -65,7 +131,10 @@ def run_state_of(entries: Iterable[Record], alive: bool | None) -> RunState:
         return "failed"
     if "stopped" in states:
         return "stopped"
-    return "done" if states and all(s == "done" for s in states) else "new"
+    if states and all(s == "done" for s in states):
+        return "done"
+    begun = "done" in states or any(entry.get("started") for entry in entries)
+    return "waiting" if begun else "new"
 
 
 def stage_status(
@@ -164,8 +233,7 @@ def _worker_state(
 ) -> Literal["running", "silent", "ended"]:
     if worker.exit is not None or run_state != "running":
         return "ended"
-    usual = (worker.last - worker.info.started) / worker.done if worker.done else 0.0
-    return "silent" if now - worker.last > max(_SILENT_S, 5 * usual) else "running"
+    return "silent" if worker.is_silent(now) else "running"
 
 
 def _with_stragglers(workers: list[WorkerStatus]) -> list[WorkerStatus]:

@@ -1,6 +1,7 @@
 """What clusters do to jobs. Each ends with all blocks done and the bytes of an undisturbed run."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from agq.blockwise.predict.spec import Session
 from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, wait_for
 from tests.helpers.fakes import HANG
-from tests.helpers.runs import agq, blobs, make_config
+from tests.helpers.runs import agq, blobs, make_config, results
 
 
 def check(run: ClusterRun, undisturbed: dict[str, bytes], seconds: float = 600.0) -> None:
@@ -281,3 +282,38 @@ def test_split_brain(quiet, tmp_path, undisturbed, note):
     note("slurmd of the coordinator's node: kill -9", "the second waits for the first", since)
     check(run, undisturbed)
     assert "another agq process works on" in log.read_text(), "there was no second coordinator"
+
+
+def test_a_stitch_that_never_begins(quiet, tmp_path, segmented, note):
+    """The run says so, and why, from the moment on; each time `agq resume` goes on."""
+    run = ClusterRun(tmp_path, delay_s=0.3)
+
+    def stopped(part: str) -> bool:
+        status = json.loads(run.agq("status", run.run_dir, "--json"))
+        states = {stage["name"]: stage["state"] for stage in status["stages"]}
+        error = next(s["error"] for s in status["stages"] if s["name"] == "stitch")
+        return (status["state"], states["stitch"]) == ("stopped", "stopped") and part in error
+
+    run.agq("submit", run.config)
+    run.wait_until_begun()
+    assert "waiting" in run.agq("status", run.run_dir)
+    since = time.monotonic()
+    quiet.command("scancel", str(run.jobs("coordinator")[0]))
+    wait_for(lambda: stopped("are missing"))
+    note("coordinator: scancel", "its stitch began and said which blocks are missing", since)
+    # Nobody comes for the workers any more.
+    quiet.command("scancel", str(run.jobs("workers")[0]))
+    wait_for(lambda: not run.queue())
+    run.agq("attach", run.run_dir, "--interval", "1", code=1)
+
+    run.agq("resume", run.run_dir)
+    since = time.monotonic()
+    quiet.command("scancel", str(run.jobs("stitch")[-1]))
+    run.wait_until_done()
+    assert stopped("not in the queue any more")
+    assert "agq resume goes on" in run.agq("attach", run.run_dir, "--interval", "1", code=1)
+    note("stitch: scancel while it waits", "the run is stopped, `agq resume` stitches", since)
+
+    run.agq("resume", run.run_dir)
+    run.agq("attach", run.run_dir, "--interval", "1")
+    assert results(run.run_dir) == segmented

@@ -36,7 +36,7 @@ def test_all_stages_with_odd_names(quiet, tmp_path, segmented, monkeypatch):
     jobs = [dict(w.split("=", 1) for w in line.split() if "=" in w) for line in lines]
     jobs = [job for job in jobs if int(job["JobId"]) >= run.jobs("coordinator")[0]]
     assert {(job["Partition"], job["TimeLimit"]) for job in jobs} == {("gpu", "01:00:00")}
-    for option in ("--array=0-2", "--dependency=after:COORDINATOR", "afterok:COORDINATOR"):
+    for option in ("--array=0-2", "--dependency=after:COORDINATOR", "afterany:COORDINATOR"):
         assert option in shown
     for name in ("coordinator", "workers", "stitch"):
         assert (run.run_dir / "slurm" / f"{name}.sh").read_text() in shown

@@ -28,6 +28,35 @@ def worker(name: str, state: str) -> WorkerStatus:
     )
 
 
+def lint(text: str) -> None:
+    """Check what `promtool check metrics` does, for gauges."""
+    assert text.endswith("\n")
+    described: dict[str, set[str]] = {}
+    samples = set()
+    for line in text.splitlines():
+        words = line.split(" ", 3)
+        if line.startswith("# "):
+            kind, name, what = words[1], words[2], words[3]
+            assert kind not in described.setdefault(name, set()), line
+            described[name].add(kind)
+            assert what == "gauge" if kind == "TYPE" else what
+            assert re.fullmatch(r"agq_[a-z_]+", name), "no capitals, colons or figures"
+            assert not re.search(r"_(total|count|sum|bucket|info)$", name), "that is no gauge"
+            assert not {"gauge", "counter", "ms", "s", "kb", "minutes", "hours"} & {
+                *name.split("_")
+            }
+            last = name
+            continue
+        name, _, rest = line.partition("{")
+        assert name == last, "samples follow the lines about their metric"
+        labels = rest.rpartition("}")[0]
+        assert (name, labels) not in samples, "no sample twice"
+        samples.add((name, labels))
+        assert {"run", "id", "user"} <= set(re.findall(r'(\w+)="', labels))
+    assert all(kinds == {"HELP", "TYPE"} for kinds in described.values())
+    assert {name for name, _ in samples} == set(described)
+
+
 def test_metrics_are_prometheus_text():
     stage = StageStatus(
         name="predict",
@@ -39,7 +68,8 @@ def test_metrics_are_prometheus_text():
         workers=(worker("a", "running"), worker("b", "silent")),
     )
     status = RunStatus(
-        id="1",
+        id="1f",
+        user="me",
         name='a "b"\\c',
         run_dir="/r",
         state="running",
@@ -47,14 +77,19 @@ def test_metrics_are_prometheus_text():
         updated=1795374381.25,
         stages=(stage,),
     )
-    lines = prometheus(status).splitlines()
+    text = prometheus(status)
+    lint(text)
+    lines = text.splitlines()
     samples = [line for line in lines if not line.startswith("#")]
     for line in samples:
         assert re.fullmatch(r'agq_\w+\{(\w+="(\\.|[^"\\])*",?)+\} [-+.e\d]+', line), line
-    name = 'run="a \\"b\\"\\\\c"'
+    name = 'run="a \\"b\\"\\\\c",id="1f",user="me"'
     assert f'agq_blocks{{{name},stage="predict",state="done"}} 4.0' in samples
     assert f'agq_workers{{{name},stage="predict",state="silent"}} 1.0' in samples
-    assert f"agq_updated_seconds{{{name}}} 1795374381.25" in samples
+    assert f'agq_run_state{{{name},state="running"}} 1.0' in samples
+    assert f'agq_run_state{{{name},state="stopped"}} 0.0' in samples
+    assert f'agq_stage_blocks{{{name},stage="predict"}} 10.0' in samples
+    assert f"agq_updated_timestamp_seconds{{{name}}} 1795374381.25" in samples
     assert f'agq_voxels_done{{{name},stage="predict"}} 123456789.0' in samples
 
 
@@ -271,6 +306,7 @@ def test_sync_and_all_runs(tmp_path, mongo_uri, monkeypatch):
         with MongoClient(mongo_uri) as client:
             client[database].blocks.delete_many({"block": {"$lt": 20}})
     text = agq("metrics", run).stdout
-    assert 'agq_blocks{run="run",stage="predict",state="done"} 60.0' in text
+    who = f'run="run",id="{record["id"]}",user="{record["commands"][-1]["user"]}"'
+    assert f'agq_blocks{{{who},stage="predict",state="done"}} 60.0' in text
     with MongoClient(mongo_uri) as client:
         client.drop_database(database)

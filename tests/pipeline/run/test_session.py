@@ -51,6 +51,13 @@ def test_why_a_stage_stopped_is_said_until_it_is_done(prepared, error, said):
     assert (record["state"], record["error"]) == ("done", None)
 
 
+def test_a_job_that_slurm_ends_is_called_that(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    said = "its batch job was pre-empted, requeued or cancelled (SIGTERM)"
+    assert str(Terminated(signal.SIGTERM)) == said
+    assert str(Terminated(signal.SIGUSR1, 75, "requeued")) == "requeued"
+
+
 def test_the_report_outlives_a_command_that_had_nothing_to_do(prepared):
     with open_session(prepared, on_progress=None) as session:
         first = predict(session)

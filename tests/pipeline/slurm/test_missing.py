@@ -94,7 +94,7 @@ def submitted(tmp_path, slurm) -> Iterator[Path]:
     """The configuration of a run that has been submitted, all of it."""
     file = make_config(tmp_path, slurm={"workers": 3, "gpus": 0})
     commands.submit(file)
-    assert slurm.asked == ["coordinator 1", "workers 3 after:1", "stitch 1 afterok:1"]
+    assert slurm.asked == ["coordinator 1", "workers 3 after:1", "stitch 1 afterany:1"]
     slurm.asked.clear()
     return file
 
@@ -166,7 +166,7 @@ def test_workers_that_wait_for_a_coordinator_are_kept(submitted, slurm):
     slurm.drop("coordinator")
     slurm.set("stitch", "PENDING", "DependencyNeverSatisfied")
     asked = resume(run_dir, slurm, workers=5)
-    assert asked == ["coordinator 1", "workers 2 after:4", "stitch 1 afterok:4"]
+    assert asked == ["coordinator 1", "workers 2 after:4", "stitch 1 afterany:4"]
     assert slurm.roles() == ["workers", "coordinator", "workers", "stitch"]
     assert jobs.load(run_dir).workers == 5
 
@@ -178,7 +178,7 @@ def test_workers_that_have_read_the_end_are_replaced(submitted, slurm):
     slurm.drop("coordinator")
     slurm.drop("stitch")
     asked = resume(run_dir, slurm)
-    assert asked == ["coordinator 1", "workers 3 after:4", "stitch 1 afterok:4"]
+    assert asked == ["coordinator 1", "workers 3 after:4", "stitch 1 afterany:4"]
     assert slurm.roles() == ["coordinator", "workers", "stitch"]
     assert Session.load(run_dir) is None
 
@@ -187,11 +187,11 @@ def test_a_coordinator_alone_ends_a_prediction_without_blocks_left(submitted, sl
     run_dir = submitted.parent / "run"
     end_prediction(run_dir, state="stopped")
     slurm.jobs.clear()
-    assert resume(run_dir, slurm) == ["coordinator 1", "stitch 1 afterok:4"]
+    assert resume(run_dir, slurm) == ["coordinator 1", "stitch 1 afterany:4"]
     slurm.jobs.clear()
     slurm.asked.clear()
     commands.submit(submitted)
-    assert slurm.asked == ["coordinator 1", "stitch 1 afterok:6"]
+    assert slurm.asked == ["coordinator 1", "stitch 1 afterany:6"]
 
 
 def test_a_coordinator_in_the_queue_gets_what_it_lacks(submitted, slurm, capsys):
@@ -200,7 +200,7 @@ def test_a_coordinator_in_the_queue_gets_what_it_lacks(submitted, slurm, capsys)
     assert "coordinator: job 1 is in the queue (RUNNING)" in capsys.readouterr().out
     slurm.drop("stitch")
     assert resume(run_dir, slurm, stage="predict") == []
-    assert resume(run_dir, slurm) == ["stitch 1 afterok:1"]
+    assert resume(run_dir, slurm) == ["stitch 1 afterany:1"]
     assert resume(run_dir, slurm, workers=5) == ["workers 2 after:1"]
     slurm.drop("workers")
     assert resume(run_dir, slurm) == ["workers 5 after:1"]
@@ -237,7 +237,7 @@ def test_a_changed_mask_is_for_the_coordinator(submitted, slurm, monkeypatch):
     monkeypatch.setattr(missing, "mask_changed", lambda prepared: prepared.raw is not None)
     slurm.asked.clear()
     commands.submit(submitted)
-    assert slurm.asked == ["coordinator 1", "workers 3 after:4", "stitch 1 afterok:4"]
+    assert slurm.asked == ["coordinator 1", "workers 3 after:4", "stitch 1 afterany:4"]
 
 
 @pytest.mark.parametrize("refused", ["coordinator", "workers", "stitch"])
