@@ -122,7 +122,14 @@ class PairTable:
             Labels, any unsigned dtype, (z, y, x) or (y, x), same shape; 0 is background.
         values
             Non-negative integers of the same shape.
+
+        Raises
+        ------
+        ValueError
+            If the shapes differ.
         """
+        if not first.shape == second.shape == values.shape:
+            raise ValueError(f"planes of shapes {first.shape}, {second.shape}, {values.shape}")
         if first.ndim == 2:
             first, second, values = first[None], second[None], values[None]
         line, lines = 0, first.shape[0] * first.shape[1]

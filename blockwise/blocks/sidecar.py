@@ -29,8 +29,10 @@ import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
 
+from agq.blockwise.blocks.grid import LOCAL_BITS
 from agq.blockwise.blocks.label_pairs import MaskAgreement, PairTable
 from agq.errors import DamagedError, InputError, repairable
+from agq.reading import NotAFileError, parse_json, read_file
 
 if TYPE_CHECKING:
     from agq.blockwise.blocks.grid import BlockGrid
@@ -47,6 +49,28 @@ _SIDES = {
 }
 # What a frame cannot lack, by the first word of its name.
 _NEEDED = {"tables": _TABLES[:-1], "low": _SIDES["low"], "high": ("high_labels",)}
+# Types of the arrays, and on how many numbers of which other array each has one entry or row.
+_U4, _I8 = (np.dtype(np.uint32),), (np.dtype(np.int64),)
+_LABELS, _U1 = (np.dtype(np.uint16), np.dtype(np.uint32)), (np.dtype(np.uint8),)
+_FORMS: dict[str, tuple[tuple[np.dtype[Any], ...], str, int]] = {
+    "nodes": (_U4, "nodes", 1),
+    "sizes": (_I8, "nodes", 1),
+    "boxes": ((np.dtype(np.int32),), "nodes", 2),
+    "original_labels": ((np.dtype(np.uint64),), "nodes", 1),
+    "u": (_U4, "u", 1),
+    "v": (_U4, "u", 1),
+    "aff_sum": (_I8, "u", 1),
+    "count": (_I8, "u", 1),
+    "low_labels": (_LABELS, "low_labels", 2),
+    "low_affinity": (_U1, "low_labels", 2),
+    "high_labels": (_LABELS, "high_labels", 2),
+    "after_affinity": (_U1, "high_labels", 2),
+    "after_labels": (_LABELS, "after_labels", 2),
+    "before_labels": (_LABELS, "before_labels", 2),
+}
+# Bytes of a file, and of a frame when it is decoded.
+_MOST_BYTES = 2**30
+
 # An array that has another name in the file.
 _STORED = {"original_labels": "names"}
 _ATTRIBUTES = {stored: attribute for attribute, stored in _STORED.items()}
@@ -183,16 +207,20 @@ class SidecarFile:
             if data[:4] != _MAGIC:
                 raise ValueError("not a sidecar")
             (length,) = struct.unpack_from("<I", data, 4)
-            header: dict[str, Any] = json.loads(data[8 : 8 + length])
+            header: dict[str, Any] = parse_json(data[8 : 8 + length])
             version, self.number = int(header["version"]), int(header["number"])
             self.mask = str(header.get("mask", ""))
             frames = header["frames"] if version == FORMAT_VERSION else []
             offset, self._frames = 8 + length, {}
             for name, size, arrays in frames:
+                if type(size) is not int or size < 0:
+                    raise ValueError(f"frame {name} has {size} bytes")
                 arrays = [(_ATTRIBUTES.get(array, array), *form) for array, *form in arrays]
                 self._frames[name] = (offset, size, arrays)
                 offset += size
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (
+            *(ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error),
+        ) as error:
             raise _damaged(error) from None
         if version != FORMAT_VERSION:
             raise InputError(
@@ -217,19 +245,69 @@ class SidecarFile:
         """
         try:
             offset, size, described = self._frames[name]
-            raw = zstd.decompress(self._data[offset : offset + size]) if size else b""
-            arrays, at = {}, 0
-            for array, dtype, shape in described:
+            arrays: dict[str, NDArray] = {}
+            at = 0
+            wanted = [_form(*described_array) for described_array in described]
+            total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in wanted)
+            raw = _decompressed(self._data[offset : offset + size], total)
+            for array, dtype, shape in wanted:
                 count = math.prod(shape)
                 values = np.frombuffer(raw, dtype, count, at) if count else np.zeros(0, dtype)
                 arrays[array] = values.reshape(shape)
                 at += arrays[array].nbytes
             lacking = [a for a in _NEEDED.get(name.partition("_")[0], ()) if a not in arrays]
-            if lacking or at != len(raw):
-                raise ValueError(f"frame {name} lacks {lacking}, {at} of {len(raw)} bytes")
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            if lacking:
+                raise ValueError(f"frame {name} lacks {lacking}")
+            _require_forms(arrays)
+        except (
+            *(ValueError, LookupError, TypeError, RuntimeError, OverflowError, MemoryError),
+        ) as error:
             raise DamagedError(f"sidecar of block {self.number} is damaged ({error})") from None
         return arrays
+
+
+def _form(name: str, dtype: str, shape: list[int]) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
+    """Return what a header says of an array, if that is possible."""
+    types, _, ndim = _FORMS[name]
+    found = next((t for t in types if t.str == dtype), None)
+    if found is None or len(shape) != ndim or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{name} is {dtype} of shape {shape}")
+    return name, found, tuple(shape)
+
+
+def _decompressed(data: bytes, size: int) -> bytes:
+    """Decode a frame that has a number of bytes then: it may claim any."""
+    if size > _MOST_BYTES:
+        raise ValueError(f"a frame of {size} bytes, and {_MOST_BYTES} are the most")
+    if not data or not size:
+        if len(data) or size:
+            raise ValueError(f"a frame of {len(data)} bytes for {size}")
+        return b""
+    # zstd takes the length that a frame claims to have before it looks at its contents.
+    if _claimed(data) != size:
+        raise ValueError(f"a frame of other than {size} bytes")
+    return bytes(zstd.decompress(data))
+
+
+def _claimed(data: bytes) -> int:
+    """Return the length that the head of a zstd frame says it has when it is decoded (RFC 8878)."""
+    descriptor = data[4]
+    width = ((descriptor >> 5) & 1, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (not (descriptor >> 5) & 1) + (0, 1, 2, 4)[descriptor & 3]
+    return int.from_bytes(data[start : start + width], "little") + 256 * (width == 2)
+
+
+def _require_forms(arrays: Mapping[str, NDArray]) -> None:
+    """Check what compiled code relies on: lengths that belong together, labels in range."""
+    for name, array in arrays.items():
+        first = arrays[_FORMS[name][1]]
+        if array.shape[: first.ndim] != first.shape or (name == "boxes" and array.shape[1] != 6):
+            raise ValueError(f"{name} has shape {array.shape}")
+        if name in ("nodes", "u", "v") and array.max(initial=0) >= 2**LOCAL_BITS:
+            raise ValueError(f"{name} has the label {array.max()}")
+    nodes = arrays.get("nodes")
+    if nodes is not None and not (nodes[1:] > nodes[:-1]).all():
+        raise ValueError("its labels are not in order")
 
 
 def _damaged(error: object) -> DamagedError:
@@ -251,7 +329,7 @@ def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
     """
     path = sidecar_path(run_dir, number)
     try:
-        file = SidecarFile(path.read_bytes())
+        file = SidecarFile(read_file(path, most=_MOST_BYTES))
     except FileNotFoundError:
         if path.with_suffix(".npz").exists():
             raise InputError(
@@ -261,6 +339,8 @@ def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
         raise repairable(f"{path}: sidecar of block {number} is missing", run_dir) from None
     except DamagedError as error:
         raise repairable(f"{path}: {error}", run_dir) from None
+    except NotAFileError as error:
+        raise repairable(error, run_dir) from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     if file.number != number:

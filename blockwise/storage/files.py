@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from agq.errors import InputError, RunGoneError
+from agq.reading import open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -187,11 +188,11 @@ def file_checksum(path: PathLike) -> str:
 
     Raises
     ------
-    OSError
-        If it cannot be read.
+    OSError, NotAFileError
+        If it cannot be read, or is no file.
     """
     total = hashlib.blake2b(digest_size=8)
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         while piece := file.read(_PIECE):
             total.update(piece)
     return total.hexdigest()

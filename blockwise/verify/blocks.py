@@ -16,6 +16,7 @@ from agq.blockwise.storage.files import checksum, file_checksum
 from agq.blockwise.verify.report import Check, Kind, Problem
 from agq.blockwise.volumes.create import chunk_file, open_array, read_chunk
 from agq.errors import DamagedError, InputError
+from agq.reading import NotAFileError
 
 _KINDS: Mapping[str, Kind] = {
     "fragments": "fragments",
@@ -118,6 +119,8 @@ class BlockOutputs:
                 return file_checksum(file)
         except FileNotFoundError:
             raise DamagedError(f"{file}: file is missing") from None
+        except NotAFileError as error:
+            raise DamagedError(str(error)) from None
         array = self.arrays[name]
         return checksum(read_chunk(array, (*[0] * (array.ndim - 3), *self.grid.index(number))))
 

@@ -1,11 +1,16 @@
 """Sidecars: contents against a plain count, planes, and the file format."""
 
+import json
+import os
+import random
+import struct
 from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numcodecs import zstd
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import PairTable
@@ -15,6 +20,7 @@ from agq.blockwise.blocks.sidecar import (
     sidecar_path,
 )
 from agq.errors import InputError
+from tests.helpers.fuzz import attack, odd_bytes, odd_document, require_one_line
 from tests.helpers.sidecars import read_sidecar, sidecar_from
 
 GRID = BlockGrid(
@@ -183,3 +189,89 @@ def test_pair_table_grows_and_keeps_large_ids(seed, labels, ordered):
     }
     assert got == expected
     assert list(got) == sorted(got)
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    (length,) = struct.unpack_from("<I", data, 4)
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: object, frames: bytes) -> bytes:
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    return b"".join((b"AGQS", struct.pack("<I", len(text)), text, frames))
+
+
+@pytest.fixture(scope="module")
+def whole() -> bytes:
+    labels, affinities = block_arrays(GRID, 0)
+    return build_sidecar(
+        labels, affinities, GRID, 0, original_labels=np.arange(10, dtype=np.uint64)
+    ).to_bytes()
+
+
+def test_the_contents_are_as_they_were(whole):
+    assert sidecar_from(whole).to_bytes() == whole
+
+
+@pytest.mark.fuzz
+def test_damaged_sidecars(whole):
+    header, frames = header_of(whole)
+
+    def case(rng: random.Random) -> bytes:
+        if rng.random() < 0.6:
+            return with_header(odd_document(rng, header), frames)
+        return odd_bytes(rng, whole)
+
+    def look(data: bytes) -> None:
+        sidecar = sidecar_from(data)
+        n, m = len(sidecar.nodes), len(sidecar.u)
+        assert sidecar.boxes.shape == (n, 6)
+        assert len(sidecar.sizes) == n
+        assert len(sidecar.v) == len(sidecar.count) == len(sidecar.aff_sum) == m
+        for planes in sidecar.planes:
+            assert planes.low_labels.shape == planes.low_affinity.shape
+        assert 0 <= sidecar.number < 2**63
+
+    assert attack(look, case, 300)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *(["nodes", "<u4", [10**12]], ["nodes", "<u4", [-1]], ["nodes", "<u4", [2**70]]),
+        *(["nodes", "<f8", [4]], ["nodes", "V1000000000", [1]], ["nodes", "|O", [4]]),
+        *(["nodes", "<u4", 4], ["nodes", "<u4", [True]], ["other", "<u4", [4]], [], 3),
+    ],
+    ids=str,
+)
+def test_arrays_that_no_sidecar_has(whole, form):
+    header, frames = header_of(whole)
+    header["frames"][0][2][0] = form
+    assert "damaged" in require_one_line(lambda: sidecar_from(with_header(header, frames)))
+
+
+def test_a_frame_that_claims_to_hold_much_more(whole):
+    header, frames = header_of(whole)
+    bomb = zstd.compress(bytes(2**28), 1)
+    assert len(bomb) < 2**16
+    header["frames"][0][1] = len(bomb)
+    rest = frames[header_of(whole)[0]["frames"][0][1] :]
+    assert "damaged" in require_one_line(lambda: sidecar_from(with_header(header, bomb + rest)))
+
+
+@pytest.mark.parametrize("levels", [80, 200_000])
+def test_a_header_that_is_too_deep(whole, levels):
+    text = b"[" * levels + b"]" * levels
+    data = b"".join((b"AGQS", struct.pack("<I", len(text)), text))
+    assert "levels" in require_one_line(lambda: sidecar_from(data))
+
+
+def test_what_is_no_sidecar_file(tmp_path):
+    path = sidecar_path(tmp_path, 3)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert "FIFO" in require_one_line(lambda: open_sidecar(tmp_path, 3))
+    path.unlink()
+    path.touch()
+    os.truncate(path, 2**40)
+    assert "bytes" in require_one_line(lambda: open_sidecar(tmp_path, 3))
