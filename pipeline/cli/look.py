@@ -11,7 +11,7 @@ import typer
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 from agq.owners import stranger
-from agq.pipeline.cli.arguments import Target, parse_triple
+from agq.pipeline.cli.arguments import Target, parse_triple, watched
 from agq.pipeline.config.recorded import read_target
 
 DEFAULT_RUNS = Path("runs")
@@ -172,6 +172,11 @@ def _sources(
         return [], target or DEFAULT_RUNS, connect(settings)
     if target is None:
         raise InputError("name a run folder or a configuration, or use --all")
+    if not target.exists():
+        # A run of another machine, by its folder there or its id.
+        if settings.resolve() is None:
+            return [watched(target)[0]], None, None
+        return [target], None, connect(settings.model_copy(update={"required": True}))
     config = read_target(target)
     run_dir = Path(config.run_dir)
     if (run_dir / "run.json").is_file():

@@ -151,7 +151,10 @@ class Runs:
             return []
         try:
             fields = ("name", "run_dir", "created", "stages", "host", "user")
-            wanted = {"run_dir": {"$in": [str(f) for f in self._folders]}} if self._folders else {}
+            wanted: dict[str, Any] = {}
+            if self._folders:
+                paths = {"run_dir": {"$in": [str(f) for f in self._folders]}}
+                wanted = {"$or": [paths, {"_id": {"$in": [f.name for f in self._folders]}}]}
             runs = self._ledger.runs.find(wanted, dict.fromkeys(fields, 1))
             return list(runs.sort("created", -1).limit(_MAX_LISTED))
         except PyMongoError:

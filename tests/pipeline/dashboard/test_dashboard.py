@@ -403,6 +403,28 @@ def test_a_folder_that_a_document_names_is_read_only_if_it_is_the_runs(
             assert Runs([], None, ledger).view(key).overview(None)["here"]
 
 
+def test_a_page_of_one_run_on_another_machine(
+    run: RunFolder, mongo_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its folder there, or by its id, as for `agq status`."""
+    monkeypatch.delenv("AGQ_MONGO_URI", raising=False)
+    with pytest.raises(InputError, match="AGQ_MONGO_URI"):
+        _sources(tmp_path / "away", everything=False, uri_file=None)
+    with ledger_of(run, mongo_uri, run_dir="/elsewhere/r", name="r"):
+        monkeypatch.setenv("AGQ_MONGO_URI", mongo_uri)
+        monkeypatch.setenv("AGQ_MONGO_DATABASE", "dashboard")
+        for target in (Path("/elsewhere/r"), Path(run.record()["id"])):
+            sources = _sources(target, everything=False, uri_file=None)
+            runs = Runs(*sources)
+            (line,) = runs.listing()
+            found = runs.view(line["key"]).overview(None)
+            assert (found["id"], found["source"]) == (run.record()["id"], "ledger")
+            sources[2].close()
+        sources = _sources(tmp_path / "nothing", everything=False, uri_file=None)
+        assert Runs(*sources).listing() == []
+        sources[2].close()
+
+
 def test_folders_of_strangers_are_listed_and_not_opened(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
