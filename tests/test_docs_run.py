@@ -362,7 +362,11 @@ def test_secrets_of_the_compose_file(tmp_path: Path) -> None:
                     run(line, tmp_path, dict(os.environ))
     made = {p.name: p.read_text() for p in (tmp_path / "docker" / "secrets").iterdir()}
     assert set(made) == set(compose["secrets"])
-    user, password = made["mongo-user"], made["mongo-password"]
-    assert made["mongo-uri"] == f"mongodb://{user}:{password}@mongo:27017/?authSource=admin"
-    assert len(password) == 48
+    passwords = [made["mongo-root-password"]]
+    for name, user in (("mongo-uri", "agq"), ("mongo-read-uri", "agq-page")):
+        uri = re.fullmatch(r"mongodb://([\w-]+):(\w{48})@mongo:27017/\?authSource=admin", made[name])
+        assert uri is not None
+        assert uri[1] == user
+        passwords.append(uri[2])
+    assert len(set(passwords)) == 3
     assert (tmp_path / "docker" / "secrets").stat().st_mode & 0o077 == 0

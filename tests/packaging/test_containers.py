@@ -1,5 +1,6 @@
 """The container files: linted, compared, parsed, and, where there is a builder, built and run."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -101,7 +102,7 @@ def test_every_image_is_pinned_by_digest() -> None:
 
 
 def test_passwords_of_the_documented_folder_are_not_committed() -> None:
-    secret = ROOT / "docker" / "secrets" / "mongo-password"
+    secret = ROOT / "docker" / "secrets" / "mongo-root-password"
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True, check=False).returncode:
         pytest.skip("not a git checkout")
     ignored = subprocess.run(["git", "check-ignore", "-q", str(secret)], cwd=ROOT, check=False)
@@ -156,6 +157,58 @@ def test_a_real_parser_accepts_the_compose_file() -> None:
     for what in ("USERNAME", "PASSWORD"):
         file = Path(environment[f"MONGO_INITDB_ROOT_{what}_FILE"])
         assert file.name in secrets_of(services["mongo"])
+
+
+def test_every_container_has_no_more_rights_than_it_needs() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["tmpfs"] == ["/tmp"], name
+        assert not {"privileged", "cap_add", "network_mode", "pid"} & set(service), name
+    assert services["mongo"]["user"] == "999:999"
+    # What the page is given lets it read, and only the database has the password of its root.
+    assert secrets_of(services["dashboard"]) == {"mongo-read-uri"}
+    assert secrets_of(services["worker"]) == {"mongo-uri"}
+    assert all(str(v).endswith(":ro") for v in services["dashboard"]["volumes"])
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("there", [False, True])
+def test_the_users_of_the_database_may_do_no_more_than_they_need(there: bool) -> None:
+    """The script, run by node with a database that only writes down what it is told.
+
+    What these roles allow is tried in tests/blockwise/ledger/test_ledger_faults.py.
+    """
+    stand_in = """
+        const vm = require("vm"), told = [];
+        const admin = {
+          getUser: () => THERE,
+          createUser: (user) => told.push(["create", user]),
+          updateUser: (name, rights) => told.push(["update", {user: name, ...rights}]),
+        };
+        const files = {
+          "/run/secrets/mongo-uri": "mongodb://agq:a%2Fb@mongo:27017/?authSource=admin",
+          "/run/secrets/mongo-read-uri": "mongodb://agq-page:c@mongo:27017/?authSource=admin\\n",
+        };
+        vm.runInNewContext(process.argv[1], {
+          require: (name) => ({readFileSync: (file) => files[file]}),
+          db: {getSiblingDB: (name) => name === "admin" && admin},
+          decodeURIComponent,
+        });
+        console.log(JSON.stringify(told));
+    """.replace("THERE", str(there).lower())
+    script = (DOCKER / "mongo-users.js").read_text()
+    done = subprocess.run(
+        ["node", "-e", stand_in, script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    what = "update" if there else "create"
+    assert json.loads(done.stdout) == [
+        [what, {"user": "agq", "pwd": "a/b", "roles": [{"role": "readWrite", "db": "agq"}]}],
+        [what, {"user": "agq-page", "pwd": "c", "roles": [{"role": "read", "db": "agq"}]}],
+    ]
 
 
 def mounted(volume: Any) -> str:
