@@ -58,10 +58,10 @@ def submit(
     """Start a run on a SLURM cluster: a coordinator, workers, and the stitch after them."""
     loaded = read_config(config, settings)
     loaded = loaded.model_copy(update={"run_dir": str(Path(loaded.run_dir).absolute())})
-    if any(sign in loaded.run_dir for sign in "%\\\n"):
+    if any(sign in loaded.run_dir for sign in "%\\"):
         raise InputError(
-            f"run_dir {loaded.run_dir!r}: SLURM cannot log into a folder with %, a backslash "
-            "or a line break in its name; choose another"
+            f"run_dir {loaded.run_dir!r}: SLURM cannot log into a folder with % or a backslash in "
+            "its name; choose another"
         )
     if after is not None and stage != "stitch":
         raise InputError("--after predict needs --stage stitch")

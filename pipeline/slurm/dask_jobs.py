@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,21 +71,17 @@ class WorkerJob(SLURMJob):
 
     Parameters
     ----------
-    security
-        Certificates, in files that the job can read.
+    certificates
+        Folder with the files that `write_certificates` makes.
     log_directory
         The job's folder, in which SLURM opens its logs.
     """
 
     def __init__(
-        self, *arguments: Any, security: Security, log_directory: str, **options: Any
+        self, *arguments: Any, certificates: str, log_directory: str, **options: Any
     ) -> None:
-        files = security.get_tls_config_for_role("worker")
-        for name in ("ca_file", "cert", "key"):
-            option = f"--tls-{name.replace('_', '-')}"
-            options["worker_extra_args"] = [
-                *options["worker_extra_args"], option, shlex.quote(files[name]),
-            ]  # fmt: skip
+        words = ["--certificates", shlex.quote(certificates)]
+        options["worker_extra_args"] = [*options["worker_extra_args"], *words]
         super().__init__(*arguments, **options)
         self.submit_command = shlex.join(["sbatch", f"--chdir={log_directory}"])
 
@@ -96,6 +92,22 @@ class WorkerJob(SLURMJob):
             file.write(self.job_script())
             file.flush()
             yield file.name
+
+
+class WorkerCluster(SLURMCluster):
+    """A scheduler here, and its jobs."""
+
+    job_cls = WorkerJob  # type: ignore[assignment]  # its constructor takes more
+
+    def _get_worker_security(self, _security: Security) -> None:
+        """Write no certificates (where $ and ~ in a path are expanded): jobs have theirs."""
+
+
+def write_certificates(security: Security, folder: Path) -> None:
+    """Write what workers need to be let in; only their owner can read it."""
+    for name, text in security.get_tls_config_for_role("worker").items():
+        if name in dask_worker.CERTIFICATES:
+            write_atomic(folder / name, text.encode(), mode=0o600)
 
 
 class WorkerJobs:
@@ -216,24 +228,6 @@ def _watched(jobs: WorkerJobs) -> Iterator[None]:
         signal.signal(signal.SIGUSR2, before)
 
 
-def certificates_in(folder: Path) -> Security:
-    """Make certificates, in files for the jobs (dask-jobqueue expands $ and ~ in their paths)."""
-    made, files = Security.temporary(), {}
-    for name in ("tls_ca_file", "tls_worker_cert", "tls_worker_key"):
-        path = folder / name
-        write_atomic(path, getattr(made, name).encode(), mode=0o600)
-        files[name] = str(path)
-    certificate, key = files["tls_worker_cert"], files["tls_worker_key"]
-    return Security(
-        require_encryption=True,
-        tls_scheduler_cert=certificate,
-        tls_scheduler_key=key,
-        tls_client_cert=certificate,
-        tls_client_key=key,
-        **files,
-    )
-
-
 @contextmanager
 def jobqueue_client(section: SlurmSettings, run_dir: Path) -> Iterator[Client]:
     """Yield a dask client whose workers are SLURM jobs, on TLS with certificates of this run.
@@ -249,20 +243,23 @@ def jobqueue_client(section: SlurmSettings, run_dir: Path) -> Iterator[Client]:
     secrets = folder(run_dir) / "dask"
     secrets.mkdir(exist_ok=True)
     secrets.chmod(0o700)
-    with (
-        tempfile.TemporaryDirectory(dir=secrets) as certificates,
-        SLURMCluster(
-            job_cls=WorkerJob,  # type: ignore[arg-type]  # it is a class that is asked for
-            scheduler_cls=QuietScheduler,
-            **jobqueue_options(section, run_dir),
-            security=certificates_in(Path(certificates)),
-            scheduler_options={
-                "host": listen_address(section),
-                "dashboard": False,
-                "local_directory": str(caches.temporary_folder()),
-            },
-        ) as cluster,
-    ):
+    security = Security.temporary()
+    with ExitStack() as stack:
+        certificates = stack.enter_context(tempfile.TemporaryDirectory(dir=secrets))
+        write_certificates(security, Path(certificates))
+        cluster = stack.enter_context(
+            WorkerCluster(
+                **jobqueue_options(section, run_dir),
+                certificates=certificates,
+                security=security,
+                scheduler_cls=QuietScheduler,
+                scheduler_options={
+                    "host": listen_address(section),
+                    "dashboard": False,
+                    "local_directory": str(caches.temporary_folder()),
+                },
+            )
+        )
         cluster.scale(jobs=section.stitch.jobs)
         jobs = WorkerJobs(cluster, section.stitch.jobs, log_folder(run_dir))
         try:

@@ -13,7 +13,7 @@ import pytest
 from agq.blockwise.journal.reader import Journal
 from tests.cluster.runs import N_BLOCKS, ClusterRun, chunks, wait_for
 from tests.helpers.runs import results
-from tests.helpers.strangers import NOBODY, attack, listening
+from tests.helpers.strangers import attack, listening
 
 
 @pytest.mark.parametrize(("workers", "gpus"), [(2, 2), (4, 1)])
@@ -99,7 +99,7 @@ def test_jobs_run_in_a_container(quiet, tmp_path, segmented, monkeypatch):
 def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, segmented):
     stitch = {"cpus": 1, "mem": "2G", "jobs": 2, "time": "10"}
     # Slow enough that the coordinator still holds the run when the stitch is submitted.
-    run = ClusterRun(tmp_path / "of 'mine' $HOME", delay_s=1.0, slurm={"stitch": stitch})
+    run = ClusterRun(tmp_path / "of 'mine'\n$HOME", delay_s=1.0, slurm={"stitch": stitch})
     run.submit()
     wait_for(lambda: run.done() > 0, why=run.post_mortem)
     run.agq("submit", run.config, "--stage", "stitch", "--after", "predict")
@@ -116,7 +116,7 @@ def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, segmente
         programs = run.processes("agq.pipeline.slurm.dask_worker")
         return next((p for p in map(listening, (p.pid for p in programs)) if len(p) == 2), None)
 
-    assert attack(wait_for(ports, why=run.post_mortem), NOBODY) == []
+    assert attack(wait_for(ports, why=run.post_mortem)) == []
     run.agq("attach", run.run_dir, "--interval", "1")
     wait_for(lambda: not run.queue(), why=run.post_mortem)
     assert results(run.run_dir) == segmented, run.post_mortem()

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from distributed import Client
 from distributed.security import Security
 from pydantic import SecretStr
 
+from agq import caches
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.spec import Session
 from agq.errors import InputError, RunStoppedError
@@ -36,6 +38,8 @@ from agq.pipeline.slurm.client import QueueEntry
 from agq.pipeline.slurm.scripts import coordinator_script, worker_script
 from agq.pipeline.slurm.settings import SlurmSettings
 from tests.helpers.runs import environment, make_config
+from tests.helpers.stitch_runs import open_cluster
+from tests.helpers.strangers import attack, listening
 
 ODD = "a ü 'q\" $(touch pwned) `x`; #y & z"
 
@@ -407,8 +411,7 @@ def test_jobs_of_dask_workers_ask_for_what_the_stitch_asks_for(tmp_path, time, m
     stitch = {"jobs": 2, "cpus": 3, "mem": "900000K", "partition": "cpu", "time": time}
     section = SlurmSettings(qos="low", account="lab", python="/my python", stitch=stitch)
     options = dask_jobs.jobqueue_options(section, tmp_path / "run")
-    security = Security(tls_ca_file="ca", tls_worker_cert="cert", tls_worker_key="key")
-    script = dask_jobs.WorkerJob("tls://n:1", "x", security=security, **options).job_script()
+    script = dask_jobs.WorkerJob("tls://n:1", "x", certificates="c", **options).job_script()
     lines = script.splitlines()
     asked = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
     assert {"-p cpu", "-A lab", "--qos=low", "--mem=900000K", "--cpus-per-task=3"} <= asked
@@ -435,20 +438,40 @@ def test_jobs_of_dask_workers_take_any_run_folder(tmp_path, name):
     certificates.mkdir(parents=True)
     section = SlurmSettings(python=str(python), stitch={"jobs": 1, "mem": "1G"})
     options = dask_jobs.jobqueue_options(section, tmp_path / name)
-    security = dask_jobs.certificates_in(certificates)
-    job = dask_jobs.WorkerJob("tls://n:1", "x", security=security, **options)
+    dask_jobs.write_certificates(Security.temporary(), certificates)
+    job = dask_jobs.WorkerJob("tls://n:1", "x", certificates=str(certificates), **options)
     with job.job_file() as script:
         assert stat.S_IMODE(Path(script).stat().st_mode) == 0o600
         done = subprocess.run(["bash", script], capture_output=True, text=True, check=True)
         asked = [line for line in Path(script).read_text().splitlines() if "#SBATCH" in line]
     words = done.stdout.split("\0")
-    for option, file in (("ca-file", "ca_file"), ("cert", "worker_cert"), ("key", "worker_key")):
-        path = Path(words[words.index(f"--tls-{option}") + 1])
-        assert path == certificates / f"tls_{file}"
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert words[words.index("--certificates") + 1] == str(certificates)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in certificates.iterdir()} == {0o600}
     assert not [line for line in asked if str(tmp_path) in line]
     logs = tmp_path / name / "logs" / "slurm"
     assert shlex.split(job.submit_command) == ["sbatch", f"--chdir={logs}"]
+
+
+def test_the_program_of_dask_workers_answers_nobody_else(tmp_path):
+    certificates, security = tmp_path / "a line\nbreak", Security.temporary()
+    certificates.mkdir()
+    dask_jobs.write_certificates(security, certificates)
+    with (
+        open_cluster(0, security=security, protocol="tls://") as cluster,
+        Client(cluster) as client,
+    ):
+        words = [sys.executable, "-P", "-m", "agq.pipeline.slurm.dask_worker"]
+        words += [cluster.scheduler_address, "--certificates", str(certificates)]
+        with subprocess.Popen(words, stderr=subprocess.DEVNULL) as program:
+            try:
+                client.wait_for_workers(1, timeout=60)
+                addresses = listening(program.pid)
+                assert len(addresses) == 2  # a nanny and its worker
+                assert attack(addresses) == []
+                (path,) = client.run(lambda: sys.path).values()
+                assert str(caches.temporary_folder()) in path[0]
+            finally:
+                program.terminate()
 
 
 class _DaskCluster:
