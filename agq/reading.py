@@ -26,6 +26,7 @@ DOCUMENT_LEVELS: Final = 64
 """Most levels of lists and mappings within each other in a document."""
 
 _TOO_DEEP: Final = f"more than {DOCUMENT_LEVELS} levels of lists and objects in each other"
+_PIECE: Final = 2**16
 _FLAGS: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _KINDS: Final = {
     stat.S_IFDIR: "folder",
@@ -92,8 +93,10 @@ def read_file(
     with open_file(path, within=within, follow=follow) as file:
         require_size(path, os.fstat(file.fileno()).st_size, most)
         # A file may grow, and those of /proc say that they are empty.
-        data = file.read() if most is None else file.read(most + 1)
-        require_size(path, len(data), most)
+        data = file.read(os.fstat(file.fileno()).st_size)
+        while piece := file.read(_PIECE):
+            data += piece
+            require_size(path, len(data), most)
     return data
 
 

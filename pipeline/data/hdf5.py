@@ -27,6 +27,7 @@ from agq.pipeline.data.section_stack import (
     stack_shape,
     unreadable,
 )
+from agq.reading import NotAFileError, require_file
 
 # HDF5 decodes whole chunks: sections that share one are read together, up to this many bytes.
 _READ_BYTES = 2**28
@@ -100,7 +101,7 @@ def _choose(store: h5py.File, key: str | None, file: Path) -> str:
         if isinstance(named, h5py.Dataset):
             return key.strip("/")
     found: dict[h5py.Dataset, str] = {}
-    for name, item in _datasets(store, "", frozenset()):
+    for name, item in _datasets(store, "", set()):
         found.setdefault(item, name)  # a link is only another name
     for ranks in ((3,), range(4, 33)):
         choices = {
@@ -113,21 +114,28 @@ def _choose(store: h5py.File, key: str | None, file: Path) -> str:
     return choose(key, choices, str(file))
 
 
-def _datasets(
-    group: h5py.Group, prefix: str, above: frozenset[Any]
-) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Yield the datasets below a group, those behind links last; a link to a group above ends."""
+def _datasets(group: h5py.Group, prefix: str, seen: set[Any]) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Yield the datasets below a group, those behind links last; each group is looked at once."""
+    seen.add(group.id)
     for name in sorted(
         group, key=lambda n: not isinstance(group.get(n, getlink=True), h5py.HardLink)
     ):
         try:
+            _require_target(group, name)
             item = group[name]
-        except (KeyError, OSError, RuntimeError):
+        except (KeyError, OSError, RuntimeError, NotAFileError):
             continue  # a link to nowhere is named when it is asked for
         if isinstance(item, h5py.Dataset):
             yield f"{prefix}{name}", item
-        elif isinstance(item, h5py.Group) and item.id not in above:
-            yield from _datasets(item, f"{prefix}{name}/", above | {group.id})
+        elif isinstance(item, h5py.Group) and item.id not in seen:
+            yield from _datasets(item, f"{prefix}{name}/", seen)
+
+
+def _require_target(group: h5py.Group, name: str) -> None:
+    """Check that a link to another file leads to one: HDF5 would wait at a FIFO."""
+    link = group.get(name, getlink=True)
+    if isinstance(link, h5py.ExternalLink):
+        require_file(Path(group.file.filename).parent / link.filename)
 
 
 def _require_links(store: h5py.File, key: str, file: Path) -> None:
@@ -140,6 +148,7 @@ def _require_links(store: h5py.File, key: str, file: Path) -> None:
         if link is None:
             return
         try:
+            _require_target(group, name)
             group = group[name]
         except Exception as error:
             if isinstance(link, h5py.ExternalLink):
@@ -172,6 +181,7 @@ def _files(dataset: h5py.Dataset, where: str) -> list[Path]:
                 continue
             place = folder / source.file_name
             try:
+                require_file(place)
                 with h5py.File(place, "r") as store:
                     store[source.dset_name]
             except Exception as error:

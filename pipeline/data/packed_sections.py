@@ -7,6 +7,7 @@ to end as uint8, ``<key>_ends`` where each one ends.
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,9 +21,13 @@ from agq.pipeline.data.section_stack import (
     checked,
     choose,
     native,
+    require_section,
     stack_shape,
     unreadable,
 )
+
+_MOST_PACKED = 10**7
+"""Sections that are packed in one file."""
 
 
 def open_npy(file: Path, key: str | None) -> Sections:
@@ -100,13 +105,14 @@ def open_npz(file: Path, key: str | None) -> Sections:
             choices[name] = f"{header.shape} {header.dtype}"
     chosen = choose(key, dict(sorted(choices.items())), str(file))
     if chosen not in headers:
-        return _jpegxl(file, chosen, headers[f"{chosen}_jxl"])
+        return _jpegxl(file, chosen, headers[f"{chosen}_jxl"], headers[f"{chosen}_ends"])
     header = headers[chosen]
     shape = stack_shape(header.shape, f"{file}:{chosen}")
+    if header.fortran:  # its sections are not contiguous, so they are read together
+        require_section(shape, header.dtype, f"{file}:{chosen} (in Fortran order)")
 
     def read(start: int) -> Iterator[Section]:
         if header.fortran:
-            # Its sections are not contiguous, so they cannot be streamed.
             with np.load(file, allow_pickle=False) as arrays:
                 yield from arrays[chosen][start:]
             return
@@ -131,8 +137,10 @@ def _exactly(stream: IO[bytes], size: int, name: str, number: int) -> bytes:
     return data
 
 
-def _jpegxl(file: Path, key: str, header: _Header) -> Sections:
+def _jpegxl(file: Path, key: str, header: _Header, count: _Header) -> Sections:
     name = f"{file}:{key}"
+    if prod(count.shape) > _MOST_PACKED or count.dtype.itemsize > 8:
+        raise InputError(f"{name}: {key}_ends has shape {count.shape}; the file is damaged")
     with np.load(file, allow_pickle=False) as arrays:
         ends = [int(end) for end in arrays[f"{key}_ends"]]
     sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
@@ -143,6 +151,7 @@ def _jpegxl(file: Path, key: str, header: _Header) -> Sections:
         with zipfile.ZipFile(file) as archive, archive.open(f"{key}_jxl.npy") as stream:
             _header(stream)
             for number, size in enumerate(sizes):
+                require_section((size,), header.dtype, name)
                 data = _exactly(stream, size, name, number)
                 if number < start:
                     continue

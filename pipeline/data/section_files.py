@@ -1,6 +1,7 @@
 """Stacks of image files, one section each: which files, in which order, and none left out."""
 
 import glob
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,23 @@ import numpy as np
 from agq.errors import InputError
 from agq.paths import expanded
 from agq.pipeline.data.numbering import in_order, listed
-from agq.pipeline.data.section_stack import Section, Sections, checked, native, unreadable
+from agq.pipeline.data.section_stack import (
+    Section,
+    Sections,
+    checked,
+    native,
+    require_section,
+    unreadable,
+)
 from agq.pipeline.data.tif import open_tif
+from agq.reading import read_file
 
 TIF = (".tif", ".tiff")
 IMAGES = (*TIF, ".png")
 OTHER_IMAGES = (".jpg", ".jpeg", ".jp2", ".bmp", ".gif", ".webp")
 """Images that are no sections, but show that a folder is meant to be a stack."""
 
+_WIDEST = np.dtype("u8")  # four channels of 16 bits
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -130,7 +140,10 @@ def _image(file: Path) -> Section:
                 "section: name this file alone"
             )
         return next(stack.read(0))
-    data = file.read_bytes()
+    data = read_file(file)
+    # A file of a few megabytes can unpack to any number of zeros.
+    if data[12:16] == b"IHDR" and len(data) >= 24:
+        require_section(struct.unpack_from(">II", data, 16), _WIDEST, str(file))
     try:
         image = np.asarray(imagecodecs.png_decode(data))
     except Exception as error:

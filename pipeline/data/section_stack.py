@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 
 Section = npt.NDArray[Any]
+
+MOST_SECTION_BYTES = 2**32
+"""Bytes of the largest section that can be imported."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,24 @@ class Sections:
     fill_value: float | None = None
     sources: tuple[Source, ...] = ()
     array_shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require_section(self.shape[1:], self.dtype, self.name)
+
+
+def require_section(shape: Sequence[int], dtype: np.dtype[Any], name: str) -> None:
+    """Check that a section, which is held in memory whole, is not too large.
+
+    Raises
+    ------
+    InputError
+        If it has more than `MOST_SECTION_BYTES`: the head of a file can claim any size.
+    """
+    if (size := prod(shape) * dtype.itemsize) > MOST_SECTION_BYTES:
+        raise InputError(
+            f"{name} has sections of {tuple(shape)} {dtype}, {size} bytes each, and "
+            f"{MOST_SECTION_BYTES} can be read; cut them into parts"
+        )
 
 
 def unreadable(place: Path | str, error: Exception, section: int | None = None) -> InputError:

@@ -14,6 +14,7 @@ from agq.pipeline.data.packed_sections import open_npy, open_npz
 from agq.pipeline.data.section_files import IMAGES, OTHER_IMAGES, TIF, is_stack, open_files
 from agq.pipeline.data.section_stack import Sections, unreadable
 from agq.pipeline.data.tif import open_tif
+from agq.reading import require_file
 
 _HDF5 = (".h5", ".hdf5", ".hdf", ".he5", ".ims")
 _CONTAINER_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs", "attributes.json")
@@ -80,6 +81,7 @@ def open_sections(
     if suffix not in opener:
         known = ", ".join(sorted(opener))
         raise InputError(f"{place}: files of this kind cannot be imported; use one of {known}")
+    require_file(place)  # what reads them would wait at a FIFO
     try:
         return opener[suffix](place, key)
     except InputError:

@@ -9,8 +9,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Context, Decimal
+from math import prod
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -32,6 +34,7 @@ _MINISWHITE, _MINISBLACK, _PHOTOMETRIC = 0, 1, 262
 _CHANNELS = 7
 # ImageJ writes pixels per unit as a whole number of millionths.
 _ROUNDED_PER = 100_000
+_MOST_PLANES = 10**6
 
 
 def open_tif(file: Path, key: str | None = None) -> Sections:
@@ -127,6 +130,9 @@ def _opened(file: Path) -> Iterator[tifffile.TiffFile]:
     try:
         with tifffile.TiffFile(file) as tif:
             count = len(tif.pages)
+            if (planes := _ome_planes(tif)) > _MOST_PLANES:
+                # tifffile makes a list of them, whatever the file has.
+                raise ValueError(f"its OME metadata name {planes} planes")
             if count == 0 or not tif.series:
                 raise ValueError("it holds no image")
             if errors.first is not None:
@@ -224,6 +230,21 @@ def _ome_pixels(tif: tifffile.TiffFile) -> dict[str, Any]:
     image = images[0] if isinstance(images, list) else images
     pixels = image.get("Pixels", {})
     return pixels if isinstance(pixels, dict) else {}
+
+
+def _ome_planes(tif: tifffile.TiffFile) -> int:
+    """Return how many planes the largest image of OME metadata has; 0 without them."""
+    if not tif.is_ome or not tif.ome_metadata:
+        return 0
+    pixels = ElementTree.fromstring(tif.ome_metadata).iter()  # noqa: S314 (expat refuses bombs)
+    return max(
+        (
+            prod(int(p.attrib.get(f"Size{axis}", 1)) for axis in "ZCT")
+            for p in pixels
+            if p.tag.rpartition("}")[2] == "Pixels"
+        ),
+        default=0,
+    )
 
 
 def _said(tif: tifffile.TiffFile, file: Path) -> tuple[Source, ...]:
