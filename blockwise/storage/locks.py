@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from agq.reading import NotAFileError, open_file
+
 _NO_FLOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 _RENEW_S = 5.0
 _STALE_S = 30.0
 _SETTLE_S = 1.0
 _POLL_S = 0.2
+_MOST = 4096
 
 _logger = logging.getLogger(__name__)
 
@@ -48,10 +52,13 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
     ------
     LockedError
         If another process holds it, and `wait` is off.
+    NotAFileError
+        If it is a link or no regular file: whoever else may write to the folder could let a lock
+        lead to a file of this user, which would be emptied.
     OSError
         If the file cannot be made or written.
     """
-    with path.open("a+") as file:
+    with _opened(path) as file:
         owner = _OwnerFile(path, flocked=_flock(file, wait=wait))
         while owner.is_taken() or not owner.take():
             if not wait:
@@ -73,8 +80,8 @@ def is_held(path: Path) -> bool | None:
     import psutil
 
     try:
-        with path.open(encoding="utf-8") as file:
-            host, pid = file.read().removeprefix("host ").split(", pid ")
+        with open_file(path, follow=False) as file:
+            host, pid = file.read(_MOST).decode().removeprefix("host ").split(", pid ")
             if host != socket.gethostname():
                 return None
             if not psutil.pid_exists(int(pid)):
@@ -86,8 +93,24 @@ def is_held(path: Path) -> bool | None:
             except OSError as error:
                 return _owner_path(path).exists() if error.errno in _NO_FLOCK else None
             return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, NotAFileError):
         return None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    """Open a lock for reading and writing, made if missing, and only as a regular file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise NotAFileError(f"{path} is no regular file; remove it") from None
+    with os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotAFileError(f"{path} is no regular file; remove it")
+        yield file
 
 
 def _flock(file: IO[str], *, wait: bool) -> bool:
@@ -96,7 +119,7 @@ def _flock(file: IO[str], *, wait: bool) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.seek(0)
-        raise LockedError(file.read().strip()) from None
+        raise LockedError(file.read(_MOST).strip()) from None
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             raise
@@ -170,8 +193,9 @@ class _OwnerFile:
     def _read(self) -> tuple[str, int]:
         """Return the content of the file and when it was renewed; 0 if there is none."""
         try:
-            with self._path.open(encoding="utf-8", errors="replace") as file:
-                return file.read(), os.fstat(file.fileno()).st_mtime_ns
+            with open_file(self._path, follow=False) as file:
+                text = file.read(_MOST).decode("utf-8", "replace")
+                return text, os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return "", 0
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from agq.blockwise.storage import locks
+from agq.errors import InputError
 
 HOLDER = """
 import errno, fcntl, os, sys
@@ -152,3 +153,24 @@ def test_other_errors_are_passed_on(tmp_path, no_flock):
     no_flock(errno.EIO)
     with pytest.raises(OSError, match="Input/output error"), locks.hold(tmp_path / ".lock"):
         pass
+
+
+@pytest.mark.parametrize("name", ["lock", "lock.owner"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "FIFO", "folder"])
+def test_no_lock_leads_to_another_file(tmp_path, name, kind):
+    """Whoever may write to the folder could let a lock empty a file of its holder."""
+    other = tmp_path / "other"
+    if kind == "FIFO":
+        os.mkfifo(tmp_path / name)
+    elif kind == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to(other)
+        if kind == "link":
+            other.write_text("precious")
+    with pytest.raises((InputError, OSError)), locks.hold(tmp_path / "lock"):
+        pass
+    assert locks.is_held(tmp_path / "lock") in (None, False)
+    assert other.exists() == (kind == "link")
+    if kind == "link":
+        assert other.read_text() == "precious"
