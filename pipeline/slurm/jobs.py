@@ -32,6 +32,7 @@ from agq.pipeline.slurm.scripts import (
     worker_script,
 )
 from agq.pipeline.status.run_status import QueueStatus
+from agq.reading import DOCUMENT_BYTES, read_file, read_json
 
 # `queue_status` needs no configuration: agq status does not wait for its import.
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def load(run_dir: Path) -> Jobs:
     """
     path = record_path(run_dir)
     try:
-        jobs = Jobs.model_validate_json(path.read_bytes())
+        jobs = Jobs.model_validate_json(read_file(path, most=DOCUMENT_BYTES, within=run_dir))
         owner = path.stat().st_uid
     except FileNotFoundError:
         raise InputError(
@@ -247,7 +248,7 @@ def load_config(run_dir: Path, *, trust: bool = False) -> "Config":
             f"them: agq resume {run_dir} --trust"
         )
     try:
-        data = from_portable(json.loads(path.read_bytes()), run_dir.absolute())
+        data = from_portable(read_json(path, within=run_dir), run_dir.absolute())
         data = put_back(path, data)
         # The folder may have been moved since an earlier release wrote this.
         return Config.model_validate(data | {"run_dir": str(run_dir.absolute())})

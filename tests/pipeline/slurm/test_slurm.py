@@ -626,3 +626,21 @@ def test_a_stitch_waits_while_the_disk_is_full(tmp_path, monkeypatch):
 def test_values_that_would_break_a_script_are_refused(section):
     with pytest.raises(ValueError, match="validation error"):
         SlurmSettings.model_validate(section)
+
+
+def test_what_a_folder_says_of_its_jobs_is_read_as_files_alone(tmp_path: Path) -> None:
+    """A stranger's folder may hold anything under these names: agq status must not wait for it."""
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    for path, read in (
+        (jobs.record_path(run), jobs.load),
+        (jobs.config_path(run), jobs.load_config),
+    ):
+        os.mkfifo(path)
+        with pytest.raises(InputError, match="is a FIFO"):
+            read(run)
+        path.unlink()
+        path.symlink_to("/dev/zero")
+        with pytest.raises(InputError, match="is a symbolic link"):
+            read(run)
+        path.unlink()
