@@ -97,7 +97,8 @@ function stageRow(s) {
   if (total && s.done + s.skipped) words.push(`${whole(s.done + s.skipped)} of ${whole(total)}`);
   if (s.failed) words.push(`${whole(s.failed)} failed`);
   if (s.blocks_per_s_now !== null && s.state === "running") words.push(`${short(s.blocks_per_s_now)} blocks/s`, `${short(s.voxels_per_s_now / 1e6)} Mvoxel/s`);
-  if (s.eta_s !== null) words.push(`${span(s.eta_s)} left`);
+  if (s.still_since !== null) words.push(`time left unknown: nothing moves since ${new Date(1000 * s.still_since).toLocaleString()}`);
+  else if (s.eta_s !== null) words.push(`${span(s.eta_s)} left`);
   else if (s.started && s.finished) words.push(`in ${span(s.finished - s.started)}`);
   if (s.error) words.push(s.error);
   return el("div", null, {class: "stage"}, el("b", s.name), bar, el("span", words.join(", "), {class: "quiet"}));

@@ -266,7 +266,7 @@ def _jobs_fit(section: SlurmSettings, cluster: Cluster) -> None:
         errors = []
         for partition in _partitions(where, settings.partition or section.partition, cluster):
             try:
-                _time(where, settings.time, partition)
+                _time(where, settings.time, partition, section.lead_s)
                 _gpus_fit(job, partition)
                 _fits(where, partition, job)
                 qos = settings.qos or section.qos
@@ -327,7 +327,13 @@ def _may_use(
         )
 
 
-def _time(where: str, asked: str | None, partition: Partition) -> None:
+def _time(where: str, asked: str | None, partition: Partition, lead_s: int) -> None:
+    limit = _minutes(asked) if asked else partition.max_minutes
+    if limit and limit * 60 <= lead_s:
+        raise InputError(
+            f"slurm.lead_s: {lead_s} seconds are all of the time limit of {limit:g} minutes, so a "
+            f"job would be told to leave at its start; lower it, or raise {where}time"
+        )
     if asked is None or partition.max_minutes is None:
         return
     if (minutes := _minutes(asked)) is not None and minutes > partition.max_minutes:

@@ -144,7 +144,9 @@ def environment_options() -> list[str]:
     return sorted(filter(_OPTIONS.fullmatch, os.environ))
 
 
-def queue(jobs: Iterable[int], users: Iterable[int] = ()) -> list[QueueEntry]:
+def queue(
+    jobs: Iterable[int], users: Iterable[int] = (), *, states: Iterable[str] = ()
+) -> list[QueueEntry]:
     """Return the entries of some jobs that are still in the queue.
 
     Parameters
@@ -153,6 +155,9 @@ def queue(jobs: Iterable[int], users: Iterable[int] = ()) -> list[QueueEntry]:
         Job ids.
     users
         User ids of those who submitted them; default: the present user's.
+    states
+        States that are asked for, those of jobs that have ended too, which SLURM remembers for some
+        minutes (MinJobAge); default: those of jobs in the queue.
 
     Raises
     ------
@@ -171,6 +176,7 @@ def queue(jobs: Iterable[int], users: Iterable[int] = ()) -> list[QueueEntry]:
             "squeue",
             "--noheader",
             f"--user={','.join(map(str, whose))}",
+            *([f"--states={','.join(states)}"] if states else []),
             f"--format={_SEPARATOR.join(columns)}",
         ],
         # Otherwise array tasks are cut after 64 characters.

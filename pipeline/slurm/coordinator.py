@@ -6,7 +6,6 @@ batch script then requeues the job.
 """
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -16,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agq.blockwise.predict.coordinator import PredictProgress
 from agq.blockwise.predict.local_processes import Terminated
 from agq.blockwise.predict.spec import Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
@@ -28,61 +26,14 @@ from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare
 from agq.pipeline.run.session import open_session, record_stop
 from agq.pipeline.slurm import client
-from agq.pipeline.slurm.jobs import changing, live, load, load_config, section_of, submit_workers
-from agq.pipeline.slurm.scripts import EXIT_REQUEUE, folder
+from agq.pipeline.slurm.jobs import load, load_config, section_of
+from agq.pipeline.slurm.scripts import EXIT_REQUEUE
 from agq.pipeline.slurm.settings import SlurmSettings
+from agq.pipeline.slurm.worker_watch import WorkerWatch
 
-_WATCH_S = 15.0
 _LOCKED_S = 5.0
-_MAX_VAIN = 3
 
 _logger = logging.getLogger(__name__)
-
-
-class _WorkerWatch:
-    """Submits workers again if none is left, and stops the run if they do no block either."""
-
-    def __init__(self, run_dir: Path, section: SlurmSettings) -> None:
-        self._run_dir = run_dir
-        self._section = section
-        self._next = time.monotonic() + _WATCH_S
-        self._missed = 0
-        self._vain = 0
-        self._ended = -1
-
-    def __call__(self, progress: PredictProgress) -> None:
-        now = time.monotonic()
-        ended = progress.done + progress.skipped
-        if now < self._next or ended >= progress.total:
-            return
-        self._next = now + _WATCH_S
-        try:
-            entries = live(load(self._run_dir), "workers")
-        except InputError as error:
-            _logger.warning("the state of the worker jobs is not known: %s", error)
-            return
-        # squeue does not show a job for a moment while it is requeued: ask twice.
-        self._missed = 0 if entries else self._missed + 1
-        if self._missed < 2:
-            return
-        self._vain = 0 if ended > self._ended else self._vain + 1
-        self._ended = ended
-        with changing(self._run_dir) as jobs:
-            if self._vain > _MAX_VAIN or not jobs.workers:
-                raise RunStoppedError(
-                    f"no worker job is left, and {progress.total - ended} blocks remain"
-                    f"{self._last_end()}; agq resume {self._run_dir} starts workers again"
-                )
-            _logger.warning("no worker job is left: submitting %d", jobs.workers)
-            submit_workers(jobs, self._run_dir, self._section, jobs.workers)
-        self._missed = 0
-
-    def _last_end(self) -> str:
-        ends = sorted((folder(self._run_dir) / "ends").glob("*.json"), key=os.path.getmtime)
-        if not ends:
-            return ""
-        end = json.loads(ends[-1].read_text(encoding="utf-8"))
-        return f"; worker {end['worker']} on {end['node']}: {end['message']} ({end['log']})"
 
 
 def listen_address(section: SlurmSettings) -> str:
@@ -142,7 +93,7 @@ def _predict(run_dir: Path) -> int:
     section = section_of(config)
     listen = listen_address(section)
     prepared = prepare(config, workers_here=False, trust=True)
-    watch = _WorkerWatch(run_dir, section)
+    watch = WorkerWatch(run_dir, section)
     while True:
         try:
             with open_session(prepared) as session:

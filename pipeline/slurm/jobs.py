@@ -86,6 +86,10 @@ class Jobs(BaseModel):
         """Return the job ids of some roles (none given: all)."""
         return [job.id for job in self.jobs if not roles or job.role in roles]
 
+    def users(self) -> set[int]:
+        """Return the user ids of those who submitted them."""
+        return {job.user for job in self.jobs if job.user is not None}
+
     def latest(self, role: Role) -> int | None:
         """Return the last job of a role; None if there is none."""
         return next((job.id for job in reversed(self.jobs) if job.role == role), None)
@@ -146,7 +150,7 @@ def live(jobs: Jobs, *roles: Role) -> list[client.QueueEntry]:
     SlurmError
         If squeue cannot be asked.
     """
-    return client.queue(jobs.ids(*roles), {j.user for j in jobs.jobs if j.user is not None})
+    return client.queue(jobs.ids(*roles), jobs.users())
 
 
 def queue_status(run_dir: Path) -> tuple[QueueStatus, ...] | None:
@@ -172,8 +176,20 @@ def queue_status(run_dir: Path) -> tuple[QueueStatus, ...] | None:
     for entry in entries:
         waits = entry.reason if entry.state == "PENDING" and entry.reason != "None" else None
         counts[roles[entry.job], entry.state, waits] += entry.count
+    wanted = None
+    if any(role == "coordinator" for role, _, _ in counts):
+        wanted = jobs.workers
+        lost = wanted - sum(n for (role, _, _), n in counts.items() if role == "workers")
+        if lost > 0:
+            counts["workers", "MISSING", None] = lost
     return tuple(
-        QueueStatus(role=role, state=state, reason=reason, count=n)
+        QueueStatus(
+            role=role,
+            state=state,
+            reason=reason,
+            count=n,
+            wanted=wanted if role == "workers" else None,
+        )
         for (role, state, reason), n in counts.items()
     )
 

@@ -60,6 +60,7 @@ class _Place:
     not_before: float = 0.0
     crashes: int = 0
     drains: int = 0
+    ready: bool = False
     blocked_since: float | None = None
     result: int | None = None
 
@@ -124,6 +125,7 @@ class _Host:
         worker = place.process
         code = worker.process.poll()
         worker.listen()
+        place.ready |= worker.token is not None
         if code is None:
             if worker.frozen:
                 worker.kill()
@@ -150,7 +152,8 @@ class _Host:
             place.crashes = place.crashes + 1 if short else 1
             _logger.warning("%s ended (%s)", place.name, worker.how)
             if place.crashes > _MAX_CRASHES:
-                self._give_up(place, 1, f"it keeps ending with {worker.how}")
+                last = _last_line(log_path(self.run_dir, f"worker-{place.name}"))
+                self._give_up(place, 1, f"it keeps ending with {worker.how}; its last line: {last}")
             place.not_before = now + min(2.0 ** (place.crashes - 1), 30.0) - 1.0
 
     def _storage_is_there(self, place: _Place) -> bool:
@@ -222,6 +225,16 @@ class _Host:
                 _logger.error("%s cannot be killed: its disk or device hangs", place.name)
                 place.process, place.result = None, 1
 
+    def _before_limit(self) -> int:
+        """Return the exit status before the time limit: again, unless that would be for ever."""
+        again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        begun = [place for place in self.places if place.started]
+        if not again or not begun or any(place.ready for place in begun):
+            return EXIT_REQUEUE
+        for place in begun:
+            self._give_up(place, 1, "the time limit comes before the predictor is loaded, again")
+        return 1
+
     def run(self) -> int:
         while True:
             for place in self.places:
@@ -232,7 +245,7 @@ class _Host:
             self.end_those_left()
             time.sleep(_POLL_S)
         if self.signals and self.signals[0] == signal.SIGUSR1 and not self._is_over():
-            return EXIT_REQUEUE
+            return self._before_limit()
         return next((result for result in results if result), 0)
 
 
@@ -244,7 +257,7 @@ def _last_line(log: Path) -> str:
             lines = file.read().decode("utf-8", "replace").splitlines()
         if lines:
             return lines[-1]
-    return "the worker cannot start"
+    return "its log is empty"
 
 
 def _devices(gpus: int) -> list[str | None]:

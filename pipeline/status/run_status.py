@@ -84,10 +84,13 @@ class QueueStatus(_Model):
     role: str
     """coordinator, workers or stitch."""
     state: str
-    """As the batch system says: PENDING, RUNNING, COMPLETING, ..."""
+    """As the batch system says: PENDING, RUNNING, COMPLETING, ...; MISSING: workers that are wanted
+    and not in the queue, which the coordinator submits again."""
     reason: str | None = None
     """Why they wait, as the batch system says: Resources, Priority, ..."""
     count: int
+    wanted: int | None = None
+    """How many worker jobs the run should have; None for other jobs, or without a coordinator."""
 
 
 class StageStatus(_Model):
@@ -116,6 +119,9 @@ class StageStatus(_Model):
     """The same over the last minute."""
     eta_s: float | None = None
     """Seconds left at the present rate; None if unknown or over."""
+    still_since: float | None = None
+    """When the last block ended, or the stage began, if none has ended for a minute and three times
+    as long as usual: nobody knows then how much time is left. Seconds since the epoch."""
     started: float | None = None
     """When it was started last, seconds since the epoch."""
     finished: float | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from agq.blockwise.journal.progress import StageProgress
+from agq.blockwise.journal.progress import RECENT_S, StageProgress
 from agq.blockwise.journal.tail import WorkerState
 from agq.blockwise.storage import locks
 from agq.pipeline.status.failures import MAX_FAILURES, failure_groups, failure_of
@@ -26,6 +26,7 @@ _NEVER: Final = frozenset(
         *("JobHeldAdmin", "JobHeldUser"),
     }
 )
+_STILL: Final = 3.0
 _MAX_WORKERS: Final = 200
 _MIN_DONE: Final = 3
 _MIN_WORKERS: Final = 3
@@ -173,7 +174,8 @@ def stage_status(
             rates["voxels_per_s_now"] = recent["voxels"] / window
             rate = rates["blocks_per_s_now"] or rates["blocks_per_s"]
             left = None if total is None else total - totals["done"] - totals["skipped"]
-            if left is not None and rate > 0:
+            rates["still_since"] = _still_since(totals, started, now)
+            if left is not None and rate > 0 and rates["still_since"] is None:
                 rates["eta_s"] = max(left, 0) / rate
     failed = progress if progress and totals.get("failed") else None
     names = ("done", "skipped", "failed", "voxels", "duplicates", "conflicts")
@@ -194,6 +196,14 @@ def stage_status(
             for worker in (progress.workers.values() if progress else ())
         ),
     )
+
+
+def _still_since(totals: Record, started: float, now: float) -> float | None:
+    """Return when a stage last moved, if that is longer ago than its blocks let expect."""
+    moved = max(started, totals["finished"])
+    blocks = totals["session"]["blocks"]
+    usual = (moved - started) / blocks if blocks else 0.0
+    return moved if now - moved > max(RECENT_S, _STILL * usual) else None
 
 
 def _stage_state(

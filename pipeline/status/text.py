@@ -1,7 +1,7 @@
 """A run's status as text that fits in 80 columns."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -42,7 +42,7 @@ def render(status: RunStatus) -> RenderableType:
     if status.stages:
         parts.append(_stages(status.stages))
     for stage in status.stages:
-        parts += _details(stage)
+        parts += _details(stage, status.updated)
     for stage in status.stages:
         if any(worker.state != "ended" for worker in stage.workers):
             parts.append(_workers(stage, status.updated))
@@ -64,11 +64,12 @@ def _header(status: RunStatus) -> Text:
     return text
 
 
-def _queue(queue: Iterable[QueueStatus]) -> Text:
+def _queue(queue: Collection[QueueStatus]) -> Text:
     words = [
         f"{q.count} {q.role} {q.state.lower()}" + (f" ({q.reason})" if q.reason else "")
         for q in queue
     ]
+    words += {f"{q.wanted} workers wanted" for q in queue if q.wanted is not None}
     return _line("queue", ", ".join(words) or "no jobs")
 
 
@@ -87,12 +88,18 @@ def _stages(stages: Iterable[StageStatus]) -> WholeTable:
             ProgressBar(total=max(total or done, 1), completed=done, width=_BAR),
             Text(f"{done}/{'?' if total is None else total}" if counted else ""),
             Text(str(stage.failed), "red") if stage.failed else Text(""),
-            Text("" if stage.eta_s is None else duration(stage.eta_s)),
+            Text(_left(stage)),
         )
     return table
 
 
-def _details(stage: StageStatus) -> list[RenderableType]:
+def _left(stage: StageStatus) -> str:
+    if stage.still_since is not None:
+        return "unknown"
+    return "" if stage.eta_s is None else duration(stage.eta_s)
+
+
+def _details(stage: StageStatus, now: float) -> list[RenderableType]:
     lines: list[RenderableType] = []
     facts = []
     if stage.blocks_per_s_now is not None and stage.voxels_per_s_now is not None:
@@ -105,6 +112,10 @@ def _details(stage: StageStatus) -> list[RenderableType]:
         facts.append(f"{stage.skipped} skipped")
     if facts:
         lines.append(_line(stage.name, ", ".join(facts)))
+    if stage.still_since is not None:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stage.still_since))
+        text = f"nothing moves since {at}, {duration(now - stage.still_since)} ago"
+        lines.append(_line(stage.name, text, "yellow"))
     if stage.duplicates:
         lines.append(_line(stage.name, f"{stage.duplicates} blocks done by two processes", "dim"))
     if stage.conflicts:

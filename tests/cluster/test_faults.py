@@ -213,6 +213,44 @@ def test_a_frozen_worker(quiet, tmp_path, undisturbed, note):
     note("a worker: kill -STOP", "another takes its block; its job ends it after the run", since)
 
 
+def of_workers(command: str) -> list[str]:
+    """A prologue that only worker jobs run."""
+    return [f'case "$SLURM_JOB_NAME" in agq-workers*) {command};; esac']
+
+
+def test_a_worker_job_that_ends_at_its_start(quiet, tmp_path, undisturbed, note):
+    prologue = of_workers('[ "$SLURM_ARRAY_TASK_ID" != 1 ] || exit 3')
+    run = ClusterRun(tmp_path, delay_s=3.0, slurm={"prologue": prologue})
+    run.submit()
+    run.wait_until_begun(workers=2)
+    since = time.monotonic()
+    status = json.loads(run.agq("status", run.run_dir, "--json"))
+    workers = {q["state"]: q["count"] for q in status["queue"] if q["role"] == "workers"}
+    assert workers == {"RUNNING": 2, "MISSING": 1}
+    wait_for(lambda: len(run.journal().workers) == 3, why=run.post_mortem)
+    note("a worker job ends at its start", "the coordinator submits another", since)
+    check(run, undisturbed)
+    assert len(run.jobs("workers")) == 2
+
+
+def test_worker_jobs_without_an_environment(quiet, tmp_path, note):
+    prologue = of_workers("/envs/gone/bin/python -V; exit")
+    run = ClusterRun(tmp_path, slurm={"prologue": prologue})
+    run.submit()
+    since = time.monotonic()
+    wait_for(lambda: not run.queue(), why=run.post_mortem)
+    stage = run.stage()
+    assert stage["state"] == "stopped", run.post_mortem()
+    for words in (
+        "no worker job is left, and 60 blocks remain",
+        "FAILED",
+        "/envs/gone/bin/python: No such file or directory",
+        "slurm.python",
+    ):
+        assert words in stage["error"]
+    note("no worker job finds its Python", "submitted again, then the run stops and says so", since)
+
+
 @contextlib.contextmanager
 def read_only(folder: Path, aside: Path) -> Iterator[None]:
     """Make a folder read-only, for root too, while processes write to it."""

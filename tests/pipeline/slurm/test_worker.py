@@ -101,3 +101,22 @@ def test_a_worker_that_cannot_be_killed_does_not_hold_the_job(job, monkeypatch):
     assert job.status == 1
     worker.kill()
     worker.close()
+
+
+@pytest.mark.parametrize(
+    ("restarts", "ready", "status"), [("0", False, 75), ("1", False, 1), ("1", True, 75)]
+)
+def test_a_time_limit_before_the_predictor_is_loaded(
+    tmp_path, monkeypatch, restarts, ready, status
+):
+    """Requeued once, as the disk may have been slow; then it would never end."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    (tmp_path / "slurm").mkdir()
+    host = program._Host(tmp_path, wait_s=600, term_s=0, usr1_s=0)
+    host.places = [program._Place("7_0", None, started=1.0, ready=ready, result=0)]
+    host.signals.append(signal.SIGUSR1)
+    assert host.run() == status
+    ends = list((tmp_path / "slurm" / "ends").glob("*.json"))
+    assert len(ends) == (status == 1)
+    if ends:
+        assert "before the predictor is loaded" in ends[0].read_text()

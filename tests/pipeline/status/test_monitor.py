@@ -228,7 +228,16 @@ def test_json_is_stable(run):
     assert list(data["stages"][0]) == [
         *("name", "state", "blocks_total", "done", "skipped", "failed", "running", "voxels"),
         *("blocks_per_s", "blocks_per_s_now", "voxels_per_s", "voxels_per_s_now", "eta_s"),
-        *("started", "finished", "duplicates", "conflicts", "error", "failures", "workers"),
+        *(
+            "still_since",
+            "started",
+            "finished",
+            "duplicates",
+            "conflicts",
+            "error",
+            "failures",
+            "workers",
+        ),
         "errors",
     ]
     assert list(data["stages"][0]["errors"][0]) == ["summary", "count", "example", "log"]
@@ -268,6 +277,39 @@ def test_failures_are_counted_by_error(run, ledger):
             assert max(map(len, text.splitlines())) <= 80
             # It may be broken over lines, but nothing of it is left out.
             assert "".join(log.split()) in "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("ends", "still"),
+    [
+        ([], True),  # since it began
+        ([3000.0, 3010.0], False),
+        ([10.0 * i for i in range(1, 12)], True),
+        ([1000.0, 2000.0], False),  # its blocks take that long
+        ([100.0], True),
+    ],
+)
+def test_the_time_left_is_unknown_while_nothing_moves(run, ledger, ends, still):
+    """3,030 s after the stage began."""
+    start = time.time() - 3030
+    run.update_stage("predict", state="running", blocks_total=20, started=start)
+    with JournalWriter(run.journal("predict"), replace(WORKER, started=start)) as writer:
+        writer.begin(19, 1)
+        writer.finish_many(
+            BlockRecord(i, "done", started=start, finished=start + end)
+            for i, end in enumerate(ends)
+        )
+    with run.lock():
+        feed(run, ledger)
+        for status in (load_status(run.path), load_status(run.path, ledger)):
+            (stage,) = status.stages
+            since = start + max(ends, default=0.0)
+            assert stage.still_since == (pytest.approx(since, abs=1e-3) if still else None)
+            assert (stage.eta_s is None) == still
+            text = " ".join(draw(status).split())
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+            assert (f"nothing moves since {at}" in text) == still
+            assert ("unknown predict:" in text) == still
 
 
 def test_stragglers_and_the_queue_are_shown(run):
