@@ -316,15 +316,13 @@ def attach(
     monitor = Monitor(*watched(run_dir), queue=jobs.queue_status)
     try:
         with Live(console=out, auto_refresh=False) as view:
-            # A queue that is not known now may still hold jobs.
-            while (status := monitor.poll()).queue or status.queue_error:
-                if status.state == "stopped" and all(
-                    q.state == "PENDING" for q in status.queue or ()
-                ):
+            while (status := monitor.poll()).queue or status.may_go_on:
+                pending = status.queue and all(q.state == "PENDING" for q in status.queue)
+                if status.state == "stopped" and pending:
                     break  # what waits can never start
                 view.update(render(status), refresh=True)
                 time.sleep(interval)
-            if status.queue is None:
+            if status.queue is None and status.queue_error is None:
                 jobs.live(jobs.load(run_dir))  # says what is missing
             view.update(render(monitor.poll()), refresh=True)
     except KeyboardInterrupt:

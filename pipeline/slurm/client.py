@@ -187,11 +187,12 @@ def queue(
     entries = []
     for line in text.splitlines():
         job, *rest = line.split(_SEPARATOR)
-        if len(rest) != len(columns) - 1 or not job.isdigit():
+        if job.isdigit() and int(job) not in wanted:
+            continue
+        if not job.isdigit() or len(rest) != len(columns) - 1:
             raise SlurmError(f"squeue: the line {line[:80]!r} cannot be read")
-        if int(job) in wanted:
-            tasks = () if rest[0] in ("N/A", "") else array_tasks(rest[0])
-            entries.append(QueueEntry(int(job), tasks, *rest[1:]))
+        tasks = () if rest[0] in ("N/A", "") else array_tasks(rest[0])
+        entries.append(QueueEntry(int(job), tasks, *rest[1:]))
     return sorted(entries, key=lambda e: (e.job, e.state != "RUNNING", e.tasks))
 
 

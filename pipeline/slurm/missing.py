@@ -91,14 +91,18 @@ def of_run(
         f"{role}: job {entry.job} is in the queue ({entry.state}) and goes on"
         for role in ("coordinator", "stitch")
         for entry in entries[role]
+        if not entry.reason.startswith("Dependency") or entries["coordinator"]
     ]
     if entries["coordinator"]:
-        stitch = "stitch" in stages and not entries["stitch"]
+        # Behind a coordinator that has failed: SLURM is about to take it away.
+        dead = [e for e in entries["stitch"] if e.reason == "DependencyNeverSatisfied"]
+        stitch = "stitch" in stages and len(dead) == len(entries["stitch"])
         alive = sum(entry.count for entry in entries["workers"])
         return Missing(
             ("stitch",) if stitch else (),
             max(0, workers - alive) if "predict" in stages else 0,
             entries["coordinator"][-1].job,
+            idle=tuple(dead) if stitch else (),
             notes=tuple(notes),
         )
     prepared = prepare_stitch(config, trust=trust)

@@ -89,7 +89,8 @@ def watch(
     with Live(render(status), console=console or Console(), auto_refresh=False) as live:
         # Twice: between two stages, and seen from another machine, nothing runs for a moment.
         while over < 2:
-            over = 0 if status.state in ("new", "waiting", "running") else over + 1
+            goes_on = status.state in ("new", "waiting", "running") or status.may_go_on
+            over = 0 if goes_on else over + 1
             live.update(render(status), refresh=True)
             if over < 2:
                 time.sleep(interval_s)

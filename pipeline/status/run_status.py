@@ -178,6 +178,18 @@ class RunStatus(_Model, Tabled):
     """When it was heard of last, by a line of its journals or in the ledger, seconds since the
     epoch."""
 
+    @property
+    def has_jobs(self) -> bool:
+        """Whether batch jobs of the run are in the queue, or may be for all that is known."""
+        if self.queue_error is None:
+            return bool(self.queue)
+        return self.state != "done" or all(stage.name != "stitch" for stage in self.stages)
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether jobs may go on with the run, for all that is known of the queue."""
+        return self.queue_error is not None and self.state != "done"
+
     def table(self) -> "RenderableType":
         """Return the status for a rich console."""
         from agq.pipeline.status.text import render

@@ -78,14 +78,17 @@ def test_a_long_array_a_second_user_and_an_outage(
 
     # Nobody answers: who follows goes on, and a command that fails changes nothing.
     since = time.monotonic()
-    attached = subprocess.Popen(
-        command("attach", run.run_dir, "--interval", "0.5"),
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    followers = [
+        subprocess.Popen(
+            command(name, run.run_dir, "--interval", "0.5"),
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in ("attach", "watch")
+    ]
     record = (run.run_dir / "slurm" / "jobs.json").read_text()
     os.kill(int((quiet.lab / "run" / "slurmctld.pid").read_text()), signal.SIGTERM)
     wait_for(lambda: not (quiet.lab / "run" / "slurmctld.pid").exists())
@@ -101,7 +104,8 @@ def test_a_long_array_a_second_user_and_an_outage(
     assert status["queue"] is None
     assert "Unable to contact slurm controller" in status["queue_error"]
     quiet.up()
-    assert attached.poll() is None, attached.communicate()[0]
+    for follower in followers:
+        assert follower.poll() is None, follower.communicate()[0]
 
     # As before a time limit: the coordinator comes again, and the stitch waits for it.
     coordinator = str(run.jobs("coordinator")[0])
@@ -110,6 +114,7 @@ def test_a_long_array_a_second_user_and_an_outage(
     wait_for(lambda: "before the time limit" in log.read_text() or run.done() == 60)
     wait_for(lambda: not run.queue(), why=run.post_mortem)
     note("slurmctld away: status, attach; cancel fails", "they go on; the run does", since)
-    said = attached.communicate(timeout=60)[0]
-    assert attached.returncode == 0, said
+    for follower in followers:
+        said = follower.communicate(timeout=60)[0]
+        assert follower.returncode == 0, said
     assert results(run.run_dir) == segmented, run.post_mortem()

@@ -201,6 +201,9 @@ def test_a_coordinator_in_the_queue_gets_what_it_lacks(submitted, slurm, capsys)
     slurm.drop("stitch")
     assert resume(run_dir, slurm, stage="predict") == []
     assert resume(run_dir, slurm) == ["stitch 1 afterany:1"]
+    slurm.set("stitch", "PENDING", "DependencyNeverSatisfied")
+    assert resume(run_dir, slurm) == ["stitch 1 afterany:1"]
+    assert slurm.roles().count("stitch") == 1
     assert resume(run_dir, slurm, workers=5) == ["workers 2 after:1"]
     slurm.drop("workers")
     assert resume(run_dir, slurm) == ["workers 5 after:1"]

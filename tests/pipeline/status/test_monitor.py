@@ -472,6 +472,23 @@ def test_journal_is_read_where_the_ledger_is_away(run, caplog):
 # Watching
 
 
+def test_watch_goes_on_while_the_queue_is_not_known(run):
+    """The coordinator is away for a requeue, and so is the program that knows its queue."""
+    run.update_stage("predict", state="stopped", blocks_total=30, error="requeued")
+    (run.path / "slurm").mkdir()
+    asked = []
+
+    def queue(_run_dir):
+        asked.append(1)
+        if len(asked) < 5:
+            raise InputError("squeue: Unable to contact slurm controller")
+        run.update_stage("predict", state="done")
+        return ()
+
+    status = watch(run.path, queue=queue, interval_s=0.01, console=Console(file=io.StringIO()))
+    assert (status.state, status.queue, status.queue_error) == ("done", (), None)
+
+
 def test_watch_follows_until_the_end(run):
     def work() -> None:
         with run.lock():
