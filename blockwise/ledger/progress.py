@@ -36,11 +36,13 @@ class LedgerStage:
         From every method, if the database is away.
     """
 
-    def __init__(self, ledger: Ledger, run: str, stage: str) -> None:
+    def __init__(
+        self, ledger: Ledger, run: str, stage: str, totals: Document | None = None
+    ) -> None:
         self.workers: dict[str, WorkerState] = {}
         self._ledger = ledger
         self._key = run, stage
-        self._totals: Document = {}
+        self._totals = totals or {}
         self._rows: npt.NDArray[Any] | None = None
         self._rows_read = 0.0
 

@@ -24,16 +24,24 @@ ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of 
 
 def status(
     target: Annotated[
-        Path | None, typer.Argument(readable=False, help="Run folder or YAML configuration file.")
+        Path | None,
+        typer.Argument(
+            readable=False,
+            help="Run folder or YAML configuration file; with --all a folder of run folders.",
+        ),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="The newest 100 runs in the database of AGQ_MONGO_URI.")
+        bool,
+        typer.Option(
+            "--all",
+            help="All runs of a folder, or the newest 100 in the database of AGQ_MONGO_URI.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say how far a run is, once."""
     if every:
-        show_all(as_json)
+        show_all(as_json, target)
         return
     if target is None:
         raise InputError("name a run folder or a configuration, or give --all")
@@ -96,62 +104,57 @@ def open_ledger(settings: "LedgerSettings | None" = None) -> "Ledger":
     return ledger
 
 
-def all_runs(ledger: "Ledger", limit: int = 100) -> list[dict[str, Any]]:
-    """Summarise the newest runs of a database, from their totals alone.
+def show_all(as_json: bool, folder: Path | None = None) -> None:
+    """Print the runs of a folder, or else of the database that AGQ_MONGO_URI names."""
+    from agq.pipeline.status.listing import folder_lines
+    from agq.pipeline.status.text import duration
+    from agq.terminal import WholeTable, console
 
-    Returns
-    -------
-    runs
-        One mapping per run, the newest first: ``id``, ``name``, ``run_dir``, ``user``, ``host``,
-        ``created``, ``updated`` and ``stages``: by name ``state``, ``done``, ``skipped``,
-        ``failed``, ``blocks_total``.
-    """
-    keep = ("name", "run_dir", "user", "host", "created", "updated")
-    found = []
-    for run in ledger.runs.find({}, {"config": 0}).sort("created", -1).limit(limit):
-        stages = {}
-        for name, stage in run.get("stages", {}).items():
-            totals = stage.get("totals", {})
-            counts = {key: totals.get(key, 0) for key in ("done", "skipped", "failed")}
-            stages[name] = {
-                "state": stage.get("state"),
-                "blocks_total": stage.get("blocks_total"),
-                **counts,
-            }
-        found.append({"id": run["_id"], **{k: run.get(k) for k in keep}, "stages": stages})
-    return found
+    runs = _ledger_runs() if folder is None else folder_lines(folder, _queue)
+    if as_json:
+        typer.echo(json.dumps({"format": 1, "runs": runs}, indent=1))
+        return
+    columns = ("id", "run", "user", "state", "stage", "blocks", "failed", "now", "left", "heard")
+    table = WholeTable("", columns, numbers=("blocks", "failed", "now", "left"))
+    for run in runs:
+        stage = run["stages"].get(run["stage"], {})
+        ended = stage.get("done", 0) + stage.get("skipped", 0)
+        heard = run["updated"] or run["created"]
+        table.add_row(
+            str(run["id"])[:8],
+            str(run["run_dir"] or run["name"] or ""),
+            str(run["user"] or ""),
+            str(run["state"]),
+            str(run["stage"] or ""),
+            f"{ended}/{stage.get('blocks_total') or '?'}" if stage else "",
+            str(stage.get("failed") or ""),
+            "" if run["blocks_per_s"] is None else f"{run['blocks_per_s']:.3g}/s",
+            "" if run["eta_s"] is None else duration(run["eta_s"]),
+            "" if heard is None else f"{duration(max(0.0, time.time() - heard))} ago",
+        )
+    table.legend = "\n".join(run["problem"] for run in runs if run["problem"])
+    console().print(table)
 
 
-def show_all(as_json: bool) -> None:
-    """Print the runs of the database that AGQ_MONGO_URI names."""
+def _ledger_runs() -> list[dict[str, Any]]:
+    from agq.blockwise.ledger.settings import LedgerSettings
+
+    if LedgerSettings.of_environment().resolve() is None:
+        raise InputError(
+            "--all lists the runs of a database, and AGQ_MONGO_URI names none; for the runs of a "
+            "folder: agq status --all FOLDER"
+        )
     from pymongo.errors import PyMongoError
 
-    from agq.terminal import WholeTable, console
+    from agq.pipeline.status.listing import ledger_lines
 
     ledger = open_ledger()
     try:
-        runs = all_runs(ledger)
+        return ledger_lines(ledger)
     except PyMongoError as error:
         raise ledger.error(error) from None
     finally:
         ledger.close()
-    if as_json:
-        typer.echo(json.dumps({"format": 1, "runs": runs}, indent=1))
-        return
-    columns = ("run", "user", "stage", "state", "blocks", "failed", "heard")
-    table = WholeTable("", columns)
-    for run in runs:
-        ago = f"{(time.time() - (run['updated'] or run['created'])) / 60:.0f} min ago"
-        stages = run["stages"] or {"": {}}
-        name, stage = next(
-            ((n, s) for n, s in stages.items() if s.get("state") != "done"),
-            list(stages.items())[-1],
-        )
-        ended = stage.get("done", 0) + stage.get("skipped", 0)
-        blocks = f"{ended}/{stage.get('blocks_total') or '?'}"
-        words = (run["name"], run["user"], name, stage.get("state"), blocks)
-        table.add_row(*(str(w or "") for w in words), str(stage.get("failed", 0) or ""), ago)
-    console().print(table)
 
 
 def prometheus(status: "RunStatus") -> str:

@@ -145,6 +145,8 @@ def stage_status(
     run_state: RunState,
     run_dir: Path,
     now: float,
+    *,
+    brief: bool = False,
 ) -> StageStatus:
     """Put one stage together.
 
@@ -154,6 +156,8 @@ def stage_status(
         What the coordinator says of it: state, blocks_total, started, finished.
     progress : StageProgress or None
         What its blocks and workers say; None if it has no journal.
+    brief
+        Leave out failed blocks and workers.
     """
     totals = progress.progress(entry.get("started"), now) if progress else {}
     state = _stage_state(entry, totals, run_state)
@@ -177,7 +181,7 @@ def stage_status(
             rates["still_since"] = _still_since(totals, started, now)
             if left is not None and rate > 0 and rates["still_since"] is None:
                 rates["eta_s"] = max(left, 0) / rate
-    failed = progress if progress and totals.get("failed") else None
+    failed = progress if progress and totals.get("failed") and not brief else None
     names = ("done", "skipped", "failed", "voxels", "duplicates", "conflicts")
     return StageStatus(
         name=name,
@@ -193,7 +197,7 @@ def stage_status(
         errors=failure_groups(failed, name, run_dir) if failed else (),
         workers=_newest(
             worker_status(worker, run_state, now)
-            for worker in (progress.workers.values() if progress else ())
+            for worker in (progress.workers.values() if progress and not brief else ())
         ),
     )
 

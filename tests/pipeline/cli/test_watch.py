@@ -18,6 +18,7 @@ from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.pipeline.cli.watch import prometheus
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.run.session import feeder_of
 from agq.pipeline.status.run_status import RunStatus, StageStatus, WorkerStatus
 from tests.helpers.runs import agq, environment, make_config
 
@@ -193,6 +194,65 @@ def test_status_of_a_run_on_another_machine(run, tmp_path, mongo_uri, monkeypatc
     refused = agq("status", tmp_path / "nothing here")
     assert refused.returncode == 2
     assert "unknown to the ledger" in refused.stderr
+    with MongoClient(mongo_uri) as client:
+        client.drop_database(database)
+
+
+def test_ten_runs_of_one_name_are_told_apart(run, tmp_path, mongo_uri, main, monkeypatch):
+    """From their folders, from a database, and with a damaged one among them."""
+    database = f"t{uuid.uuid4().hex}"
+    ledger = connect(LedgerSettings(uri=SecretStr(mongo_uri), database=database))
+    now, ids, parent = time.time(), [], tmp_path / "parent"
+    parent.mkdir()
+    run.path.rename(parent / "first")
+    for i, state in enumerate(("running", "done", "stopped")):
+        one = RunFolder(parent / f"run{i}")
+        with one.lock():
+            one.create({"run_dir": str(one.path)}, {"grid": 1})
+            one.update(name="the same")
+            one.update_stage("predict", state=state, blocks_total=30, started=now - 100)
+        (one.path / ".lock").write_text("host elsewhere, pid 1")
+        with JournalWriter(one.journal("predict"), WorkerInfo("w", "n", 1)) as journal:
+            journal.finish_many(BlockRecord(b, "done", finished=now - b) for b in range(12))
+        feeder = feeder_of(one, ledger)
+        feeder.start()
+        assert feeder.stop(60).complete
+        ids.append(one.record()["id"])
+    ledger.runs.insert_one({"_id": "odd", "created": 1.0, "stages": {"predict": {"totals": 5}}})
+    ledger.close()
+    (parent / "bad").mkdir()
+    (parent / "bad" / "run.json").write_text('{"format": 1, "id": [], "stages": []}')
+    monkeypatch.setenv("AGQ_MONGO_URI", mongo_uri)
+    monkeypatch.setenv("AGQ_MONGO_DATABASE", database)
+    here, there = (
+        {
+            line["id"]: line
+            for line in json.loads(main("status", "--all", *where, "--json")[1])["runs"]
+        }
+        for where in ([parent], [])
+    )
+    assert here[""]["state"] == there["odd"]["state"] == "damaged"
+    assert "run.json" in here[""]["problem"]
+    assert there["odd"]["problem"]
+    assert set(there) == {*ids, "odd"}
+    for run_id, state in zip(ids, ("running", "done", "stopped"), strict=True):
+        for line in (here[run_id], there[run_id]):
+            assert (line["state"], line["stage"], line["problem"]) == (state, "predict", None)
+            assert line["stages"]["predict"]["done"] == 12
+            assert line["user"] == here[run_id]["user"]
+            if state == "running":
+                assert line["eta_s"] == pytest.approx(18 / line["blocks_per_s"])
+            else:
+                assert line["blocks_per_s"] is None
+        assert here[run_id]["run_dir"] == there[run_id]["run_dir"]
+    text = main("status", "--all", parent)[1]
+    assert {run_id[:8] for run_id in ids} <= set(text.split())
+    assert str(parent / "run2") in text
+    monkeypatch.delenv("AGQ_MONGO_URI")
+    code, _, said = main("status", "--all")
+    assert (code, "agq status --all FOLDER" in said) == (2, True)
+    code, _, said = main("status", "--all", tmp_path / "nothing")
+    assert (code, "no run folder in it" in said) == (2, True)
     with MongoClient(mongo_uri) as client:
         client.drop_database(database)
 
