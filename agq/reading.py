@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -164,6 +164,25 @@ def read_json(path: PathLike, *, most: int = DOCUMENT_BYTES, **how: Any) -> Any:
         As for `read_file`.
     """
     return parse_json(read_file(path, most=most, **how))
+
+
+def read_record(path: PathLike) -> dict[str, Any]:
+    """Read a JSON object that a program of ours has written.
+
+    Raises
+    ------
+    DamagedError
+        If it is none.
+    InputError, OSError
+        As for `read_file`.
+    """
+    try:
+        record = read_json(path)
+    except ValueError as error:
+        raise DamagedError(f"{os.fspath(path)}: file is damaged ({error})") from None
+    if not isinstance(record, dict):
+        raise DamagedError(f"{os.fspath(path)}: file is damaged (it holds no JSON object)")
+    return record
 
 
 def _descriptor(path: PathLike, within: PathLike | None, follow: bool) -> int:

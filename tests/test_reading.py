@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError
 from agq.reading import (
     DOCUMENT_LEVELS,
     NotAFileError,
@@ -14,6 +14,7 @@ from agq.reading import (
     parse_json,
     read_file,
     read_json,
+    read_record,
 )
 
 
@@ -132,3 +133,12 @@ def test_a_document_is_as_deep_as_documents_are(tmp_path):
         parse_json(b'{"a": "\xff"}')
     (tmp_path / "a.json").write_text('{"a": [1, {"b": null}]}')
     assert read_json(tmp_path / "a.json") == {"a": [1, {"b": None}]}
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"3", b'"a"', b"{", b"\xff", b"[" * 100_000, b"null"])
+def test_a_record_is_an_object(tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(DamagedError, match=r"a\.json: file is damaged"):
+        read_record(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert read_record(tmp_path / "a.json") == {"a": 1}

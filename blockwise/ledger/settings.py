@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr
 from agq.credentials import HIDDEN, hide_address, secrets_of
 from agq.errors import InputError
 from agq.paths import expanded
+from agq.reading import read_file
 from agq.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ URI_VARIABLE: Final = "AGQ_MONGO_URI"
 #: Environment variable with the database's name, for commands that have no settings.
 DATABASE_VARIABLE: Final = "AGQ_MONGO_DATABASE"
 
+_MOST_BYTES: Final = 2**16
 _SCHEME: Final = re.compile(r"^\s*(mongodb(?:\+srv)?://)(.*)$", re.DOTALL)
 _SECRET_KEY: Final = re.compile(
     r"pass(word|wd|phrase)?$|secret|token$|credential|api_?key|access_?key|^uri$", re.IGNORECASE
@@ -75,9 +77,9 @@ class LedgerSettings(Settings):
         elif self.uri_file is not None:
             where = f"ledger.uri_file {self.uri_file}"
             try:
-                text = expanded(self.uri_file).read_text(encoding="utf-8")
+                text = read_file(expanded(self.uri_file), most=_MOST_BYTES).decode()
                 _warn_of_readers(expanded(self.uri_file))
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, UnicodeDecodeError, InputError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "not a text file"
                 raise LedgerError(f"{where}: {reason}") from None
         elif os.environ.get(URI_VARIABLE):

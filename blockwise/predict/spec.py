@@ -28,6 +28,7 @@ from agq.blockwise.storage.files import require_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.blockwise.volumes.content import Content
 from agq.errors import InputError
+from agq.reading import read_record
 
 
 class PredictSpec(AttemptSettings, GridSpec):
@@ -97,7 +98,7 @@ class PredictSpec(AttemptSettings, GridSpec):
         """
         path = spec_path(run_dir)
         try:
-            values = from_portable(json.loads(path.read_bytes()), Path(run_dir))
+            values = from_portable(read_record(path), Path(run_dir))
             return cls.model_validate(put_back(path, values))
         except FileNotFoundError:
             raise InputError(f"{path} is missing: {run_dir} is no run folder") from None
@@ -138,8 +139,17 @@ class Session(BaseModel):
 
     @classmethod
     def load(cls, run_dir: str | Path) -> "Session | None":
-        """Return the present session, None where there is none."""
+        """Return the present session, None where there is none.
+
+        Raises
+        ------
+        InputError
+            If the file is damaged.
+        """
+        path = session_path(run_dir)
         try:
-            return cls.model_validate(json.loads(session_path(run_dir).read_bytes()))
+            return cls.model_validate(read_record(path))
         except FileNotFoundError:
             return None
+        except ValidationError as error:
+            raise InputError(f"{path}: file is damaged ({error.errors()[0]['msg']})") from None

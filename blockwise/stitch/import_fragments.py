@@ -36,6 +36,7 @@ from agq.blockwise.volumes.affinities import Affinities
 from agq.blockwise.volumes.content import Content, Voxels, difference, read_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
+from agq.reading import read_record
 
 BLOCK = (16, 256, 256)
 """Voxels of a block, (z, y, x)."""
@@ -151,7 +152,7 @@ def _require_same(
     run_dir: Path, made_of: dict[str, Any], volumes: dict[str, Voxels]
 ) -> dict[str, Any]:
     """Refuse other arrays than those of the last time; return the record of their contents."""
-    recorded = json.loads((run_dir / "imported.json").read_bytes())
+    recorded = read_record(run_dir / "imported.json")
     contents: dict[str, Any] = recorded.get("contents", {})
     other = [name for name, value in made_of.items() if recorded.get(name) != value]
     if ("mask" in recorded) != ("mask" in volumes):
@@ -175,7 +176,10 @@ def imported_grid(run_dir: Path, *, whole: bool = True) -> BlockGrid | None:
     marker = run_dir / "imported.json"
     if not marker.exists():
         return None
-    grid = BlockGrid.from_dict(json.loads(marker.read_bytes())["grid"])
+    record = read_record(marker)
+    if not isinstance(record.get("grid"), dict):
+        raise InputError(f"{marker}: file is damaged (it has no grid)")
+    grid = BlockGrid.from_dict(record["grid"])
     done = Journal(run_dir / "journal" / "predict").done(grid.n_blocks)
     return grid if done.all() or not whole else None
 

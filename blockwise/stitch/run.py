@@ -61,8 +61,9 @@ from agq.blockwise.storage.files import make_folder, require_folder, write_atomi
 from agq.blockwise.volumes.content import read_content
 from agq.blockwise.volumes.create import open_array
 from agq.blockwise.volumes.open import open_volume
-from agq.blockwise.volumes.triples import Triple
+from agq.blockwise.volumes.triples import Triple, checked_triple
 from agq.errors import DamagedError, InputError, repairable
+from agq.reading import read_record
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
@@ -439,12 +440,11 @@ class _Stitch:
         if self.spec.superblock is not None:
             return self.spec.superblock
         try:
-            begun = json.loads((self.files.contacts / "layout.json").read_bytes())
-        except FileNotFoundError:
+            begun = read_record(self.files.contacts / "layout.json")
+        except (FileNotFoundError, DamagedError):
             begun = {}
         if begun.get("key") == key:
-            z, y, x = begun["shape"]
-            return z, y, x
+            return checked_triple("superblock", begun.get("shape", ()), 1)
         return leaf_shape(self.grid.shape, blocks, self.workers.cores, self.spec.batch_blocks)
 
     def _agglomerate(self, key: str) -> tuple[str, int]:

@@ -26,6 +26,7 @@ from agq.blockwise.journal.writer import end_journal
 from agq.blockwise.storage.files import file_checksum, require_folder, write_atomic
 from agq.blockwise.storage.leftovers import remove_all_temporaries
 from agq.errors import DamagedError, InputError, RunStoppedError, repairable
+from agq.reading import NotAFileError, read_file, read_record
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, items done and items in all."""
@@ -350,9 +351,9 @@ class Step:
         None: an earlier release has done the step, or the file cannot be read.
         """
         try:
-            text = _marker(run_dir, name).with_suffix(_SUMS).read_text()
+            text = read_file(_marker(run_dir, name).with_suffix(_SUMS)).decode()
             return {path: total for total, path in (s.split("  ", 1) for s in text.splitlines())}
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotAFileError, ValueError):
             return None
 
     @staticmethod
@@ -378,12 +379,11 @@ class Step:
         """
         path = _marker(run_dir, name)
         try:
-            marker: dict[str, Any] = json.loads(path.read_bytes())
+            return read_record(path)
         except FileNotFoundError:
             return {}
-        except ValueError:
-            raise repairable(f"{path}: file is damaged", run_dir) from None
-        return marker
+        except InputError as error:
+            raise repairable(error, run_dir) from None
 
     def _write(self, marker: dict[str, Any]) -> None:
         require_folder(self._workers.folder)

@@ -1,6 +1,5 @@
 """The command `agq export precomputed`."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ import typer
 
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import parse_triple
+from agq.reading import read_record
 
 export_app = typer.Typer(no_args_is_help=True, help="Write results in formats of other programs.")
 
@@ -145,7 +145,7 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
     if run.exists():
         options["unit"] = run.record()["identity"]["raw"]["unit"]
     else:
-        options["unit"] = json.loads((run.path / "imported.json").read_bytes()).get("unit", "nm")
+        options["unit"] = read_record(run.path / "imported.json").get("unit", "nm")
     return open_levels(run.path / "data.zarr", "segmentation", **options), version
 
 

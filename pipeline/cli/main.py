@@ -101,6 +101,8 @@ def main() -> None:
         _fail(error, EXIT_BAD_INPUT)
     except RunStoppedError as error:
         _fail(error, EXIT_FAILED)
+    except MemoryError as error:
+        _fail(error, EXIT_FAILED, f"there is not enough memory ({error or 'none is left'})")
     except OSError as error:
         line = machine_fault(error)
         if line is None:

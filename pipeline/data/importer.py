@@ -39,6 +39,7 @@ from agq.errors import InputError
 from agq.pipeline.data.numbering import listed
 from agq.pipeline.data.section_stack import Sections
 from agq.pipeline.data.sections import is_importable, open_sections
+from agq.reading import read_json
 
 __all__ = ["default_chunks", "import_volume", "is_importable"]
 
@@ -140,9 +141,9 @@ def import_volume(
 def is_import_of(folder: Path, stack: Sections) -> bool:
     """Tell whether a volume was imported from files of the same names and sizes."""
     try:
-        states = json.loads((folder / _STATES).read_text())
+        states = read_json(folder / _STATES)
         known = [(name, size) for name, size, _ in states]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, InputError):
         return False
     return known == [file_state(file)[:2] for file in stack.files]
 
@@ -286,8 +287,8 @@ def _write_states(stack: Sections, folder: Path) -> None:
 def _changed(stored: "zarr.Array[Any]", stack: Sections, states: Path) -> str | None:
     """Compare a stack with its import; name a section that differs, if one does."""
     touched = set(stack.files)
-    with suppress(OSError, ValueError):
-        known = {tuple(state) for state in json.loads(states.read_text())}
+    with suppress(OSError, ValueError, TypeError, InputError):
+        known = {tuple(state) for state in read_json(states)}
         touched = {file for file in stack.files if file_state(file) not in known}
     depth, total = stored.chunks[0], stack.shape[0]
     following = stack.read(0) if stack.places is None and touched else None

@@ -22,8 +22,11 @@ from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
+from agq.reading import read_file
 
 Labels = npt.NDArray[np.uint64]
+_MOST_BYTES = 2**32
+_FARTHEST = 2.0**53
 _REACH = 3**0.5 + 1e-6
 
 
@@ -136,7 +139,7 @@ def read_skeletons(path: Path) -> Skeletons:
     """
     try:
         if path.suffix == ".npz":
-            arrays = load_arrays(path)
+            arrays = load_arrays(path, most=_MOST_BYTES)
             skeletons = Skeletons(
                 arrays["nodes"].astype(np.float64),
                 arrays["edges"].astype(np.int64),
@@ -147,8 +150,13 @@ def read_skeletons(path: Path) -> Skeletons:
             skeletons = Skeletons.merge(_swc(file, n) for n, file in enumerate(files, 1))
     except OSError as error:
         raise InputError(f"skeletons {path}: {error.strerror or error}") from None
-    except (KeyError, ValueError, IndexError) as error:
+    except (LookupError, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"skeletons {path}: not an npz or SWC file ({error})") from None
+    nodes, edges, owner = skeletons.nodes, skeletons.edges, skeletons.owner
+    if (nodes.shape, edges.shape) != ((len(owner), 3), (len(edges), 2)) or owner.ndim != 1:
+        raise InputError(f"skeletons {path}: nodes, edges and owners do not fit together")
+    if not (np.abs(nodes) < _FARTHEST).all():
+        raise InputError(f"skeletons {path}: a node has a coordinate that is no place")
     if not len(skeletons.edges):
         raise InputError(f"skeletons {path}: the file has no edges")
     if skeletons.edges.min() < 0 or skeletons.edges.max() >= len(skeletons.nodes):
@@ -157,7 +165,7 @@ def read_skeletons(path: Path) -> Skeletons:
 
 
 def _swc(file: Path, number: int) -> Skeletons:
-    text = file.read_text(encoding="utf-8").splitlines()
+    text = read_file(file, most=_MOST_BYTES).decode().splitlines()
     rows = [line.split() for line in text if line.strip() and not line.lstrip().startswith("#")]
     place = {int(row[0]): k for k, row in enumerate(rows)}
     nodes = np.array([[float(row[4]), float(row[3]), float(row[2])] for row in rows])

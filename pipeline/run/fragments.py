@@ -11,7 +11,7 @@ from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.addresses import put_away, put_back
 from agq.blockwise.storage.files import write_atomic
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError
 from agq.paths import expanded
 from agq.pipeline.config.schema import VolumeSettings
 from agq.pipeline.config.yaml_settings import parse_values
@@ -19,6 +19,7 @@ from agq.pipeline.data.inputs import open_input
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.stages import stitch_spec
 from agq.pipeline.status.progress import Tell, open_progress
+from agq.reading import read_record
 from agq.settings import Settings
 
 RECORD: Final = "settings.json"
@@ -51,9 +52,8 @@ class FragmentsSettings(Settings):
 def recorded_source(output: Path) -> dict[str, Any]:
     """Return what `stitch_arrays` has recorded in a folder: ``source`` and ``settings``."""
     try:
-        recorded: dict[str, Any] = json.loads((output / RECORD).read_bytes())
-        recorded = put_back(output / RECORD, recorded)
-    except ValueError:
+        recorded: dict[str, Any] = put_back(output / RECORD, read_record(output / RECORD))
+    except (DamagedError, ValueError):
         raise InputError(f"{output / RECORD} is damaged; remove {output} and start over") from None
     return recorded
 

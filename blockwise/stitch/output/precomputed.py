@@ -33,6 +33,7 @@ from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
+from agq.reading import read_json
 
 CHUNK = (64, 64, 64)
 """Triple of a chunk, (z, y, x)."""
@@ -316,7 +317,7 @@ def _claim(
         raise InputError(f"{out} is a file; choose another folder")
     if out.is_dir() and any(out.iterdir()):
         try:
-            recorded = json.loads(marker.read_bytes())
+            recorded = read_json(marker)
         except (FileNotFoundError, ValueError):
             recorded = None
         # A start or a deletion that was interrupted leaves only this folder.
@@ -359,8 +360,8 @@ def _clear(out: Path) -> None:
 
 def _is_precomputed(out: Path) -> bool:
     try:
-        info = json.loads((out / "info").read_bytes())
-    except (OSError, ValueError):
+        info = read_json(out / "info")
+    except (OSError, ValueError, InputError):
         return False
     return isinstance(info, dict) and "scales" in info
 

@@ -29,13 +29,14 @@ from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import StitchSettings, Thresholds
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume, open_volume
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError
 from agq.pipeline.evaluate.baseline.quantile import quantile_segments, write_joined
 from agq.pipeline.evaluate.baseline.watershed import WatershedRun, WatershedSettings, make_fragments
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule
 from agq.pipeline.evaluate.evaluate import CountOptions, count, evaluate
 from agq.pipeline.evaluate.sweep import Criterion, Point, best, one_threshold, point, points_table
 from agq.pipeline.folder import RunFolder
+from agq.reading import read_record
 
 MEAN, QUANTILE = "watershed + mean", "watershed + 75% quantile"
 METHODS = (MEAN, QUANTILE)
@@ -278,13 +279,11 @@ def _scored(item: Point, volume: Volume, truth: Volume, options: CountOptions) -
 
 def _read_report(run: RunFolder) -> dict[str, Any]:
     try:
-        report = json.loads((run.path / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_record(run.path / REPORT)
+    except (OSError, DamagedError):
         raise InputError(
             f"{run.path} has no {REPORT}; run `agq baseline watershed {run.path}` first"
         ) from None
-    assert isinstance(report, dict)
-    return report
 
 
 def _threshold(report: dict[str, Any], method: str) -> float:

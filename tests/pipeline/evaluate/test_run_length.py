@@ -1,6 +1,7 @@
 """Skeletons, expected run length, scores of blocks and plots."""
 
 import json
+import os
 from pathlib import Path
 
 import cc3d
@@ -23,6 +24,7 @@ from agq.pipeline.evaluate.skeletons import (
 from agq.pipeline.evaluate.sweep import Point
 from agq.pipeline.folder import RunFolder
 from tests.helpers.fragments import GRID, box, make_run, write_run
+from tests.helpers.fuzz import attack, odd_text, require_one_line
 from tests.helpers.runs import stored, write_volume
 
 
@@ -163,3 +165,45 @@ def test_skeletons_and_filling_count_in_nanometres_in_any_unit(tmp_path: Path) -
     assert lines.pop().startswith("expected run length 198 of 198 nm")
     assert not lines
     assert figures == {(0, 0)}
+
+
+SWC = "# nodes\n1 2 10 20 30 1 -1\n2 2 11 20 30 1 1\n3 2 12 21 30 1 2\n"
+
+
+@pytest.mark.fuzz
+def test_damaged_skeletons(tmp_path):
+    path = tmp_path / "a.swc"
+
+    def look(data):
+        path.write_bytes(data)
+        read_skeletons(path)
+
+    assert attack(look, lambda rng: odd_text(rng, SWC.encode()), 150)
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["1 2 inf 0 0 1 -1", "1 2 nan 0 0 1 -1", "1 2 1e300 0 0 1 -1", "1 2 0 0 0 1 1" + "0" * 40],
+)
+def test_skeletons_that_lie_nowhere(tmp_path, row):
+    path = tmp_path / "a.swc"
+    path.write_text(f"{SWC}{row.replace('1', '4', 1)}\n")
+    assert str(path) in require_one_line(lambda: read_skeletons(path))
+
+
+def test_skeletons_of_other_shapes(tmp_path):
+    path = tmp_path / "a.npz"
+    good = {"nodes": np.zeros((3, 3)), "edges": np.array([[0, 1]]), "owner": np.ones(3)}
+    for name, value in (
+        ("nodes", np.zeros(3)), ("nodes", np.zeros((3, 2))), ("edges", np.zeros((1, 3))),
+        ("owner", np.ones(2)), ("owner", np.ones((3, 3))), ("edges", np.array([[0, 3]])),
+        ("nodes", np.full((3, 3), np.nan)),
+    ):  # fmt: skip
+        np.savez(path, **good | {name: value})
+        assert str(path) in require_one_line(lambda: read_skeletons(path))
+
+
+@pytest.mark.parametrize("name", ["a.swc", "a.npz"])
+def test_what_is_no_skeleton_file(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert name in require_one_line(lambda: read_skeletons(tmp_path / name))
