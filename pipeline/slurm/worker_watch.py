@@ -24,6 +24,7 @@ _MAX_VAIN = 3
 _LINES = 3
 _BYTES = 4096
 
+_HELD = "launch_failed_requeued_held"
 _BROKEN = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "BOOT_FAIL", "DEADLINE")
 _MEMORY = ("out of memory", "oom_kill", "oom-kill")
 _ENVIRONMENT = ("no such file", "not found", "no module named")
@@ -79,7 +80,7 @@ class WorkerWatch:
 
     def _look(self, now: float, ended: int, left: int) -> None:
         jobs = load(self._run_dir)
-        here = sum(entry.count for entry in live(jobs, "workers"))
+        here = _count(jobs)
         cancelled = self._newly_cancelled(jobs)
         if here >= max(1, jobs.workers):
             self._missed = 0
@@ -91,7 +92,7 @@ class WorkerWatch:
         self._missed += 1
         with changing(self._run_dir) as jobs:
             # agq scale and agq cancel hold the lock too: they may have changed both meanwhile.
-            here = sum(entry.count for entry in live(jobs, "workers"))
+            here = _count(jobs)
             if jobs.cancelled or here >= max(1, jobs.workers):
                 return
             if here and cancelled:
@@ -155,6 +156,12 @@ class WorkerWatch:
     def _last_log(self) -> Path | None:
         logs = log_folder(self._run_dir).glob("workers-*.log")
         return max(logs, key=os.path.getmtime, default=None)
+
+
+def _count(jobs: Jobs) -> int:
+    """Count the worker jobs that work, or will."""
+    # A node that cannot start a job leaves it in the queue, where it waits for an administrator.
+    return sum(entry.count for entry in live(jobs, "workers") if entry.reason != _HELD)
 
 
 def _last_lines(run_dir: Path, log: Path) -> list[str]:

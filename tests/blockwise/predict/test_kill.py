@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from agq.blockwise.journal.reader import Journal
+from agq.blockwise.predict import local_processes
 from agq.blockwise.predict.coordinator import PredictSpec, run_predict
 from tests.helpers.predict_runs import (
     ROOT,
@@ -123,6 +125,27 @@ def check_group_kills(tmp_path, undisturbed, seed: int, kills: int) -> None:
 
 def test_killed_workers_are_replaced(tmp_path, undisturbed):
     check_worker_kills(tmp_path, undisturbed, seed=0, kills=1)
+
+
+@pytest.mark.slow
+def test_a_frozen_worker_is_replaced(tmp_path, undisturbed, monkeypatch):
+    """Without another worker, nobody would take its block when it times out."""
+    spec = make_run(tmp_path, raw_volume(), options={"delay_s": 0.2}, workers=1)
+
+    def freeze() -> None:
+        wait_for(lambda: ended(spec) > 0)
+        (worker,) = processes_of(spec, "agq.blockwise.predict.worker")
+        worker.suspend()
+        monkeypatch.setattr(local_processes, "SILENT_S", 0.5)
+        wait_for(lambda: not worker.is_running())
+        monkeypatch.setattr(local_processes, "SILENT_S", 300.0)
+
+    with ThreadPoolExecutor(1) as pool:
+        frozen = pool.submit(freeze)
+        report = run_predict(spec, np.arange(N))
+        frozen.result()
+    assert (report.done, report.workers_lost) == (N, 1)
+    assert outputs(spec) == undisturbed
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, undisturbed):

@@ -53,8 +53,13 @@ class Cluster:
         return job
 
     def queue(self, _ids: object, _users: object = (), *, states: Any = ()) -> list[QueueEntry]:
-        wanted = states or ["RUNNING"]
-        return [QueueEntry(j, (t,), s, "") for (j, t), s in self.tasks.items() if s in wanted]
+        wanted = states or ["RUNNING", "PENDING"]
+        held = {"PENDING": "launch_failed_requeued_held"}
+        return [
+            QueueEntry(job, (task,), state, held.get(state, "None"))
+            for (job, task), state in self.tasks.items()
+            if state in wanted
+        ]
 
     def end(self, job: int, task: int, state: str = "FAILED") -> None:
         self.tasks[job, task] = state
@@ -134,6 +139,13 @@ def test_several_lost_jobs_are_one_submission(cluster):
         it.end(1, task, state)
     it.wait(60)
     assert it.submitted == [5, 3]
+
+
+def test_a_job_that_a_broken_node_leaves_in_the_queue_is_lost(cluster):
+    it = cluster(3)
+    it.end(1, 2, "PENDING")
+    it.wait(60)
+    assert it.submitted == [3, 1]
 
 
 def test_a_job_that_somebody_cancelled_is_wanted_no_more(cluster):
