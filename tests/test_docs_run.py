@@ -364,7 +364,9 @@ def test_secrets_of_the_compose_file(tmp_path: Path) -> None:
     assert set(made) == set(compose["secrets"])
     passwords = [made["mongo-root-password"]]
     for name, user in (("mongo-uri", "agq"), ("mongo-read-uri", "agq-page")):
-        uri = re.fullmatch(r"mongodb://([\w-]+):(\w{48})@mongo:27017/\?authSource=admin", made[name])
+        uri = re.fullmatch(
+            r"mongodb://([\w-]+):(\w{48})@mongo:27017/\?authSource=admin", made[name]
+        )
         assert uri is not None
         assert uri[1] == user
         passwords.append(uri[2])
