@@ -12,6 +12,7 @@ block is given back to the dispatcher.
 import contextlib
 import logging
 import math
+import os
 import queue
 import random
 import threading
@@ -39,10 +40,11 @@ from agq.blockwise.predict.paths import journal_folder, retry_path
 from agq.blockwise.predict.predictor import Prediction, Predictor
 from agq.blockwise.predict.raw_blocks import BlockError, RawBlocks
 from agq.blockwise.predict.spec import PredictSpec, Session
-from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
+from agq.blockwise.storage.files import FATAL_ERRNOS, descriptor_of, require_writable
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError, RunGoneError
+from agq.reading import NotAFileError
 
 # Of a record of a volume: a thousand workers that start at once read no more than this.
 _COMPARED = 64
@@ -440,8 +442,8 @@ class BlockLoop:
             if fatal is None and second.errno in FATAL_ERRNOS:
                 fatal = second
             _logger.exception("cannot record the failure of block %d", number)
-        except RunGoneError as gone:
-            self.stop_run(str(gone))
+        except (RunGoneError, NotAFileError) as wrong:
+            self.stop_run(str(wrong))
         if fatal is not None:
             self.stop_run(f"block {number} cannot be written: {fatal}")
 
@@ -456,7 +458,7 @@ class BlockLoop:
         path = retry_path(self.files.run_dir, number)
         for folder in (path.parents[1], path.parent):
             folder.mkdir(exist_ok=True)
-        with path.open("ab") as file:
+        with os.fdopen(descriptor_of(path, os.O_WRONLY | os.O_APPEND), "ab") as file:
             file.write(b".")
 
 

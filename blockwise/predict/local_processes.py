@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.predict.paths import log_path
-from agq.blockwise.storage.files import make_folder, require_folder
+from agq.blockwise.storage.files import descriptor_of, make_folder, require_folder
 
 EXIT_START_FAILED = 70
 """Exit status of a worker whose predictor or input cannot be loaded."""
@@ -288,7 +288,7 @@ def start_module(
     """
     require_folder(log.parents[2])
     make_folder(log.parent)
-    with log.open("ab") as output:
+    with os.fdopen(descriptor_of(log, os.O_WRONLY | os.O_APPEND), "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
             stdout=output,

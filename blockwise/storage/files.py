@@ -10,13 +10,14 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from agq.errors import InputError, RunGoneError
-from agq.reading import open_file
+from agq.reading import NotAFileError, open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -169,6 +170,38 @@ def atomic_file(path: PathLike, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(target.parent)
+
+
+def descriptor_of(path: PathLike, flags: int) -> int:
+    """Open a regular file that stays at its place, made if missing, and return its descriptor.
+
+    Whoever else may write to a folder could put a link under the name of a file of ours, and it
+    would lead to another file of this user.
+
+    Parameters
+    ----------
+    flags
+        As for `os.open`.
+
+    Raises
+    ------
+    NotAFileError
+        If it is a link or no regular file.
+    OSError
+        If it cannot be opened or made.
+    """
+    wrong = f"{os.fspath(path)} is no regular file; remove it"
+    kept = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | kept, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise NotAFileError(wrong) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotAFileError(wrong)
+    return descriptor
 
 
 def checksum(data: "Bytes | NDArray[Any]") -> str:

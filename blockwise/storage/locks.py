@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import socket
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from agq.blockwise.storage.files import descriptor_of
 from agq.reading import NotAFileError, open_file
 
 _NO_FLOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
@@ -53,12 +53,12 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
     LockedError
         If another process holds it, and `wait` is off.
     NotAFileError
-        If it is a link or no regular file: whoever else may write to the folder could let a lock
-        lead to a file of this user, which would be emptied.
+        If it is a link or no regular file: it is emptied.
     OSError
         If the file cannot be made or written.
     """
-    with _opened(path) as file:
+    descriptor = descriptor_of(path, os.O_RDWR | os.O_APPEND)
+    with os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace") as file:
         owner = _OwnerFile(path, flocked=_flock(file, wait=wait))
         while owner.is_taken() or not owner.take():
             if not wait:
@@ -95,22 +95,6 @@ def is_held(path: Path) -> bool | None:
             return False
     except (OSError, ValueError, NotAFileError):
         return None
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open a lock for reading and writing, made if missing, and only as a regular file."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):
-            raise
-        raise NotAFileError(f"{path} is no regular file; remove it") from None
-    with os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise NotAFileError(f"{path} is no regular file; remove it")
-        yield file
 
 
 def _flock(file: IO[str], *, wait: bool) -> bool:

@@ -14,7 +14,8 @@ import threading
 import time
 from pathlib import Path
 
-from agq.reading import open_file
+from agq.blockwise.storage.files import descriptor_of
+from agq.reading import NotAFileError, open_file
 
 LIMIT_BYTES = 16 << 20
 """Of a log, and of the older part beside it."""
@@ -92,9 +93,10 @@ def _watch(descriptors: list[int], limit: int) -> None:
 def _start_anew(descriptor: int, limit: int) -> None:
     path = Path(f"/proc/self/fd/{descriptor}").resolve()
     # On a full disk it is more important that the file ends than that its past is kept.
-    with contextlib.suppress(OSError), path.open("rb") as source:
+    with contextlib.suppress(OSError, NotAFileError), path.open("rb") as source:
         source.seek(max(0, os.fstat(descriptor).st_size - limit))
-        with path.with_name(f"{path.name}.1").open("wb") as older:
+        older_path = path.with_name(f"{path.name}.1")
+        with os.fdopen(descriptor_of(older_path, os.O_WRONLY | os.O_TRUNC), "wb") as older:
             for _ in range(-(-limit // _PIECE)):
                 older.write(source.read(min(limit, _PIECE)))
     os.ftruncate(descriptor, 0)

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -142,3 +143,24 @@ def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_format_bytes(count: int, text: str) -> None:
     assert files.format_bytes(count) == text
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "FIFO", "folder"])
+def test_a_file_that_is_written_on_is_no_link(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(other)
+        if kind == "link":
+            other.write_text("precious")
+    for flags in (os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_TRUNC, os.O_RDWR):
+        with pytest.raises((InputError, OSError)):
+            os.close(files.descriptor_of(path, flags))
+    assert (other.read_text() if other.exists() else None) == (
+        "precious" if kind == "link" else None
+    )
+    with os.fdopen(files.descriptor_of(tmp_path / "new", os.O_WRONLY), "wb") as file:
+        file.write(b"x")

@@ -42,6 +42,17 @@ def test_a_log_starts_anew_and_its_end_is_kept(tmp_path, mode):
     assert b"of C code" in older
 
 
+def test_the_older_part_of_a_log_leads_to_no_other_file(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("precious")
+    (tmp_path / "worker-0.log.1").symlink_to(other)
+    log = tmp_path / "worker-0.log"
+    log.write_bytes(bytes(100))
+    with log.open("ab") as output:
+        logs._start_anew(output.fileno(), 50)
+    assert (log.stat().st_size, other.read_text()) == (0, "precious")
+
+
 def test_what_is_no_file_is_left_alone():
     command = [sys.executable, "-c", PRINT]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
