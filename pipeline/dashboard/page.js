@@ -94,6 +94,7 @@ function stageRow(s) {
     bar.append(piece);
   }
   const words = [s.state];
+  if (s.step) words.push(`${s.step} ${whole(s.step_done)} of ${whole(s.step_total)}`);
   if (total && s.done + s.skipped) words.push(`${whole(s.done + s.skipped)} of ${whole(total)}`);
   if (s.failed) words.push(`${whole(s.failed)} failed`);
   if (s.blocks_per_s_now !== null && s.state === "running") words.push(`${short(s.blocks_per_s_now)} blocks/s`, `${short(s.voxels_per_s_now / 1e6)} Mvoxel/s`);

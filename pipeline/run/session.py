@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from agq.blockwise.ledger.database import Ledger, connect
@@ -11,6 +11,7 @@ from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.local_processes import Terminated, termination_unwinds
 from agq.credentials import hide
+from agq.errors import InputError
 from agq.pipeline.config.schema import masked
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.identity import start
@@ -19,6 +20,8 @@ from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.status.progress import Progress, Tell, open_progress
 
 logger = logging.getLogger(__name__)
+
+_STEP_S = 5.0
 
 STAGES = ("predict", "relabel", "pyramid")
 """Stages that work by blocks and so have a journal."""
@@ -39,12 +42,25 @@ class Session:
         self.prepared = prepared
         self.progress = progress
         self._feeder = feeder
+        self._step = ""
+        self._step_due = 0.0
 
     def update_stage(self, name: str, **entries: Any) -> None:
         """Merge entries into the record of a stage, in run.json and in the ledger."""
         self.prepared.run.update_stage(name, **entries)
         if self._feeder is not None:
             self._feeder.update_stage(name, **entries)
+
+    def update_step(self, stage: str, step: str, done: int, total: int) -> None:
+        """Show how far a step of a stage is, and record it now and then."""
+        self.progress.step(step, done, total)
+        now = time.monotonic()
+        if step == self._step and now < self._step_due:
+            return
+        self._step, self._step_due = step, now + _STEP_S
+        # For watching only: what is wrong here shows up in the work itself.
+        with suppress(OSError, InputError):
+            self.update_stage(stage, step=step, step_done=done, step_total=total)
 
     def has_report(self, name: str) -> bool:
         """Tell whether an earlier command has left a report of a stage."""
@@ -64,6 +80,7 @@ class Session:
             started=time.time(),
             finished=None,
             error=None,
+            step=None,
         )
         record: dict[str, Any] = {"state": "done"}
         try:

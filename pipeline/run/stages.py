@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -341,9 +342,9 @@ def stitch(
         session.stage("stitch", int(prepared.selected.size)) as record,
         client or dask_client(section.dask) as dask,
     ):
-        progress = session.progress
+        tell = partial(session.update_step, "stitch")
         wait_s = section.dask.wait_s
-        report = run_stitch(spec, dask, progress.step, progress.note, wait_s=wait_s)
+        report = run_stitch(spec, dask, tell, session.progress.note, wait_s=wait_s)
         if len(report.reused) < len(report.seconds) or not session.has_report("stitch"):
             record["report"] = report.to_dict()
     return report

@@ -138,6 +138,11 @@ class StageStatus(_Model):
     """Workers that have not ended, and the latest of those that have."""
     errors: tuple[FailureGroup, ...] = ()
     """All failed blocks by kind of error, the most frequent kinds first."""
+    step: str | None = None
+    """What a running stage is at, such as ``contacts`` of the stitch."""
+    step_done: int | None = None
+    """Items of the step that are done, of `step_total`."""
+    step_total: int | None = None
 
     @property
     def ended_blocks(self) -> int:

@@ -27,6 +27,7 @@ _NEVER: Final = frozenset(
     }
 )
 _STILL: Final = 3.0
+_STEP: Final = ("step", "step_done", "step_total")
 _MAX_WORKERS: Final = 200
 _MIN_DONE: Final = 3
 _MIN_WORKERS: Final = 3
@@ -193,6 +194,7 @@ def stage_status(
         started=started,
         finished=finished,
         error=entry.get("error"),
+        **({n: entry.get(n) for n in _STEP} if state == "running" else {}),
         failures=tuple(map(failure_of, failed.failed(MAX_FAILURES))) if failed else (),
         errors=failure_groups(failed, name, run_dir) if failed else (),
         workers=_newest(

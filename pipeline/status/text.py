@@ -86,7 +86,7 @@ def _stages(stages: Iterable[StageStatus]) -> WholeTable:
             Text(stage.name),
             Text(stage.state, _STYLES[stage.state]),
             ProgressBar(total=max(total or done, 1), completed=done, width=_BAR),
-            Text(f"{done}/{'?' if total is None else total}" if counted else ""),
+            Text(f"{done}/{'?' if total is None else total}" if counted else _step(stage)),
             Text(str(stage.failed), "red") if stage.failed else Text(""),
             Text(_left(stage)),
         )
@@ -97,6 +97,10 @@ def _left(stage: StageStatus) -> str:
     if stage.still_since is not None:
         return "unknown"
     return "" if stage.eta_s is None else duration(stage.eta_s)
+
+
+def _step(stage: StageStatus) -> str:
+    return f"{stage.step} {stage.step_done}/{stage.step_total}" if stage.step else ""
 
 
 def _details(stage: StageStatus, now: float) -> list[RenderableType]:

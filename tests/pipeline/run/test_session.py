@@ -1,10 +1,12 @@
 """What the record says of a stage after it ended one way and was run again."""
 
+import io
 import signal
 import uuid
 
 import pytest
 from pydantic import SecretStr
+from rich.console import Console
 
 from agq.blockwise.journal.records import BlockRecord
 from agq.blockwise.journal.writer import JournalWriter
@@ -15,6 +17,8 @@ from agq.pipeline.config.schema import load_config
 from agq.pipeline.run.prepare import prepare
 from agq.pipeline.run.session import feeder_of, open_session
 from agq.pipeline.run.stages import predict
+from agq.pipeline.status.monitor import load_status
+from agq.pipeline.status.text import render
 from tests.helpers.ledgers import WORKER
 from tests.helpers.runs import make_config
 
@@ -64,6 +68,25 @@ def test_the_report_outlives_a_command_that_had_nothing_to_do(prepared):
         assert first.done
         assert predict(session).blocks == 0
     assert prepared.run.record()["stages"]["predict"]["report"] == first.to_dict()
+
+
+def test_a_stitch_shows_how_far_it_is_from_its_first_step(prepared):
+    def stage():
+        return next(s for s in load_status(prepared.run.path).stages if s.name == "stitch")
+
+    with open_session(prepared, on_progress=None) as session:
+        with session.stage("stitch", 60):
+            assert stage().step is None
+            # Many in a moment: written once, and again with the next step.
+            for done in range(50):
+                session.update_step("stitch", "contacts", done, 50)
+            assert (stage().step, stage().step_done, stage().step_total) == ("contacts", 0, 50)
+            session.update_step("stitch", "agglomerate 1/3", 2, 9)
+            assert (stage().step, stage().step_done) == ("agglomerate 1/3", 2)
+            console = Console(file=io.StringIO(), width=80)
+            console.print(render(load_status(prepared.run.path)))
+            assert "agglomerate 1/3 2/9" in console.file.getvalue()
+        assert stage().step is None
 
 
 def test_a_command_delivers_what_earlier_ones_did(prepared, mongo_uri):

@@ -238,7 +238,7 @@ def test_json_is_stable(run):
             "failures",
             "workers",
         ),
-        "errors",
+        *("errors", "step", "step_done", "step_total"),
     ]
     assert list(data["stages"][0]["errors"][0]) == ["summary", "count", "example", "log"]
     assert list(data["stages"][0]["failures"][0]) == [
