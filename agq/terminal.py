@@ -3,18 +3,22 @@
 A table that fits is printed as such. In a narrower terminal the words of its widest columns go on
 several lines; where even single words do not fit, each row becomes a list of its cells. What is no
 terminal has no width, so a table there is as wide as it needs. Consoles that print these tables
-are made by :func:`console`.
+are made by :func:`console`; they print no text of others that a terminal would obey
+(`agq.plain_text`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from agq.plain_text import printable
 
 _GAP = 2
 """Spaces between columns."""
@@ -22,9 +26,24 @@ _GAP = 2
 _UNLIMITED = 10_000
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a console that leaves lines as long as they are: terminals wrap them."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+class _PlainConsole(Console):
+    """Writes out what a terminal would obey in any text; its own colours and moves stay."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(printable(segment.text), segment.style)
+
+
+def console(*, stderr: bool = False, wrap: bool = False) -> Console:
+    """Return a console that leaves lines as long as they are, or wraps them itself."""
+    return _PlainConsole(
+        stderr=stderr, highlight=False, soft_wrap=not wrap, markup=False, emoji=False
+    )
 
 
 class WholeTable:
@@ -58,7 +77,7 @@ class WholeTable:
 
     def add_row(self, *cells: Any, style: str = "") -> None:
         """Add a row; cells are texts, which may hold line ends, or other renderables of rich."""
-        row = [Text(cell) if isinstance(cell, str) else cell for cell in cells]
+        row = [Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells]
         self._rows.append((row, style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -113,7 +132,7 @@ class WholeTable:
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> Text:
     """Return lines of name and value, below a title; a value may have several lines."""
-    lines = _lines((name, Text(value)) for name, value in rows)
+    lines = _lines((name, Text(printable(value))) for name, value in rows)
     return Text("\n").join([Text(title, "bold"), lines])
 
 

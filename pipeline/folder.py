@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agq.blockwise.ledger.settings import shown_uri
 from agq.blockwise.storage import locks
@@ -24,7 +24,11 @@ from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.credentials import hidden, hide_address
 from agq.errors import InputError, machine_fault
 from agq.paths import require_utf8
+from agq.pipeline.records import check_grid, check_identity, plain, read_record
 from agq.reading import read_json
+
+if TYPE_CHECKING:
+    from agq.blockwise.blocks.grid import BlockGrid
 
 FORMAT = 1
 _LOCK = ".lock"
@@ -93,15 +97,11 @@ class RunFolder:
             If the folder holds no run or the file is damaged.
         """
         try:
-            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+            record = read_record(self.record_path)
         except FileNotFoundError:
             raise InputError(f"{self.path} is not a run folder (no run.json)") from None
         except OSError as error:
             raise InputError(machine_fault(error) or f"{self.record_path}: {error}") from None
-        except ValueError as error:
-            raise InputError(f"{self.record_path} cannot be read: {error}") from None
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise InputError(f"{self.record_path} was written by another version of agq")
         present = {name: record[name] for name in _PORTABLE if name in record}
         return record | from_portable(present, self.path)
 
@@ -115,6 +115,26 @@ class RunFolder:
         """
         recorded: dict[str, Any] = put_back(self.record_path, self.record()["config"])
         return recorded
+
+    def identity(self) -> dict[str, Any]:
+        """Return the recorded identity of a run that goes on, whole.
+
+        Raises
+        ------
+        InputError
+            As `record`, or if an entry is missing.
+        """
+        return check_identity(self.record()["identity"], self.record_path)
+
+    def grid(self) -> "BlockGrid":
+        """Return the recorded grid of blocks.
+
+        Raises
+        ------
+        InputError
+            As `record`, or if it has none.
+        """
+        return grid_of(self.record()["identity"].get("grid"), str(self.record_path))
 
     def create(
         self, config: dict[str, Any], identity: dict[str, Any], compared: Collection[str] = ()
@@ -174,7 +194,7 @@ class RunFolder:
 
     def has_own_id(self, record: dict[str, Any]) -> bool:
         """Tell whether the id in run.json is this folder's, not that of one it is a copy of."""
-        recorded = record.get("place", {"path": record["config"].get("run_dir", self.path)})
+        recorded = record.get("place") or {"path": str(record["config"].get("run_dir", self.path))}
 
         def holds_the_same(folder: Path) -> bool:
             try:
@@ -239,8 +259,9 @@ class RunFolder:
     def _write(self, record: dict[str, Any]) -> None:
         present = {name: record[name] for name in _PORTABLE if name in record}
         record = record | to_portable(json.loads(json.dumps(present)), self.path)
-        # Earlier releases have recorded whole addresses; an error may hold one at any time.
-        record = put_away(self.record_path, record)
+        # Earlier releases have recorded whole addresses; an error may hold one at any time. What is
+        # not read again must not be written.
+        record = plain(put_away(self.record_path, record), lossy=True)
         write_atomic(self.record_path, json.dumps(record, indent=1).encode(), mode=0o644)
 
     @contextmanager
@@ -263,6 +284,23 @@ class RunFolder:
             except OSError as error:
                 raise InputError(f"run_dir {self.path} is not writable: {error.strerror}") from None
             yield
+
+
+def grid_of(described: Any, source: str) -> "BlockGrid":
+    """Return the grid of blocks that a record, or a document of the ledger, describes.
+
+    Raises
+    ------
+    InputError
+        If it describes none.
+    """
+    from agq.blockwise.blocks.grid import BlockGrid
+
+    checked = check_grid(described, source)
+    try:
+        return BlockGrid.from_dict(checked)
+    except (InputError, ValueError, OverflowError) as error:
+        raise InputError(f"{source} is damaged: grid: {error}") from None
 
 
 def shown_arguments(arguments: Sequence[str]) -> list[str]:

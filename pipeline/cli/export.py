@@ -8,6 +8,7 @@ import typer
 
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import parse_triple
+from agq.plain_text import say
 from agq.reading import read_record
 
 export_app = typer.Typer(no_args_is_help=True, help="Write results in formats of other programs.")
@@ -72,19 +73,19 @@ def precomputed(
         options["offset"] = parse_triple("--offset", offset)
     levels, version = _levels(source, options)
     for note in levels[0].notes:
-        typer.echo(f"agq: {note}", err=True)
+        say(f"agq: {note}", err=True)
     scales = plan_export(levels, image=image, chunk=parse_triple("--chunk", chunk, least=1))
     for volume, scale in zip(levels, scales, strict=True):
         size = math.prod(scale.shape) * (
             8 if scale.data_type == "uint64" else volume.dtype.itemsize
         )
-        typer.echo(
+        say(
             f"{scale.key}: {_by(scale.shape)} voxels of {_by(scale.resolution)} nm at voxel"
             f" {_by(scale.voxel_offset)}, {scale.chunks:,} chunks, {size / 2**30:.3g} GiB"
             " before compression"
         )
         if any(scale.shift):
-            typer.echo(
+            say(
                 f"  this scale appears {_by(scale.shift)} nm too low: its offset is not a whole "
                 "number of voxels"
             )
@@ -103,7 +104,7 @@ def precomputed(
     if version and version_of(Path(source)) != version:
         raise InputError(f"{source} was stitched anew meanwhile; export it again with --overwrite")
     state = "wrote" if written else "complete already:"
-    typer.echo(f"{state} {out}; serve the folder over http and open precomputed://ADDRESS")
+    say(f"{state} {out}; serve the folder over http and open precomputed://ADDRESS")
 
 
 def version_of(run_dir: Path) -> str:
@@ -143,7 +144,7 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
     version = version_of(run.path)
     require_segmentation(run.path)
     if run.exists():
-        options["unit"] = run.record()["identity"]["raw"]["unit"]
+        options["unit"] = run.identity()["raw"].get("unit", "nm")
     else:
         options["unit"] = read_record(run.path / "imported.json").get("unit", "nm")
     return open_levels(run.path / "data.zarr", "segmentation", **options), version

@@ -10,6 +10,7 @@ import typer
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import AsJson, open_location
 from agq.pipeline.folder import RunFolder
+from agq.plain_text import say
 from agq.terminal import console
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ By = Annotated[
 
 def truth_of(run: RunFolder, location: str | None) -> "Volume":
     """Open the truth named, or that of a run's configuration; only what lies in the run's ROI."""
-    from agq.blockwise.blocks.grid import BlockGrid
     from agq.pipeline.config.schema import VolumeSettings, parse_config
     from agq.pipeline.data.importer import is_importable
     from agq.pipeline.data.inputs import open_input, roi_box, world_roi
@@ -71,7 +71,7 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
         raise InputError(f"{run.path}: its configuration names no truth; give --truth")
     if config.input.roi is None:
         return truth
-    grid = BlockGrid.from_dict(record["identity"]["grid"])
+    grid = run.grid()
     return truth.crop(world_roi(roi_box(config.input.roi, grid), grid))
 
 
@@ -157,7 +157,7 @@ def evaluate(
     if output is not None:
         write_atomic(output, text.encode())
     if as_json:
-        typer.echo(text)
+        say(text)
         return
     for item in [*shown, *(_view_commands(run, labels, report) if run.exists() else [])]:
         out.print(item, markup=False)
@@ -263,7 +263,7 @@ def watershed(
         report = compare(run, labels, client, search, ignore=ignore, on_progress=progress.step)
     plot_curves(run.path / "baseline.png", report.curves, [report.agq, *report.chosen])
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=1))
+        say(json.dumps(report.to_dict(), indent=1))
     else:
         out.print(report.table())
 
@@ -301,7 +301,7 @@ def sweep(
     report = {"best": best(points, by).to_dict(), "points": [item.to_dict() for item in points]}
     write_atomic(run.path / "sweep.json", json.dumps(report, indent=1).encode())
     if as_json:
-        typer.echo(json.dumps(report, indent=1))
+        say(json.dumps(report, indent=1))
     else:
         out.print(points_table(points[:10], f"{run.path.name}: the best of {len(points)} settings"))
 

@@ -13,6 +13,7 @@ from agq.pipeline.cli.arguments import AsJson, RunDir, Target, watched
 from agq.pipeline.cli.main import EXIT_FAILED
 from agq.pipeline.config.recorded import read_target
 from agq.pipeline.folder import RunFolder
+from agq.plain_text import printable, say
 
 if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger
@@ -47,7 +48,7 @@ def status(
         raise InputError("name a run folder or a configuration, or give --all")
     found = _status_of(target)
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        say(found.model_dump_json(indent=1))
         return
 
     from agq.pipeline.status.text import render
@@ -112,7 +113,7 @@ def show_all(as_json: bool, folder: Path | None = None) -> None:
 
     runs = _ledger_runs() if folder is None else folder_lines(folder, _queue)
     if as_json:
-        typer.echo(json.dumps({"format": 1, "runs": runs}, indent=1))
+        say(json.dumps({"format": 1, "runs": runs}, indent=1))
         return
     columns = ("id", "run", "user", "state", "stage", "blocks", "failed", "now", "left", "heard")
     table = WholeTable("", columns, numbers=("blocks", "failed", "now", "left"))
@@ -201,12 +202,12 @@ def prometheus(status: "RunStatus") -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return printable(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def metrics(run_dir: RunDir) -> None:
     """Print the state of a run as Prometheus text (for a textfile collector, by cron)."""
-    typer.echo(prometheus(_status_of(run_dir)), nl=False)
+    say(prometheus(_status_of(run_dir)), nl=False)
 
 
 @ledger_app.command("sync")
@@ -231,4 +232,4 @@ def sync(
             f"{report.undelivered} journal lines not delivered, {report.refused} documents "
             f"refused: {report.error or 'see the log'}"
         )
-    typer.echo(f"{report.delivered} journal lines delivered")
+    say(f"{report.delivered} journal lines delivered")

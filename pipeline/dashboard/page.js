@@ -59,7 +59,7 @@ function showList(runs) {
     return el("tr", null, {}, el("td", null, {}, r.stranger ? el("span", `${r.name} (of ${r.stranger}, not trusted)`, {title: `agq dashboard ${r.run_dir}`}) : el("a", r.name, {href: "/?run=" + encodeURIComponent(r.key)})),
       el("td", null, {}, state, document.createTextNode(r.stage ? " " + r.stage : "")),
       el("td", r.blocks_total ? `${whole(r.done)} of ${whole(r.blocks_total)}${part}` : ""),
-      el("td", r.failed || "", {class: "n"}), el("td", day(r.created)), el("td", r.run_dir, {class: "quiet"}));
+      el("td", r.failed || "", {class: "n"}), el("td", day(r.created)), el("td", r.problem || r.run_dir, {class: "quiet"}));
   }));
 }
 

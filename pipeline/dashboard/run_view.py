@@ -38,7 +38,8 @@ from agq.pipeline.dashboard.details import (
     worker_rows,
 )
 from agq.pipeline.data.inputs import roi_box
-from agq.pipeline.folder import RunFolder
+from agq.pipeline.folder import RunFolder, grid_of
+from agq.pipeline.records import check_document
 from agq.pipeline.slurm.jobs import queue_status
 from agq.pipeline.status.failures import failure_of
 from agq.pipeline.status.monitor import Monitor
@@ -49,6 +50,7 @@ STAGE: Final = "predict"
 
 _POLL_S: Final = 1.0
 _PATIENCE_S: Final = 1.0
+_MAX_BLOCKS: Final = 10**9
 
 
 class RunView:
@@ -216,12 +218,12 @@ class RunView:
             self._record = self._run.record()
             grid = self._record["identity"].get("grid")
         else:
-            self._record = self._ledger.find_run(self._status.id) or {}
+            self._record = check_document(self._ledger.find_run(self._status.id) or {"_id": "x"})
             grid = self._record.get("grid")
         if self._progress is not None:
             self._rows = self._progress.rows
         if grid and (self._grid is None or self._grid.to_dict() != grid):
-            self._grid = BlockGrid.from_dict(grid)
+            self._grid = _drawable(grid_of(grid, f"the record of {self._run.path}"))
             self._selected = _selected(self._grid, self._record.get("config", {}))
             self._columns.clear()
         self._polled = time.monotonic()
@@ -274,7 +276,18 @@ class RunView:
 
 
 def _selected(grid: BlockGrid, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:
-    """Return the blocks that the configured ROI touches; None for all."""
-    roi = (config.get("input") or {}).get("roi")
-    box = roi_box(RoiSettings.model_validate(roi), grid) if roi else None
+    """Return the blocks that the configured ROI touches; None for all, or if it is damaged."""
+    section = config.get("input")
+    roi = section.get("roi") if isinstance(section, dict) else None
+    try:
+        box = roi_box(RoiSettings.from_values(roi, "input.roi"), grid) if roi else None
+    except InputError:
+        return None
     return None if box is None else grid.select(*box)
+
+
+def _drawable(grid: BlockGrid) -> BlockGrid:
+    """Return a grid of which a map can be held in memory."""
+    if grid.n_blocks > _MAX_BLOCKS:
+        raise InputError(f"a grid of {grid.n_blocks:,} blocks is too large to be drawn")
+    return grid

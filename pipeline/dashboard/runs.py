@@ -1,6 +1,7 @@
 """The runs that the page may show: each listing is new, and the last runs shown stay open."""
 
 import hashlib
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from agq.errors import InputError
 from agq.owners import TRUSTED_VARIABLE, stranger
 from agq.pipeline.dashboard.run_view import STAGE, RunView
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.records import newest_documents
 from agq.pipeline.status.stages import coordinator_alive, run_state_of, stage_entries
 
 _OPEN_RUNS: Final = 4
@@ -32,11 +34,14 @@ class _Place:
         Its id, if only the ledger knows it.
     stranger
         Its owner, if the folder is nobody's who is trusted.
+    problem
+        What is wrong with its record, if that cannot be read.
     """
 
     folder: Path
     ledger_id: str | None = None
     stranger: str | None = None
+    problem: str | None = None
 
 
 class Runs:
@@ -67,6 +72,9 @@ class Runs:
     def listing(self) -> list[dict[str, Any]]:
         """List all runs, the newest first: ``key``, name, state, progress.
 
+        One whose record cannot be read is listed too: its state is ``damaged``, and ``problem``
+        says why.
+
         Raises
         ------
         InputError
@@ -91,17 +99,28 @@ class Runs:
                     key = _key(str(folder), "folder")
                 lines[key] = _line(key, record, folder, coordinator_alive(folder), "journal")
                 places[key] = _Place(folder)
-            except InputError:
+            except InputError as error:
                 # A damaged or foreign run.json among many must not hide the others.
                 if self._parent is None and self._ledger is None:
                     raise
+                if not os.path.lexists(folder / "run.json"):
+                    continue  # the ledger may know a run of another machine by this folder
+                key = _key(str(folder), "folder")
+                lines[key] = _damaged(key, folder.name, folder, str(error), "journal")
+                places[key] = _Place(folder, problem=str(error))
         for folder, owner in strangers:
             # Not under the id that it says: that may be the id of another run.
             key = _key(str(folder), "folder")
             unknown = {"state": "", "stranger": owner}
             lines[key] = _line(key, {}, folder, None, "journal") | unknown
             places[key] = _Place(folder, stranger=owner)
-        for record in self._ledger_runs():
+        for record, problem in self._ledger_runs():
+            if problem is not None:
+                key = _key(repr(record["_id"]), "document")
+                place = Path(str(record.get("run_dir", "")))
+                lines[key] = _damaged(key, str(record.get("name", "")), place, problem, "ledger")
+                places[key] = _Place(place, problem=problem)
+                continue
             key = _key(record["_id"])
             if key not in lines:
                 place = Path(record.get("run_dir", ""))
@@ -133,6 +152,8 @@ class Runs:
             return view
 
     def _opened(self, place: _Place) -> RunView:
+        if place.problem is not None:
+            raise InputError(place.problem)
         if place.stranger is not None:
             raise InputError(
                 f"{place.folder} belongs to {place.stranger}, who is not trusted; look at this run "
@@ -146,7 +167,7 @@ class Runs:
         assert self._parent is not None
         return stranger(folder, folder / "run.json", like=self._parent)
 
-    def _ledger_runs(self) -> list[dict[str, Any]]:
+    def _ledger_runs(self) -> list[tuple[dict[str, Any], str | None]]:
         if self._ledger is None:
             return []
         try:
@@ -155,8 +176,8 @@ class Runs:
             if self._folders:
                 paths = {"run_dir": {"$in": [str(f) for f in self._folders]}}
                 wanted = {"$or": [paths, {"_id": {"$in": [f.name for f in self._folders]}}]}
-            runs = self._ledger.runs.find(wanted, dict.fromkeys(fields, 1))
-            return list(runs.sort("created", -1).limit(_MAX_LISTED))
+            shown = dict.fromkeys(fields, 1)
+            return list(newest_documents(self._ledger, wanted, shown, _MAX_LISTED))
         except PyMongoError:
             return []
 
@@ -179,7 +200,15 @@ def _key(text: str, kind: str | None = None) -> str:
     """Return a name for addresses: an id as it stands, if it is one; else made from the text."""
     if kind is None and _ID.fullmatch(text):
         return text
-    return f"{kind or 'id'}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return (
+        f"{kind or 'id'}-{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()[:16]}"
+    )
+
+
+def _damaged(key: str, name: str, folder: Path, problem: str, source: str) -> dict[str, Any]:
+    """Return the line of a run whose record cannot be read."""
+    line = _line(key, {"name": name}, folder, None, source)
+    return line | {"state": "damaged", "problem": problem}
 
 
 def _line(
@@ -191,7 +220,7 @@ def _line(
     failed = counted.get("failed", 0)
     return {
         "key": key,
-        "name": record.get("name", folder.name),
+        "name": record.get("name") or folder.name,
         "run_dir": str(folder),
         "created": record.get("created"),
         "state": run_state_of(stage_entries(record, ()).values(), alive),
@@ -200,4 +229,5 @@ def _line(
         "done": counted.get("done", 0) + counted.get("skipped", 0),
         "failed": len(failed) if isinstance(failed, list) else failed,
         "source": source,
+        "problem": None,
     }

@@ -122,7 +122,7 @@ def score_blocks(
     InputError
         If no done block has scored voxels.
     """
-    grid = BlockGrid.from_dict(run.record()["identity"]["grid"])
+    grid = run.grid()
     fragments = open_volume(run.container, "fragments", kind="labels", unit=truth.unit)
     ranks = Journal(run.journal("predict")).ranks(np.arange(grid.n_blocks))
     numbers = np.flatnonzero(ranks == BlockState.DONE).tolist()

@@ -193,6 +193,8 @@ def prepare(
         require_writable(run.path, "run_dir", create=True)
     raw = open_input(config.input.raw, run, "raw", "input.raw")
     mask = _open_beside(config, config.input.mask, run, "mask", "input.mask")
+    if check_output:
+        _check_ledger(config)
     _require_trusted_scheduler(config, run, trust=trust)
     if config.model.factory != DEFAULT_FACTORY:
         require_trusted(run.path, f"model.factory {config.model.factory}", trust=trust)
@@ -257,10 +259,10 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
         return prepare(config, workers_here=False, trust=trust)
     _require_trusted_scheduler(config, run, trust=trust)
     require_writable(run.path, "run_dir")
-    identity = run.record()["identity"]
+    identity = run.identity()
     if identity["model"].get("pieces") == "supervoxels":
         _check_supervoxels(config)
-    grid = BlockGrid.from_dict(identity["grid"])
+    grid = run.grid()
     box = roi_box(config.input.roi, grid)
     prepared = Prepared(
         config=config,
@@ -273,6 +275,7 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
         predictor_options={},
         identity=identity,
     )
+    _check_ledger(config)
     _check_output(prepared)
     return prepared
 
@@ -345,13 +348,17 @@ def _open_truth(config: Config, run: RunFolder, grid: BlockGrid) -> Volume | Non
 
 
 def _check_output(prepared: Prepared) -> None:
-    """Check the room on the disk, and that a database that the run needs takes its records."""
-    run, ledger_settings = prepared.run, prepared.config.ledger
+    """Check the room on the disk."""
+    run = prepared.run
     if not run.exists():
         require_free_space(run.path, sum(prepared.disk_estimate().values()), "run_dir")
-    if ledger_settings is None or not ledger_settings.required:
+
+
+def _check_ledger(config: Config) -> None:
+    """Check that a database that the run needs takes its records."""
+    if config.ledger is None or not config.ledger.required:
         return
-    ledger = connect(ledger_settings)
+    ledger = connect(config.ledger)
     if ledger is not None:
         # Before the run: a user without the right to write would be refused at its end, or after
         # --overwrite has deleted the earlier run.

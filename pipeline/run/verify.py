@@ -84,8 +84,7 @@ def require_segmentation(folder: Path) -> None:
 def _layout(run: RunFolder) -> tuple[BlockGrid, bool]:
     """Return the blocks of a folder, and whether affinities are kept."""
     if run.exists():
-        identity = run.record()["identity"]
-        return BlockGrid.from_dict(identity["grid"]), bool(identity["affinities"])
+        return run.grid(), bool(run.record()["identity"].get("affinities"))
     grid = imported_grid(run.path, whole=False)
     if grid is None:
         raise InputError(f"{run.path} is not a run folder (no run.json)")

@@ -270,7 +270,14 @@ def main(arguments: list[str]) -> int:
     """Run the workers of this job; see the module."""
     log_to_stderr()
     cap_output()
-    run_dir = Path(arguments[0])
+    try:
+        return _work(Path(arguments[0]))
+    except InputError as error:
+        _logger.error("%s", " ".join(str(error).split()))
+        return 1
+
+
+def _work(run_dir: Path) -> int:
     section = section_of(load_config(run_dir))
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", str(os.getpid()))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")

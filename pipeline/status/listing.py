@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.records import newest_documents
 from agq.pipeline.status.monitor import Monitor, Queue
 from agq.pipeline.status.run_status import StageStatus
 from agq.pipeline.status.stages import Record, run_state_of, stage_entries, stage_status
@@ -38,8 +39,10 @@ def ledger_lines(ledger: "Ledger", limit: int = 100) -> list[Line]:
         If the database is away.
     """
     lines = []
-    for document in ledger.runs.find({}, {"config": 0}).sort("created", -1).limit(limit):
+    for document, problem in newest_documents(ledger, {}, {"config": 0}, limit):
         try:
+            if problem is not None:
+                raise ValueError(problem)
             lines.append(_ledger_line(ledger, document))
         except _UNREADABLE as error:
             name = str(document.get("name", ""))

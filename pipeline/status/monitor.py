@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from agq.blockwise.journal.progress import StageProgress
+from agq.blockwise.journal.progress import RECENT_S, StageProgress
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.records import check_document
 from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 from agq.pipeline.status.stages import (
     Batch,
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 #: Stages with a journal of their own; the last two are parts of the stage "stitch".
 _JOURNALS: Final = ("predict", "relabel", "pyramid")
 _BEHIND_S: Final = 10.0
+_NO_TOTALS: Final[Record] = {
+    "session": {"blocks": 0, "voxels": 0},
+    "recent": {"seconds": RECENT_S, "blocks": 0, "voxels": 0},
+}
 
 
 Queue = Callable[[Path], tuple[QueueStatus, ...] | None]
@@ -78,15 +83,17 @@ def watch(
     InputError
         As in `load_status`.
     """
-    from rich.console import Console
     from rich.live import Live
 
     from agq.pipeline.status.text import render
+    from agq.terminal import console as plain_console
 
     monitor = Monitor(run_dir, ledger, queue=queue)
     status = monitor.poll()
     over = 0
-    with Live(render(status), console=console or Console(), auto_refresh=False) as live:
+    with Live(
+        render(status), console=console or plain_console(wrap=True), auto_refresh=False
+    ) as live:
         # Twice: between two stages, and seen from another machine, nothing runs for a moment.
         while over < 2:
             goes_on = status.state in ("new", "waiting", "running") or status.may_go_on
@@ -164,11 +171,17 @@ class Monitor:
         if self._ledger is not None:
             from pymongo.errors import PyMongoError
 
+            from agq.blockwise.journal.records import BadLineError
+
             try:
                 status = self._from_ledger(self._run.record() if here else None)
                 if status is not None:
                     return status
                 note = "the ledger is behind or does not know this run: read from the journal"
+            except (InputError, BadLineError) as error:
+                if not here:
+                    raise InputError(str(error)) from None
+                note = f"{error}: read from the journal"
             except PyMongoError as error:
                 note = f"{self._ledger.error(error)}: read from the journal"
                 if not here:
@@ -245,13 +258,14 @@ class Monitor:
             raise InputError(f"{self._run.path} is not a run folder, and unknown to the ledger")
         if document is None or (here is not None and self._behind(document)):
             return None
+        document = check_document(document)
         # What the coordinator says of its stages is in run.json sooner than in the ledger.
         record = document | {"id": document["_id"]} | ({"stages": here["stages"]} if here else {})
         # Here it may be mounted or moved elsewhere than where its coordinator works.
         path = self._run.path if here else Path(document.get("run_dir", self._run.path))
         stages = document.get("stages", {}).items()
         sums_of = {name: stage.get("totals", {}) for name, stage in stages}
-        totals = {name: sums for name, sums in sums_of.items() if sums.get("bytes")}
+        totals = {name: _NO_TOTALS | s for name, s in sums_of.items() if s.get("bytes")}
         self._progress = {
             name: self._documents_of(document["_id"], name, sums) for name, sums in totals.items()
         }

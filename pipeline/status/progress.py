@@ -13,6 +13,7 @@ from rich.text import Text
 
 from agq.blockwise.predict.coordinator import PredictProgress
 from agq.pipeline.status.text import duration
+from agq.terminal import console as plain_console
 
 _LINE_S = 10.0
 
@@ -80,7 +81,7 @@ class RunProgress(Progress):
         self, run_dir: Path | None, *, console: Console | None = None, line_s: float = _LINE_S
     ) -> None:
         self._run_dir = run_dir
-        self._console = console or Console(stderr=True)
+        self._console = console or plain_console(stderr=True, wrap=True)
         self._line_s = line_s
         self._tasks: dict[str, _Task] = {}
         self._bars: Bars | None = None

@@ -15,6 +15,7 @@ from agq.pipeline.status.run_status import (
     StageStatus,
     WorkerStatus,
 )
+from agq.plain_text import printable
 from agq.terminal import WholeTable
 
 _STYLES = {
@@ -53,12 +54,12 @@ def _header(status: RunStatus) -> Text:
     age = max(0.0, time.time() - status.updated)
     text = Text.assemble(
         ("run ", "dim"),
-        (status.name, "bold"),
+        (_word(status.name), "bold"),
         "  ",
         (status.state, _STYLES[status.state]),
         (f"  ({status.source}, {duration(age)} ago)" if age > 2 else f"  ({status.source})", "dim"),
     )
-    text.append(f"\n{status.run_dir}", "dim")
+    text.append(f"\n{_word(status.run_dir)}", "dim")
     if status.note:
         text.append(f"\n{status.note}", "yellow")
     return text
@@ -83,7 +84,7 @@ def _stages(stages: Iterable[StageStatus]) -> WholeTable:
         if not counted and stage.state == "done":
             done = total or 1
         table.add_row(
-            Text(stage.name),
+            Text(_word(stage.name)),
             Text(stage.state, _STYLES[stage.state]),
             ProgressBar(total=max(total or done, 1), completed=done, width=_BAR),
             Text(f"{done}/{'?' if total is None else total}" if counted else _step(stage)),
@@ -136,9 +137,9 @@ def _failures(stage: StageStatus) -> list[RenderableType]:
     shown = stage.errors[:_MAX_ERRORS]
     for group in shown:
         lines.append(_line(f"{group.count} failed", group.summary, "red"))
-        lines.append(Padding(Text(_where(group.example), "dim"), (0, 0, 0, 4)))
+        lines.append(Padding(Text(_word(_where(group.example)), "dim"), (0, 0, 0, 4)))
         if group.log:
-            lines.append(Padding(Text(f"log {group.log}", "dim"), (0, 0, 0, 4)))
+            lines.append(Padding(Text(_word(f"log {group.log}"), "dim"), (0, 0, 0, 4)))
     hidden = stage.failed - sum(group.count for group in shown)
     if hidden > 0:
         lines.append(_line(f"{hidden} failed", "with other errors", "red"))
@@ -167,9 +168,9 @@ def _workers(stage: StageStatus, now: float) -> WholeTable:
 def _worker_row(worker: WorkerStatus, now: float) -> tuple[Text, ...]:
     current = str(worker.current[0]) if worker.current else ""
     return (
-        Text(worker.name),
-        Text(worker.host),
-        Text(worker.device),
+        Text(_word(worker.name)),
+        Text(_word(worker.host)),
+        Text(_word(worker.device)),
         Text(str(worker.done)),
         Text(str(worker.failed) if worker.failed else ""),
         Text(current),
@@ -178,7 +179,12 @@ def _worker_row(worker: WorkerStatus, now: float) -> tuple[Text, ...]:
 
 
 def _line(head: str, text: str, style: str = "") -> Text:
-    return Text.assemble((f"{head}: ", "dim"), (text, style))
+    return Text.assemble((f"{_word(head)}: ", "dim"), (_word(text), style))
+
+
+def _word(text: str) -> str:
+    """Return what others have written as a part of one line."""
+    return printable(text, lines=False)
 
 
 def _rate(blocks: float, voxels: float) -> str:

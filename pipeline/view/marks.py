@@ -50,9 +50,8 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
     at; default the middle of the volume.
     """
     try:
-        record = run.record()
-        grid = BlockGrid.from_dict(record["identity"]["grid"])
-    except (InputError, KeyError):
+        record, grid = run.record(), run.grid()
+    except InputError:
         return []
     size = tuple(float(v) / PER_NANOMETRE[unit] for v in grid.voxel_size)
     marks = [_blocks(grid, size, at), _failed(run, grid, size)]

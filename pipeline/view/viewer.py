@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 from funlib.geometry import Coordinate
 
 from agq.blockwise.volumes.placement import PER_NANOMETRE
@@ -19,6 +18,7 @@ from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.view.layers import Layer, LazyVolume, config_layers
 from agq.pipeline.view.marks import Marks, run_marks
+from agq.plain_text import say
 
 try:
     import neuroglancer
@@ -146,10 +146,10 @@ def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) 
     """
     viewer = run_viewer(config, port=port, at=at)
     try:
-        typer.echo(f"{viewer}\nOpen this address in a browser on this machine; Ctrl-C ends.")
+        say(f"{viewer}\nOpen this address in a browser on this machine; Ctrl-C ends.")
         threading.Event().wait()
     except KeyboardInterrupt:
-        typer.echo("")
+        say("")
     finally:
         neuroglancer.stop()
 

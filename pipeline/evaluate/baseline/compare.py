@@ -179,7 +179,7 @@ def compare(
         chosen.append(best(points, search.criterion))
         if tuned is None:
             curves += points
-    min_size = int(run.record()["config"]["stitch"].get("min_size", 0))
+    min_size = _stitch_settings(run).min_size
     final = [_scored(agq, _labels(run.container, "segmentation", truth), truth, options)]
     for item in chosen:
         name = _write_segments(job, item, min_size, client, on_progress)
@@ -208,17 +208,21 @@ def fragment_counts(run: RunFolder, truth: Volume, **options: Unpack[CountOption
 
 def run_kinds(run: RunFolder) -> Kinds | None:
     """Return which fragments of a stitched run may not merge; None without classes."""
-    config = run.record()["config"]
-    if not config.get("input", {}).get("classes"):
+    if not (run.record()["config"].get("input") or {}).get("classes"):
         return None
-    return read_kinds(run.path, StitchSettings(**config["stitch"]))
+    return read_kinds(run.path, _stitch_settings(run))
+
+
+def _stitch_settings(run: RunFolder) -> StitchSettings:
+    recorded = run.record()["config"].get("stitch") or {}
+    return StitchSettings.from_values(recorded, f"{run.record_path}: config.stitch")
 
 
 def _agq(run: RunFolder, truth: Volume, options: CountOptions) -> Point:
     """Score the run's own segments."""
     evidence = read_evidence(run.path)
-    stitch = run.record()["config"]["stitch"]
-    setting = {name: float(stitch[name]) for name in ("across", "within")}
+    stitch = _stitch_settings(run)
+    setting = {"across": stitch.across, "within": stitch.within}
     thresholds = Thresholds(across=setting["across"], within=setting["within"])
     kinds = run_kinds(run)
     result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds)

@@ -190,5 +190,5 @@ def _job(run: RunFolder, settings: WatershedSettings) -> WatershedRun:
         )
     text = json.dumps([asdict(settings), record["identity_hash"]], sort_keys=True)
     name = f"watershed-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    grid = record["identity"]["grid"]
+    grid = run.grid().to_dict()
     return WatershedRun(run.container, run.path / "baselines" / name, grid, settings)

@@ -322,8 +322,13 @@ def test_all_runs_of_a_folder(run: RunFolder) -> None:
         other.create({}, {"grid": GRID.to_dict()})
     (run.path.parent / "broken").mkdir()
     (run.path.parent / "broken" / "run.json").write_text("{")
-    names = [line["name"] for line in Runs([], run.path.parent).listing()]
-    assert names == ["second", "my <b>run"]
+    runs = Runs([], run.path.parent)
+    lines = runs.listing()
+    assert [line["name"] for line in lines] == ["second", "my <b>run", "broken"]
+    assert [line["state"] for line in lines] == ["new", "running", "damaged"]
+    assert "run.json cannot be read" in lines[2]["problem"]
+    with pytest.raises(InputError, match="cannot be read"):
+        runs.view(lines[2]["key"])
     with pytest.raises(InputError, match=r"no run\.json"):
         Runs([run.path.parent / "nothing"])
 
