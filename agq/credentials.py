@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus
 
+from agq.plain_text import printable
+
 HIDDEN: Final = "***"
 
 _PORT: Final = r"(?!\d{1,5}(?:[/?#\s\"'<>]|$))"
@@ -165,11 +167,11 @@ def remember(values: Any) -> None:
 
 
 class HidingFormatter(logging.Formatter):
-    """Formats log lines, and tracebacks below them, without secrets of addresses."""
+    """Formats log lines, and tracebacks below them, without secrets and as plain text."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return hide(super().format(record))
+        return printable(hide(super().format(record)))
 
 
 def log_to_stderr(format: str = "%(asctime)s %(levelname)s %(message)s") -> None:
@@ -189,7 +191,7 @@ def hide_uncaught() -> None:
 def _uncaught(
     kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    sys.stderr.write(hide("".join(traceback.format_exception(kind, error, trace))))
+    sys.stderr.write(printable(hide("".join(traceback.format_exception(kind, error, trace)))))
 
 
 def _uncaught_in_thread(args: threading.ExceptHookArgs) -> None:

@@ -3,14 +3,10 @@
 Names of workers, hosts and GPUs, errors, paths and documents may come from somebody else, and a
 terminal obeys what is in them: it moves the cursor, renames its window, turns text around. So
 everything that a command prints goes through :func:`say`, a console of `agq.terminal` or the log
-of :func:`log_plainly`, which write such characters out as JSON does.
+and hook of `agq.credentials`, which write such characters out as JSON does.
 """
 
-import logging
 import re
-import sys
-import traceback
-from types import TracebackType
 from typing import Final
 
 # Controls without the line end, marks of direction, and what ends a line besides.
@@ -44,28 +40,3 @@ def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     import typer  # workers log, and need none of it
 
     typer.echo(printable(str(text)), err=err, nl=nl)
-
-
-class PlainFormatter(logging.Formatter):
-    """Formats lines of a log."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, with nothing that a terminal obeys."""
-        return printable(super().format(record))
-
-
-def log_plainly() -> None:
-    """Let warnings and unexpected errors of this process go to standard error as plain text.
-
-    A program that logs in its own way goes on so.
-    """
-    sys.excepthook = _show
-    if not logging.root.handlers:
-        handler = logging.StreamHandler()
-        handler.setLevel(logging.WARNING)
-        handler.setFormatter(PlainFormatter("%(message)s"))
-        logging.root.addHandler(handler)
-
-
-def _show(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, where))))

@@ -11,6 +11,7 @@ from agq.blockwise.volumes.triples import Box, Triple
 from agq.errors import InputError
 from agq.pipeline.config.recorded import read_target, recorded_ledger
 from agq.pipeline.folder import RunFolder
+from agq.plain_text import say
 
 if TYPE_CHECKING:
     from agq.blockwise.ledger.database import Ledger
@@ -63,7 +64,7 @@ def open_location(location: str, kind: "Kind", unit: str | None) -> "Volume":
         )
     volume = open_volume(path, dataset or None, kind=kind, unit=unit)
     for note in volume.notes:
-        typer.echo(f"agq: {note}", err=True)
+        say(f"agq: {note}", err=True)
     return volume
 
 
@@ -142,7 +143,7 @@ def watched(target: Path) -> "tuple[Path, Ledger | None]":
         # For example, a colleague's run, whose URI only that colleague can read.
         if not target.is_dir():
             raise
-        typer.echo(f"agq: {error}: read from the journal", err=True)
+        say(f"agq: {error}: read from the journal", err=True)
         return run_dir, None
 
 

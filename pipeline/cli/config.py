@@ -9,6 +9,7 @@ import typer
 
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import ConfigFile, Settings
+from agq.plain_text import say
 
 config_app = typer.Typer(
     no_args_is_help=True, help="Start a configuration, check one, or print its schema."
@@ -43,7 +44,7 @@ def init(
         raise InputError(f"{output} exists; name another file with -o") from None
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}") from None
-    typer.echo(f"wrote {output}; next: {_NEXT[template].format(file=output)}")
+    say(f"wrote {output}; next: {_NEXT[template].format(file=output)}")
 
 
 @config_app.command("check")
@@ -52,7 +53,7 @@ def check(config: ConfigFile, settings: Settings = None) -> None:
     from agq.pipeline.config.schema import load_config
 
     load_config(config, settings)
-    typer.echo(f"{config}: ok")
+    say(f"{config}: ok")
 
 
 @config_app.command("schema")
@@ -60,4 +61,4 @@ def schema() -> None:
     """Print the JSON schema of the configuration, every field described."""
     from agq.pipeline.config.schema import Config
 
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+    say(json.dumps(Config.model_json_schema(), indent=2))

@@ -13,6 +13,7 @@ from agq.errors import InputError
 from agq.owners import stranger
 from agq.pipeline.cli.arguments import Target, parse_triple, watched
 from agq.pipeline.config.recorded import read_target
+from agq.plain_text import say
 
 DEFAULT_RUNS = Path("runs")
 
@@ -50,7 +51,7 @@ def view(
     state = portable_state(
         config, base_url, raw_url=raw_url, segmentation_url=segmentation_url, at=position
     )
-    typer.echo(json.dumps(state, indent=1))
+    say(json.dumps(state, indent=1))
 
 
 def dashboard(
@@ -93,12 +94,12 @@ def dashboard(
 
     def announce(page: Dashboard) -> None:
         if page.token is None:
-            typer.echo(
+            say(
                 "agq: WARNING: --no-token: every user of this machine can read these runs, their "
                 "logs and volumes; leave it out to ask for a token",
                 err=True,
             )
-        typer.echo(f"{page.address}\nOpen this address in a browser; Ctrl-C ends.")
+        say(f"{page.address}\nOpen this address in a browser; Ctrl-C ends.")
 
     # Kept here: the server forgets a viewer that is garbage-collected.
     viewers: deque[Any] = deque(maxlen=8)
@@ -112,7 +113,7 @@ def dashboard(
     try:
         asyncio.run(serve(runs, announce=announce, host=host, port=port, token=token, viewer=show))
     except KeyboardInterrupt:
-        typer.echo("")
+        say("")
 
 
 def snapshot(
@@ -128,7 +129,7 @@ def snapshot(
 
     position = None if at is None else parse_triple("--at", at)
     write_snapshot(read_target(target), _writable(out), position, size)
-    typer.echo(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 def report(
@@ -151,7 +152,7 @@ def report(
         )
     file = _writable(out or Path(config.run_dir) / "report.html")
     write_report(config, file)
-    typer.echo(f"wrote {file}")
+    say(f"wrote {file}")
 
 
 def _writable(file: Path) -> Path:

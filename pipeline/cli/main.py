@@ -12,6 +12,7 @@ import typer
 from agq.credentials import HidingFormatter, hide, hide_address, hide_uncaught, visible_secret
 from agq.errors import InputError, RunStoppedError, machine_fault
 from agq.pipeline.cli.lazy import lazy_group
+from agq.plain_text import say
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -65,7 +66,7 @@ def _print_version(asked: bool) -> None:
     if asked:
         import agq
 
-        typer.echo(f"agq {agq.__version__}")
+        say(f"agq {agq.__version__}")
         raise typer.Exit
 
 
@@ -135,5 +136,5 @@ def _arguments(words: list[str]) -> list[str]:
 def _fail(error: Exception, code: int, line: str | None = None) -> None:
     if _shown["tracebacks"]:
         raise error
-    typer.echo(f"agq: {hide(' '.join((line or str(error)).split()))}", err=True)
+    say(f"agq: {hide(' '.join((line or str(error)).split()))}", err=True)
     sys.exit(code)

@@ -20,6 +20,7 @@ from agq.pipeline.cli.arguments import (
 )
 from agq.pipeline.cli.main import EXIT_FAILED
 from agq.pipeline.config.schema import load_config
+from agq.plain_text import say
 from agq.terminal import console
 
 out = console()
@@ -111,7 +112,7 @@ def plan(
     prepared = prepare(load_config(config, settings), trust=trust)
     report = make_plan(prepared, time_block=time_block)
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=1))
+        say(json.dumps(report.to_dict(), indent=1))
     else:
         out.print(report.table())
 

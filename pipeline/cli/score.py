@@ -55,7 +55,6 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     from agq.pipeline.data.importer import is_importable
     from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 
-    record = run.record()
     config = parse_config({**run.config(), "ledger": None}, source=str(run.record_path))
     path, _, dataset = (location or "").partition("::")
     if location is not None and is_importable(path):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
 from agq.blockwise.journal.reader import Journal
@@ -28,12 +27,14 @@ from agq.pipeline.config.schema import Config, masked
 from agq.pipeline.config.schema import load_config as read_config
 from agq.pipeline.slurm import check, client, jobs
 from agq.pipeline.slurm.scripts import folder, log_folder, submit_arguments
+from agq.plain_text import say
+from agq.terminal import console
 
 if TYPE_CHECKING:
     from agq.pipeline.run.prepare import Prepared
     from agq.pipeline.slurm.settings import SlurmSettings
 
-out = Console(highlight=False)
+out = console()
 
 StageOption = Annotated[
     Literal["predict", "stitch"] | None,
@@ -92,7 +93,8 @@ def _submit(
     from agq.pipeline.run.prepare import prepare
 
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
-    _require_trusted_jobs(run_dir, trust=trust)
+    if not dry_run:
+        _require_trusted_jobs(run_dir, trust=trust)
     cluster = _checked_cluster(section, dry_run=dry_run)
     behind = None
     if cluster is not None:
@@ -185,9 +187,9 @@ def _show(config: Config, stages: list[jobs.Stage], workers: int, behind: int | 
         script = by_name[step.role]
         after = f"{step.after}:{coordinator}" if step.after and coordinator else None
         words = submit_arguments(step.role, run_dir, array=step.array, after=after)
-        typer.echo(f"# {script.path(run_dir)}")
-        typer.echo(f"# sbatch {shlex.join(str(word) for word in words)}")
-        typer.echo(script.text)
+        say(f"# {script.path(run_dir)}")
+        say(f"# sbatch {shlex.join(str(word) for word in words)}")
+        say(script.text)
 
 
 def _start_record(config: Config, grace_s: int) -> None:
@@ -352,15 +354,15 @@ def logs(
                 f"--worker {worker}: {run_dir}/logs has no such log; agq logs {run_dir} lists all"
             )
         for file in files:
-            typer.echo(f"==> {file}")
+            say(f"==> {file}")
             end = log_end(run_dir, file, 400 * lines)
-            typer.echo("\n".join(end.splitlines()[-lines:]))
+            say("\n".join(end.splitlines()[-lines:]))
         return
     if not files:
         raise InputError(f"{run_dir}/logs has no log yet; jobs write it when they start")
     for file in files:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(file.stat().st_mtime))
-        typer.echo(f"{when}  {file.stat().st_size:>9}  {file}")
+        say(f"{when}  {file.stat().st_size:>9}  {file}")
 
 
 def _block_log(run_dir: Path, block: int, lines: int) -> None:
@@ -377,14 +379,12 @@ def _block_log(run_dir: Path, block: int, lines: int) -> None:
         where = f"{name} on {state.info.host}" if state else name
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
         if event.kind == "begin":
-            typer.echo(f"{when}  attempt {event.data.get('attempt', 1)} begun by {where}")
+            say(f"{when}  attempt {event.data.get('attempt', 1)} begun by {where}")
             continue
         record = event.record
-        typer.echo(
-            f"{when}  {record.state} by {where}{f': {record.reason}' if record.reason else ''}"
-        )
+        say(f"{when}  {record.state} by {where}{f': {record.reason}' if record.reason else ''}")
         if record.error:
-            typer.echo("\n".join(record.error.rstrip().splitlines()[-lines:]))
+            say("\n".join(record.error.rstrip().splitlines()[-lines:]))
         log = log_path(run_dir, log_name(name))
         if log.exists():
-            typer.echo(f"log: {log}")
+            say(f"log: {log}")

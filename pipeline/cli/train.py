@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from agq.pipeline.cli.arguments import AsJson, ConfigFile, Settings
+from agq.plain_text import say
 from agq.terminal import console
 
 checkpoint_app = typer.Typer(
@@ -91,7 +92,7 @@ def show(checkpoint: CheckpointFile, as_json: AsJson = False) -> None:
         "provenance": loaded.provenance,
     }
     if as_json:
-        typer.echo(json.dumps(about, indent=1))
+        say(json.dumps(about, indent=1))
         return
     for key, value in about.items():
         if isinstance(value, dict):

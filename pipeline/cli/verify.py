@@ -8,6 +8,7 @@ import typer
 
 from agq.pipeline.cli.arguments import AsJson
 from agq.pipeline.cli.main import EXIT_FAILED
+from agq.plain_text import say
 from agq.terminal import console
 
 out = console()
@@ -35,7 +36,7 @@ def verify(
     with step_progress("verify") as tell:
         report = verify_run(run_dir, sample=sample, repair=repair, on_progress=tell)
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=1))
+        say(json.dumps(report.to_dict(), indent=1))
     else:
         out.print(report.table())
         if report.taken_back:

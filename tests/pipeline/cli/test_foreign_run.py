@@ -1,8 +1,11 @@
 """Commands that look at a run of somebody else: its record is data, whatever it says."""
 
 import http.server
+import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +18,8 @@ import pytest
 
 import agq
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.ledger.settings import URI_VARIABLE
 from agq.blockwise.volumes.create import create_array
 from agq.errors import InputError
@@ -266,3 +271,80 @@ def test_a_uri_of_a_stranger_is_not_used(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_target(run.path).ledger.uri_file == files[0]  # type: ignore[union-attr]
     give_away(run.path, run.record_path)
     assert read_target(run.path).ledger.resolve() is None  # type: ignore[union-attr]
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x08\x7f\u202egnp\u2066\u2028\x0bend\n\x1b[3Arun other"
+# What bars and live tables write: colours, cursor off and on, up a line and clear it.
+OUR_OWN = re.compile(r"\x1b\[(?:[0-9;]*m|\?25[lh]|2K|1A)|\r")
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> RunFolder:
+    """A run whose texts are what a terminal would obey, in every place that others write."""
+    run = make_run(tmp_path / "runs\x1b[2J\u202e", str(tmp_path / f"none{EVIL[:40]}.zarr"))
+    record = run.record()
+    command = {"argv": [EVIL], "host": EVIL, "user": EVIL, "time": 1.0, "versions": {EVIL: EVIL}}
+    record["commands"] = [command]
+    record["name"] = EVIL
+    record["stages"][EVIL] = {"state": "failed", "error": EVIL}
+    record["stages"]["predict"] |= {"state": "failed", "error": EVIL}
+    run.update(**record)
+    info = WorkerInfo(EVIL, EVIL, 1, device=EVIL, job=EVIL, started=1.0, gpu=EVIL)
+    with JournalWriter(run.journal("predict"), info) as journal:
+        journal.begin(1)
+        journal.finish(BlockRecord(2, "failed", reason=EVIL, error=f"Error\n{EVIL}", finished=2.0))
+        journal.finish(BlockRecord(3, "failed", error=f"Error\nValueError: {EVIL}", finished=2.0))
+    (run.path / "logs").mkdir()
+    (run.path / "logs" / "worker-x\x1b[2J.log").write_text(f"last words {EVIL}\n")
+    return run
+
+
+def assert_plain(said: str, name: str) -> None:
+    found = [c for c in said if c != "\n" and (ord(c) < 32 or ord(c) in range(127, 160))]
+    found += [c for c in said if c in "\u202e\u2066\u2028"]
+    assert not found, (name, found, said[-500:])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_text_of_a_run_is_obeyed_by_the_terminal(
+    main: Main, evil: RunFolder, tmp_path: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    seen = ""
+    for name, said in look(main, evil.path, tmp_path):
+        assert_plain(OUR_OWN.sub("", said), name)
+        seen += said
+    for words in (
+        ("watch", evil.path),
+        ("logs", evil.path, "--block", "2"),
+        ("logs", evil.path, "--worker", "x\x1b[2J"),
+        ("logs", evil.path, "--worker", "none\x1b[2J"),
+        ("status", evil.path, "--json"),
+        ("dashboard", tmp_path / "no\x1b[2Jrun"),
+        ("plan", tmp_path / "no\x1b[2J.yaml"),
+        ("config", "check", tmp_path / "odd.yaml"),
+    ):
+        (tmp_path / "odd.yaml").write_text('"a\\e[2Jb": 1\nrun_dir: "\\u202e"\ninput: "\\x9b"')
+        _, out, error = main(*words)
+        assert_plain(OUR_OWN.sub("", out + error), words[0])
+        seen += out + error
+    assert seen.count("\\u001b") > 20
+    assert "\\u202e" in seen
+    # No line of its own, which could pass for one of ours.
+    assert "\nrun other" not in OUR_OWN.sub("", main("status", evil.path)[1])
+    status = json.loads(main("status", evil.path, "--json")[1])
+    assert status["name"] == EVIL
+
+
+def test_unexpected_errors_and_warnings_are_plain(evil: RunFolder) -> None:
+    code = (
+        "import logging, sys; from agq.credentials import log_to_stderr as log; log('%(message)s'); "
+        "logging.getLogger('x').warning('%s', sys.argv[1]); raise RuntimeError(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, EVIL], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("owned") == 2
+    assert_plain(done.stderr, "errors")
