@@ -9,10 +9,33 @@ from pathlib import Path
 from types import ModuleType
 
 _SAFE_PATH = "PYTHONSAFEPATH"
+_SEARCHED = "PYTHONPATH"
 
 _spawning_lock = threading.Lock()
 _spawning: list[tuple[ModuleType, list[str], str | None]] = []
 """What `spawning_apart` puts back, once for each caller that is inside."""
+
+
+def search_named_folders_only() -> None:
+    """Keep the current folder off the import path where an empty entry of PYTHONPATH put it.
+
+    ``PYTHONPATH=$PYTHONPATH:/mine`` has one if the variable was not set, and nobody means it. What
+    this process starts later inherits the rest; ``.`` is a folder that the user has named.
+    """
+    given = os.environ.get(_SEARCHED)
+    entries = given.split(os.pathsep) if given else []  # Python takes an empty text for none
+    named = [entry for entry in entries if entry]
+    if len(named) == len(entries):
+        return
+    if named:
+        os.environ[_SEARCHED] = os.pathsep.join(named)
+    else:
+        os.environ.pop(_SEARCHED, None)
+    here = str(Path.cwd())
+    if here not in {str(Path(entry).absolute()) for entry in named}:
+        standard = str(Path(os.__file__).parent)
+        front = sys.path.index(standard) if standard in sys.path else 0
+        sys.path[:front] = [path for path in sys.path[:front] if path not in ("", here)]
 
 
 @contextmanager
@@ -24,6 +47,7 @@ def spawning_apart() -> Iterator[None]:
     the script's folder or the current one comes first: a user's ``yaml.py`` there is not ours.
     Any number of threads may be inside at the same time.
     """
+    search_named_folders_only()
     with _spawning_lock:
         _spawning.append((sys.modules["__main__"], sys.path, os.environ.get(_SAFE_PATH)))
         if len(_spawning) == 1:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agq.blockwise.predict.paths import log_path
+from agq.blockwise.spawn import search_named_folders_only
 from agq.blockwise.storage.files import descriptor_of, make_folder, require_folder
 
 EXIT_START_FAILED = 70
@@ -288,6 +289,7 @@ def start_module(
     """
     require_folder(log.parents[2])
     make_folder(log.parent)
+    search_named_folders_only()
     with os.fdopen(descriptor_of(log, os.O_WRONLY | os.O_APPEND), "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],

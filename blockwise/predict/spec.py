@@ -28,7 +28,8 @@ from agq.blockwise.storage.files import require_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.blockwise.volumes.content import Content
 from agq.errors import InputError
-from agq.reading import read_record
+from agq.owners import TRUSTED_VARIABLE, stranger
+from agq.reading import DOCUMENT_BYTES, open_file, parse_json, read_record
 
 
 class PredictSpec(AttemptSettings, GridSpec):
@@ -88,17 +89,33 @@ class PredictSpec(AttemptSettings, GridSpec):
         write_atomic(path, json.dumps(put_away(path, values), indent=1).encode(), mode=0o644)
 
     @classmethod
-    def load(cls, run_dir: str | Path) -> "PredictSpec":
+    def load(cls, run_dir: str | Path, *, to_run: bool = False) -> "PredictSpec":
         """Read the specification of a run folder.
+
+        Parameters
+        ----------
+        run_dir
+            The folder.
+        to_run
+            Whether the factory that it names will be run: then it must belong to a trusted user.
 
         Raises
         ------
         InputError
-            If the folder has none, or it is damaged or of another release.
+            If the folder has none, or it is damaged, of another release, or a stranger's.
         """
         path = spec_path(run_dir)
         try:
-            values = from_portable(read_record(path), Path(run_dir))
+            with open_file(path) as file:
+                # Of the file that is open: a name may belong to another one by now.
+                owner = stranger(Path(f"/dev/fd/{file.fileno()}")) if to_run else None
+                data = file.read(DOCUMENT_BYTES)
+            if owner is not None:
+                raise InputError(
+                    f"{path} belongs to {owner}, and decides what this worker runs; if you trust "
+                    f"them, list them in {TRUSTED_VARIABLE}"
+                )
+            values = from_portable(parse_json(data), Path(run_dir))
             return cls.model_validate(put_back(path, values))
         except FileNotFoundError:
             raise InputError(f"{path} is missing: {run_dir} is no run folder") from None

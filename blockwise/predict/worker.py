@@ -122,7 +122,7 @@ def _block_loop(options: argparse.Namespace, coordinator: CoordinatorPipe) -> Bl
     """Open all that a run names, and a journal of this process."""
     run_dir, index, name = options.run_dir, options.index, options.name
     local = index if index is not None else int(os.environ.get("SLURM_LOCALID", "0"))
-    spec = PredictSpec.load(run_dir)
+    spec = PredictSpec.load(run_dir, to_run=True)
     files = BlockFiles.open(spec, run_dir)
     predictor = load_predictor(spec.factory, spec.options, local, spec.files)
     device = str(getattr(predictor, "device", spec.options.get("device", "cpu")))

@@ -115,3 +115,17 @@ def test_a_predictor_that_only_lies_there_is_refused(folder: Path) -> None:
     assert "cannot import own_predictor" in done.stderr
     assert "installed packages and in PYTHONPATH, not in the current folder" in done.stderr
     assert not (folder / "run" / "journal").exists()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_empty_entry_of_pythonpath_does_not_name_the_current_folder(
+    folder: Path, before: bool
+) -> None:
+    """``PYTHONPATH=$PYTHONPATH:/mine`` has one where the variable was not set."""
+    entries = [str(ROOT), str(folder.parent / "packages")]
+    entries.insert(0 if before else 2, "")
+    python = [sys.executable, "-P", "-m", "agq"]
+    for words in (["predict", "config.yaml"], ["status", "run"]):
+        call([*python, *words], folder, PYTHONPATH=os.pathsep.join(entries))
+        assert not [mark.name for mark in (folder.parent / "marks").iterdir()], words
+    assert (folder / "run" / "journal" / "predict").is_dir()

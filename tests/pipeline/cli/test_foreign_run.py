@@ -21,6 +21,8 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.ledger.settings import URI_VARIABLE
+from agq.blockwise.predict.local_processes import EXIT_START_FAILED
+from agq.blockwise.predict.spec import PredictSpec
 from agq.blockwise.volumes.create import create_array
 from agq.errors import InputError
 from agq.owners import TRUSTED_VARIABLE, stranger
@@ -339,8 +341,8 @@ def test_no_text_of_a_run_is_obeyed_by_the_terminal(
 
 def test_unexpected_errors_and_warnings_are_plain(evil: RunFolder) -> None:
     code = (
-        "import logging, sys; from agq.credentials import log_to_stderr as log; log('%(message)s'); "
-        "logging.getLogger('x').warning('%s', sys.argv[1]); raise RuntimeError(sys.argv[1])"
+        "import logging, sys; from agq.credentials import log_to_stderr as log; log('%(message)s')"
+        "; logging.getLogger('x').warning('%s', sys.argv[1]); raise RuntimeError(sys.argv[1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, EVIL], capture_output=True, text=True, check=False
@@ -348,3 +350,20 @@ def test_unexpected_errors_and_warnings_are_plain(evil: RunFolder) -> None:
     assert done.returncode == 1
     assert done.stderr.count("owned") == 2
     assert_plain(done.stderr, "errors")
+
+
+@as_root
+def test_a_worker_takes_no_specification_of_a_stranger(
+    tmp_path: Path, factory: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"run_dir": str(tmp_path), "grid": GRID.to_dict(), "raw": {"path": "x.zarr"}}
+    PredictSpec(factory="evil_predictor:threshold", **values).save()
+    give_away(tmp_path / "predict.json")
+    arguments = [sys.executable, "-m", "agq.blockwise.predict.worker", str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == EXIT_START_FAILED
+    assert f"predict.json belongs to uid {OTHER}, and decides what this worker runs" in done.stderr
+    assert not factory()
+    assert PredictSpec.load(tmp_path).factory == "evil_predictor:threshold"
+    monkeypatch.setenv(TRUSTED_VARIABLE, str(OTHER))
+    assert PredictSpec.load(tmp_path, to_run=True).factory == "evil_predictor:threshold"
