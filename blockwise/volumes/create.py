@@ -16,8 +16,8 @@ import zarr.errors
 from zarr.storage import LocalStore
 
 from agq.blockwise.storage.files import Unsynced
-from agq.blockwise.volumes.location import RegularFiles
 from agq.errors import DamagedError, InputError, RunGoneError
+from agq.stores import RegularFiles
 
 # Without this zarr leaves chunks of zeros out, and a missing chunk could also be one never done.
 _CONFIG: Any = {"write_empty_chunks": True}

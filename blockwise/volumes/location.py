@@ -7,7 +7,6 @@ A web server may want a user and password, or the query of a signed address: eac
 for with them.
 """
 
-import asyncio
 import base64
 import functools
 import os
@@ -18,20 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from zarr.abc.store import (
-    ByteRequest,
-    OffsetByteRequest,
-    RangeByteRequest,
-    Store,
-    SuffixByteRequest,
-)
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
-from zarr.storage import LocalStore, ObjectStore
+from zarr.abc.store import Store
+from zarr.storage import ObjectStore
 
 from agq.credentials import HIDDEN, has_secret, hide, hide_address, remember
 from agq.errors import InputError
 from agq.paths import expanded
-from agq.reading import DOCUMENT_BYTES, NotAFileError, open_file, read_file, require_size
+from agq.reading import DOCUMENT_BYTES, NotAFileError, read_file, require_size
+from agq.stores import RegularFiles
 
 SCHEMES = ("s3", "gs", "http", "https")
 """URL schemes that can be read."""
@@ -41,54 +34,7 @@ NOT_PRECOMPUTED = (
     "tensorstore (from its driver neuroglancer_precomputed to zarr3)"
 )
 
-_DOCUMENTS = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
-STORED_BYTES = 2**32
-"""Most bytes of a chunk, or of a shard that is read whole, as stored."""
-
 T = TypeVar("T")
-
-
-class RegularFiles(LocalStore):
-    """A folder whose chunks are files: it may hold FIFOs and devices too, at which reads hang."""
-
-    def get_sync(
-        self,
-        key: str,
-        *,
-        prototype: BufferPrototype | None = None,
-        byte_range: ByteRequest | None = None,
-    ) -> Buffer | None:
-        """Return a file or a part of it; None if there is none."""
-        make = (prototype or default_buffer_prototype()).buffer.from_bytes
-        try:
-            with open_file(self.root / key) as file:
-                size = os.fstat(file.fileno()).st_size
-                start, stop = 0, size
-                if isinstance(byte_range, RangeByteRequest):
-                    start, stop = byte_range.start, byte_range.end
-                elif isinstance(byte_range, OffsetByteRequest):
-                    start = byte_range.offset
-                elif isinstance(byte_range, SuffixByteRequest):
-                    start = size - byte_range.suffix
-                # The index of a damaged shard may say anything.
-                start, stop = max(0, min(start, size)), max(0, min(stop, size))
-                most = DOCUMENT_BYTES if key.endswith(_DOCUMENTS) else STORED_BYTES
-                require_size(self.root / key, stop - start, most)
-                file.seek(start)
-                return make(file.read(max(0, stop - start)))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-    async def get(
-        self,
-        key: str,
-        prototype: BufferPrototype | None = None,
-        byte_range: ByteRequest | None = None,
-    ) -> Buffer | None:
-        """Return a file or a part of it; None if there is none."""
-        return await asyncio.to_thread(
-            self.get_sync, key, prototype=prototype, byte_range=byte_range
-        )
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ import zarr
 from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.volumes.find import find_array, sources_of
-from agq.blockwise.volumes.location import STORED_BYTES, Location, locate, shown_cause
+from agq.blockwise.volumes.location import Location, locate, shown_cause
 from agq.blockwise.volumes.metadata import Metadata, join, multiscales, name_of, read_metadata
 from agq.blockwise.volumes.placement import Numbers, numbers_of, place
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.credentials import hide
 from agq.errors import InputError
 from agq.reading import require_file
+from agq.stores import STORED_BYTES
 
 Kind = Literal["raw", "labels", "mask"]
 

@@ -19,6 +19,7 @@ from agq.model.training.config import TrainConfig, VolumeConfig
 from agq.model.training.data.augment import augment, spare_sections
 from agq.model.training.data.augment import margin as augment_margin
 from agq.model.training.data.targets import Targets, make_targets
+from agq.stores import RegularFiles
 
 Shape = tuple[int, int, int]
 
@@ -55,9 +56,12 @@ class TrainingVolume:
     def _open(self, name: str) -> zarr.Array[Any]:
         path = self.config.container / name
         try:
-            array = zarr.open_array(path, mode="r")
+            store = RegularFiles(self.config.container, read_only=True)
+            array = zarr.open_array(store, path=name, mode="r")
         except (FileNotFoundError, zarr.errors.BaseZarrError) as error:
             raise InputError(f"no zarr array at {path}; check container and name") from error
+        except Exception as error:  # of whatever type zarr raises over damaged metadata
+            raise InputError(f"{path}: the array cannot be opened ({error})") from error
         if array.ndim != 3:
             raise InputError(f"{path} has {array.ndim} axes; a training volume has 3 (z,y,x)")
         return array
@@ -87,11 +91,20 @@ class TrainingVolume:
         high = [max(min(b, n), 1) for b, n in zip(stop, self.shape, strict=True)]
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         width = [(a - s, e - b) for a, s, e, b in zip(low, start, stop, high, strict=True)]
-        raw, labels = np.asarray(self.raw[box]), np.asarray(self.labels[box])
-        if self.mask is not None:
+        try:
+            raw, labels = np.asarray(self.raw[box]), np.asarray(self.labels[box])
+            valid = None if self.mask is None else np.asarray(self.mask[box]) != 0
+        except InputError:
+            raise
+        except Exception as error:  # of whatever type a codec raises
+            raise InputError(
+                f"{self.config.container}: voxels {low} to {high} cannot be read "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if valid is not None:
             ids, compact = np.unique(labels, return_inverse=True)
             numbered = compact.reshape(labels.shape).astype(np.int64) + int(ids[0] != 0)
-            labels = np.where(np.asarray(self.mask[box]) != 0, numbered, -1)
+            labels = np.where(valid, numbered, -1)
         return np.pad(raw, width, mode="reflect"), np.pad(labels, width, mode="reflect")
 
 

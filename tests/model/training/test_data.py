@@ -1,5 +1,6 @@
 """Crops: reading, augmentation and the order of batches."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from agq.model.training.data.augment import (
 from agq.model.training.data.crops import CropSource, TrainingVolume
 from agq.model.training.data.targets import affinities_of, make_targets
 from agq.model.training.data.warp import warp, warp_margin
+from tests.helpers.fuzz import require_one_line
 
 STILL = AugmentConfig(
     flips=False,
@@ -390,3 +392,24 @@ def test_axes_turn_only_in_cubes() -> None:
     assert len({raw.tobytes() for raw, _ in turned}) > 3
     flat = cube[:2]
     assert (orient(flat, flat, config, np.random.default_rng(1))[0] == flat).all()
+
+
+@pytest.mark.parametrize("name", ["raw/zarr.json", "raw/c/0/0/0"])
+@pytest.mark.parametrize("kind", ["fifo", "damaged"])
+def test_a_training_volume_made_to_do_harm(tmp_path, name, kind):
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w")
+    for array, dtype in (("raw", np.uint8), ("labels", np.uint64)):
+        data = np.ones((4, 8, 8), dtype)
+        group.create_array(array, shape=data.shape, chunks=(4, 8, 8), dtype=dtype)[...] = data
+    file = tmp_path / "a.zarr" / name
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    else:
+        file.write_bytes(b"[" * 100_000)
+
+    def look() -> None:
+        volume = TrainingVolume(VolumeConfig(container=tmp_path / "a.zarr"))
+        volume.read((0, 0, 0), (4, 8, 8))
+
+    assert "a.zarr" in require_one_line(look)
