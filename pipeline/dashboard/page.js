@@ -57,9 +57,11 @@ function showList(runs) {
     const state = el("span"); pill(state, r.state);
     const part = r.blocks_total ? ` (${Math.floor(100 * r.done / r.blocks_total)} %)` : "";
     return el("tr", null, {}, el("td", null, {}, r.stranger ? el("span", `${r.name} (of ${r.stranger}, not trusted)`, {title: `agq dashboard ${r.run_dir}`}) : el("a", r.name, {href: "/?run=" + encodeURIComponent(r.key)})),
+      el("td", String(r.id || "").slice(0, 8), {class: "quiet"}), el("td", r.user || ""),
       el("td", null, {}, state, document.createTextNode(r.stage ? " " + r.stage : "")),
       el("td", r.blocks_total ? `${whole(r.done)} of ${whole(r.blocks_total)}${part}` : ""),
-      el("td", r.failed || "", {class: "n"}), el("td", day(r.created)), el("td", r.problem || r.run_dir, {class: "quiet"}));
+      el("td", r.failed || "", {class: "n"}), el("td", r.blocks_per_s ? `${short(r.blocks_per_s)}/s` : "", {class: "n"}),
+      el("td", r.eta_s === null ? "" : span(r.eta_s), {class: "n"}), el("td", day(r.heard)), el("td", day(r.created)), el("td", r.problem || r.run_dir, {class: "quiet"}));
   }));
 }
 

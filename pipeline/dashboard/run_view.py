@@ -148,13 +148,22 @@ class RunView:
                 "here": self._here,
             }
 
-    def progress(self) -> dict[str, int]:
-        """Count the blocks that need no more work, and those that failed."""
+    def progress(self) -> dict[str, Any]:
+        """Return blocks that need no more work, and those that failed, the speed and time left."""
         if not self._opened.wait(_PATIENCE_S):
             return {}
         with self._lock:
-            stage = next((s for s in self._refresh().stages if s.name == STAGE), None)
-        return {} if stage is None else {"done": stage.ended_blocks, "failed": stage.failed}
+            status = self._refresh()
+        stage = next((s for s in status.stages if s.name == STAGE), None)
+        if stage is None:
+            return {}
+        return {
+            "done": stage.ended_blocks,
+            "failed": stage.failed,
+            "blocks_per_s": stage.blocks_per_s_now,
+            "eta_s": stage.eta_s,
+            "heard": status.heard,
+        }
 
     def image(self, by: By, axis: int, index: int) -> MapImage:
         """Draw one layer of the block map.

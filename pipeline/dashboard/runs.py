@@ -230,4 +230,9 @@ def _line(
         "failed": len(failed) if isinstance(failed, list) else failed,
         "source": source,
         "problem": None,
+        "id": record.get("id") or record.get("_id"),
+        "user": (record.get("commands") or [record])[-1].get("user"),
+        "heard": record.get("updated") or predict.get("finished") or predict.get("started"),
+        "blocks_per_s": None,
+        "eta_s": None,
     }

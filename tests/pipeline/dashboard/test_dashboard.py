@@ -329,6 +329,10 @@ def test_all_runs_of_a_folder(run: RunFolder) -> None:
     assert "run.json cannot be read" in lines[2]["problem"]
     with pytest.raises(InputError, match="cannot be read"):
         runs.view(lines[2]["key"])
+    for line, folder in zip(lines[:2], (other, run), strict=True):
+        record = folder.record()
+        assert (line["id"], line["user"]) == (record["id"], record["commands"][-1]["user"])
+        assert {"heard", "blocks_per_s", "eta_s"} <= line.keys()
     with pytest.raises(InputError, match=r"no run\.json"):
         Runs([run.path.parent / "nothing"])
 
