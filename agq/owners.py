@@ -2,15 +2,21 @@
 
 import os
 import pwd
+import shlex
+import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from agq.errors import InputError
+from agq.reading import PathLike
 
 TRUSTED_VARIABLE: Final = "AGQ_TRUSTED_USERS"
 """Environment variable with users to trust: names or numbers, divided by commas."""
 
 _ROOT: Final = 0
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def trusted_uids() -> frozenset[int]:
@@ -51,6 +57,50 @@ def stranger(*paths: Path, like: Path | None = None) -> str | None:
         if uid not in trusted:
             return _shown(uid)
     return None
+
+
+def require_own(path: PathLike, state: os.stat_result) -> None:
+    """Check that a file that decides what runs is a trusted user's; for `agq.reading.open_file`.
+
+    Raises
+    ------
+    InputError
+        If it belongs to a stranger, or others can write it.
+    """
+    if state.st_uid not in trusted_uids():
+        raise InputError(
+            f"{path} belongs to {_shown(state.st_uid)}, and decides what this worker runs; if you "
+            f"trust them, list them in {TRUSTED_VARIABLE}"
+        )
+    require_closed(path, state)
+
+
+def require_closed(path: PathLike, state: os.stat_result) -> None:
+    """Check that nobody but its owner can write a file; see `require_own`."""
+    if state.st_mode & _OTHERS_WRITE and _keeps_modes(Path(path).parent):
+        raise InputError(
+            f"{path} can be written by other users, and decides what runs under your name; if "
+            f"nobody has changed it: chmod go-w {shlex.quote(str(path))}"
+        )
+
+
+def close_to_others(*paths: Path) -> None:
+    """Take the right to write one's own files from everybody else."""
+    for path in paths:
+        with suppress(OSError):
+            state = path.lstat()
+            mine = stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid()
+            if mine and state.st_mode & _OTHERS_WRITE:
+                path.chmod(stat.S_IMODE(state.st_mode) & ~_OTHERS_WRITE)
+
+
+def _keeps_modes(folder: Path) -> bool:
+    """Whether a file system knows rights at all: on some (FAT, shares of Windows) all have all."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            return not os.fstat(probe.fileno()).st_mode & _OTHERS_WRITE
+    except OSError:
+        return True
 
 
 def _uid(word: str) -> int:

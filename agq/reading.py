@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 from agq.errors import DamagedError, InputError
 
 PathLike: TypeAlias = str | os.PathLike[str]
+Check: TypeAlias = Callable[[PathLike, os.stat_result], object]
 
 DOCUMENT_BYTES: Final = 2**24
 """Most bytes of a document, such as the metadata of an array or the record of a run."""
@@ -43,7 +44,11 @@ class NotAFileError(InputError):
 
 @contextmanager
 def open_file(
-    path: PathLike, *, within: PathLike | None = None, follow: bool = True
+    path: PathLike,
+    *,
+    within: PathLike | None = None,
+    follow: bool = True,
+    check: Check | None = None,
 ) -> Iterator[BufferedReader]:
     """Open a regular file for reading.
 
@@ -55,6 +60,9 @@ def open_file(
         A folder above it, below which nothing may be a link or ``..``: what is opened lies in it.
     follow
         Whether the last part of the path may be a link.
+    check
+        Called with the path and the state of what was opened: the name may mean another file a
+        moment later.
 
     Raises
     ------
@@ -64,6 +72,8 @@ def open_file(
         If there is none, or it may not be read.
     """
     with os.fdopen(_descriptor(path, within, follow), "rb") as file:
+        if check is not None:
+            check(path, os.fstat(file.fileno()))
         yield file
 
 
@@ -73,12 +83,13 @@ def read_file(
     most: int | None = None,
     within: PathLike | None = None,
     follow: bool = True,
+    check: Check | None = None,
 ) -> bytes:
     """Read a whole regular file.
 
     Parameters
     ----------
-    path, within, follow
+    path, within, follow, check
         As for `open_file`.
     most
         Bytes that such a file may have; None: any number.
@@ -90,7 +101,7 @@ def read_file(
     OSError
         As for `open_file`.
     """
-    with open_file(path, within=within, follow=follow) as file:
+    with open_file(path, within=within, follow=follow, check=check) as file:
         require_size(path, os.fstat(file.fileno()).st_size, most)
         # A file may grow, and those of /proc say that they are empty.
         data = file.read(os.fstat(file.fileno()).st_size)
@@ -166,8 +177,8 @@ def read_json(path: PathLike, *, most: int = DOCUMENT_BYTES, **how: Any) -> Any:
     return parse_json(read_file(path, most=most, **how))
 
 
-def read_record(path: PathLike) -> dict[str, Any]:
-    """Read a JSON object that a program of ours has written.
+def read_record(path: PathLike, **how: Any) -> dict[str, Any]:
+    """Read a JSON object that a program of ours has written; see `read_json`.
 
     Raises
     ------
@@ -177,7 +188,7 @@ def read_record(path: PathLike) -> dict[str, Any]:
         As for `read_file`.
     """
     try:
-        record = read_json(path)
+        record = read_json(path, **how)
     except ValueError as error:
         raise DamagedError(f"{os.fspath(path)}: file is damaged ({error})") from None
     if not isinstance(record, dict):

@@ -23,6 +23,7 @@ from agq.blockwise.storage.place import is_copy, place_of
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.credentials import hidden, hide_address
 from agq.errors import InputError, machine_fault
+from agq.owners import close_to_others
 from agq.paths import require_utf8
 from agq.pipeline.records import check_grid, check_identity, plain, read_record
 from agq.reading import read_json
@@ -35,6 +36,8 @@ _LOCK = ".lock"
 KEPT = (_LOCK, f"{_LOCK}.owner", "imported", "slurm")
 """What may be in the folder before the run's record is, and stays when the run is deleted: its
 lock, image files made into zarr, and what a submission has prepared."""
+_GUARDED = ("run.json", "predict.json", "session.json", "slurm/*.json", "slurm/*.sh")
+"""Files that decide what commands, workers and jobs run."""
 _URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)
 _ADDRESS = re.compile(r"\w[\w+.-]*://.*", re.DOTALL)
 _LEADS = {"coordinator": "predict", "stitch": "stitch"}
@@ -164,7 +167,7 @@ class RunFolder:
                 raise InputError(
                     f"run_dir {self.path} is not empty and holds no run; choose another folder"
                 )
-            make_folder(self.path)
+            make_folder(self.path, own=True)
             self._write(
                 {
                     "format": FORMAT,
@@ -275,7 +278,9 @@ class RunFolder:
         """
         with ExitStack() as stack:
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
+                make_folder(self.path, own=True)
+                # Of earlier releases, or made by hand: whatever the umask was.
+                close_to_others(*(p for pattern in _GUARDED for p in self.path.glob(pattern)))
                 stack.enter_context(locks.hold(self.path / _LOCK))
             except locks.LockedError as error:
                 raise RunLockedError(

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     cap_output()
     log_to_stderr()
     numbers = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
-    spec = PredictSpec.load(run_dir)
+    spec = PredictSpec.load(run_dir, to_run=True)
     daisy.serve(spec, numbers, lambda port: publish(run_dir, spec, port, alone=alone))
     return 0
 

@@ -28,8 +28,8 @@ from agq.blockwise.storage.files import require_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.blockwise.volumes.content import Content
 from agq.errors import InputError
-from agq.owners import TRUSTED_VARIABLE, stranger
-from agq.reading import DOCUMENT_BYTES, open_file, parse_json, read_record
+from agq.owners import require_own
+from agq.reading import read_record
 
 
 class PredictSpec(AttemptSettings, GridSpec):
@@ -97,25 +97,20 @@ class PredictSpec(AttemptSettings, GridSpec):
         run_dir
             The folder.
         to_run
-            Whether the factory that it names will be run: then it must belong to a trusted user.
+            Whether the factory that it names will be run: then it must be a trusted user's, and
+            nobody else may write it.
 
         Raises
         ------
         InputError
-            If the folder has none, or it is damaged, of another release, or a stranger's.
+            If the folder has none, or it is damaged or of another release, or somebody else may
+            have written it.
         """
         path = spec_path(run_dir)
         try:
-            with open_file(path) as file:
-                # Of the file that is open: a name may belong to another one by now.
-                owner = stranger(Path(f"/dev/fd/{file.fileno()}")) if to_run else None
-                data = file.read(DOCUMENT_BYTES)
-            if owner is not None:
-                raise InputError(
-                    f"{path} belongs to {owner}, and decides what this worker runs; if you trust "
-                    f"them, list them in {TRUSTED_VARIABLE}"
-                )
-            values = from_portable(parse_json(data), Path(run_dir))
+            values = from_portable(
+                read_record(path, check=require_own if to_run else None), Path(run_dir)
+            )
             return cls.model_validate(put_back(path, values))
         except FileNotFoundError:
             raise InputError(f"{path} is missing: {run_dir} is no run folder") from None
@@ -165,7 +160,7 @@ class Session(BaseModel):
         """
         path = session_path(run_dir)
         try:
-            return cls.model_validate(read_record(path))
+            return cls.model_validate(read_record(path, check=require_own))
         except FileNotFoundError:
             return None
         except ValidationError as error:

@@ -111,18 +111,33 @@ def require_folder(folder: PathLike) -> None:
         raise RunGoneError.at(folder)
 
 
-def make_folder(path: PathLike) -> Path:
-    """Create a folder with its missing parents, make their names durable, and return it."""
+def make_folder(path: PathLike, *, own: bool = False) -> Path:
+    """Create a folder with its missing parents, make their names durable, and return it.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    own
+        Only its owner may write in it, whatever the umask: it holds what decides what runs. In a
+        folder that is shared with a group on purpose (setgid, and writable by it) the group may.
+    """
     folder = Path(path)
     missing = []
     current = folder
     while not current.exists():
         missing.append(current)
         current = current.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(_own_mode(folder) if own else 0o777, parents=True, exist_ok=True)
     for created in reversed(missing):
         fsync_path(created.parent)
     return folder
+
+
+def _own_mode(folder: Path) -> int:
+    above = next((p for p in folder.parents if p.is_dir()), folder)
+    shared = stat.S_ISGID | stat.S_IWGRP
+    return 0o775 if above.is_dir() and above.stat().st_mode & shared == shared else 0o755
 
 
 def write_atomic(path: PathLike, data: Bytes, *, mode: int = 0o666) -> None:
@@ -138,7 +153,8 @@ def write_atomic(path: PathLike, data: Bytes, *, mode: int = 0o666) -> None:
     data
         All the bytes of the file.
     mode
-        Permissions of a file with a secret in it; the user's umask applies.
+        Permissions, less those that the umask takes: 0o600 for a file with a secret in it, 0o644
+        for one that decides what runs.
 
     Raises
     ------
@@ -287,7 +303,7 @@ def require_writable(folder: PathLike, what: str = "output", *, create: bool = F
     path = Path(folder)
     try:
         if create:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path, own=True)
         probe = path / f".probe.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         try:
             with probe.open("xb") as file:

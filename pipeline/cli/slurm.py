@@ -194,21 +194,21 @@ def _show(config: Config, stages: list[jobs.Stage], workers: int, behind: int | 
 
 def _start_record(config: Config, grace_s: int) -> None:
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
-    make_folder(folder(run_dir))
+    make_folder(folder(run_dir), own=True)
     record = jobs.Jobs(
         here=str(Path.cwd()),
         grace_s=grace_s,
         workers=section.workers,
         jobs=jobs.load(run_dir).jobs if jobs.record_path(run_dir).exists() else [],
     )
-    write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode())
+    write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode(), mode=0o644)
 
 
 def _write_scripts(config: Config, stages: list[jobs.Stage], here: Path) -> None:
     run_dir = Path(config.run_dir)
     make_folder(log_folder(run_dir))
     for script in jobs.scripts(config, stages, here):
-        write_atomic(script.path(run_dir), script.text.encode())
+        write_atomic(script.path(run_dir), script.text.encode(), mode=0o644)
 
 
 def _print_submitted(run_dir: Path, submitted: list[jobs.Job]) -> None:

@@ -19,7 +19,7 @@ from agq.blockwise.storage.addresses import put_away, put_back
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.errors import InputError
-from agq.owners import stranger
+from agq.owners import require_closed, stranger
 from agq.pipeline.folder import RunFolder, RunLockedError
 from agq.pipeline.slurm import client
 from agq.pipeline.slurm.scripts import (
@@ -135,11 +135,11 @@ def load(run_dir: Path) -> Jobs:
 @contextmanager
 def changing(run_dir: Path) -> Iterator[Jobs]:
     """Lock and load the record; save it at the end of the block."""
-    make_folder(folder(run_dir))
+    make_folder(folder(run_dir), own=True)
     with locks.hold(folder(run_dir) / ".lock", wait=True):
         jobs = load(run_dir)
         yield jobs
-        write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode())
+        write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode(), mode=0o644)
 
 
 def live(jobs: Jobs, *roles: Role) -> list[client.QueueEntry]:
@@ -264,10 +264,14 @@ def load_config(run_dir: Path, *, trust: bool = False) -> "Config":
             f"them: agq resume {run_dir} --trust"
         )
     try:
-        data = from_portable(read_json(path, within=run_dir), run_dir.absolute())
+        data = from_portable(
+            read_json(path, within=run_dir, check=require_closed), run_dir.absolute()
+        )
         data = put_back(path, data)
         # The folder may have been moved since an earlier release wrote this.
         return Config.model_validate(data | {"run_dir": str(run_dir.absolute())})
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
@@ -420,7 +424,7 @@ def _take_back(run_dir: Path, before: Jobs, submitted: Sequence[Job], error: Bas
             f"{error}; of this submission jobs {', '.join(ids)} are in the queue and could not be "
             f"cancelled ({refused}): scancel {' '.join(ids)}"
         ) from None
-    write_atomic(record_path(run_dir), before.model_dump_json(indent=1).encode())
+    write_atomic(record_path(run_dir), before.model_dump_json(indent=1).encode(), mode=0o644)
 
 
 @dataclass(frozen=True)
@@ -491,7 +495,7 @@ def _submit(jobs: Jobs, run_dir: Path, step: Step, after: str | None) -> int:
         Job(id=number, role=step.role, count=step.count, submitted=time.time(), user=os.getuid())
     )
     # Saved at once: agq cancel ends only the jobs in this record.
-    write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode())
+    write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode(), mode=0o644)
     return number
 
 
