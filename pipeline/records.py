@@ -172,7 +172,7 @@ class _Document(_Run, _Command):
     name: Text = ""
     run_dir: Text = ""
     updated: Time = 0.0
-    grid: dict[str, Any] | None = None
+    grid: Any = None
 
 
 class _Grid(_Part):
