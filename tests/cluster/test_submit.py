@@ -109,7 +109,6 @@ def test_scale_cancel_and_resume(quiet, tmp_path, undisturbed):
 
 def test_resume_submits_what_is_missing(quiet, tmp_path, segmented, note):
     held = tmp_path / "held"
-    held.touch()
     wait = f'case "$SLURM_JOB_NAME" in agq-stitch*) while [ -e {held} ]; do sleep 0.2; done;; esac'
     run = ClusterRun(tmp_path, delay_s=0.3, slurm={"prologue": [wait]})
     ids = lambda: {line.split()[0] for line in run.queue() if "COMPLETING" not in line}  # noqa: E731
@@ -121,12 +120,13 @@ def test_resume_submits_what_is_missing(quiet, tmp_path, segmented, note):
     assert not ids()
     assert [run.jobs(role) for role in ("coordinator", "workers", "stitch")] == [[], [], []]
 
-    # No worker is wanted: the coordinator stops, and the stitch never starts.
+    # No worker is wanted: the coordinator stops, and the stitch finds blocks missing.
     run.agq("submit", run.config)
     run.wait_until_begun(2)
     run.agq("scale", run.run_dir, 0)
     wait_for(lambda: not run.queue(), why=run.post_mortem)
     assert run.done() < N_BLOCKS
+    held.touch()
     since = time.monotonic()
     assert "3 array tasks" in run.agq("resume", run.run_dir)
 
