@@ -26,6 +26,7 @@ from agq.settings import Settings
 LOCAL_BITS = 21
 """Bits of a fragment id that hold the label inside its block (17 x 257 x 257 voxels need 21)."""
 
+_MOST_SELECTED = 2**32
 MAX_BLOCKS = 2 ** (64 - LOCAL_BITS)
 """Number of blocks whose fragment ids still fit in uint64."""
 
@@ -231,6 +232,11 @@ class BlockGrid:
         """Return the numbers, ascending, of blocks that write at least one voxel of a box.
 
         Parts of the box outside the volume are ignored.
+
+        Raises
+        ------
+        InputError
+            If there are too many to list.
         """
         ranges = []
         for lo, hi, size, blocks, length in zip(
@@ -241,6 +247,11 @@ class BlockGrid:
             ranges.append(np.arange(first, last, dtype=np.int64))
         _, ny, nx = self.shape
         z, y, x = np.ix_(*ranges)
+        if (count := math.prod(map(len, ranges))) > _MOST_SELECTED:
+            raise InputError(
+                f"block grid: {count} blocks are more than one command can list "
+                f"({_MOST_SELECTED}); use larger blocks, or a smaller ROI"
+            )
         return ((z * ny + y) * nx + x).ravel()
 
     def fragment_ids(self, number: int, local: npt.ArrayLike) -> npt.NDArray[np.uint64]:

@@ -201,3 +201,9 @@ def test_bad_requests_are_refused():
         grid.number_at(Roi((30, 0, 0), (120, 24, 24)))
     with pytest.raises(InputError, match="unbounded"):
         grid.to_voxels(Roi((None, 0, 0), (None, 6, 6)))
+
+
+def test_a_volume_of_more_blocks_than_can_be_listed():
+    grid = BlockGrid(volume_shape=(10**6,) * 3, voxel_size=(30, 6, 6))
+    with pytest.raises(InputError, match="blocks are more than one command can list"):
+        grid.select((0, 0, 0), grid.volume_shape)
