@@ -5,6 +5,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -131,7 +132,9 @@ class Runs:
         alive = [line for line in lines.values() if line["state"] == "running"]
         for line in alive[: _OPEN_RUNS - 1]:
             if line["source"] == "journal":
-                line |= self.view(line["key"]).progress()
+                # Its own page says what is wrong with it; the others are listed all the same.
+                with suppress(InputError, OSError):
+                    line |= self.view(line["key"]).progress()
         return sorted(lines.values(), key=lambda line: -(line["created"] or 0))
 
     def view(self, key: str) -> RunView:

@@ -465,6 +465,30 @@ def test_folders_of_strangers_are_listed_and_not_opened(
     assert len({line["key"] for line in runs.listing()}) == 2
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("run.json", ".lock", "session.json", "predict.json", "slurm/jobs.json"),
+        *("journal/predict/x.jsonl", "journal/predict/compact.npz", "journal/relabel/x.jsonl"),
+    ],
+)
+def test_nobody_waits_for_a_fifo_in_a_run_folder(run: RunFolder, name: str) -> None:
+    path = run.path / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+    def look() -> None:
+        with suppress(InputError):
+            RunView(run.path).overview(None)
+        Runs([], run.path.parent).listing()
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_command_without_a_run(tmp_path: Path) -> None:
     done = agq("dashboard", "--all", tmp_path)
     assert (done.returncode, "no run in" in done.stderr) == (2, True)
