@@ -414,7 +414,6 @@ def test_a_run_that_starts_removes_none_that_is_under_way(ledger, tmp_path):
     other.start()
     assert other.stop(60).complete
     assert {r["_id"] for r in ledger.runs.find()} == {"slow", "new"}
-    assert ledger.find_run("slow")["updated"] == long_ago, "heard of since, so nothing is shown"
     writer.finish_many(record(b) for b in range(20, 30))
     wait_for(lambda: len(in_ledger(ledger, "slow")) == 30)
     wait_for(lambda: ledger.find_run("slow")["updated"] > time.time() - 60)

@@ -105,7 +105,7 @@ def run(tmp_path) -> RunFolder:
     """A run with one worker's journal and log: a block done, one failed twice, one begun."""
     run = RunFolder(tmp_path / "the run")
     with run.lock():
-        run.create({"run_dir": str(run.path), "input": {"raw": {"path": "x.zarr"}}}, {"grid": 1})
+        run.create({"run_dir": str(run.path), "input": {"raw": {"path": "x.zarr"}}}, {"grid": {}})
     worker = WorkerInfo("77_3", "gpu4", 12, job="77_3")
     with JournalWriter(run.journal("predict"), worker) as journal:
         journal.begin(1)
@@ -208,7 +208,7 @@ def test_ten_runs_of_one_name_are_told_apart(run, tmp_path, mongo_uri, main, mon
     for i, state in enumerate(("running", "done", "stopped")):
         one = RunFolder(parent / f"run{i}")
         with one.lock():
-            one.create({"run_dir": str(one.path)}, {"grid": 1})
+            one.create({"run_dir": str(one.path)}, {"grid": {}})
             one.update(name="the same")
             one.update_stage("predict", state=state, blocks_total=30, started=now - 100)
         (one.path / ".lock").write_text("host elsewhere, pid 1")

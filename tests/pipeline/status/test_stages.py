@@ -201,7 +201,7 @@ def test_every_state_has_one_word_in_journal_and_ledger(tmp_path, ledger, name):
     told, begun, roles, queue, alive, word, words, error = FACTS[name]
     run = RunFolder(tmp_path / "run")
     with run.lock():
-        run.create({"model": {}}, {"grid": 1})
+        run.create({"model": {}}, {"grid": {}})
     for stage, state in told.items():
         run.update_stage(stage, state=state, blocks_total=4)
         if state != "waiting":
@@ -235,7 +235,7 @@ def test_every_state_has_one_word_in_journal_and_ledger(tmp_path, ledger, name):
 def test_jobs_of_the_original_say_nothing_of_a_copy(tmp_path):
     run = RunFolder(tmp_path / "run")
     with run.lock():
-        run.create({"run_dir": str(run.path)}, {"grid": 1})
+        run.create({"run_dir": str(run.path)}, {"grid": {}})
     run.update_stage("predict", state="done")
     (run.path / "slurm").mkdir()
     jobs = {"jobs": [{"id": 8, "role": "coordinator"}, {"id": 9, "role": "stitch"}]}
@@ -252,7 +252,7 @@ def test_blocks_of_dead_workers_are_given_back(tmp_path, ledger):
     """One ended with a block in hand, one was killed long ago, one works."""
     run = RunFolder(tmp_path / "run")
     with run.lock():
-        run.create({"model": {}}, {"grid": 1})
+        run.create({"model": {}}, {"grid": {}})
     run.update_stage("predict", state="running", started=time.time() - 900, blocks_total=4)
     folder = run.journal("predict")
     with JournalWriter(folder, WorkerInfo("ended", "n", 1)) as writer:
