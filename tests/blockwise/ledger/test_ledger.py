@@ -3,9 +3,11 @@ import logging
 import random
 import shutil
 import signal
+import tempfile
 import time
 import traceback
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import bson
@@ -647,16 +649,14 @@ def test_where_the_uri_comes_from(tmp_path, monkeypatch):
         (0o700, 0o644, ""),
     ],
 )
-def test_a_uri_file_that_others_can_read_is_named(tmp_path, caplog, folder, file, warned):
-    for above in (tmp_path, *tmp_path.parents[:2]):  # pytest keeps its folders closed
-        above.chmod(0o755)
-    closed = tmp_path / "closed"
-    closed.mkdir(folder)
-    path = closed / "uri"
-    path.write_text("mongodb://u:s3cr3t@h/")
-    path.chmod(file)
-    for _ in range(2):
-        assert LedgerSettings(uri_file=path).resolve() is not None
+def test_a_uri_file_that_others_can_read_is_named(caplog, folder, file, warned):
+    with tempfile.TemporaryDirectory() as made:  # pytest keeps the folders above tmp_path closed
+        path = Path(made, "uri")
+        path.write_text("mongodb://u:s3cr3t@h/")
+        path.chmod(file)
+        path.parent.chmod(folder)
+        for _ in range(2):
+            assert LedgerSettings(uri_file=path).resolve() is not None
     assert caplog.text.count(f"chmod 600 {path}") == bool(warned)
     assert warned in caplog.text
     assert "s3cr3t" not in caplog.text

@@ -226,8 +226,9 @@ import resource, socket, sys, threading
 resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120))
 from agq.blockwise.predict.auth_proxy import AuthProxy
 target = socket.create_server(("127.0.0.1", 0), backlog=100)
-print(AuthProxy("127.0.0.1", target.getsockname()[1], sys.argv[1]).port, flush=True)
+proxy = AuthProxy("127.0.0.1", target.getsockname()[1], sys.argv[1])
 held = [open("/dev/null") for _ in range(int(sys.argv[2]))]
+print(proxy.port, flush=True)
 sys.stdin.read(1)
 del held
 sys.stdin.read()
