@@ -65,13 +65,14 @@ def parse_yaml(text: str) -> Any:
     Raises
     ------
     yaml.YAMLError
-        If it is not valid, or its aliases make it larger than a configuration is.
+        If it is not valid, a mapping has a key twice, or its aliases make it larger than a
+        configuration is.
     """
     try:
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
-            _require_small(node)
+            _check(node)
             return None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
@@ -84,8 +85,8 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
-def _require_small(node: yaml.Node | None) -> None:
-    """Count the values of a document as often as aliases name them."""
+def _check(node: yaml.Node | None) -> None:
+    """Count the values of a document as often as aliases name them, and each key of a mapping."""
     waiting, values = [node], 0
     while waiting:
         values += 1
@@ -93,7 +94,14 @@ def _require_small(node: yaml.Node | None) -> None:
             raise yaml.YAMLError(f"more than {_MOST_VALUES} values, or aliases of themselves")
         item = waiting.pop()
         if isinstance(item, yaml.MappingNode):
-            waiting += [part for pair in item.value for part in pair]
+            keys: set[str] = set()
+            for key, value in item.value:
+                # PyYAML would take the last of them, without a word.
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    problem = f"{key.value} stands here a second time"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                keys.add(str(key.value))
+                waiting += [key, value]
         elif isinstance(item, yaml.SequenceNode):
             waiting += item.value
 

@@ -166,6 +166,21 @@ def test_unreadable_files(tmp_path, text, expected):
         load_config(file)
 
 
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("run_dir: a\nworkers:\n  count: 1\n  prefetch: 2\n  count: 4\n")
+    with pytest.raises(
+        InputError, match=r"twice\.yaml: .*count .* a second time .*line 5"
+    ) as caught:
+        load_config(path)
+    assert "prefetch" not in str(caught.value)
+    path.write_text("run_dir: a\nrun_dir: b\n")
+    with pytest.raises(InputError, match=r"run_dir .* line 2"):
+        load_config(path)
+    with pytest.raises(InputError, match=r"--set workers: .*count .* a second time"):
+        load_config(CONFIGS / "local.yaml", ["workers={count: 1, count: 2}"])
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         load_config(tmp_path / "none.yaml")
