@@ -209,7 +209,8 @@ class _Door(tornado.httputil.HTTPMessageDelegate):
                     "Connection": "close",
                 }
             ),
-            body,
+            # An answer to HEAD has only the headers; Tornado refuses more, with a traceback.
+            None if start_line.method == "HEAD" else body,
         )
         # Before the body is read: then Tornado closes the connection instead of reading on.
         self._request_conn.finish()

@@ -197,6 +197,8 @@ BAD = [
     b"GET /page.js HTTP/1.1\r\nHost: localhost\r\nRange: bytes=9-2\r\n\r\n",
     b"GET /page.css%00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"HEAD /page.js HTTP/1.1\r\nHost: elsewhere\r\n\r\n",
     b"POST /page.js" + MULTIPART,
     b"GET /page.js" + MULTIPART,
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
