@@ -180,13 +180,14 @@ def _lacking(
 def _show(config: Config, stages: list[jobs.Stage], workers: int, behind: int | None) -> None:
     """Print the scripts of a submission, each with the command that would submit it."""
     run_dir = Path(config.run_dir)
-    steps = jobs.steps(jobs.section_of(config), stages, workers)
+    section = jobs.section_of(config)
+    steps = jobs.steps(section, stages, workers)
     coordinator = "COORDINATOR" if "predict" in stages else behind
     by_name = {script.name: script for script in jobs.scripts(config, stages, Path.cwd())}
     for step in steps:
         script = by_name[step.role]
         after = f"{step.after}:{coordinator}" if step.after and coordinator else None
-        words = submit_arguments(step.role, run_dir, array=step.array, after=after)
+        words = submit_arguments(step.role, run_dir, section, array=step.array, after=after)
         say(f"# {script.path(run_dir)}")
         say(f"# sbatch {shlex.join(str(word) for word in words)}")
         say(script.text)

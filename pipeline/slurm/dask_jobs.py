@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -60,6 +60,7 @@ def jobqueue_options(section: SlurmSettings, run_dir: Path) -> dict[str, Any]:
         "job_extra_directives": extra,
         "job_script_prologue": list(section.prologue),
         "log_directory": str(log_folder(run_dir)),
+        "sbatch_options": list(section.extra_of("stitch")),
     }
 
 
@@ -75,15 +76,22 @@ class WorkerJob(SLURMJob):
         Folder with the files that `write_certificates` makes.
     log_directory
         The job's folder, in which SLURM opens its logs.
+    sbatch_options
+        Further options of sbatch.
     """
 
     def __init__(
-        self, *arguments: Any, certificates: str, log_directory: str, **options: Any
+        self,
+        *arguments: Any,
+        certificates: str,
+        log_directory: str,
+        sbatch_options: Sequence[str],
+        **options: Any,
     ) -> None:
         words = ["--certificates", shlex.quote(certificates)]
         options["worker_extra_args"] = [*options["worker_extra_args"], *words]
         super().__init__(*arguments, **options)
-        self.submit_command = shlex.join(["sbatch", f"--chdir={log_directory}"])
+        self.submit_command = shlex.join(["sbatch", f"--chdir={log_directory}", *sbatch_options])
 
     @contextmanager
     def job_file(self) -> Iterator[str]:

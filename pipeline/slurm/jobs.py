@@ -397,7 +397,7 @@ def submit_all(
             count = jobs.workers if workers is None else workers
             for step in steps(section, stages, count):
                 after = f"{step.after}:{behind}" if step.after and behind else None
-                number = _submit(jobs, run_dir, step, after)
+                number = _submit(jobs, run_dir, section, step, after)
                 behind = number if step.role == "coordinator" else behind
         except BaseException as error:
             _take_back(run_dir, before, jobs.jobs[len(before.jobs) :], error)
@@ -485,11 +485,14 @@ def submit_workers(
 ) -> None:
     """Submit an array of worker jobs."""
     if count > 0:
-        _submit(jobs, run_dir, Step("workers", count, array(count, section.limit)), after)
+        step = Step("workers", count, array(count, section.limit))
+        _submit(jobs, run_dir, section, step, after)
 
 
-def _submit(jobs: Jobs, run_dir: Path, step: Step, after: str | None) -> int:
-    arguments = submit_arguments(step.role, run_dir, array=step.array, after=after)
+def _submit(
+    jobs: Jobs, run_dir: Path, section: "SlurmSettings", step: Step, after: str | None
+) -> int:
+    arguments = submit_arguments(step.role, run_dir, section, array=step.array, after=after)
     number = client.submit(arguments)
     jobs.jobs.append(
         Job(id=number, role=step.role, count=step.count, submitted=time.time(), user=os.getuid())

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from agq.pipeline.slurm.settings import CpuJobSettings, SlurmSettings
@@ -190,13 +190,18 @@ def _text(
 
 
 def submit_arguments(
-    name: str, run_dir: Path, *, array: str | None = None, after: str | None = None
+    name: "Literal['coordinator', 'workers', 'stitch']",
+    run_dir: Path,
+    section: "SlurmSettings",
+    *,
+    array: str | None = None,
+    after: str | None = None,
 ) -> list[str | Path]:
     """Return sbatch's arguments for a script, named as in `Script`, of a run folder.
 
     `array` are tasks, such as ``0-7%4``, and `after` a dependency, such as ``afterany:17``.
     """
-    arguments: list[str | Path] = [f"--chdir={log_folder(run_dir)}"]
+    arguments: list[str | Path] = [f"--chdir={log_folder(run_dir)}", *section.extra_of(name)]
     if array is not None:
         arguments.append(f"--array={array}")
     if after is not None:

@@ -1,7 +1,7 @@
 """The settings of a run on SLURM."""
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -29,6 +29,41 @@ TimeLimit = Annotated[
     ),
 ]
 Line = Annotated[str, _like(r"[^\n\0]*", "one line per entry")]
+
+# By the field of a job that says it: what the scripts and the submission set. Without a field:
+# what no field may change, and what makes sbatch do something else than submit.
+_OWN_OPTIONS = {
+    "account": "account",
+    "constraint": "constraint",
+    "cpus": "cpus-per-task",
+    "gpus": "gres gpus gpus-per-node gpus-per-socket gpus-per-task",
+    "lead_s": "signal",
+    "mem": "mem mem-per-cpu mem-per-gpu",
+    "partition": "partition",
+    "qos": "qos",
+    "requeue": "requeue no-requeue",
+    "time": "time",
+    "workers": "array",
+    "": "chdir clusters dependency error help input job-name kill-on-invalid-dep nodes ntasks "
+    "open-mode output parsable test-only usage version wait wrap",
+}
+
+
+def _extra_option(value: str) -> str:
+    """Check one option of sbatch: none that agq sets itself, in full or shortened."""
+    found = re.fullmatch(r"--([a-z][a-z0-9-]*)(=[^\n\0]*)?", value)
+    if found is None:
+        raise ValueError(
+            "one long option of sbatch per entry, with = before its value, such as --reservation=x"
+        )
+    for field, names in _OWN_OPTIONS.items():
+        # sbatch takes every beginning of a name.
+        if own := next((name for name in names.split() if name.startswith(found[1])), None):
+            raise ValueError(f"agq sets --{own} itself" + (f": use `{field}`" if field else ""))
+    return value
+
+
+ExtraOption = Annotated[str, AfterValidator(_extra_option)]
 Container = Annotated[str, _like(r"(apptainer|singularity)://.+", "apptainer://path/to/image.sif")]
 
 
@@ -52,6 +87,9 @@ class CpuJobSettings(Settings):
 
     time: TimeLimit | None = None
     """Time limit; the job is requeued before it is reached."""
+
+    extra: tuple[ExtraOption, ...] | None = None
+    """Further options of sbatch, as `slurm.extra`, in its place; `[]`: none."""
 
 
 class StitchJobSettings(CpuJobSettings):
@@ -105,6 +143,10 @@ class SlurmSettings(Settings):
     constraint: Word | None = None
     """Features that the node must have."""
 
+    extra: tuple[ExtraOption, ...] = ()
+    """Further options of sbatch, such as `--reservation=x`, `--exclude=n12`, `--mail-type=END`, for
+    jobs that have no `extra` of their own. Those that agq sets itself are refused."""
+
     requeue: bool = True
     """Let jobs be requeued after a pre-emption, a node failure or their time limit."""
 
@@ -144,6 +186,11 @@ class SlurmSettings(Settings):
 
     stitch: StitchJobSettings = StitchJobSettings()
     """The job that stitches."""
+
+    def extra_of(self, role: Literal["coordinator", "workers", "stitch"]) -> tuple[str, ...]:
+        """Return the further options of sbatch for one kind of job."""
+        job = {"coordinator": self.coordinator, "stitch": self.stitch}.get(role)
+        return self.extra if job is None or job.extra is None else job.extra
 
     @model_validator(mode="after")
     def _no_jobs_from_a_container(self) -> Self:

@@ -27,7 +27,7 @@ from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.spec import Session
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.cli import slurm as commands
-from agq.pipeline.config.schema import Config
+from agq.pipeline.config.schema import Config, parse_config
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm import check as check_module
 from agq.pipeline.slurm import client, dask_jobs, jobs
@@ -453,6 +453,61 @@ def test_jobs_of_dask_workers_take_any_run_folder(tmp_path, name):
     assert not [line for line in asked if str(tmp_path) in line]
     logs = tmp_path / name / "logs" / "slurm"
     assert shlex.split(job.submit_command) == ["sbatch", f"--chdir={logs}"]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--dependency=afterok:1", "sets --dependency"), ("--array=0-3", "use `workers`"),
+        ("--wrap=id", "sets --wrap"), ("--chdir=/", "sets --chdir"), ("--output=x", "--output"),
+        ("--dep=singleton", "sets --dependency"), ("--mem-per-cpu=1G", "use `mem`"),
+        ("--gpus=2", "use `gpus`"), ("--test-only", "--test-only"), ("--parsable", "--parsable"),
+        ("-d", "one long option"), ("--reservation x", "one long"), ("script.sh", "one long"),
+        ("--comment=a\nb", "one long"), ("--", "one long"), ("--=x", "one long"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("job", [None, "stitch"])
+def test_options_of_sbatch_that_are_refused(tmp_path, option, words, job):
+    section = {"extra": ["--reservation=x", option]}
+    with pytest.raises(InputError) as raised:
+        parse_config(
+            {
+                "run_dir": "x",
+                "input": {"raw": {"path": "x"}},
+                "slurm": {job: section} if job else section,
+            }
+        )
+    field = f"slurm.{job}.extra" if job else "slurm.extra"
+    assert field in str(raised.value)
+    assert words in str(raised.value)
+
+
+def test_further_options_of_sbatch_reach_every_kind_of_job(tmp_path, queue, monkeypatch, capsys):
+    odd = '--comment=it\'s $(touch pwned) "ü"'
+    extra = ["--reservation=x", "--exclude=n12,n13", "--export=NONE", "--exclusive", odd]
+    stitch = {"extra": ["--mail-type=END"], "jobs": 1, "mem": "1G"}
+    slurm = {"gpus": 0, "extra": extra, "stitch": stitch, "coordinator": {"extra": []}}
+    file = make_config(tmp_path, slurm=slurm)
+    given = {}
+    monkeypatch.setattr(
+        client, "submit", lambda words: given.setdefault(words[-1].stem, words) and len(given)
+    )
+    commands.submit(file)
+    options = {name: words[1:-1] for name, words in given.items()}
+    assert not set(options["coordinator"]) & {*extra, "--mail-type=END"}
+    assert [word for word in options["workers"] if word in extra] == extra
+    assert "--mail-type=END" in options["stitch"]
+    assert not set(options["stitch"]) & set(extra)
+    section = SlurmSettings(extra=(odd,), stitch={"jobs": 1, "mem": "1G"})
+    job = dask_jobs.WorkerJob(
+        "tls://n:1", "x", certificates="c", **dask_jobs.jobqueue_options(section, tmp_path)
+    )
+    assert shlex.split(job.submit_command)[2:] == [odd]
+    capsys.readouterr()
+    queue.clear()
+    commands.submit(file, dry_run=True, settings=["run_dir=other"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# sbatch")]
+    assert [shlex.split(line)[3:8] == extra for line in lines] == [False, True, False]
 
 
 def test_the_program_of_dask_workers_answers_nobody_else(tmp_path):
