@@ -22,14 +22,20 @@ _PORT: Final = r"(?!\d{1,5}(?:[/?#\s\"'<>]|$))"
 _LONGEST: Final = 4096
 """Characters of an address that is looked at: longer ones would take quadratic time."""
 
+# One slash is what a path makes of two.
+_MARK: Final = ":/{1,2}"
 # A password ends at the last @, even where someone forgot to escape one in it.
-_USERINFO: Final = (
-    (re.compile(rf"(://[^\s/:@?#]+):{_PORT}[^\s]+@"), rf"\1:{HIDDEN}@"),
-    (re.compile(rf"://(?::{_PORT}[^\s]+|[^\s/:@?#]+:)@"), f"://{HIDDEN}@"),
-    # A name alone is a token, but in the URI of a database.
-    (re.compile(r"(?<!mongodb)(?<!mongodb\+srv)://[^\s/:@?#]+@"), f"://{HIDDEN}@"),
+_USERINFO: Final = tuple(
+    (re.compile(pattern, re.DOTALL), shown)
+    for pattern, shown in (
+        (rf"(mongodb(?:\+srv)?{_MARK}[^/:@?#]+):.+@", rf"\1:{HIDDEN}@"),
+        (rf"({_MARK}[^/:@?#]+):{_PORT}.+@", rf"\1:{HIDDEN}@"),
+        (rf"({_MARK})(?::{_PORT}.+|[^/:@?#]+:)@", rf"\1{HIDDEN}@"),
+        # A name alone is a token, but in the URI of a database.
+        (rf"(?<!mongodb)(?<!mongodb\+srv)({_MARK})[^/:@?#]+@", rf"\1{HIDDEN}@"),
+    )
 )
-_QUERY: Final = re.compile(r"(://[^\s\"'<>`?#]+)[?#][^\s\"'<>`]+")
+_QUERY: Final = re.compile(rf"({_MARK}[^\s\"'<>`?#]+)[?#][^\s\"'<>`]+")
 _PARAMETER: Final = re.compile(
     r"([?&][\w.%-]{0,99}(?:sig|signature|token|credential|password|secret|key)=)[^&\s\"'<>`]+",
     re.IGNORECASE,
@@ -37,8 +43,8 @@ _PARAMETER: Final = re.compile(
 _END: Final = ":;,.)]}"
 """What follows an address in a sentence, and is not of it."""
 
-_PASSWORD: Final = re.compile(rf"[^:]*://([^/:@?#]*):{_PORT}(.*)@(.*)", re.DOTALL)
-_TOKEN: Final = re.compile(r"[^:]*://()([^/:@?#]+)@(.*)", re.DOTALL)
+_PASSWORD: Final = re.compile(rf"[^:]*{_MARK}([^/:@?#]*):{_PORT}(.*)@(.*)", re.DOTALL)
+_TOKEN: Final = re.compile(rf"[^:]*{_MARK}()([^/:@?#]+)@(.*)", re.DOTALL)
 _SHORTEST: Final = 6
 """Characters of a value in a query that is looked for by itself; shorter ones are common words."""
 
@@ -63,19 +69,19 @@ def hide(text: object) -> str:
     # Longest first: a part of a secret must not break up the whole of it.
     for part in sorted(_known, key=len, reverse=True):
         line = line.replace(part, HIDDEN)
-    if "://" in line:
+    if ":/" in line:
         line = re.sub(r"\S+", _without_secrets, line)
     return _PARAMETER.sub(rf"\1{HIDDEN}", line) if "=" in line else line
 
 
 def _without_secrets(match: re.Match[str]) -> str:
     word = match[0]
-    return _QUERY.sub(_without_query, _without_userinfo(word)) if "://" in word else word
+    return _QUERY.sub(_without_query, _without_userinfo(word)) if ":/" in word else word
 
 
 def _without_userinfo(text: str) -> str:
     if len(text) > _LONGEST:
-        before, mark, _ = text.partition("://")
+        before, mark, _ = text.partition(":/")
         return before + mark + HIDDEN
     for pattern, shown in _USERINFO:
         text = pattern.sub(shown, text)
@@ -98,7 +104,7 @@ def hidden(values: Any) -> Any:
 
 def is_address(text: str) -> bool:
     """Tell whether a text begins as an address does."""
-    return re.match(r"\s*\w[\w+.-]{0,40}://", text) is not None
+    return re.match(rf"\s*\w[\w+.-]{{0,40}}{_MARK}", text) is not None
 
 
 def has_secret(text: str) -> bool:

@@ -23,7 +23,10 @@ SHOWN = [
     ("https://:RAW@host/x", "https://***@host/x"),
     ("s3://ID:RAW@bucket/x.zarr", "s3://ID:***@bucket/x.zarr"),
     ("zarr3://https://user:RAW@host/x", "zarr3://https:***@host/x"),
+    ("http:/user:RAW@host/x?sig=QUERY", "http:/user:***@host/x?***"),
+    ("http://user:RAW@[::1]:80/x?QUERY", "http://user:***@[::1]:80/x?***"),
     ("mongodb://user@host/db", "mongodb://user@host/db"),
+    ("mongodb://user:1234/RAW@host/db", "mongodb://user:***@host/db"),
     ("mongodb+srv://user:RAW@a,b:1/db?tls=true", "mongodb+srv://user:***@a,b:1/db?***"),
     ("s3://bucket/raw.zarr", "s3://bucket/raw.zarr"),
     ("https://host:8080/a@b/raw.zarr", "https://host:8080/a@b/raw.zarr"),
@@ -47,6 +50,16 @@ def test_what_is_shown_of_an_address(address, shown):
         text = f"({address}): cannot be read, '{address}', <{address}>"
         assert hide(text) == f"({shown}): cannot be read, '{shown}', <{shown}>"
         assert hide(hide(text)) == hide(text)
+
+
+@pytest.mark.parametrize("space", [" ", "\t", "\n", "\u00a0"])
+def test_a_password_may_have_spaces(space):
+    for address in (f"http://user:a{space}RAW@host/x", f"http://RAW{space}a@host/x"):
+        assert "RAW" not in hide_address(address)
+        assert "RAW" not in str(hidden({"path": address}))
+        assert has_secret(address)
+        remember(address)
+        assert "RAW" not in hide(f"{address}: cannot be read")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What users type after a command: runs, volumes, positions, and what these stand for."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,7 +58,7 @@ def open_location(location: str, kind: "Kind", unit: str | None) -> "Volume":
     """
     from agq.blockwise.volumes.open import open_volume  # slow to load
 
-    path, _, dataset = location.partition("::")
+    path, dataset = _split(location)
     if not dataset and RunFolder(Path(path)).exists():
         return open_volume(
             RunFolder(Path(path)).container, "segmentation", level=0, kind=kind, unit=unit
@@ -66,6 +67,13 @@ def open_location(location: str, kind: "Kind", unit: str | None) -> "Volume":
     for note in volume.notes:
         say(f"agq: {note}", err=True)
     return volume
+
+
+def _split(location: str) -> tuple[str, str]:
+    """Split ``path::dataset``; colons in the brackets of an IPv6 host are of the path."""
+    host = re.match(r"[^/]*://[^/\[]*\[[^/\]]*\]", location)
+    at = location.find("::", host.end() if host else 0)
+    return (location, "") if at < 0 else (location[:at], location[at + 2 :])
 
 
 def parse_triple(name: str, text: str, least: int | None = None) -> Triple:
