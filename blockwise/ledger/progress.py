@@ -1,14 +1,18 @@
 """How far a stage is, as the ledger says it."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import TypeAdapter
+
 from agq.blockwise.journal.progress import RECENT_S
-from agq.blockwise.journal.records import BlockRecord, BlockState, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, BlockState, require_time
 from agq.blockwise.journal.tail import WorkerState
 from agq.blockwise.ledger.database import Ledger
 from agq.blockwise.ledger.updates import Document
+from agq.errors import InputError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,6 +24,7 @@ _ROW: Final = ("block", "started", "finished", "labels", "dropped", "voxels")
 _ROWS_S: Final = 15.0
 _MAX_FAILURES: Final = 10_000
 _UNENDED: Final = ("queued", "running")
+_WORKER: Final = TypeAdapter(WorkerState)
 
 
 class LedgerStage:
@@ -34,6 +39,8 @@ class LedgerStage:
     ------
     PyMongoError
         From every method, if the database is away.
+    InputError
+        If the document of a worker or a failed block is none that a run has written.
     """
 
     def __init__(
@@ -50,7 +57,8 @@ class LedgerStage:
         """Take the totals that the document of the run has now, and read the workers."""
         self._totals = totals
         documents = self._ledger.find_workers(*self._key)
-        self.workers = {d["token"]: _worker(d) for d in documents if "last" in d}
+        workers = [_worker(document) for document in documents if "last" in document]
+        self.workers = {worker.token: worker for worker in workers}
 
     def progress(self, since: float | None, now: float) -> Document:
         """Return the totals as they are now.
@@ -72,7 +80,8 @@ class LedgerStage:
 
     def reasons(self) -> Iterable[tuple[str, int, int]]:
         """Yield the errors as the database groups them: a million blocks may have failed."""
-        return self._ledger.failure_reasons(*self._key)
+        with _reading("blocks of", "/".join(self._key)):
+            yield from self._ledger.failure_reasons(*self._key)
 
     def record(self, block: int) -> BlockRecord | None:
         """Return the record of a block that has ended."""
@@ -105,12 +114,13 @@ class LedgerStage:
 
     def _record(self, document: Document) -> BlockRecord:
         """Return what a document says; the worker is named in a document of its own."""
-        roi = document.get("roi")
-        values = {k: v for k, v in document.items() if v is not None}
-        worker = self.workers.get(document["token"])
-        if worker is not None:
-            values["worker"] = worker.info.name
-        return BlockRecord.from_dict(values | {"roi": roi and (roi["offset"], roi["shape"])})
+        with _reading("block", document["_id"]):
+            roi = document.get("roi")
+            values = {k: v for k, v in document.items() if v is not None}
+            worker = self.workers.get(document["token"])
+            if worker is not None:
+                values["worker"] = worker.info.name
+            return BlockRecord.from_dict(values | {"roi": roi and (roi["offset"], roi["shape"])})
 
     @property
     def version(self) -> float:
@@ -119,8 +129,22 @@ class LedgerStage:
 
 
 def _worker(document: Document) -> WorkerState:
-    return WorkerState(
-        WorkerInfo(**{n: document[n] for n in _INFO if n in document}),
-        **{n: document[n] for n in _STATE if n in document},
-        current={c["block"]: (c["attempt"], c["begun"]) for c in document.get("current", ())},
-    )
+    with _reading("worker", document["_id"]):
+        current = {c["block"]: (c["attempt"], c["begun"]) for c in document.get("current", ())}
+        for _, begun in current.values():
+            require_time(begun)
+        info = {n: document[n] for n in _INFO if n in document}
+        state = {n: document[n] for n in _STATE if n in document}
+        return _WORKER.validate_python(state | {"info": info, "current": current})
+
+
+@contextmanager
+def _reading(what: str, name: object) -> Iterator[None]:
+    """Name the document that is none of ours: whoever may write to the database writes anything."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(
+            f"{what} {str(name)[:200]} of the database is damaged ({reason})"
+        ) from None

@@ -44,7 +44,7 @@ def ledger_lines(ledger: "Ledger", limit: int = 100) -> list[Line]:
             if problem is not None:
                 raise ValueError(problem)
             lines.append(_ledger_line(ledger, document))
-        except _UNREADABLE as error:
+        except (InputError, *_UNREADABLE) as error:
             name = str(document.get("name", ""))
             lines.append(_damaged(str(document["_id"]), name, "", f"damaged: {error}"))
     return lines

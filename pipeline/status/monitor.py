@@ -256,9 +256,11 @@ class Monitor:
             )
         if document is None and here is None:
             raise InputError(f"{self._run.path} is not a run folder, and unknown to the ledger")
-        if document is None or (here is not None and self._behind(document)):
+        if document is None:
             return None
         document = check_document(document)
+        if here is not None and self._behind(document):
+            return None
         # What the coordinator says of its stages is in run.json sooner than in the ledger.
         record = document | {"id": document["_id"]} | ({"stages": here["stages"]} if here else {})
         # Here it may be mounted or moved elsewhere than where its coordinator works.

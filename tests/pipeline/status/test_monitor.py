@@ -26,6 +26,7 @@ from agq.blockwise.predict.coordinator import PredictProgress
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.failures import MAX_FAILURES, failure_groups
+from agq.pipeline.status.listing import ledger_lines
 from agq.pipeline.status.monitor import Monitor, load_status, watch
 from agq.pipeline.status.progress import RunProgress
 from agq.pipeline.status.run_status import QueueStatus, RunStatus
@@ -416,6 +417,47 @@ def test_status_from_another_machine(run, ledger, tmp_path):
     assert (status.source, status.state, status.stages[0].done) == ("ledger", "running", 8)
     with pytest.raises(InputError, match="unknown to the ledger"):
         load_status(tmp_path / "nothing", ledger)
+
+
+ODD_DOCUMENTS = [
+    ("workers", {"$unset": {"token": 1}}),
+    ("workers", {"$set": {"started": "soon"}}),
+    ("workers", {"$set": {"last": [1]}}),
+    ("workers", {"$set": {"last": float("nan")}}),
+    ("workers", {"$set": {"name": {"a": 1}}}),
+    ("workers", {"$set": {"current": 5}}),
+    ("workers", {"$set": {"current": [{"block": 1, "attempt": 1, "begun": float("inf")}]}}),
+    ("workers", {"$set": {"current": ["x"]}}),
+    ("blocks", {"$set": {"token": ["a"]}}),
+    ("blocks", {"$set": {"roi": {"offset": 3}}}),
+    ("blocks", {"$set": {"finished": "late"}}),
+    ("runs", {"$set": {"stages.predict": []}}),
+    ("runs", {"$set": {"stages": ["predict"]}}),
+    ("runs", {"$set": {"stages.predict.totals": "many"}}),
+]
+
+
+def test_documents_of_others_end_in_one_line_or_the_journal(run, ledger, tmp_path):
+    predict_half(run, time.time() - 80)
+    run.update_stage("predict", state="running", blocks_total=20)
+    feed(run, ledger)
+    database = ledger.runs.database
+    moved = tmp_path / "elsewhere"
+    for collection, change in ODD_DOCUMENTS:
+        before = list(database[collection].find())
+        # The server would refuse some of them: whoever owns the database can take its rules away.
+        database[collection].update_many({}, change, bypass_document_validation=True)
+        here = load_status(run.path, ledger)
+        assert here.source == "journal", change
+        assert "damaged" in here.note
+        run.path.rename(moved)
+        with pytest.raises(InputError, match="damaged"):
+            load_status(run.path, ledger)
+        moved.rename(run.path)
+        (line,) = ledger_lines(ledger)
+        assert (line["state"] == "damaged") == (collection == "runs")
+        database[collection].delete_many({})
+        database[collection].insert_many(before)
 
 
 def test_a_run_that_was_moved_is_shown_where_it_is(run, ledger, tmp_path):
