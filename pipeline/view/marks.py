@@ -70,7 +70,13 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
 def _blocks(grid: BlockGrid, size: tuple[float, ...], at: Sequence[int] | None) -> Marks:
     """Mark the blocks around a voxel with boxes."""
     middle = [n // 2 for n in grid.volume_shape] if at is None else list(at)
-    home = np.array([m // w for m, w in zip(middle, grid.write_shape, strict=True)])
+    # From a voxel outside the grid the window would never be whole.
+    home = np.array(
+        [
+            min(max(m // w, 0), n - 1)
+            for m, w, n in zip(middle, grid.write_shape, grid.shape, strict=True)
+        ]
+    )
     # Widen a window of blocks around the home block until it would hold too many.
     reach = 0
     low = high = home

@@ -257,6 +257,9 @@ def test_borders_of_the_nearest_blocks_of_a_million(tmp_path: Path) -> None:
     assert 200 < len(blocks.items) <= 2000
     assert f"block {grid.number((99, 0, 50))}" in [text for text, _ in blocks.items]
     assert blocks.name == f"blocks (nearest {len(blocks.items)})"
+    # A record may name a grid that is smaller than its volume, and an address any voxel.
+    for at in ((2**70, 0, 0), (0, -(2**70), 10**11)):
+        assert run_marks(run, "nm", at=at)[0].items
 
 
 def test_position_outside(layers: list[Layer]) -> None:
