@@ -66,6 +66,7 @@ IMAGE = "tests/packaging/test_image.py::"
 COMPOSE = "tests/packaging/test_containers.py::test_a_real_parser_accepts_the_compose_file"
 README = "tests/test_docs_run.py::test_the_readme_runs_as_written"
 CLUSTER = "tests/cluster/test_submit.py::test_pages_line_by_line"
+JOIN = "tests/pipeline/slurm/test_join.py::"
 PAGE = "tests/pipeline/dashboard/test_dashboard.py::test_the_command_serves_until_interrupted"
 VIEW = "tests/pipeline/view/test_view.py::test_command_serves_until_interrupted"
 NO_DAEMON = "needs a docker daemon: "
@@ -94,6 +95,8 @@ def elsewhere(page: str, line: str) -> str | None:
     """Name the test that runs a command which is not run here."""
     if (page, line) in ELSEWHERE:
         return ELSEWHERE[page, line]
+    if page == "docs/other-schedulers.md":
+        return JOIN + "test_workers_that_join_make_the_same_bytes_though_one_is_killed"
     if page == "docker/README.md":
         if line.startswith("docker compose"):
             return NO_DAEMON + COMPOSE

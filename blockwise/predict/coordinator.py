@@ -175,6 +175,9 @@ def run_predict(
     if numbers.size:
         with termination_unwinds():
             run.execute()
+    elif spec.listen is not None:
+        # Workers of other machines may wait since a coordinator was killed.
+        Session(id="", state="closed").save(spec.run_dir)
     run.clean_up()
     return run.report()
 

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import secrets
+import socket
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def publish(run_dir: Path, spec: PredictSpec, port: int, *, alone: bool) -> None
         port=port,
         revision=spec.revision,
         alone=alone,
+        machine=socket.gethostname(),
     )
     listen = spec.listen
     if listen is not None:

@@ -1,8 +1,8 @@
 """The settings of the workers of a prediction."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from agq.settings import Settings
 
@@ -10,8 +10,13 @@ from agq.settings import Settings
 class ProcessSettings(Settings):
     """How many workers this machine has."""
 
-    count: PositiveInt | Literal["auto"] = "auto"
-    """Worker processes; `auto` is one per visible GPU, or one per CPU core that memory allows."""
+    count: NonNegativeInt | Literal["auto"] = "auto"
+    """Worker processes; `auto` is one per visible GPU, or one per CPU core that memory allows; 0,
+    with `host`: others do all."""
+
+    host: str | None = None
+    """Address or name of this machine on a network, from which `agq worker RUN` may join, with the
+    run's token and TLS; default: processes of this machine only."""
 
     threads: PositiveInt = 1
     """CPU threads per worker for the network. Sums on a CPU depend in their last bits on the
@@ -40,3 +45,9 @@ class AttemptSettings(Settings):
 
 class WorkersSettings(AttemptSettings, ProcessSettings):
     """Prediction worker processes on this machine."""
+
+    @model_validator(mode="after")
+    def _some_workers(self) -> Self:
+        if self.count == 0 and self.host is None:
+            raise ValueError("workers.count: 0 needs workers.host, where others may join")
+        return self

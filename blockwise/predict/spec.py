@@ -133,6 +133,8 @@ class Session(BaseModel):
     port: int = 0
     token: str = Field("", repr=False)
     """Secret for the proxy in front of the dispatcher; empty: there is no proxy."""
+    machine: str = ""
+    """Name of the dispatcher's machine: without a proxy no other one can join."""
     revision: int = 0
     """`PredictSpec.revision`: a worker may have started before blocks were taken back."""
     alone: bool = False

@@ -24,6 +24,7 @@ _VARIABLE: Final = re.compile(r"^(--[\w-]+=)?\$\{(\w+)\}(?=::|$)")
 COMMANDS: Final = {
     "run": "agq.pipeline.cli.run:run",
     "predict": "agq.pipeline.cli.run:predict",
+    "worker": "agq.pipeline.cli.run:worker",
     "stitch": "agq.pipeline.cli.stitch:stitch",
     "plan": "agq.pipeline.cli.run:plan",
     "verify": "agq.pipeline.cli.verify:verify",

@@ -12,6 +12,7 @@ from agq.pipeline.cli.arguments import (
     AsJson,
     ConfigFile,
     Overwrite,
+    RunDir,
     Settings,
     Trust,
     parse_blocks,
@@ -94,6 +95,27 @@ def predict(
     if report.failed:
         _explain_failures(job.path, config, report.failed)
         raise typer.Exit(EXIT_FAILED)
+
+
+def worker(
+    run_dir: RunDir,
+    count: Annotated[
+        int, typer.Option(min=1, help="Worker processes, one per GPU where there are GPUs.")
+    ] = 1,
+    wait_s: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a coordinator, the first or the next.")
+    ] = 900,
+    grace_s: Annotated[
+        float, typer.Option(min=0, help="Seconds to finish blocks after SIGTERM or Ctrl-C.")
+    ] = 5,
+) -> None:
+    """Join a running prediction from any machine that sees its folder."""
+    from agq.credentials import log_to_stderr
+    from agq.pipeline.slurm.join import join
+
+    log_to_stderr()
+    if status := join(run_dir, count, wait_s=wait_s, grace_s=grace_s):
+        raise typer.Exit(status)
 
 
 def plan(

@@ -129,7 +129,8 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
         tissue = mask_blocks(prepared.mask, grid, rest)
         masked = int((~tissue).sum())
         rest = rest[tissue]
-    workers = worker_count(prepared)
+    # Of the workers of other machines, if only they take part, a plan knows nothing.
+    workers = worker_count(prepared) or 1
     notes = [*prepared.notes]
     contrast = None
     try:

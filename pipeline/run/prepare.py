@@ -188,6 +188,7 @@ def prepare(
     InputError
         One line that names the field or file and the fix.
     """
+    workers_here = workers_here and config.workers.count != 0
     run = RunFolder(Path(config.run_dir))
     if check_output:
         require_writable(run.path, "run_dir", create=True)

@@ -1,8 +1,10 @@
 """The stages of a run as functions of an open session: predict, stitch, score, picture."""
 
+import ipaddress
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -45,6 +47,9 @@ from agq.pipeline.run.session import Session
 
 _logger = logging.getLogger(__name__)
 
+# Failures in a row after which a worker that joined tests itself.
+_DRAIN_AFTER = 5
+
 # What a CPU worker holds at its peak for a block of 17 x 257 x 257, with room to spare
 # (benchmarks/forward.py prints it).
 _CPU_WORKER_BYTES = 2.5 * 2**30
@@ -60,10 +65,40 @@ class Cluster:
         Address of this machine that they reach.
     drain_after
         See `PredictSpec.drain_after`.
+    workers
+        Workers of this machine that take part too.
     """
 
     listen: str
     drain_after: int
+    workers: int = 0
+
+
+def _others(prepared: Prepared) -> Cluster | None:
+    """Return how workers of other machines join this one, if the configuration lets them.
+
+    Raises
+    ------
+    InputError
+        If this machine has no such address.
+    """
+    host = prepared.config.workers.host
+    if host is None:
+        return None
+    try:
+        address = socket.gethostbyname(host)
+        socket.create_server((address, 0)).close()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"workers.host: {host!r} is no address of this machine ({reason}); name the one by "
+            "which the machines of the workers reach it"
+        ) from None
+    if ipaddress.ip_address(address).is_unspecified:
+        raise InputError(
+            f"workers.host: {host!r} stands for all networks of this machine; name one address"
+        )
+    return Cluster(listen=address, drain_after=_DRAIN_AFTER, workers=worker_count(prepared))
 
 
 def predict(
@@ -85,7 +120,7 @@ def predict(
     again
         Numbers of blocks to compute, and only them, whatever the journal says of them.
     cluster
-        Start no workers: those of other machines join this address.
+        How workers of other machines join; default: as `workers.host` says.
     on_progress
         Called now and then; what it raises stops the run.
 
@@ -95,6 +130,7 @@ def predict(
         Its `failed` lists the blocks that failed in the end.
     """
     prepared = session.prepared
+    cluster = cluster or _others(prepared)
     BlockWriter.create(
         prepared.run.path,
         prepared.grid,
@@ -253,7 +289,7 @@ def predict_spec(
         options=prepared.predictor_options,
         files=prepared.files,
         affinities=config.output.affinities,
-        workers=0 if cluster else worker_count(prepared),
+        workers=cluster.workers if cluster else worker_count(prepared),
         **config.workers.model_dump(include=set(AttemptSettings.model_fields)),
         listen=cluster and cluster.listen,
         drain_after=cluster.drain_after if cluster else 0,

@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Place:
+class Place:
     """One device and the worker process on it, which is started again when it ends."""
 
     name: str
@@ -66,12 +66,31 @@ class _Place:
 
 
 @dataclass
-class _Host:
+class Host:
+    """The workers of one job, or of one `agq worker`.
+
+    Attributes
+    ----------
+    run_dir
+        Run folder.
+    wait_s
+        How long they wait for a coordinator, the first or the next.
+    term_s, usr1_s
+        What a worker has to finish its blocks after SIGTERM, and after SIGUSR1 or SIGUSR2.
+    ends
+        Folder for the reasons why places were given up; None: they are only logged.
+    places
+        Where workers run.
+    signals
+        Those that came.
+    """
+
     run_dir: Path
     wait_s: float
     term_s: float
     usr1_s: float
-    places: list[_Place] = field(default_factory=list)
+    ends: Path | None = None
+    places: list[Place] = field(default_factory=list)
     signals: list[int] = field(default_factory=list)
     kill_at: float = float("inf")
     over_since: float | None = None
@@ -88,7 +107,8 @@ class _Host:
             _logger.warning("no coordinator came for %.0f s: leaving", self.wait_s)
         return session is not None
 
-    def start(self, place: _Place) -> None:
+    def start(self, place: Place) -> None:
+        """Start the worker of a place."""
         environment = dict(os.environ)
         if place.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = place.device
@@ -109,7 +129,7 @@ class _Host:
         )
         place.started = time.monotonic()
 
-    def look_after(self, place: _Place) -> None:
+    def look_after(self, place: Place) -> None:
         """Start the worker of a place, start it again if it has ended, or give the place up."""
         now = time.monotonic()
         if place.result is not None:
@@ -156,7 +176,7 @@ class _Host:
                 self._give_up(place, 1, f"it keeps ending with {worker.how}; its last line: {last}")
             place.not_before = now + min(2.0 ** (place.crashes - 1), 30.0) - 1.0
 
-    def _storage_is_there(self, place: _Place) -> bool:
+    def _storage_is_there(self, place: Place) -> bool:
         """After a full or read-only disk: whether it is writable again."""
         if place.blocked_since is None:
             return True
@@ -170,9 +190,11 @@ class _Host:
         place.blocked_since = None
         return True
 
-    def _give_up(self, place: _Place, code: int, why: str) -> None:
+    def _give_up(self, place: Place, code: int, why: str) -> None:
         _logger.error("%s: %s", place.name, why)
         place.result = code
+        if self.ends is None:
+            return
         end = {
             "worker": place.name,
             "node": os.environ.get("SLURMD_NODENAME", ""),
@@ -183,9 +205,7 @@ class _Host:
         }
         with contextlib.suppress(OSError, RunGoneError):
             require_folder(self.run_dir)
-            write_atomic(
-                folder(self.run_dir) / "ends" / f"{place.name}.json", json.dumps(end).encode()
-            )
+            write_atomic(self.ends / f"{place.name}.json", json.dumps(end).encode())
 
     def on_signal(self, signum: int, _frame: Any) -> None:
         """Pass a signal on; `run` kills workers that do not end in time."""
@@ -197,7 +217,7 @@ class _Host:
             if place.process is not None:
                 place.process.send_signal(signal.SIGUSR1 if soft else signal.SIGTERM)
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the run has ended, or its folder is gone."""
         try:
             session = Session.load(self.run_dir)
@@ -213,7 +233,7 @@ class _Host:
         now = time.monotonic()
         if now >= self.look_at:
             self.look_at = now + _LOOK_S
-            self.over_since = (self.over_since or now) if self._is_over() else None
+            self.over_since = (self.over_since or now) if self.is_over() else None
         since_end = 0.0 if self.over_since is None else now - self.over_since
         if now <= self.kill_at and since_end <= _END_S:
             return
@@ -236,6 +256,7 @@ class _Host:
         return 1
 
     def run(self) -> int:
+        """Keep workers alive until the run ends or they leave; return the exit status."""
         while True:
             for place in self.places:
                 self.look_after(place)
@@ -244,7 +265,7 @@ class _Host:
                 break
             self.end_those_left()
             time.sleep(_POLL_S)
-        if self.signals and self.signals[0] == signal.SIGUSR1 and not self._is_over():
+        if self.signals and self.signals[0] == signal.SIGUSR1 and not self.is_over():
             return self._before_limit()
         return next((result for result in results if result), 0)
 
@@ -260,8 +281,17 @@ def _last_line(log: Path) -> str:
     return "its log is empty"
 
 
-def _devices(gpus: int) -> list[str | None]:
-    """Return the devices that SLURM has bound to the job, one per worker."""
+def places_of(name: str, devices: list[str | None]) -> list[Place]:
+    """Return a place for each device, named after the job."""
+    return [
+        # A process with one visible device calls it device 0.
+        Place(name if len(devices) == 1 else f"{name}.{i}", device, i if device is None else 0)
+        for i, device in enumerate(devices)
+    ]
+
+
+def devices_of(gpus: int) -> list[str | None]:
+    """Return the devices that a scheduler has bound to the job, one per worker."""
     visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
     return list(visible[:gpus]) if gpus and visible else [None] * max(1, gpus)
 
@@ -286,15 +316,12 @@ def _work(run_dir: Path) -> int:
     if session is not None and session.state == "closed":
         _logger.info("the run has ended")
         return 0
-    devices = _devices(section.gpus)
+    devices = devices_of(section.gpus)
     # The rest of the lead is for ending and requeueing.
     usr1_s = section.lead_s - min(30, max(5, section.lead_s // 4))
-    host = _Host(run_dir, section.wait_s, load(run_dir).grace_s, usr1_s)
-    host.places = [
-        # A process with one visible device calls it device 0.
-        _Place(name if len(devices) == 1 else f"{name}.{i}", device, i if device is None else 0)
-        for i, device in enumerate(devices)
-    ]
+    ends = folder(run_dir) / "ends"
+    host = Host(run_dir, section.wait_s, load(run_dir).grace_s, usr1_s, ends)
+    host.places = places_of(name, devices)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, host.on_signal)
     _logger.info("job %s on %s", name, os.environ.get("SLURMD_NODENAME", "this machine"))

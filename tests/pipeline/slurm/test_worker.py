@@ -29,8 +29,8 @@ class Job:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.place = program._Place("job_0", None)
-        self.host = program._Host(run_dir, wait_s=600, term_s=0, usr1_s=0)
+        self.place = program.Place("job_0", None)
+        self.host = program.Host(run_dir, wait_s=600, term_s=0, usr1_s=0)
         self.host.places = [self.place]
         self.status: int | None = None
         self.thread = threading.Thread(target=self._run)
@@ -112,8 +112,8 @@ def test_a_time_limit_before_the_predictor_is_loaded(
     """Requeued once, as the disk may have been slow; then it would never end."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     (tmp_path / "slurm").mkdir()
-    host = program._Host(tmp_path, wait_s=600, term_s=0, usr1_s=0)
-    host.places = [program._Place("7_0", None, started=1.0, ready=ready, result=0)]
+    host = program.Host(tmp_path, wait_s=600, term_s=0, usr1_s=0, ends=tmp_path / "slurm" / "ends")
+    host.places = [program.Place("7_0", None, started=1.0, ready=ready, result=0)]
     host.signals.append(signal.SIGUSR1)
     assert host.run() == status
     ends = list((tmp_path / "slurm" / "ends").glob("*.json"))
