@@ -9,6 +9,7 @@ import typer
 
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import AsJson, open_location
+from agq.pipeline.config.recorded import require_own_folder
 from agq.pipeline.folder import RunFolder
 from agq.plain_text import say
 from agq.terminal import console
@@ -256,6 +257,7 @@ def watershed(
         criterion=by,
     )
     run = RunFolder(run_dir)
+    require_own_folder(run.path)
     ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
     with run.lock(), dask_client() as client, RunProgress(run.path) as progress:
         labels = truth_of(run, truth)

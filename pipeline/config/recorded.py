@@ -1,7 +1,8 @@
 """The configuration of a run that a folder holds, or that a file describes.
 
 A run that is only looked at needs little of its configuration, so the schema is imported late.
-What a record of somebody else names is looked at, and not done: see `require_trusted`.
+What a record of somebody else names is looked at, and not done (`require_trusted`), and nothing is
+written into their folder (`require_own_folder`).
 """
 
 import logging
@@ -46,6 +47,33 @@ def require_trusted(run_dir: Path, what: str, *, trust: bool = False) -> None:
         raise InputError(
             f"{what}: {run_dir}, or its record, belongs to {owner}, who would decide what runs "
             f"under your name; if you trust them, give --trust, or list them in {TRUSTED_VARIABLE}"
+        )
+
+
+def require_own_folder(run_dir: Path, *, trust: bool = False) -> None:
+    """Refuse to write into the run folder of somebody else.
+
+    A folder in it may be a link to one of the user's, where files of the same names would be
+    replaced or deleted.
+
+    Parameters
+    ----------
+    run_dir
+        The folder; it need not exist.
+    trust
+        Whether the user has said that the owner is trusted.
+
+    Raises
+    ------
+    InputError
+        If the folder belongs to a stranger.
+    """
+    owner = None if trust else stranger(run_dir)
+    if owner is not None:
+        raise InputError(
+            f"{run_dir} belongs to {owner}, whose links could lead what is written into folders of "
+            "yours; work on a copy (cp -r), or, if you trust them, list them in "
+            f"{TRUSTED_VARIABLE}"
         )
 
 

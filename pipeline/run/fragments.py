@@ -13,6 +13,7 @@ from agq.blockwise.storage.addresses import put_away, put_back
 from agq.blockwise.storage.files import write_atomic
 from agq.errors import DamagedError, InputError
 from agq.paths import expanded
+from agq.pipeline.config.recorded import require_own_folder
 from agq.pipeline.config.schema import VolumeSettings
 from agq.pipeline.config.yaml_settings import parse_values
 from agq.pipeline.data.inputs import open_input
@@ -90,6 +91,7 @@ def stitch_arrays(
     on_progress
         Where progress goes, see `open_progress`.
     """
+    require_own_folder(output)
     before = parse_values(FragmentsSettings, settings).input.mask
     values = parse_values(FragmentsSettings, settings, changes)
     section = values.stitch

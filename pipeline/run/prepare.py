@@ -26,7 +26,7 @@ from agq.credentials import hidden
 from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.settings import NetworkSettings
-from agq.pipeline.config.recorded import require_trusted
+from agq.pipeline.config.recorded import require_own_folder, require_trusted
 from agq.pipeline.config.schema import (
     DEFAULT_FACTORY,
     EARLIER_FACTORY,
@@ -199,6 +199,8 @@ def prepare(
     _require_trusted_scheduler(config, run, trust=trust)
     if config.model.factory != DEFAULT_FACTORY:
         require_trusted(run.path, f"model.factory {config.model.factory}", trust=trust)
+    if check_output:
+        require_own_folder(run.path, trust=trust)
     name_factory(config)
     options, model_identity, trained = _model(config, workers_here)
     normalise = config.model.normalise
@@ -259,6 +261,7 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
     if not run.exists() or not _in_the_same_words(config, run):
         return prepare(config, workers_here=False, trust=trust)
     _require_trusted_scheduler(config, run, trust=trust)
+    require_own_folder(run.path, trust=trust)
     require_writable(run.path, "run_dir")
     identity = run.identity()
     if identity["model"].get("pieces") == "supervoxels":

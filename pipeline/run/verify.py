@@ -10,6 +10,7 @@ from agq.blockwise.verify.repair import repair as take_back
 from agq.blockwise.verify.report import VerifyReport
 from agq.blockwise.verify.stitched import written_files
 from agq.errors import InputError, repairable
+from agq.pipeline.config.recorded import require_own_folder
 from agq.pipeline.folder import RunFolder
 
 
@@ -49,6 +50,7 @@ def verify_run(
 
     if not repair:
         return check()
+    require_own_folder(run.path)
     with run.lock():
         report = check()
         report.taken_back = take_back(run.path, grid, report.problems)

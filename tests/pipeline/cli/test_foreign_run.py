@@ -28,7 +28,7 @@ from agq.errors import InputError
 from agq.owners import TRUSTED_VARIABLE, stranger
 from agq.pipeline.cli.score import truth_of
 from agq.pipeline.config.recorded import read_target
-from agq.pipeline.config.schema import load_config, masked
+from agq.pipeline.config.schema import DEFAULT_FACTORY, load_config, masked
 from agq.pipeline.dashboard.runs import Runs
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.prepare import prepare_stitch
@@ -246,6 +246,44 @@ def test_a_recorded_scheduler_of_a_stranger_is_not_called(main: Main, tmp_path: 
     assert code == 2
     assert "stitch.dask.address tcp://127.0.0.1:1" in error
     assert f"belongs to uid {OTHER}" in error
+
+
+@as_root
+def test_nothing_is_written_into_the_folder_of_a_stranger(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in it may be a link to one of the user's, where a stitch would delete files."""
+    monkeypatch.delenv(TRUSTED_VARIABLE, raising=False)
+    config = make_config(tmp_path, model={"factory": DEFAULT_FACTORY, "checkpoint": "none"})
+    values = load_config(config)
+    run = RunFolder(tmp_path / "run")
+    identity = {"grid": GRID.to_dict(), "raw": {}, "mask": None, "model": {}, "affinities": False}
+    with run.lock():
+        run.create(masked(values), identity)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "kept").touch()
+    for name in ("lut", "stitch", "baselines"):
+        (run.path / name).symlink_to(mine)
+    imported = tmp_path / "imported"
+    imported.mkdir()
+    (imported / "settings.json").write_text('{"source": {}, "settings": {"stitch": {}}}')
+    give_away(run.path, run.record_path, imported)
+    for name, *rest in (
+        ("predict", config),
+        ("run", config),
+        ("stitch", run.path),
+        ("stitch", imported),
+        ("baseline", "watershed", run.path),
+        ("verify", run.path, "--repair"),
+    ):
+        code, _, error = main(name, *rest)
+        assert code == 2, (name, error)
+        assert f"belongs to uid {OTHER}" in error, (name, error)
+        assert "work on a copy" in error, (name, error)
+    assert [path.name for path in mine.iterdir()] == ["kept"]
+    monkeypatch.setenv(TRUSTED_VARIABLE, str(OTHER))
+    assert "belongs to" not in main("stitch", run.path)[2]
 
 
 @as_root
