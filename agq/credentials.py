@@ -46,7 +46,7 @@ _END: Final = ":;,.)]}"
 _PASSWORD: Final = re.compile(rf"[^:]*{_MARK}([^/:@?#]*):{_PORT}(.*)@(.*)", re.DOTALL)
 _TOKEN: Final = re.compile(rf"[^:]*{_MARK}()([^/:@?#]+)@(.*)", re.DOTALL)
 _SHORTEST: Final = 6
-"""Characters of a value in a query that is looked for by itself; shorter ones are common words."""
+"""Characters of a secret that is looked for by itself; shorter ones are common words."""
 
 _VARIABLE: Final = re.compile(r"\$\{\w+(?::-([^}]*))?\}")
 
@@ -165,8 +165,12 @@ def remember(values: Any) -> None:
     """Let `hide` know the secret parts of all addresses in plain data, from now on."""
     if isinstance(values, str):
         if has_secret(values):
-            # One of two or three letters would hide half of every message.
-            _known.update(part for part in secrets_of(values) if len(part) > 3)
+            # A short word (the name of a user without password) would hide half of every message.
+            _known.update(
+                part
+                for part in secrets_of(values)
+                if len(part) >= _SHORTEST or (len(part) > 3 and not part.isalpha())
+            )
     elif isinstance(values, dict | list | tuple):
         for value in values.values() if isinstance(values, dict) else values:
             remember(value)

@@ -84,6 +84,8 @@ def test_remembered_secrets_are_hidden_wherever_they_are():
     assert hide(text).split()[-1] == "x=1"
     remember("http://u:abc@h/")
     assert hide("abc") == "abc"
+    remember("https://user@h/in.zarr")
+    assert hide("other users of https://user@h/") == "other users of https://***@h/"
 
 
 def test_a_long_hostile_text_takes_no_time():

@@ -318,7 +318,7 @@ def attach(
     jobs.load(run_dir)
     monitor = Monitor(*watched(run_dir), queue=jobs.queue_status)
     try:
-        with Live(console=out, auto_refresh=False) as view:
+        with Live(console=console(wrap=True), auto_refresh=False) as view:
             while (status := monitor.poll()).queue or status.may_go_on:
                 pending = status.queue and all(q.state == "PENDING" for q in status.queue)
                 if status.state == "stopped" and pending:

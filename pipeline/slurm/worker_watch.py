@@ -57,7 +57,7 @@ class WorkerWatch:
         self._pause = 0.0
         self._not_before = 0.0
         self._short_at = 0.0
-        self._cancelled: set[tuple[int, int]] | None = None
+        self._cancelled: set[tuple[int, int]] = set()
         self._since = time.time()
 
     def __call__(self, progress: PredictProgress) -> None:
@@ -122,9 +122,9 @@ class WorkerWatch:
         """Count the tasks that somebody has cancelled since the last look."""
         entries = client.queue(jobs.ids("workers"), jobs.users(), states=["CANCELLED"])
         tasks = {(entry.job, task) for entry in entries for task in entry.tasks}
-        before = tasks if self._cancelled is None else self._cancelled
-        self._cancelled = before | tasks
-        return len(tasks - before)
+        new = tasks - self._cancelled
+        self._cancelled |= tasks
+        return len(new)
 
     def _cause(self, jobs: Jobs) -> str:
         """Say why the jobs have ended: what a worker, its log and SLURM say."""
