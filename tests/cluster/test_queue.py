@@ -43,7 +43,8 @@ def agq_of_another(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 def workers(text: str) -> int:
     """Worker jobs in the queue, as `agq status --json` says."""
-    return sum(q["count"] for q in json.loads(text)["queue"] if q["role"] == "workers")
+    queue = json.loads(text)["queue"]
+    return sum(q["count"] for q in queue if q["role"] == "workers" and q["state"] != "MISSING")
 
 
 def test_a_long_array_a_second_user_and_an_outage(
