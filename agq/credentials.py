@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus
@@ -95,11 +96,27 @@ def _without_query(match: re.Match[str]) -> str:
 
 def hidden(values: Any) -> Any:
     """Return a copy of plain data (JSON types) whose texts have gone through `hide_address`."""
+    return each_text(values, hide_address)
+
+
+def each_text(values: Any, change: Callable[[str], str]) -> Any:
+    """Return a copy of plain data (JSON types) whose texts are changed; keys stay."""
     if isinstance(values, str):
-        return hide_address(values)
+        return change(values)
     if isinstance(values, dict):
-        return {name: hidden(value) for name, value in values.items()}
-    return [hidden(value) for value in values] if isinstance(values, list | tuple) else values
+        return {name: each_text(value, change) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [each_text(value, change) for value in values]
+    return values
+
+
+def texts_of(values: Any) -> Iterator[str]:
+    """Yield the texts of plain data (JSON types), without keys."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from texts_of(value)
 
 
 def is_address(text: str) -> bool:
@@ -163,17 +180,14 @@ def visible_secret(word: str) -> str | None:
 
 def remember(values: Any) -> None:
     """Let `hide` know the secret parts of all addresses in plain data, from now on."""
-    if isinstance(values, str):
-        if has_secret(values):
+    for text in texts_of(values):
+        if has_secret(text):
             # A short word (the name of a user without password) would hide half of every message.
             _known.update(
                 part
-                for part in secrets_of(values)
+                for part in secrets_of(text)
                 if len(part) >= _SHORTEST or (len(part) > 3 and not part.isalpha())
             )
-    elif isinstance(values, dict | list | tuple):
-        for value in values.values() if isinstance(values, dict) else values:
-            remember(value)
 
 
 class HidingFormatter(logging.Formatter):

@@ -5,12 +5,11 @@ maps each address of the record to the whole one.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from agq.blockwise.storage.files import write_atomic
-from agq.credentials import has_secret, hidden, hide_address, remember
+from agq.credentials import each_text, has_secret, hidden, hide_address, remember, texts_of
 from agq.errors import DamagedError
 from agq.reading import read_json
 
@@ -35,9 +34,9 @@ def put_away(record: Path, values: Any) -> Any:
         known = _read(record)
     except (PermissionError, DamagedError):
         known = {}
-    named = set(_texts(shown))
+    named = set(texts_of(shown))
     whole = {text: address for text, address in known.items() if text in named}
-    whole |= {hide_address(text): text for text in _texts(values) if has_secret(text)}
+    whole |= {hide_address(text): text for text in texts_of(values) if has_secret(text)}
     file = _file(record)
     if whole != known:
         write_atomic(file, json.dumps(whole, indent=1).encode(), mode=0o600)
@@ -51,7 +50,7 @@ def put_back(record: Path, values: Any) -> Any:
     except PermissionError:
         return values
     remember(list(known.values()))
-    return _replaced(values, known) if known else values
+    return each_text(values, lambda text: known.get(text, text)) if known else values
 
 
 def _file(record: Path) -> Path:
@@ -70,19 +69,3 @@ def _read(record: Path) -> dict[str, str]:
     raise DamagedError(
         f"{_file(record)} is damaged: delete it, and give the addresses of the volumes anew"
     )
-
-
-def _texts(values: Any) -> Iterator[str]:
-    if isinstance(values, str):
-        yield values
-    elif isinstance(values, dict | list | tuple):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _texts(value)
-
-
-def _replaced(values: Any, known: dict[str, str]) -> Any:
-    if isinstance(values, str):
-        return known.get(values, values)
-    if isinstance(values, dict):
-        return {name: _replaced(value, known) for name, value in values.items()}
-    return [_replaced(value, known) for value in values] if isinstance(values, list) else values

@@ -132,6 +132,10 @@ def load(run_dir: Path) -> Jobs:
     return jobs
 
 
+def _save(run_dir: Path, jobs: Jobs) -> None:
+    write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode(), mode=0o644)
+
+
 @contextmanager
 def changing(run_dir: Path) -> Iterator[Jobs]:
     """Lock and load the record; save it at the end of the block."""
@@ -139,7 +143,7 @@ def changing(run_dir: Path) -> Iterator[Jobs]:
     with locks.hold(folder(run_dir) / ".lock", wait=True):
         jobs = load(run_dir)
         yield jobs
-        write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode(), mode=0o644)
+        _save(run_dir, jobs)
 
 
 def live(jobs: Jobs, *roles: Role) -> list[client.QueueEntry]:
@@ -424,7 +428,7 @@ def _take_back(run_dir: Path, before: Jobs, submitted: Sequence[Job], error: Bas
             f"{error}; of this submission jobs {', '.join(ids)} are in the queue and could not be "
             f"cancelled ({refused}): scancel {' '.join(ids)}"
         ) from None
-    write_atomic(record_path(run_dir), before.model_dump_json(indent=1).encode(), mode=0o644)
+    _save(run_dir, before)
 
 
 @dataclass(frozen=True)
@@ -498,7 +502,7 @@ def _submit(
         Job(id=number, role=step.role, count=step.count, submitted=time.time(), user=os.getuid())
     )
     # Saved at once: agq cancel ends only the jobs in this record.
-    write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode(), mode=0o644)
+    _save(run_dir, jobs)
     return number
 
 
