@@ -202,7 +202,7 @@ def _start_record(config: Config, grace_s: int) -> None:
         workers=section.workers,
         jobs=jobs.load(run_dir).jobs if jobs.record_path(run_dir).exists() else [],
     )
-    write_atomic(jobs.record_path(run_dir), record.model_dump_json(indent=1).encode(), mode=0o644)
+    jobs.save(run_dir, record)
 
 
 def _write_scripts(config: Config, stages: list[jobs.Stage], here: Path) -> None:

@@ -132,7 +132,8 @@ def load(run_dir: Path) -> Jobs:
     return jobs
 
 
-def _save(run_dir: Path, jobs: Jobs) -> None:
+def save(run_dir: Path, jobs: Jobs) -> None:
+    """Write the record, whole, for its owner alone to change."""
     write_atomic(record_path(run_dir), jobs.model_dump_json(indent=1).encode(), mode=0o644)
 
 
@@ -143,7 +144,7 @@ def changing(run_dir: Path) -> Iterator[Jobs]:
     with locks.hold(folder(run_dir) / ".lock", wait=True):
         jobs = load(run_dir)
         yield jobs
-        _save(run_dir, jobs)
+        save(run_dir, jobs)
 
 
 def live(jobs: Jobs, *roles: Role) -> list[client.QueueEntry]:
@@ -428,7 +429,7 @@ def _take_back(run_dir: Path, before: Jobs, submitted: Sequence[Job], error: Bas
             f"{error}; of this submission jobs {', '.join(ids)} are in the queue and could not be "
             f"cancelled ({refused}): scancel {' '.join(ids)}"
         ) from None
-    _save(run_dir, before)
+    save(run_dir, before)
 
 
 @dataclass(frozen=True)
@@ -502,7 +503,7 @@ def _submit(
         Job(id=number, role=step.role, count=step.count, submitted=time.time(), user=os.getuid())
     )
     # Saved at once: agq cancel ends only the jobs in this record.
-    _save(run_dir, jobs)
+    save(run_dir, jobs)
     return number
 
 
