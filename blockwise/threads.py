@@ -1,4 +1,7 @@
-"""Threads without which a process is of no use."""
+"""Daemon threads: what their death means for the process.
+
+No other module starts one (`tests/test_house.py`): so each says here which of two kinds it is.
+"""
 
 import logging
 import os
@@ -29,6 +32,11 @@ def start_vital(name: str, target: Callable[..., object], *args: Any) -> threadi
             fatal = isinstance(error, OSError) and error.errno in FATAL_ERRNOS
             os._exit(EXIT_DISK if fatal else 1)
 
-    thread = threading.Thread(target=run, name=name, daemon=True)
+    return start_aside(name, run)
+
+
+def start_aside(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
+    """Start a daemon thread that a process does without, or whose end others notice and answer."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     thread.start()
     return thread

@@ -129,6 +129,18 @@ def test_daisy_is_imported_by_its_adapter_alone():
     assert importers == {"blockwise/predict/daisy.py"}
 
 
+def test_daemon_threads_say_what_their_death_means():
+    """One module starts them all, by `start_vital` or `start_aside`."""
+    starts = {
+        str(file.relative_to(ROOT))
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Thread"
+    }
+    assert starts == {"blockwise/threads.py"}
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_module_has_one_name(package):
     """The repository's root is on the path of tests: there the folders themselves are found too."""

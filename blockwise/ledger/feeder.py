@@ -21,6 +21,7 @@ from agq.blockwise.ledger.database import Ledger
 from agq.blockwise.ledger.settings import mask_secrets
 from agq.blockwise.ledger.stage import StageFeed, count_lines
 from agq.blockwise.ledger.updates import Document
+from agq.blockwise.threads import start_aside
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class LedgerFeeder:
         self._stages: list[StageFeed] | None = None
         self._wake = threading.Event()
         self._deadline: float | None = None
-        self._thread = threading.Thread(target=self._loop, name="ledger-feeder", daemon=True)
+        self._thread: threading.Thread | None = None
         self._error: str | None = None
         self._failures = 0
         self._refused = 0
@@ -100,7 +101,8 @@ class LedgerFeeder:
 
     def start(self) -> None:
         """Start delivering."""
-        self._thread.start()
+        # Its loop outlives any error; without it blocks go on, and the report says what is left.
+        self._thread = start_aside("ledger-feeder", self._loop)
 
     def update_stage(self, stage: str, **fields: Any) -> None:
         """Set fields of a stage in the run's document (``state``, ``blocks_total``), soon."""
@@ -122,7 +124,7 @@ class LedgerFeeder:
         """
         self._deadline = time.monotonic() + timeout
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread is not None and self._thread.is_alive():
             # A request under way may outlast the deadline; the thread is a daemon and is left.
             self._thread.join(timeout + 0.5)
         return self._report()
@@ -136,7 +138,7 @@ class LedgerFeeder:
         with self._lock:
             waiting = bool(self._fields)
         error = None
-        if undelivered or waiting or self._thread.is_alive():
+        if undelivered or waiting or (self._thread is not None and self._thread.is_alive()):
             error = self._error or "no time left to deliver the rest"
         return FeedReport(
             delivered=self._delivered + sum(s.delivered for s in stages),

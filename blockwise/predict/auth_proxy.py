@@ -27,7 +27,6 @@ import resource
 import socket
 import ssl
 import tempfile
-import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from datetime import UTC, datetime
@@ -38,7 +37,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 
-from agq.blockwise.threads import start_vital
+from agq.blockwise.threads import start_aside, start_vital
 
 _WELCOME = b"AGQ2"
 _HANDSHAKE_S = 3.0
@@ -212,7 +211,7 @@ def connect(host: str, port: int, token: str) -> int:
             if not joined.done():
                 joined.set_exception(error)
 
-    threading.Thread(target=bridge, name="to-proxy", daemon=True).start()
+    start_aside("to-proxy", bridge)
     return joined.result()
 
 

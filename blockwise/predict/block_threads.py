@@ -41,6 +41,7 @@ from agq.blockwise.predict.predictor import Prediction, Predictor
 from agq.blockwise.predict.raw_blocks import BlockError, RawBlocks
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, descriptor_of, require_writable
+from agq.blockwise.threads import start_vital
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError, RunGoneError
@@ -237,16 +238,9 @@ class BlockLoop:
         places = threading.Semaphore(prefetch)
         over = threading.Event()
         threads = [
-            threading.Thread(
-                target=self._take_blocks,
-                args=(session, places, over),
-                name=f"block-{i}",
-                daemon=True,
-            )
+            start_vital(f"block-{i}", self._take_blocks, session, places, over)
             for i in range(n_threads)
         ]
-        for thread in threads:
-            thread.start()
         while any(thread.is_alive() for thread in threads) or not self._ready.empty():
             if time.monotonic() > self._leave_by:
                 return

@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from distributed.client import FutureCancelledError
 from agq.blockwise.journal.writer import end_journal
 from agq.blockwise.storage.files import file_checksum, require_folder, write_atomic
 from agq.blockwise.storage.leftovers import remove_all_temporaries
+from agq.blockwise.threads import start_aside
 from agq.errors import DamagedError, InputError, RunStoppedError, repairable
 from agq.reading import NotAFileError, read_file, read_record
 
@@ -199,10 +200,12 @@ class Workers:
         def watch() -> None:
             since, told = time.monotonic(), False
             while not over.wait(min(_LOOK_S, self.wait_s / 4)):
-                try:
+                here = None
+                # A scheduler that is lost cancels the tasks; whatever else it says, look again.
+                with suppress(Exception):
                     here = bool(self.client.ncores())
-                except (OSError, TimeoutError):
-                    continue  # a scheduler that is lost cancels the tasks
+                if here is None:
+                    continue
                 if here:
                     since, told = time.monotonic(), False
                     continue
@@ -217,8 +220,7 @@ class Workers:
                     self.client.cancel(futures)
                     return
 
-        thread = threading.Thread(target=watch, name="watch-workers", daemon=True)
-        thread.start()
+        thread = start_aside("watch-workers", watch)
         try:
             yield reasons
         finally:

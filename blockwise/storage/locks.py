@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from agq.blockwise.storage.files import descriptor_of
+from agq.blockwise.threads import start_vital
 from agq.reading import NotAFileError, open_file
 
 _NO_FLOCK = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
@@ -187,8 +188,8 @@ class _OwnerFile:
     def renewed(self) -> Iterator[None]:
         """Renew the file while the block runs, and remove it at the end."""
         over = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(over,), name="renew-lock", daemon=True)
-        thread.start()
+        # Without it others take the lock, and write where this process writes.
+        thread = start_vital("renew-lock", self._renew, over)
         try:
             yield
         finally:

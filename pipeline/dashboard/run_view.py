@@ -16,6 +16,7 @@ from agq.blockwise.journal.progress import StageProgress
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.journal.table import ROW
 from agq.blockwise.ledger.database import Ledger
+from agq.blockwise.threads import start_aside
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 from agq.pipeline.config.schema import RoiSettings
@@ -84,7 +85,7 @@ class RunView:
         self._selected: npt.NDArray[np.int64] | None = None
         self._columns: dict[str, tuple[Any, npt.NDArray[Any]]] = {}
         self._opened = threading.Event()
-        threading.Thread(target=self._open, name="open-run", daemon=True).start()
+        start_aside("open-run", self._open)
 
     @property
     def path(self) -> Path:

@@ -21,6 +21,7 @@ from distributed.security import Security
 from agq import caches
 from agq.blockwise.stitch.cluster import QuietScheduler
 from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.threads import start_aside
 from agq.errors import RunStoppedError
 from agq.pipeline.slurm import client as slurm
 from agq.pipeline.slurm import dask_worker
@@ -226,8 +227,7 @@ def _watched(jobs: WorkerJobs) -> Iterator[None]:
             raise errors[0]
 
     before = signal.signal(signal.SIGUSR2, stop)
-    thread = threading.Thread(target=watch, name="dask-worker-jobs", daemon=True)
-    thread.start()
+    thread = start_aside("dask-worker-jobs", watch)
     try:
         yield
     finally:
