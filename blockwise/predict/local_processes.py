@@ -8,12 +8,14 @@ import ctypes
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import numpy.typing as npt
 from agq.blockwise.predict.paths import log_path
 from agq.blockwise.spawn import search_named_folders_only
 from agq.blockwise.storage.files import descriptor_of, make_folder, require_folder
+from agq.blockwise.storage.logs import own_output_end
+from agq.blockwise.threads import start_vital
 
 EXIT_START_FAILED = 70
 """Exit status of a worker whose predictor or input cannot be loaded."""
@@ -50,6 +54,35 @@ _PR_SET_PDEATHSIG = 1
 _POLL_S = 1.0
 
 
+_BORN = time.time()
+_OUTPUT_BYTES = 4096
+# What SLURM writes into the output of a job before it signals it.
+_ENDED = re.compile(
+    r"\*\*\* (?:JOB|STEP) (\d+)\S* ON \S+ CANCELLED AT (\S+)(?: DUE TO ([A-Z ]+))? "
+)
+_CAUSES = {
+    "": "cancelled (scancel)",
+    "JOB REQUEUE": "requeued",
+    "NODE FAILURE": "ended because its node failed",
+    "PREEMPTION": "pre-empted",
+    "TIME LIMIT": "ended at its time limit",
+}
+
+
+def end_of_batch_job() -> str:
+    """Return what has become of the batch job of this process, which was signalled, for people."""
+    said = own_output_end(_OUTPUT_BYTES)
+    if said is None:
+        return "its batch job was pre-empted, requeued or cancelled"
+    for job, when, cause in reversed(_ENDED.findall(said)):
+        # The output has the words of earlier runs of the job too.
+        with contextlib.suppress(ValueError):
+            recent = datetime.fromisoformat(when).timestamp() > _BORN - 1.0
+            if recent and job == os.environ.get("SLURM_JOB_ID"):
+                return f"its batch job was {_CAUSES.get(cause) or f'ended ({cause.lower()})'}"
+    return "its batch job was told to end"
+
+
 class Terminated(SystemExit):
     """A signal ends this process: what is open is closed on the way, and nothing may stop it.
 
@@ -68,7 +101,7 @@ class Terminated(SystemExit):
         name = signal.Signals(signum).name
         self._why = why or f"told to end ({name})"
         if why is None and "SLURM_JOB_ID" in os.environ:
-            self._why = f"its batch job was pre-empted, requeued or cancelled ({name})"
+            self._why = f"{end_of_batch_job()} ({name})"
 
     def __str__(self) -> str:
         return self._why
@@ -327,7 +360,7 @@ def die_with_parent(parent: int) -> None:
             time.sleep(_POLL_S)
         os._exit(1)
 
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+    start_vital("watch-parent", watch)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ import contextlib
 import fcntl
 import os
 import stat
-import threading
 import time
 from pathlib import Path
 
 from agq.blockwise.storage.files import descriptor_of
+from agq.blockwise.threads import start_aside
 from agq.reading import NotAFileError, open_file
 
 LIMIT_BYTES = 16 << 20
@@ -57,6 +57,14 @@ def log_end(run_dir: Path, log: Path, size: int) -> str:
         return file.read(size).decode("utf-8", "replace")
 
 
+def own_output_end(size: int) -> str | None:
+    """Return the last `size` bytes of the file that stderr goes to; None if it is no file."""
+    with contextlib.suppress(OSError, NotAFileError), open_file("/proc/self/fd/2") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        return file.read(size).decode("utf-8", "replace")
+    return None
+
+
 def cap_output(limit: int = LIMIT_BYTES) -> None:
     """Watch the files that stdout and stderr of this process go to, as long as it lives.
 
@@ -75,10 +83,7 @@ def cap_output(limit: int = LIMIT_BYTES) -> None:
                 flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
                 fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_APPEND)
     if files:
-        watch = threading.Thread(
-            target=_watch, args=(list(files.values()), limit), name="cap-output", daemon=True
-        )
-        watch.start()
+        start_aside("cap-output", _watch, list(files.values()), limit)
 
 
 def _watch(descriptors: list[int], limit: int) -> None:

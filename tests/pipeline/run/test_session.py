@@ -3,6 +3,7 @@
 import io
 import signal
 import uuid
+from datetime import datetime, timedelta
 
 import pytest
 from pydantic import SecretStr
@@ -12,6 +13,7 @@ from agq.blockwise.journal.records import BlockRecord
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.settings import LedgerSettings
+from agq.blockwise.predict import local_processes
 from agq.blockwise.predict.local_processes import Terminated
 from agq.pipeline.config.schema import load_config
 from agq.pipeline.run.prepare import prepare
@@ -55,10 +57,32 @@ def test_why_a_stage_stopped_is_said_until_it_is_done(prepared, error, said):
     assert (record["state"], record["error"]) == ("done", None)
 
 
-def test_a_job_that_slurm_ends_is_called_that(monkeypatch):
+LATER = (datetime.now() + timedelta(hours=1)).isoformat(timespec="seconds")
+EARLIER = (datetime.now() - timedelta(hours=1)).isoformat(timespec="seconds")
+SLURM_SAYS = "slurmstepd-n1: error: *** JOB {} ON n1 CANCELLED AT {}{} ***\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (SLURM_SAYS.format(7, LATER, ""), "cancelled (scancel)"),
+        (SLURM_SAYS.format(7, LATER, " DUE TO PREEMPTION"), "pre-empted"),
+        (SLURM_SAYS.format(7, LATER, " DUE TO JOB REQUEUE") + "more\n", "requeued"),
+        (SLURM_SAYS.format(7, LATER, " DUE TO TIME LIMIT"), "ended at its time limit"),
+        (SLURM_SAYS.format(7, LATER, " DUE TO SOMETHING NEW"), "ended (something new)"),
+        (SLURM_SAYS.format("7.batch", LATER, " DUE TO PREEMPTION"), "pre-empted"),
+        # An earlier run of the job, another job, and a time that cannot be read.
+        (SLURM_SAYS.format(7, EARLIER, " DUE TO PREEMPTION"), "told to end"),
+        (SLURM_SAYS.format(77, LATER, " DUE TO PREEMPTION"), "told to end"),
+        (SLURM_SAYS.format(7, "noon", " DUE TO PREEMPTION"), "told to end"),
+        ("", "told to end"),
+        (None, "pre-empted, requeued or cancelled"),
+    ],
+)
+def test_what_slurm_has_done_to_a_job_is_called_that(monkeypatch, output, said):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    said = "its batch job was pre-empted, requeued or cancelled (SIGTERM)"
-    assert str(Terminated(signal.SIGTERM)) == said
+    monkeypatch.setattr(local_processes, "own_output_end", lambda _size: output)
+    assert str(Terminated(signal.SIGTERM)) == f"its batch job was {said} (SIGTERM)"
     assert str(Terminated(signal.SIGUSR1, 75, "requeued")) == "requeued"
 
 
