@@ -288,7 +288,8 @@ def scale(
     run_dir = _with_own_jobs(run_dir)
     _require_trusted_jobs(run_dir, trust=trust)
     before, now = jobs.scale(run_dir, count)
-    out.print(f"worker jobs: {before} -> {now}")
+    limit = f" (slurm.limit holds back {count - now} more)" if count > now else ""
+    out.print(f"worker jobs: {before} -> {now}{limit}")
 
 
 def cancel(
@@ -330,6 +331,8 @@ def attach(
             view.update(render(monitor.poll()), refresh=True)
     except KeyboardInterrupt:
         return
+    if status.state == "stopped":
+        jobs.record_gone(run_dir)
     if status.state != "done":
         raise typer.Exit(1)
 

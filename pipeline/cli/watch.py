@@ -69,10 +69,15 @@ def _status_of(target: Path) -> "RunStatus":
 
     run_dir, ledger = watched(target)
     try:
-        return load_status(run_dir, ledger, _queue)
+        status = load_status(run_dir, ledger, _queue)
     finally:
         if ledger is not None:
             ledger.leave()
+    if status.queue is not None and status.state == "stopped":
+        from agq.pipeline.slurm.jobs import record_gone
+
+        record_gone(run_dir)
+    return status
 
 
 def watch(

@@ -17,6 +17,7 @@ _OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_DEBUG_FLAGS")
 # What scancel says of jobs that have ended, or are just about to begin or to end.
 _ENDED = re.compile("Invalid job id|already completing or completed|can not be altered now")
 _TASKS = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
 
 class SlurmError(InputError):
@@ -37,12 +38,18 @@ class QueueEntry:
         Numbers of the array tasks, ascending; empty for a single job.
     state, reason
         As squeue says (PENDING, RUNNING, COMPLETING, ...; Resources, Priority, ...).
+    node
+        Where it runs or has run; empty while it waits.
+    seconds
+        How long it runs or has run.
     """
 
     job: int
     tasks: tuple[int, ...]
     state: str
     reason: str
+    node: str = ""
+    seconds: int = 0
 
     @property
     def target(self) -> str:
@@ -170,7 +177,7 @@ def queue(
     # By user, not by id: the controller then looks up the jobs of these users alone, and squeue
     # would fail altogether if the one id that it is asked for is too old.
     whose = sorted(set(users)) or [os.getuid()]
-    columns = ["%F", "%K", "%T", "%r"]
+    columns = ["%F", "%K", "%T", "%r", "%N", "%M"]
     text = call(
         [
             "squeue",
@@ -192,8 +199,16 @@ def queue(
         if not job.isdigit() or len(rest) != len(columns) - 1:
             raise SlurmError(f"squeue: the line {line[:80]!r} cannot be read")
         tasks = () if rest[0] in ("N/A", "") else array_tasks(rest[0])
-        entries.append(QueueEntry(int(job), tasks, *rest[1:]))
+        state, reason, node, time = rest[1:]
+        entries.append(QueueEntry(int(job), tasks, state, reason, node, _seconds(time)))
     return sorted(entries, key=lambda e: (e.job, e.state != "RUNNING", e.tasks))
+
+
+def _seconds(text: str) -> int:
+    """Read a time span of squeue, ``1-02:03:04`` or ``3:04``; one of another form is 0."""
+    found = _TIME.fullmatch(text)
+    days, hours, minutes, seconds = map(int, found.groups("0")) if found else (0, 0, 0, 0)
+    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def _require_public_jobs() -> None:

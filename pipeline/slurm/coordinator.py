@@ -26,7 +26,7 @@ from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare
 from agq.pipeline.run.session import open_session, record_stop
 from agq.pipeline.slurm import client
-from agq.pipeline.slurm.jobs import load, load_config, section_of
+from agq.pipeline.slurm.jobs import load, load_config, record_gone, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE
 from agq.pipeline.slurm.settings import SlurmSettings
 from agq.pipeline.slurm.worker_watch import WorkerWatch
@@ -116,6 +116,8 @@ def _predict(run_dir: Path) -> int:
     # Without scancel (in a container) these jobs find the run closed when they start, and end.
     with contextlib.suppress(client.SlurmError):
         client.cancel([str(n) for n in load(run_dir).ids("workers")], "--state=PENDING")
+    # A stitch that was cancelled while it waited: after this job nobody may ask the queue.
+    record_gone(run_dir)
     for number in report.failed[:20]:
         _logger.error("block %d failed (agq logs %s --block %d)", number, run_dir, number)
     return 1 if report.failed and not config.stitch.allow_missing else 0
@@ -135,7 +137,7 @@ def main(arguments: list[str]) -> int:
             # succeeded: no stitch that waits for that may begin.
             _close(run_dir)
             return 128 + signal.SIGTERM
-        _logger.info("a signal ends this job; blocks that are done are in the journal")
+        _logger.info("%s; blocks that are done are in the journal", end)
         return end.code if isinstance(end.code, int) else 1
     except Exception as error:
         # SLURM does not start this job again, whatever it was.

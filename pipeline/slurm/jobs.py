@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from agq.pipeline.slurm.scripts import (
     worker_script,
 )
 from agq.pipeline.status.run_status import QueueStatus
+from agq.pipeline.status.stages import Batch, coordinator_alive
 from agq.reading import DOCUMENT_BYTES, read_file, read_json
 
 # `queue_status` needs no configuration: agq status does not wait for its import.
@@ -46,6 +47,7 @@ ENDING = ("COMPLETING", "CANCELLED", "COMPLETED")
 """States of jobs that are still in the queue, and do no more."""
 
 _POLL_S = 0.5
+_AGAIN_S = 1.0
 
 
 class Job(BaseModel):
@@ -75,6 +77,12 @@ class Jobs(BaseModel):
 
     workers: int
     """How many worker jobs the user wants."""
+
+    limit: int | None = None
+    """How many of them may run at a time."""
+
+    excluded: list[str] = []
+    """Nodes that no further worker job gets, because those that it has had ended at their start."""
 
     cancelled: bool = False
     """Whether the user ended the run; its coordinator then does not come back."""
@@ -184,8 +192,8 @@ def queue_status(run_dir: Path) -> tuple[QueueStatus, ...] | None:
     wanted = None
     if any(role == "coordinator" for role, _, _ in counts):
         wanted = jobs.workers
-        lost = wanted - sum(n for (role, _, _), n in counts.items() if role == "workers")
-        if lost > 0:
+        alive = sum(n for (role, _, _), n in counts.items() if role == "workers")
+        if lost := lacking(wanted, alive, jobs.limit):
             counts["workers", "MISSING", None] = lost
     return tuple(
         QueueStatus(
@@ -194,9 +202,52 @@ def queue_status(run_dir: Path) -> tuple[QueueStatus, ...] | None:
             reason=reason,
             count=n,
             wanted=wanted if role == "workers" else None,
+            excluded=tuple(jobs.excluded) if role == "workers" else (),
         )
         for (role, state, reason), n in counts.items()
     )
+
+
+def record_gone(run_dir: Path) -> None:
+    """Record stages as stopped whose job can never do them: it has left the queue, or cannot start.
+
+    So they are for those too who cannot ask the queue: on another machine, or from the ledger.
+    Nothing is recorded if this user may not, if a process works on the run, or if SLURM does not
+    say.
+    """
+    run, begun = RunFolder(run_dir), time.time()
+    with suppress(InputError, OSError):
+        if not os.access(run.record_path, os.W_OK) or stranger(run.record_path):
+            return
+        if not _gone(run):
+            return
+        # squeue does not show a job for a moment while it is requeued: ask twice.
+        time.sleep(_AGAIN_S)
+        _record_stopped(run, _gone(run), begun)
+
+
+def _gone(run: RunFolder) -> dict[str, str]:
+    """Return why stages cannot be done, by name, of which the record does not say so."""
+    left = _open_stages(run)
+    if not left or (queue := queue_status(run.path)) is None:
+        return {}
+    batch, alive = Batch(run.submitted(), queue), coordinator_alive(run.path)
+    entries = {name: batch.entry(name, said, alive) for name, said in left.items()}
+    return {name: str(e["error"]) for name, e in entries.items() if e["state"] == "stopped"}
+
+
+def _open_stages(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return what the record says of the stages that were submitted and have not ended."""
+    said = run.record()["stages"]
+    entries = {name: said.get(name, {}) for name in run.submitted()}
+    return {n: e for n, e in entries.items() if e.get("state") in (None, "waiting", "running")}
+
+
+def _record_stopped(run: RunFolder, why: Mapping[str, str], since: float) -> None:
+    from agq.pipeline.run.session import record_stop
+
+    for stage, reason in why.items():
+        record_stop(run, stage, reason, since, load_config(run.path).ledger)
 
 
 def config_path(run_dir: Path) -> Path:
@@ -313,6 +364,15 @@ def array(count: int, limit: int | None) -> str:
     return f"0-{count - 1}" + (f"%{limit}" if limit else "")
 
 
+def lacking(wanted: int, alive: int, limit: int | None) -> int:
+    """Count the worker jobs to submit where some are in the queue.
+
+    SLURM holds `limit` within one array; the jobs of another one would run beside it. So there are
+    `limit` jobs at most then.
+    """
+    return max(0, (wanted if limit is None or not alive else min(wanted, limit)) - alive)
+
+
 def numbers(entries: Sequence[client.QueueEntry]) -> str:
     """List the job ids of some entries."""
     return ", ".join(str(job) for job in sorted({entry.job for entry in entries}))
@@ -396,6 +456,9 @@ def submit_all(
         try:
             jobs.cancelled = False
             jobs.workers = jobs.workers if wanted is None else wanted
+            jobs.limit = section.limit
+            if "predict" in stages:
+                jobs.excluded = []
             if closed:
                 # Workers would read the end of the last submission as the end of this one.
                 session_path(run_dir).unlink(missing_ok=True)
@@ -497,7 +560,10 @@ def submit_workers(
 def _submit(
     jobs: Jobs, run_dir: Path, section: "SlurmSettings", step: Step, after: str | None
 ) -> int:
-    arguments = submit_arguments(step.role, run_dir, section, array=step.array, after=after)
+    exclude = jobs.excluded if step.role == "workers" else ()
+    arguments = submit_arguments(
+        step.role, run_dir, section, array=step.array, after=after, exclude=exclude
+    )
     number = client.submit(arguments)
     jobs.jobs.append(
         Job(id=number, role=step.role, count=step.count, submitted=time.time(), user=os.getuid())
@@ -516,7 +582,7 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
     Returns
     -------
     before, now
-        Worker jobs in the queue, waiting or running.
+        Worker jobs in the queue, waiting or running; with `slurm.limit`, none are added beyond it.
 
     Raises
     ------
@@ -532,10 +598,8 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
         entries = [e for e in live(jobs, "workers") if e.state not in ENDING]
         before = sum(e.count for e in entries)
         jobs.workers = count
-        if count > before:
-            submit_workers(
-                jobs, run_dir, section, count - before, after=f"after:{coordinator[0].job}"
-            )
+        more = lacking(count, before, section.limit)
+        submit_workers(jobs, run_dir, section, more, after=f"after:{coordinator[0].job}")
         surplus = before - count
         waiting: list[str] = []
         running: list[str] = []
@@ -548,7 +612,7 @@ def scale(run_dir: Path, count: int) -> tuple[int, int]:
             targets.append(client.target(entry.job, entry.tasks[left:]))
         client.cancel(waiting)
         client.cancel(running, "--batch", "--signal=USR2")
-    return before, count
+    return before, min(before, count) + more
 
 
 def cancel(run_dir: Path, *, wait_s: float = 30.0) -> int:
@@ -577,6 +641,10 @@ def cancel(run_dir: Path, *, wait_s: float = 30.0) -> int:
         time.sleep(_POLL_S)
     left = [e for e in left if e.state != "COMPLETING"]
     client.cancel(sorted({str(e.job) for e in left}))
+    run = RunFolder(run_dir)
+    with suppress(InputError, OSError):
+        why = dict.fromkeys(_open_stages(run), "agq cancel has ended its job; agq resume goes on")
+        _record_stopped(run, why, time.time())
     return sum(e.count for e in left)
 
 

@@ -82,6 +82,7 @@ def of_run(
     InputError
         If SLURM does not answer, or the run cannot go on with its inputs.
     """
+    limit = jobs.section_of(config).limit
     entries = _present(record)
     if not entries["coordinator"]:
         # squeue does not show a job for a moment while it is requeued: ask twice.
@@ -100,7 +101,7 @@ def of_run(
         alive = sum(entry.count for entry in entries["workers"])
         return Missing(
             ("stitch",) if stitch else (),
-            max(0, workers - alive) if "predict" in stages else 0,
+            jobs.lacking(workers, alive, limit) if "predict" in stages else 0,
             entries["coordinator"][-1].job,
             idle=tuple(dead) if stitch else (),
             notes=tuple(notes),
@@ -128,7 +129,7 @@ def of_run(
         if session is None or session.state == "open":
             # They wait for the next coordinator with their network loaded.
             alive, idle = sum(entry.count for entry in idle), ()
-        more = max(0, workers - alive) if left else 0
+        more = jobs.lacking(workers, alive, limit) if left else 0
         chosen: tuple[jobs.Stage, ...] = (
             ("predict", "stitch") if "stitch" in stages else ("predict",)
         )

@@ -196,14 +196,26 @@ def submit_arguments(
     *,
     array: str | None = None,
     after: str | None = None,
+    exclude: Sequence[str] = (),
 ) -> list[str | Path]:
     """Return sbatch's arguments for a script, named as in `Script`, of a run folder.
 
-    `array` are tasks, such as ``0-7%4``, and `after` a dependency, such as ``afterany:17``.
+    `array` are tasks, such as ``0-7%4``, `after` a dependency, such as ``afterany:17``, and
+    `exclude` nodes that the job must not get, besides those that the settings exclude.
     """
-    arguments: list[str | Path] = [f"--chdir={log_folder(run_dir)}", *section.extra_of(name)]
+    further = _excluding(section.extra_of(name), exclude)
+    arguments: list[str | Path] = [f"--chdir={log_folder(run_dir)}", *further]
     if array is not None:
         arguments.append(f"--array={array}")
     if after is not None:
         arguments += [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
     return [*arguments, script_path(run_dir, name)]
+
+
+def _excluding(options: Sequence[str], nodes: Sequence[str]) -> list[str]:
+    """Return options of sbatch, which takes the last ``--exclude``, with nodes added to it."""
+    said = [option for option in options if option.startswith("--exclud")]
+    lists = [option.partition("=")[2] for option in said[-1:]]
+    if not nodes or any("/" in text for text in lists):
+        return list(options)  # a list in a file stays as it is
+    return [*(o for o in options if o not in said), f"--exclude={','.join([*lists, *nodes])}"]

@@ -5,14 +5,16 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from agq.blockwise.predict.coordinator import PredictProgress
 from agq.blockwise.storage.logs import log_end
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.slurm import client
-from agq.pipeline.slurm.jobs import Jobs, changing, live, load, submit_workers
+from agq.pipeline.slurm.jobs import Jobs, changing, lacking, live, load, submit_workers
 from agq.pipeline.slurm.scripts import folder, log_folder
 from agq.pipeline.slurm.settings import SlurmSettings
 
@@ -21,6 +23,9 @@ _PAUSE_S = 30.0
 _MAX_PAUSE_S = 600.0
 _CALM_S = 300.0
 _MAX_VAIN = 3
+_START_S = 60
+_SETTLED_S = 15
+_MAX_DEATHS = 2
 _LINES = 3
 _BYTES = 4096
 
@@ -36,8 +41,9 @@ class WorkerWatch:
     """Submits a worker job for each that is lost, and stops the run if none can work.
 
     Jobs on a bad node end at once, and SLURM gives the next job the same node: so it pauses after
-    each submission, ever longer until all jobs stay. A job that somebody has cancelled is wanted no
-    more.
+    each submission, ever longer until all jobs stay; and it excludes a node on which jobs have
+    ended twice at their start, as long as others work on more nodes than are excluded. A job that
+    somebody has cancelled is wanted no more.
 
     Parameters
     ----------
@@ -58,6 +64,7 @@ class WorkerWatch:
         self._not_before = 0.0
         self._short_at = 0.0
         self._cancelled: set[tuple[int, int]] = set()
+        self._deaths: dict[str, str] = {}
         self._since = time.time()
 
     def __call__(self, progress: PredictProgress) -> None:
@@ -80,9 +87,9 @@ class WorkerWatch:
 
     def _look(self, now: float, ended: int, left: int) -> None:
         jobs = load(self._run_dir)
-        here = _count(jobs)
-        cancelled = self._newly_cancelled(jobs)
-        if here >= max(1, jobs.workers):
+        here = _count(live(jobs, "workers"))
+        cancelled = self._newly_ended(jobs)
+        if here and not cancelled and not self._lost(jobs, here):
             self._missed = 0
             if now > self._short_at + _CALM_S:
                 self._pause = 0.0
@@ -92,12 +99,16 @@ class WorkerWatch:
         self._missed += 1
         with changing(self._run_dir) as jobs:
             # agq scale and agq cancel hold the lock too: they may have changed both meanwhile.
-            here = _count(jobs)
-            if jobs.cancelled or here >= max(1, jobs.workers):
+            entries = live(jobs, "workers")
+            here = _count(entries)
+            if jobs.cancelled:
                 return
-            if here and cancelled:
-                jobs.workers -= min(cancelled, jobs.workers - here)
+            if here and (unwanted := min(cancelled, jobs.workers - here)) > 0:
+                jobs.workers -= unwanted
                 _logger.info("worker jobs were cancelled: %d are wanted now", jobs.workers)
+            lost = self._lost(jobs, here)
+            if here and not lost:
+                return
             if self._missed < 2 or (here and now < self._not_before):
                 return
             if not here:
@@ -108,8 +119,8 @@ class WorkerWatch:
                         f"no worker job is left, and {left} blocks remain"
                         f"{self._cause(jobs)}; agq resume {self._run_dir} starts workers again"
                     )
-            lost = jobs.workers - here
-            if lost > 0:
+            self._exclude_bad_nodes(jobs, entries)
+            if lost:
                 _logger.warning(
                     "%d of %d worker jobs are left: submitting %d", here, jobs.workers, lost
                 )
@@ -118,13 +129,35 @@ class WorkerWatch:
         self._pause = min(max(_PAUSE_S, 2 * self._pause), _MAX_PAUSE_S)
         self._not_before = now + self._pause
 
-    def _newly_cancelled(self, jobs: Jobs) -> int:
-        """Count the tasks that somebody has cancelled since the last look."""
-        entries = client.queue(jobs.ids("workers"), jobs.users(), states=["CANCELLED"])
-        tasks = {(entry.job, task) for entry in entries for task in entry.tasks}
+    def _lost(self, jobs: Jobs, here: int) -> int:
+        return lacking(jobs.workers, here, self._section.limit)
+
+    def _newly_ended(self, jobs: Jobs) -> int:
+        """Count the tasks that somebody has cancelled since the last look; note those that died."""
+        states = ["CANCELLED", *_BROKEN]
+        entries = client.queue(jobs.ids("workers"), jobs.users(), states=states)
+        ended = [(entry, task) for entry in entries for task in entry.tasks]
+        # SLURM forgets jobs after some minutes.
+        self._deaths |= {
+            f"{entry.job}_{task}": entry.node
+            for entry, task in ended
+            if entry.state in _BROKEN and entry.node and entry.seconds < _START_S
+        }
+        tasks = {(entry.job, task) for entry, task in ended if entry.state == "CANCELLED"}
         new = tasks - self._cancelled
         self._cancelled |= tasks
         return len(new)
+
+    def _exclude_bad_nodes(self, jobs: Jobs, entries: Sequence[client.QueueEntry]) -> None:
+        """Exclude nodes on which workers do not start, fewer than there are others that work."""
+        given_up = {end["worker"].partition(".")[0]: end["node"] for end in self._ends()}
+        deaths = Counter((given_up | self._deaths).values())
+        bad = [node for node, count in deaths.most_common() if count >= _MAX_DEATHS]
+        good = {e.node for e in entries if e.state == "RUNNING" and e.seconds >= _SETTLED_S}
+        for node in bad:
+            if node not in jobs.excluded and len(jobs.excluded) < len(good.difference(bad)):
+                _logger.warning("worker jobs end at their start on %s: they get it no more", node)
+                jobs.excluded.append(node)
 
     def _cause(self, jobs: Jobs) -> str:
         """Say why the jobs have ended: what a worker, its log and SLURM say."""
@@ -145,23 +178,26 @@ class WorkerWatch:
         words += _hints(self._section, state, said.lower())
         return "".join(f"; {text}" for text in words)
 
-    def _last_end(self) -> dict[str, str] | None:
+    def _last_end(self) -> dict[str, Any] | None:
         """Return what the last worker that gave up since the start of this job has written."""
-        ends = (folder(self._run_dir) / "ends").glob("*.json")
-        newest = max(ends, key=os.path.getmtime, default=None)
-        if newest is None or newest.stat().st_mtime < self._since:
-            return None
-        return dict(json.loads(newest.read_text(encoding="utf-8")))
+        return next(iter(self._ends()), None)
+
+    def _ends(self) -> list[dict[str, Any]]:
+        """Return what workers that gave up since this job began have written, newest first."""
+        files = [*(folder(self._run_dir) / "ends").glob("*.json")]
+        recent = [file for file in files if file.stat().st_mtime >= self._since]
+        recent.sort(key=os.path.getmtime, reverse=True)
+        return [dict(json.loads(file.read_text(encoding="utf-8"))) for file in recent]
 
     def _last_log(self) -> Path | None:
         logs = log_folder(self._run_dir).glob("workers-*.log")
         return max(logs, key=os.path.getmtime, default=None)
 
 
-def _count(jobs: Jobs) -> int:
+def _count(entries: Sequence[client.QueueEntry]) -> int:
     """Count the worker jobs that work, or will."""
     # A node that cannot start a job leaves it in the queue, where it waits for an administrator.
-    return sum(entry.count for entry in live(jobs, "workers") if entry.reason != _HELD)
+    return sum(entry.count for entry in entries if entry.reason != _HELD)
 
 
 def _last_lines(run_dir: Path, log: Path) -> list[str]:

@@ -16,6 +16,7 @@ from agq.pipeline.folder import RunFolder
 from agq.pipeline.records import check_document
 from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 from agq.pipeline.status.stages import (
+    LEADERS,
     Batch,
     Record,
     coordinator_alive,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 #: Stages with a journal of their own; the last two are parts of the stage "stitch".
 _JOURNALS: Final = ("predict", "relabel", "pyramid")
 _BEHIND_S: Final = 10.0
+_NOT_ASKED: Final = (
+    "its batch jobs cannot be asked for here: agq status on the cluster tells whether they are lost"
+)
 _NO_TOTALS: Final[Record] = {
     "session": {"blocks": 0, "voxels": 0},
     "recent": {"seconds": RECENT_S, "blocks": 0, "voxels": 0},
@@ -159,7 +163,17 @@ class Monitor:
                 self._run.exists() and self._run.has_own_id(self._run.record())
             ):
                 self._batch = Batch(self._run.submitted(), queue)
-        return self._poll().model_copy(update={"queue": queue, "queue_error": unknown})
+        status = self._poll()
+        asked = self._queue is not None or self._ledger_id is not None
+        if asked and queue is None and unknown is None and self._waits(status):
+            notes = filter(None, [status.note, _NOT_ASKED])
+            status = status.model_copy(update={"note": "; ".join(notes)})
+        return status.model_copy(update={"queue": queue, "queue_error": unknown})
+
+    def _waits(self, status: RunStatus) -> bool:
+        """Tell whether nothing runs, and a stage waits that was submitted: only then it says so."""
+        waits = [s.name for s in status.stages if s.state == "waiting" and s.name in LEADERS]
+        return bool(waits) and status.state in ("new", "waiting")
 
     def progress(self, stage: str) -> StageProgress | None:
         """Return the progress of a stage as last polled; None for a stage without a journal."""

@@ -91,6 +91,8 @@ class QueueStatus(_Model):
     count: int
     wanted: int | None = None
     """How many worker jobs the run should have; None for other jobs, or without a coordinator."""
+    excluded: tuple[str, ...] = ()
+    """Nodes that worker jobs do not get any more, because they ended there at their start."""
 
 
 class StageStatus(_Model):

@@ -16,7 +16,9 @@ Record = dict[str, Any]
 
 _ORDER: Final = ("predict", "stitch", "relabel", "pyramid", "evaluate")
 _PARTS: Final = ("relabel", "pyramid")
-_LEADERS: Final = {"predict": "coordinator", "stitch": "stitch"}
+LEADERS: Final = {"predict": "coordinator", "stitch": "stitch"}
+"""The batch job that does a stage, by stage."""
+
 # Reasons of jobs that wait which no time heals.
 _NEVER: Final = frozenset(
     {
@@ -66,7 +68,7 @@ class Batch:
         said = said | {"state": state}
         if alive or self.queue is None or state in ("done", "failed"):
             return said
-        leads = [q for q in self.queue if q.role == _LEADERS[stage]]
+        leads = [q for q in self.queue if q.role == LEADERS[stage]]
         never = [q.reason for q in leads if q.reason in _NEVER]
         if leads and not never:
             works = state == "running" and any(q.state != "PENDING" for q in leads)
@@ -105,7 +107,7 @@ def stage_entries(
     told = {
         name: dict(entry) for name, entry in record.get("stages", {}).items() if "state" in entry
     }
-    for name in {*told, *batch.jobs} & _LEADERS.keys():
+    for name in {*told, *batch.jobs} & LEADERS.keys():
         told[name] = batch.entry(name, told.get(name, {}), alive)
     names = {*told, *begun, *(_PARTS if "stitch" in told else ())}
     known = [*(n for n in _ORDER if n in names), *sorted(names.difference(_ORDER))]

@@ -71,6 +71,9 @@ def _queue(queue: Collection[QueueStatus]) -> Text:
         for q in queue
     ]
     words += {f"{q.wanted} workers wanted" for q in queue if q.wanted is not None}
+    excluded = sorted({node for q in queue for node in q.excluded})
+    if excluded:
+        words.append(f"no workers on {', '.join(excluded)}, where they end at their start")
     return _line("queue", ", ".join(words) or "no jobs")
 
 

@@ -95,27 +95,28 @@ def lines(*rows: tuple[str, ...]) -> str:
     return "".join("\x1f".join(row) + "\n" for row in rows)
 
 
+DOWN = "Nodes required for job are DOWN, DRAINED (or reserved)"
+
+
 def test_queue_lists_the_jobs_asked_for(program, monkeypatch):
     for name in ("SQUEUE_FORMAT", "SQUEUE_STATES", "SBATCH_PARTITION", "SCANCEL_STATE"):
         monkeypatch.setenv(name, "x")
     said = program(
         "squeue",
         lines(
-            ("5", "N/A", "RUNNING", "None"),
-            ("6", "0-4:2%1", "PENDING", "Nodes required for job are DOWN, DRAINED (or reserved)"),
-            ("6", "7", "SPECIAL_EXIT", "job_requeued_in_held_state"),
-            ("6", "8", "A_STATE_OF_TOMORROW", ""),
-            ("9", "N/A", "PENDING", "Priority"),
+            ("5", "N/A", "RUNNING", "None", "n1", "1-02:03:04"),
+            ("6", "0-4:2%1", "PENDING", DOWN, "", "0:00"),
+            ("6", "7", "SPECIAL_EXIT", "job_requeued_in_held_state", "", "INVALID"),
+            ("6", "8", "A_STATE_OF_TOMORROW", "", "n[1-2]", "1:40"),
+            ("9", "N/A", "PENDING", "Priority", "", "0:00"),
         ),
     )
     entries = client.queue([5, 6])
     assert entries == [
-        QueueEntry(5, (), "RUNNING", "None"),
-        QueueEntry(
-            6, (0, 2, 4), "PENDING", "Nodes required for job are DOWN, DRAINED (or reserved)"
-        ),
+        QueueEntry(5, (), "RUNNING", "None", "n1", 93784),
+        QueueEntry(6, (0, 2, 4), "PENDING", DOWN),
         QueueEntry(6, (7,), "SPECIAL_EXIT", "job_requeued_in_held_state"),
-        QueueEntry(6, (8,), "A_STATE_OF_TOMORROW", ""),
+        QueueEntry(6, (8,), "A_STATE_OF_TOMORROW", "", "n[1-2]", 100),
     ]
     text = said.read_text()
     assert f"--user={os.getuid()} " in text
@@ -142,7 +143,12 @@ def test_a_job_is_not_told_of_the_job_that_submits_it(program, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "stdout", [lines(("6", CUT, "PENDING", "x")), "slurm_load: odd\n", lines(("6", "1", "RUNNING"))]
+    "stdout",
+    [
+        lines(("6", CUT, "PENDING", "x", "", "0:00")),
+        "slurm_load: odd\n",
+        lines(("6", "1", "RUNNING")),
+    ],
 )
 def test_a_queue_that_cannot_be_read_is_an_error(program, stdout):
     program("squeue", stdout)
@@ -204,7 +210,7 @@ def test_status_says_that_the_queue_is_unknown(program, tmp_path, capsys):
     assert "Unable to contact" in status.queue_error
     console().print(render(status))
     assert "queue: unknown (squeue: slurm_load_jobs error" in capsys.readouterr().out
-    program("squeue", lines(("6", "0-39%2", "PENDING", "Resources")))
+    program("squeue", lines(("6", "0-39%2", "PENDING", "Resources", "", "0:00")))
     status = load_status(run_dir, queue=jobs.queue_status)
     assert [(q.role, q.state, q.reason, q.count) for q in status.queue] == [
         ("workers", "PENDING", "Resources", 40)

@@ -12,9 +12,11 @@ from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.spec import Session
 from agq.errors import InputError
 from agq.pipeline.cli import slurm as commands
+from agq.pipeline.cli import watch
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.slurm import check, client, jobs, missing
 from agq.pipeline.slurm.client import QueueEntry, SlurmError
+from agq.pipeline.status.monitor import load_status
 from tests.helpers.runs import make_config
 
 N_BLOCKS = 60
@@ -302,3 +304,53 @@ def test_a_cancel_that_fails_changes_nothing(submitted, slurm, monkeypatch):
     with pytest.raises(SlurmError, match="refused"):
         commands.cancel(run_dir, wait=0)
     assert jobs.record_path(run_dir).read_bytes() == record
+
+
+@pytest.mark.parametrize(
+    ("wanted", "alive", "limit", "lacking"),
+    [(10, 4, None, 6), (2, 4, None, 0), (10, 0, 3, 10), (10, 4, 3, 0), (10, 2, 3, 1)],
+)
+def test_beside_other_jobs_no_more_are_submitted_than_may_run(wanted, alive, limit, lacking):
+    assert jobs.lacking(wanted, alive, limit) == lacking
+
+
+def elsewhere(run_dir: Path) -> tuple[str, str, str | None]:
+    """State of the run, what is said of its stitch, and the note, where there is no squeue."""
+    status = load_status(run_dir, queue=lambda _: None)
+    stitch = next(stage for stage in status.stages if stage.name == "stitch")
+    return status.state, stitch.error or stitch.state, status.note
+
+
+def test_a_lost_stitch_is_recorded_by_whoever_sees_it(submitted, slurm, monkeypatch):
+    run_dir = submitted.parent / "run"
+    monkeypatch.setattr(jobs, "_AGAIN_S", 0.0)
+    end_prediction(run_dir)
+    slurm.drop("coordinator")
+    slurm.drop("workers")
+    slurm.set("stitch", "PENDING")
+    watch._status_of(run_dir)
+    state, stitch, note = elsewhere(run_dir)
+    assert (state, stitch) == ("waiting", "waiting")
+    assert "on the cluster" in note
+    slurm.drop("stitch")
+    slurm.away = True
+    watch._status_of(run_dir)
+    assert elsewhere(run_dir)[0] == "waiting"
+    slurm.away = False
+    said = watch._status_of(run_dir).stages[1].error
+    assert "not in the queue any more" in said
+    assert elsewhere(run_dir) == ("stopped", said, None)
+    assert resume(run_dir, slurm) == ["stitch 1"]
+    assert elsewhere(run_dir)[0] == "waiting"
+
+
+def test_stages_that_were_cancelled_before_they_began_say_so(submitted, slurm):
+    run_dir = submitted.parent / "run"
+    for role in ("coordinator", "workers", "stitch"):
+        slurm.set(role, "PENDING")
+    jobs.cancel(run_dir, wait_s=0)
+    assert elsewhere(run_dir) == (
+        "stopped",
+        "agq cancel has ended its job; agq resume goes on",
+        None,
+    )

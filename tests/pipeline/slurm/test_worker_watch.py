@@ -28,6 +28,10 @@ class Cluster:
         State of each task by job and number.
     submitted
         How many tasks each submission has had.
+    excluded
+        What the last submission has excluded.
+    node
+        Node of each task by job and number; default: one of its own for each number.
     """
 
     def __init__(self, run_dir: Path, workers: int, **settings: Any) -> None:
@@ -36,6 +40,8 @@ class Cluster:
         self.done = 0
         self.tasks: dict[tuple[int, int], str] = {}
         self.submitted: list[int] = []
+        self.excluded = ""
+        self.node: dict[tuple[int, int], str] = {}
         log_folder(run_dir).mkdir(parents=True)
         folder(run_dir).mkdir()
         record = jobs.Jobs(here="/", grace_s=5, workers=workers)
@@ -45,8 +51,10 @@ class Cluster:
         self.watch = WorkerWatch(run_dir, SlurmSettings(**settings))
 
     def submit(self, arguments: list[object]) -> int:
-        array = next(str(a) for a in arguments if str(a).startswith("--array=0-"))
-        count = int(array.removeprefix("--array=0-")) + 1
+        words = [str(a) for a in arguments]
+        array = next(word for word in words if word.startswith("--array=0-"))
+        self.excluded = next((word for word in words if word.startswith("--exclude=")), "")
+        count = int(array.removeprefix("--array=0-").partition("%")[0]) + 1
         self.submitted.append(count)
         job = len(self.submitted)
         self.tasks |= {(job, task): "RUNNING" for task in range(count)}
@@ -56,7 +64,11 @@ class Cluster:
         wanted = states or ["RUNNING", "PENDING"]
         held = {"PENDING": "launch_failed_requeued_held"}
         return [
-            QueueEntry(job, (task,), state, held.get(state, "None"))
+            QueueEntry(
+                *(job, (task,), state, held.get(state, "None")),
+                node=self.node.get((job, task), f"n{task}"),
+                seconds=30,
+            )
             for (job, task), state in self.tasks.items()
             if state in wanted
         ]
@@ -139,6 +151,49 @@ def test_several_lost_jobs_are_one_submission(cluster):
         it.end(1, task, state)
     it.wait(60)
     assert it.submitted == [5, 3]
+
+
+def test_a_node_on_which_workers_do_not_start_is_excluded(cluster):
+    it = cluster(3, extra=("--exclude=x1",))
+    it.end(1, 2)
+    it.wait(60)
+    assert (it.submitted, it.excluded) == ([3, 1], "--exclude=x1")
+    it.node[2, 0] = "n2"
+    it.end(2, 0)
+    it.wait(60)
+    assert (it.submitted, it.excluded) == ([3, 1, 1], "--exclude=x1,n2")
+    # One node works and one is excluded: as many as may be.
+    it.node |= {(3, 0): "n1", (4, 0): "n1"}
+    for job in (3, 4):
+        it.end(job, 0)
+        it.wait(600)
+    it.end(1, 1)
+    it.wait(1200)
+    assert (it.submitted[3:], it.excluded) == ([1, 1, 1], "--exclude=x1,n2")
+    found = jobs.load(it.run_dir)
+    assert found.excluded == ["n2"]
+
+
+def test_no_node_is_excluded_where_none_works(cluster):
+    it = cluster(2)
+    it.node = {(job, task): "n1" for job in range(1, 9) for task in range(2)}
+    with pytest.raises(RunStoppedError):
+        it.fail_all()
+    assert it.excluded == ""
+
+
+def test_the_limit_holds_for_all_worker_jobs_together(cluster):
+    it = cluster(6, limit=3)
+    for task in range(3):
+        it.end(1, task)
+    it.wait(60)
+    assert it.submitted == [6]
+    it.end(1, 3)
+    it.wait(60)
+    assert it.submitted == [6, 1]
+    it.end(1, 4, "CANCELLED")
+    it.wait(60)
+    assert (it.submitted, it.wanted) == ([6, 1, 1], 5)
 
 
 def test_a_job_that_a_broken_node_leaves_in_the_queue_is_lost(cluster):
@@ -254,7 +309,7 @@ def test_status_tells_wanted_and_missing_jobs(tmp_path, monkeypatch):
     folder(tmp_path).mkdir()
     submitted = [jobs.Job(id=1, role="coordinator", submitted=0.0)]
     submitted.append(jobs.Job(id=2, role="workers", count=5, submitted=0.0))
-    record = jobs.Jobs(here="/", grace_s=5, workers=5, jobs=submitted)
+    record = jobs.Jobs(here="/", grace_s=5, workers=5, jobs=submitted, excluded=["n7"])
     jobs.record_path(tmp_path).write_text(record.model_dump_json())
     monkeypatch.setattr(jobs, "are_of_another", lambda _: False)
     entries = [
@@ -275,6 +330,7 @@ def test_status_tells_wanted_and_missing_jobs(tmp_path, monkeypatch):
     with console.capture() as capture:
         console.print(status.table())
     assert "2 workers missing, 5 workers wanted" in capture.get()
+    assert "no workers on n7" in capture.get()
     # Without a coordinator nobody submits them.
     entries.pop(0)
     left = jobs.queue_status(tmp_path)
