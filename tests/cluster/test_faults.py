@@ -69,8 +69,7 @@ def test_node_killed(quiet, tmp_path, undisturbed, note):
 
 
 def test_preempted(quiet, tmp_path, undisturbed, note):
-    elsewhere = {"partition": "gpu", "cpus": 1, "mem": "900M"}
-    slurm = {"partition": "scavenge", "workers": 8, "mem": "600M", "coordinator": elsewhere}
+    slurm = {"partition": "scavenge", "workers": 8, "mem": "600M"}
     run = ClusterRun(tmp_path, delay_s=6.0, slurm=slurm)
     run.submit()
     # All eight, so that the whole cluster is in use.
@@ -81,6 +80,8 @@ def test_preempted(quiet, tmp_path, undisturbed, note):
         "--partition=gpu",
         "--gres=gpu:2",
         "--nodes=2",
+        "--exclusive",
+        f"--nodelist={run.node_of('coordinator')}",
         "--time=1",
         "--output=/dev/null",
         "--chdir=/tmp",
@@ -89,8 +90,10 @@ def test_preempted(quiet, tmp_path, undisturbed, note):
     running = lambda: sum("RUNNING" in line for line in run.queue())  # noqa: E731
     wait_for(lambda: running() < 9)
     wait_for(lambda: run.done() == N_BLOCKS or running() >= 9, why=run.post_mortem)
-    note("pre-empted by another partition", "SIGTERM, block abandoned, SLURM requeues", since)
+    note("pre-empted by another partition", "SIGTERM, blocks abandoned, SLURM requeues", since)
     check(run, undisturbed)
+    log = run.run_dir / "logs" / "slurm" / f"coordinator-{run.jobs('coordinator')[0]}.log"
+    assert "its batch job was pre-empted (SIGTERM)" in log.read_text()
     logs = [f.read_text() for f in (run.run_dir / "logs" / "slurm").glob("workers-*.log")]
     assert sum("DUE TO PREEMPTION" in text for text in logs) >= 4
     assert any(text.count(" INFO job ") > 1 for text in logs), "nobody was requeued"
@@ -123,33 +126,33 @@ def wait_for_the_next_coordinator(run: ClusterRun, last: str) -> None:
     wait_for_progress(run)
 
 
-def test_coordinator_requeued(quiet, tmp_path, undisturbed, note):
-    run = ClusterRun(tmp_path, delay_s=1.0)
+def test_coordinator_requeued_again_and_again_then_killed(quiet, tmp_path, undisturbed, note):
+    """Requeues do not count: a job that has had five of them comes again when it dies."""
+    run = ClusterRun(tmp_path, delay_s=2.0)
     run.submit()
     run.wait_until_begun(workers=3)
     since = time.monotonic()
     workers = {p.pid for p in run.processes("agq.blockwise.predict.worker")}
-    last = session_id(run)
-    quiet.command("scontrol", "requeue", str(run.jobs("coordinator")[0]))
+    job, last = str(run.jobs("coordinator")[0]), session_id(run)
+    quiet.command("scontrol", "requeue", job)
     wait_for_the_next_coordinator(run, last)
     assert {p.pid for p in run.processes("agq.blockwise.predict.worker")} == workers, (
         "workers should wait"
     )
     note("coordinator job requeued", "workers keep their network loaded and wait for it", since)
-    check(run, undisturbed)
-
-
-def test_coordinator_killed(quiet, tmp_path, undisturbed, note):
-    run = ClusterRun(tmp_path, delay_s=1.0)
-    run.submit()
-    run.wait_until_begun()
+    shown = ["scontrol", "--oneliner", "show", "job", job]
+    for restarts in range(2, 6):
+        quiet.command("scontrol", "requeue", job)
+        again = f"JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts={restarts} "
+        wait_for(lambda words=again: words in quiet.command(*shown), why=run.post_mortem)
+    wait_for(lambda: coordinators(run), why=run.post_mortem)
     since = time.monotonic()
     last = session_id(run)
     for process in (killed := coordinators(run)):
         process.kill()
     assert killed
     wait_for_the_next_coordinator(run, last)
-    note("coordinator: kill -9", "its job requeues itself; workers wait", since)
+    note("coordinator: kill -9 after five requeues", "its job requeues itself; workers wait", since)
     check(run, undisturbed)
 
 
@@ -218,8 +221,9 @@ def of_workers(command: str) -> list[str]:
     return [f'case "$SLURM_JOB_NAME" in agq-workers*) {command};; esac']
 
 
-def test_a_worker_job_that_ends_at_its_start(quiet, tmp_path, undisturbed, note):
-    prologue = of_workers('[ "$SLURM_ARRAY_TASK_ID" != 1 ] || exit 3')
+def test_a_node_on_which_no_worker_starts(quiet, tmp_path, undisturbed, note):
+    """SLURM gives the next job the same node, which is idle: it is excluded in the end."""
+    prologue = of_workers('[ "$SLURMD_NODENAME" != gpu2 ] || exit 3')
     run = ClusterRun(tmp_path, delay_s=3.0, slurm={"prologue": prologue})
     run.submit()
     run.wait_until_begun(workers=2)
@@ -227,10 +231,13 @@ def test_a_worker_job_that_ends_at_its_start(quiet, tmp_path, undisturbed, note)
     status = json.loads(run.agq("status", run.run_dir, "--json"))
     workers = {q["state"]: q["count"] for q in status["queue"] if q["role"] == "workers"}
     assert workers == {"RUNNING": 2, "MISSING": 1}
-    wait_for(lambda: len(run.journal().workers) == 3, why=run.post_mortem)
+    wait_for(lambda: len(run.jobs("workers")) == 2, why=run.post_mortem)
     note("a worker job ends at its start", "the coordinator submits another", since)
+    wait_for(lambda: len(run.journal().workers) == 3, why=run.post_mortem)
+    assert "no workers on gpu2" in run.agq("status", run.run_dir)
+    note("no worker starts on one node", "the second one lost there, it is excluded", since)
     check(run, undisturbed)
-    assert len(run.jobs("workers")) == 2
+    assert len(run.jobs("workers")) == 3
 
 
 def test_worker_jobs_without_an_environment(quiet, tmp_path, note):
@@ -254,8 +261,6 @@ def test_worker_jobs_without_an_environment(quiet, tmp_path, note):
 @contextlib.contextmanager
 def read_only(folder: Path, aside: Path) -> Iterator[None]:
     """Make a folder read-only, for root too, while processes write to it."""
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine allows no mounts: no folder can be made read-only for root")
     aside.mkdir()
     # Read-only before it covers the folder: a mount that somebody writes to cannot be made so.
     subprocess.run(["mount", "--bind", folder, aside], check=True)
@@ -268,10 +273,42 @@ def read_only(folder: Path, aside: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_run_folder_read_only_for_a_while(quiet, tmp_path, undisturbed, note):
-    run = ClusterRun(tmp_path, delay_s=1.0)
+@contextlib.contextmanager
+def full(folder: Path) -> Iterator[None]:
+    """Fill the disk of a folder."""
+    filler = folder / "filler"
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            os.write(file.fileno(), bytes(4096))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A run folder on a disk of 6 MB."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine allows no mounts")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "agq-test", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_run_folder_full_then_read_only_for_a_while(quiet, tmp_path, small_disk, undisturbed, note):
+    run = ClusterRun(tmp_path, delay_s=1.5)
     run.submit()
-    run.wait_until_begun(workers=3)
+    run.wait_until_begun(5, workers=3)
+    with full(small_disk):
+        time.sleep(25)
+        before = run.done()
+    since = time.monotonic()
+    wait_for(lambda: run.done() > before, why=run.post_mortem)
+    note("run folder full for 25 s", "coordinator and workers wait until there is room", since)
+    wait_for(lambda: session_id(run) and run.done() > before + 4, why=run.post_mortem)
     logs = run.run_dir / "logs" / "slurm"
 
     def waiting() -> int:
@@ -348,6 +385,9 @@ def test_a_stitch_that_never_begins(quiet, tmp_path, segmented, note):
     since = time.monotonic()
     quiet.command("scancel", str(run.jobs("stitch")[-1]))
     run.wait_until_done()
+    # The coordinator has recorded it, for those who cannot ask the queue.
+    recorded = json.loads((run.run_dir / "run.json").read_text())["stages"]["stitch"]
+    assert recorded["state"] == "stopped"
     assert stopped("not in the queue any more")
     assert "agq resume goes on" in run.agq("attach", run.run_dir, "--interval", "1", code=1)
     note("stitch: scancel while it waits", "the run is stopped, `agq resume` stitches", since)

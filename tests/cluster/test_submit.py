@@ -108,9 +108,11 @@ def test_scale_cancel_and_resume(quiet, tmp_path, undisturbed):
 
 
 def test_resume_submits_what_is_missing(quiet, tmp_path, segmented, note):
-    held = tmp_path / "held"
+    held, lingers = tmp_path / "held", tmp_path / "lingers"
     wait = f'case "$SLURM_JOB_NAME" in agq-stitch*) while [ -e {held} ]; do sleep 0.2; done;; esac'
-    run = ClusterRun(tmp_path, delay_s=0.3, slurm={"prologue": [wait]})
+    end = f'trap "while [ -e {lingers} ]; do sleep 0.2; done" EXIT'
+    linger = f'case "$SLURM_JOB_NAME" in agq-coordinator*) {end};; esac'
+    run = ClusterRun(tmp_path, delay_s=0.3, slurm={"prologue": [wait, linger]})
     ids = lambda: {line.split()[0] for line in run.queue() if "COMPLETING" not in line}  # noqa: E731
 
     # sbatch refuses the last of three scripts.
@@ -127,8 +129,20 @@ def test_resume_submits_what_is_missing(quiet, tmp_path, segmented, note):
     wait_for(lambda: not run.queue(), why=run.post_mortem)
     assert run.done() < N_BLOCKS
     held.touch()
+    lingers.touch()
     since = time.monotonic()
     assert "3 array tasks" in run.agq("resume", run.run_dir)
+
+    # The coordinator has done its work, but SLURM ends its job at the time limit.
+    wait_for(lambda: run.stage().get("state") == "done", why=run.post_mortem)
+    coordinator = str(run.jobs("coordinator")[-1])
+    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 2))
+    quiet.command("scontrol", "update", f"jobid={coordinator}", f"EndTime={soon}")
+    shown = ["scontrol", "show", "job", coordinator]
+    wait_for(lambda: "JobState=TIMEOUT" in quiet.command(*shown), why=run.post_mortem)
+    limit = time.monotonic()
+    wait_for(lambda: any("agq-stitch" in line and "RUNNING" in line for line in run.queue("%j %T")))
+    note("coordinator: TIMEOUT after its work", "its stitch begins all the same", limit)
 
     # The prediction is done, the stitch works: it goes on, and no GPU waits for nothing.
     wait_for(lambda: run.stage().get("state") == "done" and len(ids()) == 1, why=run.post_mortem)
@@ -162,9 +176,7 @@ def pending(run_dir: Path) -> set[tuple[str, int]]:
 def test_pages_line_by_line(quiet, tmp_path, monkeypatch, page):
     """The section as written, but for the place of the data and a network without weights."""
     lines = section_commands(page, CLUSTER_PAGES[page])
-    assert [line.split()[1] for line in lines[1:6]] == [
-        *("submit", "submit", "attach", "scale", "cancel")
-    ]
+    assert {"config", "submit", "attach", "scale", "cancel"} <= {line.split()[1] for line in lines}
     write_volume(tmp_path / "in.zarr", "raw", blobs((20, 50, 70)))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shim = tmp_path / "bin" / "agq"

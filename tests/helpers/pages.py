@@ -8,7 +8,14 @@ from tests.helpers import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "docker" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-CLUSTER_PAGES = {"README.md": "## Your cluster", "docs/cluster.md": "## A first run"}
+
+def heading(page: str, word: str) -> str:
+    """Return the first heading of a page's sections that has a word in it."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    return next(n for n in lines if n.startswith("## ") and word.lower() in n.lower())
+
+
+CLUSTER_PAGES = {"README.md": heading("README.md", "cluster"), "docs/cluster.md": "## A first run"}
 """The sections whose commands need a SLURM cluster."""
 
 
@@ -45,10 +52,9 @@ def page_commands() -> Iterator[tuple[str, str]]:
                     yield str(file.relative_to(ROOT)), line
 
 
-def section_commands(page: str, heading: str) -> list[str]:
-    """Return the command lines of one section of a page."""
-    text = (ROOT / page).read_text(encoding="utf-8").partition(heading + "\n")[2]
-    body = text.partition("\n## ")[0].partition("```sh\n")[2].partition("```")[0]
-    found = commands("sh", body)
-    assert found, (page, heading)
-    return found
+def section_commands(page: str, section: str) -> list[str]:
+    """Return the command lines of the first block of commands in one section of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition(f"{section}\n")[2]
+    block = re.search(r"```(sh|console|bash)\n(.*?)```", text.partition("\n## ")[0], re.DOTALL)
+    assert block is not None, (page, section)
+    return commands(*block.groups())
