@@ -25,6 +25,7 @@ from tests.helpers.pages import (
     ROOT,
     commands,
     fences,
+    mentioned,
     page_commands,
     section_commands,
 )
@@ -75,7 +76,8 @@ NO_APPTAINER = "needs apptainer: "
 ELSEWHERE = {
     ("README.md", "make demo"): "tests/test_docs_run.py::test_make_demo",
     ("README.md", "make test"): CI,
-    ("README.md", ".venv/bin/agq view runs/demo"): VIEW,
+    ("README.md", "make install"): CI,
+    ("README.md", "agq view runs/demo"): VIEW,
     ("README.md", "agq dashboard runs/my-volume"): PAGE,
     ("README.md", "agq view runs/my-volume"): VIEW,
     ("docs/first-run.md", "make demo"): "tests/test_docs_run.py::test_make_demo",
@@ -114,7 +116,13 @@ def elsewhere(page: str, line: str) -> str | None:
     return None
 
 
-README_SECTIONS = ("## Your data", "## Watch it, look at it", "## Only the stitch")
+README_SECTIONS = (
+    "## Install",
+    "## Your data",
+    "## Looks wrong?",
+    "## Look and share",
+    "## Only the stitch",
+)
 
 
 def test_every_command_of_every_page_is_run_somewhere() -> None:
@@ -136,6 +144,22 @@ def test_every_command_of_every_page_is_run_somewhere() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for target in ("test", "test-slow", "lint", "docs"):
         assert f"\nmake {target}\n" in ci
+    assert "\nmake -j 2 install " in ci
+
+
+def test_every_option_of_every_page_is_tried_somewhere() -> None:
+    """Also of commands that pages only mention: by a command that is run, or in a test."""
+    tests = [f for f in (ROOT / "tests").rglob("*.py") if not f.name.startswith("test_docs")]
+    tried = {
+        word for file in tests for word in re.findall(r"--[a-z][\w-]*", file.read_text("utf-8"))
+    }
+    for page, line in page_commands():
+        if elsewhere(page, line) is None:
+            tried.update(re.findall(r"--[a-z][\w-]*", line))
+    for page, words, _ in mentioned():
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        untried = options - tried - {"--install-completion"}  # typer's own
+        assert not untried, f"{page}: no test gives {untried} to agq"
 
 
 def test_every_page_with_python_is_run() -> None:

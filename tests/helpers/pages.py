@@ -1,6 +1,8 @@
 """The pages of the documentation and the commands on them."""
 
+import itertools
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +60,37 @@ def section_commands(page: str, section: str) -> list[str]:
     block = re.search(r"```(sh|console|bash)\n(.*?)```", text.partition("\n## ")[0], re.DOTALL)
     assert block is not None, (page, section)
     return commands(*block.groups())
+
+
+def mentioned() -> Iterator[tuple[str, list[str], bool]]:
+    """Yield (page, words, whole) of every `agq ...` command line on a page.
+
+    Whole lines stand in fences, indented blocks and manifests; between backticks a command may be
+    named without what it needs.
+    """
+    for file in (*PAGES, ROOT / "agq" / "README.md", ROOT / "model" / "weights" / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        blocks = [body for _, kind, body in fences(file) if kind in ("sh", "console", "text")]
+        blocks += re.findall(r"^(?: {4}\S.*\n(?:      .*\n)*)+", prose, re.M)
+        for body in blocks:
+            for line in re.sub(r"\$\([^)]*\)", "X", body.replace("\\\n", " ")).splitlines():
+                for words in called(shlex.split(line, comments=True)):
+                    yield file.name, words, True
+        for body in (body for _, kind, body in fences(file) if kind == "yaml"):
+            for words in re.findall(r"command: \[agq, ([^\]]+)\]", body):
+                yield file.name, [word.strip().strip('"') for word in words.split(",")], True
+        for line in re.findall(r"`(agq [^`]+)`", prose):
+            for words in called(shlex.split(line)):
+                yield file.name, words, False
+
+
+def called(words: list[str]) -> Iterator[list[str]]:
+    """Yield the arguments of each `agq` of a command line, also inside a quoted one."""
+    for k, word in enumerate(words):
+        if " " in word:
+            yield from called(shlex.split(word))
+        elif word.rpartition("/")[2] == "agq" and k + 1 < len(words):
+            rest = itertools.takewhile(lambda w: w not in (">", "&&", ";"), words[k + 1 :])
+            yield [w.rstrip(";") for w in rest if not re.fullmatch(r"\$[A-Z]+", w)]
+            break

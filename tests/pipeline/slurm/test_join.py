@@ -53,7 +53,7 @@ def test_workers_that_join_make_the_same_bytes_though_one_is_killed(tmp_path):
         assert coordinator.poll() is None, coordinator.stdout.read()
         time.sleep(0.05)
     assert Session.load(run_dir).token, "nobody joins without the token"
-    workers = [start("worker", run_dir) for _ in range(2)]
+    workers = [start("worker", run_dir, "--grace-s", "45") for _ in range(2)]
     while len(blocks_of(run_dir)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
