@@ -30,6 +30,7 @@ from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord
 from agq.blockwise.journal.writer import process_journal
+from agq.blockwise.stitch.cluster import LazyClient
 from agq.blockwise.stitch.steps import Progress, Task, Workers
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities
@@ -105,7 +106,10 @@ class Fragments:
 
 
 def import_fragments(
-    source: Fragments, run_dir: Path, client: Client, on_progress: Progress | None = None
+    source: Fragments,
+    run_dir: Path,
+    client: Client | LazyClient,
+    on_progress: Progress | None = None,
 ) -> BlockGrid:
     """Write fragments, sidecars and journal into a folder that :func:`run_stitch` takes.
 

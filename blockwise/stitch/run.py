@@ -37,6 +37,7 @@ from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.stitch import contacts as contacts_module
 from agq.blockwise.stitch.classes import ClassRule, Count
+from agq.blockwise.stitch.cluster import LazyClient
 from agq.blockwise.stitch.contacts import Collect
 from agq.blockwise.stitch.merge.agglomeration import Merge
 from agq.blockwise.stitch.output.pyramid import (
@@ -265,7 +266,7 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
 
 def run_stitch(
     spec: StitchSpec,
-    client: Client,
+    client: Client | LazyClient,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
     *,

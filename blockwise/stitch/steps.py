@@ -23,6 +23,7 @@ from distributed import Client, Future, KilledWorker, Worker, as_completed
 from distributed.client import FutureCancelledError
 
 from agq.blockwise.journal.writer import end_journal
+from agq.blockwise.stitch.cluster import LazyClient
 from agq.blockwise.storage.files import file_checksum, require_folder, write_atomic
 from agq.blockwise.storage.leftovers import remove_all_temporaries
 from agq.blockwise.threads import start_aside
@@ -82,7 +83,7 @@ class Workers:
 
     Attributes
     ----------
-    client
+    source
         Client; its workers must see the folder under the same path.
     folder
         Folder that all tasks write into.
@@ -95,15 +96,22 @@ class Workers:
         were started for the client have their own care for workers.)
     """
 
-    client: Client
+    source: Client | LazyClient
     folder: Path
     on_progress: Progress | None = None
     on_note: Callable[[str], None] | None = None
     wait_s: float = 300.0
 
     @property
+    def client(self) -> Client:
+        """The client, which may start now."""
+        return self.source.client() if isinstance(self.source, LazyClient) else self.source
+
+    @property
     def cores(self) -> int:
         """Threads of all workers, at least 1."""
+        if isinstance(self.source, LazyClient):
+            return self.source.cores
         return max(1, sum(self.client.ncores().values()))
 
     def addresses(self) -> frozenset[str]:
@@ -122,6 +130,8 @@ class Workers:
         It would write into folders that the next command has emptied, and be taken for that one's
         work.
         """
+        if isinstance(self.source, LazyClient):
+            return  # its workers end with the command that started them
         mark = _mark(self.folder)
         noted = False
         while running := sum(self.client.run(_running, mark, on_error="ignore").values()):
@@ -277,7 +287,7 @@ class Step:
         later: Sequence[str] = (),
     ) -> None:
         self._workers = workers
-        self._addresses = workers.addresses()
+        self._addresses: frozenset[str] = frozenset()
         self.name = name
         self.key = key
         self.reused = False
@@ -293,11 +303,13 @@ class Step:
         Outputs that were begun with the same key stay; others are removed.
         """
         marker = self.read(self._workers.folder, self.name)
-        if marker.get("key") == self.key and all(path.exists() for path in self._outputs):
-            if marker.get("done"):
-                self.reused = True
-                result: dict[str, Any] = marker["result"]
-                return result
+        kept = marker.get("key") == self.key and all(path.exists() for path in self._outputs)
+        if kept and marker.get("done"):
+            self.reused = True
+            result: dict[str, Any] = marker["result"]
+            return result
+        self._addresses = self._workers.addresses()
+        if kept:
             self.resumed = True
             return None
         for marker_file in (*self._later, self._path):

@@ -1,11 +1,17 @@
 """A command line whose commands are imported when they are asked for.
 
-All of `agq` takes most of a second to import, and `agq status` is asked often.
+All of `agq` takes most of a second to import, and `agq status` is asked often. The list of commands
+(`agq --help`) is read from their source.
 """
 
+import ast
 import importlib
-from collections.abc import Mapping
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
+from importlib.abc import SourceLoader
 from typing import Any
 
 import typer
@@ -24,22 +30,50 @@ def lazy_group(places: Mapping[str, str]) -> type[TyperGroup]:
         def __init__(self, **attributes: Any) -> None:
             names = {name: TyperCommand(name) for name in places}
             super().__init__(**attributes | {"commands": names})
-            self._completing = False
+            self._listing = False
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
-            if self._completing or cmd_name not in places:
+            if self._listing or cmd_name not in places:
                 return self.commands.get(cmd_name)
             return _make(cmd_name, places[cmd_name])
 
         def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
             # The shell shows names, and waits: no command is imported for its help.
-            self._completing = True
-            try:
+            with self._names_only():
                 return super().shell_complete(ctx, incomplete)
+
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            for name, place in places.items():
+                self.commands[name].help = _help(place)
+            with self._names_only():
+                super().format_help(ctx, formatter)
+
+        @contextmanager
+        def _names_only(self) -> Iterator[None]:
+            self._listing = True
+            try:
+                yield
             finally:
-                self._completing = False
+                self._listing = False
 
     return LazyGroup
+
+
+def _help(place: str) -> str:
+    """Return the help of a command: a function's docstring, or what its `typer.Typer` is given."""
+    name, _, attribute = place.partition(":")
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert isinstance(spec.loader, SourceLoader)
+    for node in ast.parse(spec.loader.get_source(name) or "").body:
+        match node:
+            case ast.FunctionDef(name=found) if found == attribute:
+                return ast.get_docstring(node) or ""
+            case ast.Assign(targets=[ast.Name(id=found)], value=ast.Call(keywords=given)):
+                if found == attribute:
+                    texts = [ast.literal_eval(word.value) for word in given if word.arg == "help"]
+                    return inspect.cleandoc(texts[0])
+    raise LookupError(place)
 
 
 @cache

@@ -8,15 +8,17 @@ voxel pairs joined in the segmentation, those joined in the truth) and recall (t
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Group
 
-from agq.pipeline.evaluate.contingency import BlockCounts, Contingency
 from agq.tables import Tabled
 from agq.terminal import WholeTable
+
+if TYPE_CHECKING:
+    from agq.pipeline.evaluate.contingency import BlockCounts, Contingency
 
 VARIANTS = {
     "as_is": "as is (predicted 0 is one segment)",
@@ -101,6 +103,9 @@ class Scores:
 
 def scores_of(counts: BlockCounts) -> dict[str, Scores | None]:
     """Score tables in every way of `VARIANTS`."""
+    # Reports alone are read without scipy, which is slow to load.
+    from agq.pipeline.evaluate.contingency import Contingency
+
     return {
         "as_is": Scores.of(Contingency.merge([counts.labelled, counts.background])),
         "background_filled": Scores.of(Contingency.merge([counts.labelled, counts.filled])),

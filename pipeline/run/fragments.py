@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.cluster import lazy_client
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, imported_grid
 from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
@@ -113,7 +113,7 @@ def stitch_arrays(
     classes = None
     if values.input.classes is not None:
         classes = open_input(values.input.classes, run, "labels", "input.classes", source["unit"])
-    with dask_client(section.dask) as client, open_progress(output, on_progress) as progress:
+    with lazy_client(section.dask) as client, open_progress(output, on_progress) as progress:
         if opened is not None:
             for note in opened.volume.notes:
                 progress.note(note)

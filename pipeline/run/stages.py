@@ -31,7 +31,7 @@ from agq.blockwise.predict.coordinator import (
     run_predict,
 )
 from agq.blockwise.predict.settings import AttemptSettings
-from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.cluster import lazy_client
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import write_atomic
@@ -376,7 +376,7 @@ def stitch(
     find_blocks(spec)
     with (
         session.stage("stitch", int(prepared.selected.size)) as record,
-        client or dask_client(section.dask) as dask,
+        client or lazy_client(section.dask) as dask,
     ):
         tell = partial(session.update_step, "stitch")
         wait_s = section.dask.wait_s

@@ -229,7 +229,7 @@ def test_command_line(tmp_path):
 def test_an_output_folder_takes_other_settings(tmp_path, client, main, monkeypatch):
     """Nothing that is said is ignored, and the arrays are not needed again."""
     monkeypatch.setattr(
-        "agq.pipeline.run.fragments.dask_client", lambda _: contextlib.nullcontext(client)
+        "agq.pipeline.run.fragments.lazy_client", lambda _: contextlib.nullcontext(client)
     )
     fragments, affinities = small_volumes()
     for name, data in (("fragments", fragments), ("affinities", affinities)):

@@ -213,14 +213,16 @@ def test_commands_on_a_folder_that_is_no_run(main, tmp_path, command):
     assert "is not a run folder" in err
 
 
-def test_help_lists_every_command(main):
+def test_help_lists_every_command(main, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # each in a line
     code, out, _ = main("--help")
     assert code == 0
     for name, place in cli.COMMANDS.items():
-        assert re.search(rf"^\W*{name} +\w", out, re.M), name
-        # The function or group is found under the name it is called by.
+        listed = re.search(rf"^\W*{name} +(\w+\W+\w+)", out, re.M)
+        assert listed, name
+        # The function or group is found under the name it is called by, and says the same itself.
         code, out_of, _ = main(name, "--help")
-        assert (code, f"agq {name}" in out_of) == (0, True), place
+        assert (code, f"agq {name}" in out_of, listed[1] in out_of) == (0, True, True), place
 
 
 def test_debug_shows_the_traceback_of_this_command_only(main, tmp_path, monkeypatch):
