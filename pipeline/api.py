@@ -23,6 +23,7 @@ from agq.pipeline.config.yaml_settings import expand_variables
 from agq.pipeline.data.arrays import array_of, store_array
 from agq.pipeline.data.inputs import open_input
 from agq.pipeline.data.sections import is_importable
+from agq.pipeline.evaluate.plausibility import Plausibility, recorded_plausibility
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run import stages
@@ -71,12 +72,15 @@ class RunReport(Tabled):
         Reports of the two stages.
     evaluation
         Scores; None without ground truth.
+    plausibility
+        Figures that need no truth, and advice; None if they cannot be measured.
     """
 
     run_dir: Path
     predict: PredictReport
     stitch: StitchReport
     evaluation: EvaluationReport | None
+    plausibility: Plausibility | None = None
 
     def table(self) -> RenderableType:
         """Return the report for a rich console."""
@@ -92,8 +96,8 @@ class RunReport(Tabled):
             ("picture", str(run.path / f"{run.path.name}.png")),
             ("viewer", f"agq view {run.path}"),
         ]
-        scores = [] if self.evaluation is None else [self.evaluation.table()]
-        return Group(facts(f"Run {run.path.name}", rows), *scores)
+        more = [part.table() for part in (self.plausibility, self.evaluation) if part]
+        return Group(facts(f"Run {run.path.name}", rows), *more)
 
 
 class Run:
@@ -191,7 +195,8 @@ class Run:
             stitched = self.stitch()
             scores = stages.score(session)
             stages.picture(session)
-        return RunReport(self.path, predicted, stitched, scores)
+        plausible = recorded_plausibility(self._folder.record()["stages"]["stitch"])
+        return RunReport(self.path, predicted, stitched, scores, plausible)
 
     def predict(
         self,

@@ -135,7 +135,17 @@ def stitch(
 
 
 def _print(report: "StitchReport", folder: Path) -> None:
+    from agq.pipeline.evaluate.plausibility import recorded_plausibility
+    from agq.pipeline.folder import RunFolder
+    from agq.reading import read_record
+
     out.print(report.table(folder / "data.zarr" / "segmentation"))
+    run = RunFolder(folder)
+    entry = (
+        run.record()["stages"]["stitch"] if run.exists() else read_record(folder / "stitch.json")
+    )
+    if plausible := recorded_plausibility(entry):
+        out.print(plausible.table())
 
 
 def _refuse(options: dict[str, Any], reason: str) -> None:

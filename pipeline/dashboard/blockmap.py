@@ -41,6 +41,8 @@ class MapImage:
         Blocks per cell along each side.
     blocks
         Blocks along rows and columns.
+    index
+        The layer.
     low, high
         Values at the two ends of the colours; None by state.
     """
@@ -48,6 +50,7 @@ class MapImage:
     cells: npt.NDArray[np.uint8]
     step: int
     blocks: tuple[int, int]
+    index: int
     low: float | None = None
     high: float | None = None
 
@@ -87,6 +90,22 @@ def block_values(n_blocks: int, rows: npt.NDArray[Any], by: By) -> npt.NDArray[n
     return values
 
 
+def layer_to_show(grid: BlockGrid, codes: npt.NDArray[np.uint8], axis: int) -> int:
+    """Return the layer along an axis in which most happens.
+
+    It is the one with the most running blocks; without any, with the most failed ones, then done,
+    waiting, skipped ones; of equals the nearest to the middle.
+    """
+    blocks = codes.reshape(grid.shape)
+    others = tuple(other for other in range(3) if other != axis)
+    middle = np.abs(np.arange(grid.shape[axis]) - grid.shape[axis] // 2)
+    for code in (RUNNING, FAILED, DONE, WAITING, SKIPPED):
+        count = np.count_nonzero(blocks == code, axis=others)
+        if count.any():
+            return int(np.lexsort((middle, -count))[0])
+    return grid.shape[axis] // 2
+
+
 def layer(
     grid: BlockGrid, column: npt.NDArray[Any], axis: int, index: int
 ) -> tuple[npt.NDArray[Any], int]:
@@ -110,7 +129,7 @@ def layer(
 def state_image(grid: BlockGrid, codes: npt.NDArray[np.uint8], axis: int, index: int) -> MapImage:
     """Draw the states of one layer of blocks."""
     cells, step = layer(grid, codes, axis, index)
-    return MapImage(np.ascontiguousarray(cells), step, _sides(grid, axis))
+    return MapImage(np.ascontiguousarray(cells), step, _sides(grid, axis), index)
 
 
 def value_image(
@@ -124,7 +143,7 @@ def value_image(
     cells, step = layer(grid, values, axis, index)
     scaled = np.clip((cells - low) / max(high - low, 1e-9), 0, 1) * 254 + 1
     image = np.where(np.isnan(cells), 0, np.nan_to_num(scaled)).astype(np.uint8)
-    return MapImage(image, step, _sides(grid, axis), low, high)
+    return MapImage(image, step, _sides(grid, axis), index, low, high)
 
 
 def block_in_cell(

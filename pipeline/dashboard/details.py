@@ -1,7 +1,7 @@
 """Details on the page of a run: speed over time, rates of workers, grouped failures, logs."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,36 +17,70 @@ from agq.pipeline.status.failures import error_kind
 from agq.pipeline.status.run_status import Failure, StageStatus
 
 _BINS: Final = 120
+_SHORTEST: Final = 1e-3
+_RECENT: Final = 200
 _MAX_GROUPS: Final = 50
 _MAX_EXAMPLES: Final = 20
 _LOG_BYTES: Final = 8 << 10
 _MAX_LARGEST: Final = 10
 
 
-def history(rows: npt.NDArray[Any], started: float | None, until: float) -> dict[str, Any]:
-    """Return blocks and voxels done per second, over time.
+def history(
+    rows: npt.NDArray[Any], started: float | None, until: float, begun: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Return blocks and voxels per second, over time.
 
-    Blocks before `started`, the last start of the stage, are left out (None: the first block); the
-    last bin ends at `until`. The mapping has ``start``, ``seconds`` of one bin, and the lists
+    A block counts while it is worked on, by the part of its time in each bin: counted at its end,
+    blocks that take longer than a bin would make a row of spikes. Those under way, begun at the
+    times `begun`, count as if they took the median time of the last ones.
+
+    Blocks done before `started`, the last start of the stage, are left out (None: the first block);
+    the last bin ends at `until`. The mapping has ``start``, ``seconds`` of one bin, and the lists
     ``blocks_per_s`` and ``voxels_per_s``.
     """
     done = rows[rows["rank"] == BlockState.DONE]
-    ends = done["finished"]
-    if started is None or not (ends >= started).any():
-        started = float(ends.min()) if ends.size else until
+    if started is None or not (done["finished"] >= started).any():
+        started = float(done["finished"].min()) if done.size else until
+    done = done[done["finished"] >= started]
+    # A block that ends between two polls may be later than "now".
+    ends = np.minimum(done["finished"], until)
+    starts = np.where(done["started"] > 0, np.clip(done["started"], started, ends), ends)
+    parts, voxels = np.ones(ends.size), done["voxels"].astype(float)
+    if ends.size and len(begun):
+        usual = max(float(np.median((ends - starts)[-_RECENT:])), 1e-3)
+        since = np.clip(np.asarray(begun), started, until)
+        under_way = (until - since) / np.maximum(usual, until - since)
+        starts = np.concatenate([starts, since])
+        ends = np.concatenate([ends, np.full(since.size, until)])
+        parts = np.concatenate([parts, under_way])
+        voxels = np.concatenate([voxels, under_way * float(np.median(voxels[-_RECENT:]))])
     length = max((until - started) / _BINS, 1.0)
     count = max(1, int(np.ceil((until - started) / length)))
-    # A block that ends between two polls may be later than "now".
-    place = ((ends - started) / length).astype(np.int64)
-    inside = (ends >= started) & (place < count)
-    blocks = np.bincount(place[inside], minlength=count)
-    voxels = np.bincount(place[inside], weights=done["voxels"][inside], minlength=count)
+    spans = ((starts - started) / length, (ends - started) / length)
     return {
         "start": started,
         "seconds": length,
-        "blocks_per_s": [round(float(v), 4) for v in blocks / length],
-        "voxels_per_s": [round(float(v), 1) for v in voxels / length],
+        "blocks_per_s": [round(float(v), 4) for v in _spread(*spans, parts, count) / length],
+        "voxels_per_s": [round(float(v), 1) for v in _spread(*spans, voxels, count) / length],
     }
+
+
+def _spread(
+    starts: npt.NDArray[np.float64],
+    ends: npt.NDArray[np.float64],
+    amounts: npt.NDArray[np.float64],
+    count: int,
+) -> npt.NDArray[np.float64]:
+    """Spread amounts evenly from their starts to their ends, in bins; return the sum in each."""
+    starts = np.minimum(starts, ends - _SHORTEST)
+    rates = amounts / (ends - starts)
+    level, inside = np.zeros((2, count + 1))
+    for edges, sign in ((starts, 1), (ends, -1)):
+        # In its bin a step counts for what is left of the bin, in later ones whole.
+        place = np.clip(edges.astype(np.int64), 0, count - 1)
+        inside[:-1] += sign * np.bincount(place, rates * (place + 1 - edges), count)
+        level[1:] += sign * np.bincount(place, rates, count)
+    return np.clip((inside + np.cumsum(level))[:-1], 0, None)
 
 
 def worker_rows(

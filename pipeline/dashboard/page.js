@@ -4,6 +4,7 @@ const STATES = ["outside", "skipped", "done", "waiting", "running", "failed"];
 const AXES = ["z", "y", "x"];
 const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 const POLL_MS = 2000;
+const MOST_PIXELS = 64;  // on a side of a square of the map
 const key = new URLSearchParams(location.search).get("run");
 const id = (name) => document.getElementById(name);
 let shown = key, run = null, image = null, picked = null, drawn = 0, sought = 0;
@@ -20,6 +21,14 @@ function el(tag, text, attributes = {}, ...children) {
 }
 
 function fill(node, ...children) { node.replaceChildren(...children); }
+
+// Each cell knows the heading of its column, which a narrow screen shows beside it.
+function fillRows(body, rows) {
+  const names = [...body.parentNode.querySelectorAll("th")].map((th) => th.textContent);
+  for (const row of rows) [...row.children].forEach((cell, k) => { cell.dataset.name = names[k]; });
+  fill(body, ...rows);
+}
+
 function css(name) { return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim(); }
 function whole(n) { return n === null || n === undefined ? "" : Math.round(n).toLocaleString("en"); }
 function short(n) { return n === null || n === undefined ? "" : Math.abs(n) < 1e-6 ? "0" : Number(n.toPrecision(3)).toLocaleString("en", {maximumSignificantDigits: 3}); }
@@ -53,12 +62,12 @@ function showList(runs) {
   id("list").hidden = false;
   id("run").hidden = true;
   id("name").textContent = runs.length + (runs.length === 1 ? " run" : " runs");
-  fill(id("runs"), ...runs.map((r) => {
+  fillRows(id("runs"), runs.map((r) => {
     const state = el("span"); pill(state, r.state);
     const part = r.blocks_total ? ` (${Math.floor(100 * r.done / r.blocks_total)} %)` : "";
     return el("tr", null, {}, el("td", null, {}, r.stranger ? el("span", `${r.name} (of ${r.stranger}, not trusted)`, {title: `agq dashboard ${r.run_dir}`}) : el("a", r.name, {href: "/?run=" + encodeURIComponent(r.key)})),
       el("td", String(r.id || "").slice(0, 8), {class: "quiet"}), el("td", r.user || ""),
-      el("td", null, {}, state, document.createTextNode(r.stage ? " " + r.stage : "")),
+      el("td", null, {}, el("span", null, {}, state, document.createTextNode(r.stage ? " " + r.stage : ""))),
       el("td", r.blocks_total ? `${whole(r.done)} of ${whole(r.blocks_total)}${part}` : ""),
       el("td", r.failed || "", {class: "n"}), el("td", r.blocks_per_s ? `${short(r.blocks_per_s)}/s` : "", {class: "n"}),
       el("td", r.eta_s === null ? "" : span(r.eta_s), {class: "n"}), el("td", day(r.heard)), el("td", day(r.created)), el("td", r.problem || r.run_dir, {class: "quiet"}));
@@ -79,7 +88,6 @@ function showRun() {
   if (run.blocks) {
     const axis = Number(id("axis").value);
     id("index").max = run.blocks[axis] - 1;
-    if (!image) id("index").value = Math.floor(run.blocks[axis] / 2);
   }
 }
 
@@ -107,16 +115,22 @@ function stageRow(s) {
   return el("div", null, {class: "stage"}, el("b", s.name), bar, el("span", words.join(", "), {class: "quiet"}));
 }
 
+// A worker has several blocks in hand: it computes one while others are read and written.
+function held() {
+  const alive = run.workers.filter((w) => w.state !== "ended"), n = alive.reduce((sum, w) => sum + w.current.length, 0);
+  return n > alive.length ? ` on ${whole(n)} blocks (read, computed and written side by side)` : "";
+}
+
 function showWorkers() {
   const alive = run.workers.filter((w) => w.state !== "ended");
   const slow = alive.filter((w) => w.lags).length;
-  id("nworkers").textContent = `${alive.length} at work` + (slow ? `, ${slow} lagging` : "") + `, ${run.workers.length - alive.length} ended`;
-  fill(id("workers"), ...run.workers.slice(0, 200).map((w) => {
+  id("nworkers").textContent = `${alive.length} at work${held()}` + (slow ? `, ${slow} lagging` : "") + `, ${run.workers.length - alive.length} ended`;
+  fillRows(id("workers"), run.workers.slice(0, 200).map((w) => {
     const heard = el("td", w.state === "ended" ? "ended" : span(run.now - w.last) + " ago");
-    if (w.lags) heard.append(el("div", w.lags, {class: "lags"}));
+    if (w.lags) heard.append(el("span", " " + w.lags, {class: "lags"}));
     return el("tr", null, {class: w.state}, el("td", w.name), el("td", w.host), el("td", w.job || ""), el("td", w.gpu ? `${w.device}, ${w.gpu}` : w.device),
       el("td", whole(w.done), {class: "n"}), el("td", w.failed || "", {class: "n"}), el("td", short(w.rate), {class: "n"}),
-      el("td", w.current.length ? w.current[0] + (w.held_s === null ? "" : `, ${span(w.held_s)}`) : ""), heard);
+      el("td", w.current.length ? w.current.slice(0, 6).join(", ") + (w.current.length > 6 ? ", ..." : "") + (w.held_s === null ? "" : ` for ${span(w.held_s)}`) : ""), heard);
   }));
 }
 
@@ -147,15 +161,16 @@ function showFailures() {
     if (k === 0 || open.has(group.summary)) box.open = true;
     box.addEventListener("toggle", () => open[box.open ? "add" : "delete"](group.summary));
     box.append(el("summary", null, {}, el("span", `${whole(group.count)} × `, {class: "count"}), document.createTextNode(group.summary)));
-    box.append(el("div", null, {class: "scroll"}, el("table", null, {}, el("thead", null, {}, el("tr", null, {}, el("th", "block"), el("th", "ROI (world units, z, y, x)"), el("th", "attempt"), el("th", "worker"), el("th", "look"))),
-      el("tbody", null, {}, ...group.blocks.map((b) => {
+    const body = el("tbody");
+    box.append(el("div", null, {class: "scroll"}, el("table", null, {class: "cards"}, el("thead", null, {}, el("tr", null, {}, el("th", "block"), el("th", "ROI (world units, z, y, x)"), el("th", "attempt"), el("th", "worker"), el("th", "look"))), body)));
+    fillRows(body, group.blocks.map((b) => {
         const log = el("div");
         const worker = el("td");
         if (b.worker) worker.append(run.here ? logButton(b.worker, log) : document.createTextNode(b.worker));
         worker.append(log);
         const place = el("td", null, {}, ...(b.at && run.here ? [look(b.at)] : []));
         return el("tr", null, {}, el("td", b.block), el("td", b.offset ? `(${b.offset.join(", ")}) + (${b.shape.join(", ")})` : ""), el("td", b.attempt), worker, place);
-      })))));
+    }));
     if (group.count > group.blocks.length) box.append(el("p", `and ${whole(group.count - group.blocks.length)} more`, {class: "quiet"}));
     if (group.error) box.append(el("pre", group.error));
     return box;
@@ -167,22 +182,39 @@ function figures(title, entries) {
   return el("div", null, {class: "report"}, el("h3", title), el("table", null, {}, el("tbody", null, {}, ...rows)));
 }
 
+const VARIANTS = [["as_is", "as is"], ["background_filled", "filled"], ["background_ignored", "ignored"]];
+
+function scoreTable(scores) {
+  const columns = VARIANTS.filter(([key]) => scores[key]), names = Object.keys(scores[columns[0][0]]).filter((name) => typeof scores[columns[0][0]][name] === "number");
+  const head = el("tr", null, {}, el("th", "background"), ...columns.map(([, title]) => el("th", title, {class: "n"})));
+  const rows = names.map((name) => el("tr", null, {}, el("td", name.replaceAll("_", " "), {class: "quiet"}), ...columns.map(([key]) => el("td", short(scores[key][name]), {class: "n"}))));
+  return el("div", null, {class: "report"}, el("h3", "scores"), el("table", null, {}, el("thead", null, {}, head), el("tbody", null, {}, ...rows)));
+}
+
+function showPicture() {
+  const link = id("picture"), address = api("/picture", {of: run.picture || ""});
+  link.hidden = !run.picture;
+  // Drawn anew by a later command, it has another address.
+  if (run.picture && link.getAttribute("href") !== address) link.href = link.firstChild.src = address;
+}
+
 function showReport() {
-  const found = Object.entries(run.results);
-  id("results").hidden = found.length === 0;
+  const stages = Object.entries(run.results), evaluation = run.results.evaluate, look = run.plausibility;
+  id("results").hidden = stages.length === 0 && !look && !run.picture;
+  // What has come out stands first when there is nothing more to wait for.
+  const finished = run.state === "done", before = id(finished ? "stages" : "settings");
+  if (before.previousElementSibling !== id("results")) before.before(id("results"));
+  showPicture();
   const parts = [];
-  for (const [stage, report] of found) {
-    if (stage === "evaluate") {
-      for (const variant of ["as_is", "background_filled", "background_ignored"]) {
-        const scores = (report.scores || {})[variant];
-        if (scores) parts.push(figures("scores, " + variant.replaceAll("_", " "), Object.entries(scores).filter(([, v]) => typeof v === "number")));
-      }
-      continue;
-    }
-    parts.push(figures(stage, Object.entries(report).filter(([, v]) => typeof v === "number")));
-    if (report.largest) parts.push(figures("largest segments (voxels)", report.largest.map((s) => ["segment " + s.id, s.voxels])));
-  }
-  fill(id("report"), ...parts);
+  if (evaluation && Object.keys(evaluation.scores || {}).length) parts.push(scoreTable(evaluation.scores));
+  if (look) parts.push(figures("is it plausible?", look.facts));
+  const largest = (run.results.stitch || {}).largest;
+  if (largest) parts.push(figures("largest segments (voxels)", largest.map((s) => ["segment " + s.id, s.voxels])));
+  fill(id("scores"), ...parts);
+  fill(id("advice"), ...(look ? look.advice : []).map((a) => el("p", null, {class: "advice"}, el("b", a.title), document.createTextNode(": " + a.text), el("code", a.command))));
+  const counts = stages.filter(([stage]) => stage !== "evaluate");
+  id("figures").hidden = counts.length === 0;
+  fill(id("report"), ...counts.map(([stage, report]) => figures(stage, Object.entries(report).filter(([, v]) => typeof v === "number"))));
 }
 
 function showSettings() {
@@ -232,21 +264,22 @@ function ramp(t) {
 }
 
 async function loadMap() {
-  const axis = Number(id("axis").value), by = id("by").value, index = Number(id("index").value);
-  id("layer").value = `${index + 1} of ${run.blocks[axis]}`;
-  const asked = ++sought;
-  const answer = await get(api("/map", {by, axis, index}));
+  const axis = Number(id("axis").value), by = id("by").value, asked = ++sought;
+  // The server chooses the layer that is shown first: one where something happens.
+  const answer = await get(api("/map", image ? {by, axis, index: id("index").value} : {by, axis}));
   const cells = new Uint8Array(await answer.arrayBuffer());
   if (asked < drawn) return;  // A later request was answered first.
   drawn = asked;
-  image = Object.assign(JSON.parse(answer.headers.get("X-Map")), {cells, axis, by, index});
+  if (!image) id("index").value = JSON.parse(answer.headers.get("X-Map")).index;
+  image = Object.assign(JSON.parse(answer.headers.get("X-Map")), {cells, axis, by});
+  id("layer").value = `${image.index + 1} of ${run.blocks[axis]}`;
   drawMap();
 }
 
 function drawMap() {
   const [rows, columns] = image.shape;
   const colours = image.by === "state" ? STATES.map((name) => rgb(css(name))) : Array.from({length: 256}, (_, v) => v ? ramp((v - 1) / 254) : rgb(css("outside")));
-  const scale = Math.max(1, Math.floor(Math.min(id("mapbox").clientWidth - 12, 640) / Math.max(rows, columns)));
+  const scale = Math.max(1, Math.floor(Math.min((id("mapbox").clientWidth - 12) / columns, 640 / Math.max(rows, columns), MOST_PIXELS)));
   const gap = scale >= 5 ? 1 : 0, canvas = id("map");
   canvas.width = columns * scale; canvas.height = rows * scale;
   const c = canvas.getContext("2d"), data = c.createImageData(canvas.width, canvas.height);

@@ -26,6 +26,7 @@ from agq.pipeline.dashboard.blockmap import (
     block_in_cell,
     block_states,
     block_values,
+    layer_to_show,
     state_image,
     value_image,
 )
@@ -39,12 +40,14 @@ from agq.pipeline.dashboard.details import (
     worker_rows,
 )
 from agq.pipeline.data.inputs import roi_box
+from agq.pipeline.evaluate.plausibility import recorded_plausibility
 from agq.pipeline.folder import RunFolder, grid_of
 from agq.pipeline.records import check_document
 from agq.pipeline.slurm.jobs import queue_status
 from agq.pipeline.status.failures import failure_of
 from agq.pipeline.status.monitor import Monitor
 from agq.pipeline.status.run_status import RunStatus, StageStatus
+from agq.reading import read_file
 
 STAGE: Final = "predict"
 """The stage whose blocks, workers and failures the page shows."""
@@ -52,6 +55,8 @@ STAGE: Final = "predict"
 _POLL_S: Final = 1.0
 _PATIENCE_S: Final = 1.0
 _MAX_BLOCKS: Final = 10**9
+_PICTURE_BYTES: Final = 2**26
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
 
 
 class RunView:
@@ -131,6 +136,10 @@ class RunView:
             stage = next((s for s in status.stages if s.name == STAGE), None)
             now = time.time()
             until = now if stage is None or stage.finished is None else stage.finished
+            stitched = self._record.get("stages", {}).get("stitch", {})
+            plausible = recorded_plausibility(stitched)
+            begun = self._begun()
+            begun = self._begun()
             failed = map(failure_of, self._progress.failed() if self._progress else ())
             count, failures = group_failures(failed, self._grid)
             return status.model_dump(
@@ -140,11 +149,13 @@ class RunView:
                 "grid": None if self._grid is None else self._grid.to_dict(),
                 "blocks": None if self._grid is None else self._grid.shape,
                 "states": np.bincount(self._codes(), minlength=6).tolist() if self._grid else None,
-                "history": history(self._rows, stage.started if stage else None, until),
+                "history": history(self._rows, stage.started if stage else None, until, begun),
                 "workers": [] if stage is None else self._workers(stage, now),
                 "failed": count,
                 "failures": failures,
                 "results": results(self._record),
+                "plausibility": plausible and plausible.to_dict(),
+                "picture": self._drawn(),
                 "settings": settings(self._record),
                 "here": self._here,
             }
@@ -166,8 +177,8 @@ class RunView:
             "heard": status.heard,
         }
 
-    def image(self, by: By, axis: int, index: int) -> MapImage:
-        """Draw one layer of the block map.
+    def image(self, by: By, axis: int, index: int | None = None) -> MapImage:
+        """Draw one layer of the block map; without an index, the one in which most happens.
 
         Raises
         ------
@@ -175,6 +186,8 @@ class RunView:
             If the run has no grid yet, or the grid no such layer.
         """
         with self._fresh_grid() as grid:
+            if index is None:
+                index = layer_to_show(grid, self._codes(), axis)
             if not 0 <= index < grid.shape[axis]:
                 raise InputError(f"no layer {index} on axis {axis} of {grid.shape} blocks")
             if by == "state":
@@ -209,6 +222,29 @@ class RunView:
     def log(self, worker: str) -> str | None:
         """Return the end of a worker's log, if it is on this machine."""
         return log_tail(self.path, worker) if self._here else None
+
+    def picture(self) -> bytes | None:
+        """Return the picture (png) that the run has drawn of its result; None without one."""
+        for file in self._pictures():
+            with suppress(OSError, InputError, ValueError):
+                data = read_file(file, most=_PICTURE_BYTES, within=self._run.path, follow=False)
+                if data.startswith(_PNG):
+                    return data
+        return None
+
+    def _pictures(self) -> list[Path]:
+        """Name where the picture may lie: named after the folder as it is, or as it was."""
+        if not self._here:
+            return []
+        names = dict.fromkeys((self._run.path.name, str(self._record.get("name"))))
+        return [self._run.path / f"{name}.png" for name in names]
+
+    def _drawn(self) -> float | None:
+        """Return when the picture was drawn."""
+        for file in self._pictures():
+            with suppress(OSError, ValueError):
+                return file.lstat().st_mtime
+        return None
 
     def _open(self) -> None:
         """Read the journal once in the background: 10^6 lines without a snapshot take a while."""
@@ -273,6 +309,17 @@ class RunView:
         if self._grid is None:
             raise InputError("the run has no block grid yet: its prediction has not begun")
         return self._grid
+
+    def _begun(self) -> list[float]:
+        """Return when each block that is under way was begun."""
+        running = set(self._running().tolist())
+        workers = self._progress.workers.values() if self._progress else ()
+        return [
+            begun
+            for worker in workers
+            for block, (_, begun) in worker.current.items()
+            if block in running
+        ]
 
     def _workers(self, stage: StageStatus, now: float) -> list[dict[str, Any]]:
         begun: dict[str, float] = {}

@@ -99,6 +99,7 @@ class Dashboard:
                 (r"/api/run/([0-9A-Za-z_-]+)/map", _Map, shared),
                 (r"/api/run/([0-9A-Za-z_-]+)/block", _Block, shared),
                 (r"/api/run/([0-9A-Za-z_-]+)/log", _Log, shared),
+                (r"/api/run/([0-9A-Za-z_-]+)/picture", _Picture, shared),
                 (r"/view/([0-9A-Za-z_-]+)", _View, shared),
                 *((f"/({name})", _Static, shared | {"path": str(_FILES)}) for name in _STATIC),
             ],
@@ -252,7 +253,8 @@ class _Overview(_Handler):
 class _Map(_Handler):
     async def get(self, key: str) -> None:
         by, axis = self.get_query_argument("by"), self.number("axis", 2)
-        index = self.number("index", 2**40)
+        chosen = self.get_query_argument("index", None) is not None
+        index = self.number("index", 2**40) if chosen else None
         if by not in _BY:
             raise tornado.web.HTTPError(400, reason="Bad by")
         image = await self.answer(
@@ -262,6 +264,7 @@ class _Map(_Handler):
             "shape": image.cells.shape,
             "step": image.step,
             "blocks": image.blocks,
+            "index": image.index,
             "low": image.low,
             "high": image.high,
         }
@@ -283,6 +286,15 @@ class _Log(_Handler):
         text = await self.answer(lambda: self.dashboard.runs.view(key).log(worker))
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         await self.finish(text or "this machine has no log of that name\n")
+
+
+class _Picture(_Handler):
+    async def get(self, key: str) -> None:
+        png = await self.answer(lambda: self.dashboard.runs.view(key).picture())
+        if png is None:
+            raise tornado.web.HTTPError(404, reason="No picture")
+        self.set_header("Content-Type", "image/png")
+        await self.finish(png)
 
 
 class _View(_Handler):

@@ -17,6 +17,7 @@ from agq.pipeline.config.recorded import require_own_folder
 from agq.pipeline.config.schema import VolumeSettings
 from agq.pipeline.config.yaml_settings import parse_values
 from agq.pipeline.data.inputs import open_input
+from agq.pipeline.evaluate.plausibility import assess
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.stages import stitch_spec
 from agq.pipeline.status.progress import Tell, open_progress
@@ -129,5 +130,7 @@ def stitch_arrays(
             progress.note,
             wait_s=section.dask.wait_s,
         )
-    write_atomic(output / "stitch.json", json.dumps(report.to_dict(), indent=1).encode())
+    plausible = assess(output, section, truth=False)
+    said = report.to_dict() | {"plausibility": plausible and plausible.to_dict()}
+    write_atomic(output / "stitch.json", json.dumps(said, indent=1).encode())
     return report

@@ -38,6 +38,7 @@ from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError, RunStoppedError
+from agq.pipeline.evaluate.plausibility import assess
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.run.greys import Contrast, contrast_of_run
 from agq.pipeline.run.identity import changed_truth, new_makers, recorded_contents
@@ -383,6 +384,8 @@ def stitch(
         report = run_stitch(spec, dask, tell, session.progress.note, wait_s=wait_s)
         if len(report.reused) < len(report.seconds) or not session.has_report("stitch"):
             record["report"] = report.to_dict()
+        plausible = assess(prepared.run.path, section, truth=config.evaluate is not None)
+        record["plausibility"] = plausible and plausible.to_dict()
     return report
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
@@ -190,10 +191,41 @@ def test_values_keep_their_place_and_gaps() -> None:
 def test_history_counts_every_block_of_the_session() -> None:
     rows = np.zeros(5, ROW)
     rows["rank"], rows["finished"], rows["voxels"] = 3, [5, 100, 150, 200, 299], 7
-    found = history(rows, 90.0, 300.0)
-    assert sum(found["blocks_per_s"]) * found["seconds"] == pytest.approx(4, abs=0.01)
-    assert sum(found["voxels_per_s"]) * found["seconds"] == pytest.approx(28, abs=5)
+    for begun in (0, 60, rows["finished"] - 3, rows["finished"]):
+        rows["started"] = begun
+        found = history(rows, 90.0, 300.0)
+        assert sum(found["blocks_per_s"]) * found["seconds"] == pytest.approx(4, abs=0.01)
+        assert sum(found["voxels_per_s"]) * found["seconds"] == pytest.approx(28, abs=5)
     assert history(rows[:0], None, 10.0)["blocks_per_s"] == [0.0]
+
+
+def test_a_slow_steady_run_has_a_flat_history() -> None:
+    """Two workers that take 30 s for a block: counted at its end, most bins would be empty."""
+    rows = np.zeros(40, ROW)
+    rows["rank"], rows["voxels"] = 3, 1000
+    rows["finished"] = 1000 + 30.0 * (np.arange(40) // 2 + 1)
+    rows["started"] = rows["finished"] - 30
+    found = history(rows, 1000.0, 1615.0, begun=[1600.0, 1600.0])
+    assert len(found["blocks_per_s"]) == 120
+    assert found["blocks_per_s"] == pytest.approx([2 / 30] * 120, rel=0.01)
+    assert found["voxels_per_s"] == pytest.approx([2000 / 30] * 120, rel=0.01)
+    # Blocks that take longer than usual slow it down; without them its end would be empty.
+    late = history(rows, 1000.0, 1720.0, begun=[1600.0, 1600.0])["blocks_per_s"]
+    assert late[-1] == pytest.approx(2 / 120, rel=0.01)
+    assert history(rows, 1000.0, 1720.0)["blocks_per_s"][-1] == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_map_opens_where_something_happens(axis: int) -> None:
+    codes = np.full(GRID.n_blocks, blockmap.WAITING, np.uint8)
+    assert blockmap.layer_to_show(GRID, codes, axis) == GRID.shape[axis] // 2
+    last = [n - 1 for n in GRID.shape]
+    codes[GRID.number((0, 0, 0))] = blockmap.DONE
+    assert blockmap.layer_to_show(GRID, codes, axis) == 0
+    codes[GRID.number(last)] = blockmap.FAILED
+    assert blockmap.layer_to_show(GRID, codes, axis) == last[axis]
+    codes[GRID.number((1, 2, 3))] = blockmap.RUNNING
+    assert blockmap.layer_to_show(GRID, codes, axis) == (1, 2, 3)[axis]
 
 
 def test_answers(run: RunFolder) -> None:
@@ -291,6 +323,38 @@ def test_a_log_that_leads_out_of_the_run_folder_is_not_shown(
         (tmp_path / "logs" / "worker-0.log").write_text("secret")
         status, body, _ = ask(page, base + "worker-0")
         assert (status, b"symbolic link" in body, b"secret" in body) == (404, True, False)
+
+
+def test_the_picture_of_a_run_and_nothing_else(run: RunFolder, tmp_path: Path) -> None:
+    base = f"api/run/{run.record()['id']}"
+    png = b"\x89PNG\r\n\x1a\n and more"
+    file = run.path / f"{run.path.name}.png"
+    with serving(Runs([run.path])) as page:
+        assert json.loads(ask(page, base)[1])["picture"] is None
+        assert ask(page, f"{base}/picture")[0] == 404
+        file.write_bytes(png)
+        status, body, headers = ask(page, f"{base}/picture")
+        assert (status, body, headers["Content-Type"]) == (200, png, "image/png")
+        file.write_bytes(b"secret")
+        assert ask(page, f"{base}/picture")[0] == 404
+        file.unlink()
+        (tmp_path / "secret.png").write_bytes(png)
+        file.symlink_to(tmp_path / "secret.png")
+        assert ask(page, f"{base}/picture")[0] == 404
+        file.unlink()
+        os.mkfifo(file)
+        assert ask(page, f"{base}/picture")[0] == 404
+
+
+def test_two_pages_on_one_host_keep_their_cookies(run: RunFolder) -> None:
+    """A browser sends the cookies of a host to all its ports."""
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    with serving(Runs([run.path])) as one, serving(Runs([run.path])) as two:
+        for page in (one, two):
+            opener.open(page.address, timeout=20).close()
+        for page in (one, two):
+            with opener.open(f"http://127.0.0.1:{page.port}/api/runs", timeout=20) as answer:
+                assert answer.status == 200
 
 
 def test_other_host_names_are_refused_on_loopback(run: RunFolder) -> None:
@@ -449,7 +513,7 @@ def test_folders_of_strangers_are_listed_and_not_opened(
         assert set(lines) == {"my <b>run", "evil"}
         evil = lines["evil"]
         assert (evil["stranger"], evil["state"]) == ("uid 54321", "")
-        for path in ("", "/log?worker=worker-0", "/map?by=state&axis=0&index=0"):
+        for path in ("", "/log?worker=worker-0", "/map?by=state&axis=0&index=0", "/picture"):
             status, body, _ = ask(page, f"api/run/{evil['key']}{path}")
             assert (status, b"belongs to uid 54321" in body) == (404, True)
         assert ask(page, f"view/{evil['key']}?at=0,0,0")[0] == 404
@@ -547,7 +611,7 @@ def test_a_real_browser_shows_the_run_and_follows_it(run: RunFolder, tmp_path: P
         assert page.inner_text("#state") == "running"
         assert SCRIPT in page.inner_text("#failures")
         assert page.locator("script").count() == 1
-        assert page.locator("img").count() == 0
+        assert page.locator("img[src]").count() == 0
         # The middle layer of blocks along z is the one with the failures.
         assert _colours(page) == _expected(
             page, {22: "failed", 23: "failed", 24: "failed", 30: "running"}, 20
@@ -576,6 +640,60 @@ def test_a_real_browser_shows_the_run_and_follows_it(run: RunFolder, tmp_path: P
         assert other_hosts == []
         if SHOT:
             page.screenshot(path=f"{SHOT}/dashboard-test.png", full_page=True)
+
+
+WIDE = """() => [...document.querySelectorAll("body *")].filter((e) =>
+  e.getBoundingClientRect().right > innerWidth + 0.5 || (e.scrollWidth > e.clientWidth + 1
+  && getComputedStyle(e).overflowX !== "visible")).map((e) => e.outerHTML.slice(0, 80))"""
+
+
+def shown_whole(page: Any) -> None:
+    """Check that nothing is cut off at the right, with all that can be opened open."""
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    width, seen = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width <= seen
+    assert page.evaluate(WIDE) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [420, 1200])
+def test_nothing_is_cut_off_and_a_finished_run_shows_its_results_first(
+    run: RunFolder, tmp_path: Path, width: int
+) -> None:
+    done = RunFolder(run.path.parent / "a-finished-run-with-a-long-name-that-has-no-place-to-break")
+    done.create({}, {"grid": GRID.to_dict()})
+    writer = JournalWriter(done.journal("predict"), WORKER)
+    now = time.time()
+    for block in range(GRID.n_blocks):
+        writer.finish(BlockRecord(block, "done", started=now - 9, finished=now, voxels=400))
+    blank = np.full((60, 90, 3), 200, np.uint8)
+    Image.fromarray(blank).save(done.path / f"{done.path.name}.png")
+    scores = {"voi_split": 0.5, "voi_merge": 0.25, "meaning": "text"}
+    reports: dict[str, Any] = {
+        "predict": {"blocks": 60, "labels": 10**12},
+        "stitch": {"segments": 7, "largest": [{"id": 2**60, "voxels": 10**15, "fragments": 3}]},
+        "evaluate": {"scores": {"as_is": scores, "background_filled": scores}},
+    }
+    for stage, report in reports.items():
+        done.update_stage(stage, state="done", started=now - 60, finished=now, report=report)
+    with serving(Runs([], run.path.parent)) as server, browser_page(width, 800) as page:
+        page.goto(server.address)
+        page.wait_for_selector("#runs tr")
+        shown_whole(page)
+        page.click("text=my <b>run")
+        wait_until(lambda: page.inner_text("#layer") != "")
+        assert page.inner_text("#layer") == "2 of 3", "the layer with the running block"
+        assert "1 at work" in page.inner_text("#nworkers")
+        shown_whole(page)
+        page.click("#home")
+        page.click(f"text={done.path.name}")
+        width_of = "document.querySelector('#picture img').naturalWidth"
+        wait_until(lambda: page.evaluate(width_of) == 90)
+        parts = ("#picture", "#scores", "#stages", "#map", "#workers", "#settings")
+        tops = [page.locator(part).bounding_box()["y"] for part in parts]
+        assert tops == sorted(tops)
+        assert "0.25" in page.inner_text("#scores")
+        shown_whole(page)
 
 
 def wait_until(true: Callable[[], bool]) -> None:
