@@ -1,5 +1,5 @@
 // Makes the users of agq in a new database (mongosh runs it once, as root of the database). For a
-// database that was there before, see docker/README.md.
+// database that was there before, see docs/containers.md.
 const { readFileSync } = require("fs");
 
 for (const [secret, role] of [["mongo-uri", "readWrite"], ["mongo-read-uri", "read"]]) {

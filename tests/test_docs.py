@@ -60,7 +60,8 @@ def test_every_path_exists() -> None:
 
 def test_troubleshooting_quotes_messages_of_the_code() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    messages = re.findall(r"^`([^`]+)`\n: ", text, re.M)
+    heads = re.findall(r"^- (`.+?`): ", text, re.M)
+    messages = [message for head in heads for message in re.findall(r"`([^`]+)`", head)]
     assert len(messages) > 12
     sources = "".join(
         file.read_text(encoding="utf-8")

@@ -99,7 +99,7 @@ def elsewhere(page: str, line: str) -> str | None:
         return ELSEWHERE[page, line]
     if page == "docs/other-schedulers.md":
         return JOIN + "test_workers_that_join_make_the_same_bytes_though_one_is_killed"
-    if page == "docker/README.md":
+    if page == "docs/containers.md":
         if line.startswith("docker compose"):
             return NO_DAEMON + COMPOSE
         if line.startswith("docker build"):
@@ -382,7 +382,7 @@ def test_make_demo(tmp_path: Path) -> None:
 def test_secrets_of_the_compose_file(tmp_path: Path) -> None:
     compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
     (tmp_path / "docker").mkdir()
-    for _, kind, body in fences(ROOT / "docker" / "README.md"):
+    for _, kind, body in fences(ROOT / "docs" / "containers.md"):
         if "docker/secrets" in body:
             for line in commands(kind, body):
                 if not line.startswith("docker compose"):

@@ -1,4 +1,4 @@
-"""The container image: built from docker/Dockerfile, and used as docker/README.md says."""
+"""The container image: built from docker/Dockerfile, and used as docs/containers.md says."""
 
 import json
 import os
