@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,15 @@ STATE_NAME = "state.pt"
 EXPORT_NAME = "model.safetensors"
 BEST_NAME = "best.safetensors"
 METRICS_NAME = "metrics.jsonl"
+
+_FIRST_STEPS, _FIRST_S = 5, 20.0
+"""After so many steps, or seconds, a training says what it will take."""
+
+_TOO_LONG_S = 2 * 86400.0
+"""Seconds of training on a CPU above which a configuration for one is named."""
+
+_FEW_STEPS = 500
+"""Steps below which a network of any size has learned next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,63 @@ def _stop_on_signals() -> Iterator[_StopRequest]:
             signal.signal(number, handler)
 
 
-def train(config: TrainConfig, resume: bool = False, max_steps: int | None = None) -> TrainReport:
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def forecast(config: TrainConfig, step_s: float, done: int, minutes: float, device: str) -> str:
+    """Say what the rest of a training will take.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        The run.
+    step_s : float
+        Seconds of one step.
+    done : int
+        Steps done.
+    minutes : float
+        Minutes of training that they took.
+    device : str
+        Kind of device, such as ``cpu``.
+
+    Returns
+    -------
+    str
+        One line. Where a CPU would need days, or the time budget ends a training before it has
+        learned much, with what fits.
+    """
+    left = config.steps - done
+    line = f"a step takes about {step_s:.2g} s on this {device}: {left:,} steps take about "
+    line += _duration(left * step_s)
+    expected = config.steps
+    budget = config.time_budget_minutes
+    if budget is not None and (rest := max(0.0, 60 * (budget - minutes))) < left * step_s:
+        expected = done + int(rest / step_s)
+        line += (
+            f"; the time budget ends it in {_duration(rest)}, after about {expected:,} of "
+            f"{config.steps:,} steps"
+        )
+    too_long = (expected - done) * step_s > _TOO_LONG_S
+    if device == "cpu" and (too_long or expected < min(config.steps, _FEW_STEPS)):
+        line += (
+            ". Train on a GPU, or take a network and crops that a CPU trains in an hour or two, as "
+            "configs/train-demo.yaml of the repository has them (network.filters [8, 16, 24, 32, "
+            "40], embed_dim 32, learned_queries 20, input_shape [17, 97, 97], precision bf16, "
+            "time_budget_minutes 70)"
+        )
+    return line
+
+
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    max_steps: int | None = None,
+    say: Callable[[str], object] | None = None,
+) -> TrainReport:
     """Train, or go on training, until the schedule ends or the run is told to stop.
 
     SIGTERM, SIGUSR1 and Ctrl-C end the run after the step at hand with its state saved. Under
@@ -110,6 +175,8 @@ def train(config: TrainConfig, resume: bool = False, max_steps: int | None = Non
     max_steps : int or None
         Stop, resumable, once this many steps are done in all; the schedule stays that of the
         config.
+    say : callable or None
+        Told after the first steps what the whole will take (`forecast`).
 
     Raises
     ------
@@ -135,7 +202,7 @@ def train(config: TrainConfig, resume: bool = False, max_steps: int | None = Non
             _stop_on_signals() as stop,
             _Records(config, ranks, trainer.step) as records,
         ):
-            waiting = _Run(trainer, validator, records, stop, last).run()
+            waiting = _Run(trainer, validator, records, stop, last, say).run()
     return TrainReport(
         trainer.step,
         trainer.minutes,
@@ -205,7 +272,10 @@ class _Run:
         records: _Records,
         stop: _StopRequest,
         last: int,
+        say: Callable[[str], object] | None,
     ) -> None:
+        self._say = say
+        self._steps: list[float] = []
         self.trainer = trainer
         self.validator = validator
         self.records = records
@@ -230,6 +300,7 @@ class _Run:
                 since += 1
                 now = time.monotonic()
                 trainer.minutes += (now - mark) / 60
+                self._tell(now - mark)
                 stopping = self._stopping()
                 mark = now
                 if trainer.step % config.log_every == 0 or trainer.step == self.last or stopping:
@@ -251,6 +322,19 @@ class _Run:
         elif trainer.ranks.first:
             trainer.export(config.output / EXPORT_NAME)
         return all_waited / max(all_spent, 1e-9)
+
+    def _tell(self, seconds: float) -> None:
+        """Say once what the training will take, from its first steps in this process."""
+        if self._say is None or not self.trainer.ranks.first:
+            return
+        self._steps.append(seconds)
+        # The first step also waits for its crops and sets the machine up.
+        if len(self._steps) < _FIRST_STEPS and sum(self._steps) < _FIRST_S:
+            return
+        trainer, step_s = self.trainer, min(self._steps)
+        device = trainer.device.type
+        self._say(forecast(trainer.config, step_s, trainer.step, trainer.minutes, device))
+        self._say = None
 
     def _stopping(self) -> bool:
         """Agree with the other processes on the clock, and on whether to stop."""

@@ -16,7 +16,7 @@ from agq.model import checkpoint
 from agq.model.network.agq import AGQ
 from agq.model.training.config import OptimizerConfig
 from agq.model.training.half import HalfRunner
-from agq.model.training.loop import train
+from agq.model.training.loop import forecast, train
 from agq.model.training.state import Ema, load_state
 from agq.model.training.trainer import Trainer, learning_rate, progress
 from tests.helpers.training import NETWORK, config_of, losses_of
@@ -40,6 +40,39 @@ def test_the_loss_falls(volume: Path, tmp_path: Path) -> None:
     train(config_of(volume, tmp_path, steps=60))
     losses = losses_of(tmp_path)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize(
+    ("changes", "step_s", "device", "said", "advised"),
+    [
+        ({"steps": 200_000}, 84.0, "cpu", "200,000 steps take about 194.4 days", True),
+        ({"steps": 200_000}, 84.0, "cuda", "84 s on this cuda", False),
+        ({"steps": 20_000}, 1.0, "cpu", "20,000 steps take about 5.6 hours", False),
+        (
+            {"steps": 20_000, "time_budget_minutes": 70}, 1.0, "cpu",
+            "ends it in 70.0 minutes, after about 4,200 of 20,000 steps", False,
+        ),
+        (
+            {"steps": 20_000, "time_budget_minutes": 70}, 84.0, "cpu",
+            "after about 50 of 20,000 steps", True,
+        ),
+        ({"steps": 20, "time_budget_minutes": 70}, 1.0, "cpu", "20 steps take about 20 s", False),
+    ],
+)  # fmt: skip
+def test_what_a_training_will_take_is_said_with_what_fits_a_cpu(
+    volume: Path, tmp_path: Path, changes: dict[str, object], step_s: float, device: str,
+    said: str, advised: bool,
+) -> None:  # fmt: skip
+    line = forecast(config_of(volume, tmp_path, **changes), step_s, 0, 0.0, device)
+    assert said in line
+    assert ("configs/train-demo.yaml" in line) is advised
+
+
+def test_it_is_said_once_after_the_first_steps(volume: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    train(config_of(volume, tmp_path), max_steps=7, say=said.append)
+    assert len(said) == 1
+    assert "15 steps take about" in said[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
