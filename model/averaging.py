@@ -31,7 +31,8 @@ def average(
     checkpoints : sequence of path-like
         Two or more files, ours or published ones.
     output : path-like
-        safetensors file to write, with the configuration of all and the provenance of each.
+        safetensors file to write, with the configuration of all, the provenance of each and what
+        the first recommends.
     half : bool
         As in `model.checkpoint.save`.
 
@@ -68,4 +69,4 @@ def average(
         "background_margin": first.provenance.get("background_margin", 0.0),
     }
     weights = {key: mean(key, value) for key, value in first.state_dict.items()}
-    save(output, weights, first.config, provenance, half=half)
+    save(output, weights, first.config, provenance, recommended=first.recommended, half=half)

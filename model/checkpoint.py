@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.network.agq import AGQ
+from agq.model.recommended import Recommended
 from agq.paths import expanded
 from agq.reading import open_file, parse_json, require_size
 
@@ -33,7 +34,9 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int
 # One metadata entry only: the order of several is not fixed, and equal checkpoints should be
 # equal files.
 METADATA_KEY = "agq"
-BUNDLED = {"demo": "demo.safetensors"}
+_RECOMMENDED = "recommended"
+_PIECE_BYTES = 2**24
+BUNDLED = {"demo": "demo.safetensors", "em": "em.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,20 @@ class LoadedCheckpoint:
     provenance : dict
         How the weights came to be, as given to `save`; empty for published files.
     sha256 : str
+        Hex digest of the file as it is without recommended settings: these can be written into a
+        file (`recommend`) without changing what it is.
+    file_sha256 : str
         Hex digest of the file.
+    recommended : Recommended
+        Settings for runs with it; the published rule for published files.
     """
 
     config: ModelConfig
     state_dict: dict[str, Tensor]
     provenance: dict[str, Any]
     sha256: str
+    file_sha256: str
+    recommended: Recommended
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
@@ -84,6 +94,7 @@ def save(
     config: ModelConfig,
     provenance: Mapping[str, Any] | None = None,
     *,
+    recommended: Recommended | None = None,
     half: bool = False,
 ) -> None:
     """Write a checkpoint: weights, configuration and provenance in one safetensors file.
@@ -98,6 +109,8 @@ def save(
         The network or its state dict.
     provenance : mapping, optional
         JSON-serialisable facts on how the weights came to be.
+    recommended : Recommended, optional
+        Settings for runs with it.
     half : bool
         Store weight matrices and kernels as float16 (half the size); vectors such as the
         statistics of norms stay float32.
@@ -121,7 +134,66 @@ def save(
         "config": config.model_dump(mode="json"),
         "provenance": dict(provenance or {}),
     }
-    data = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+    if recommended is not None and (values := recommended.to_dict()):
+        header[_RECOMMENDED] = values
+    _replace(path, safetensors.torch.save(tensors, {METADATA_KEY: _text(header)}))
+
+
+def recommend(path: str | os.PathLike[str], recommended: Recommended) -> None:
+    """Write the settings for runs with a checkpoint into its file; the weights stay as they are.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or written, or is not one of ours.
+    """
+    path = resolve(path)
+    load(path)
+    with open_file(path) as file:
+        if file.read(9)[8:] != b"{":
+            raise InputError(
+                f"checkpoint {path} is not a safetensors file: agq checkpoint convert makes one"
+            )
+        start = _start(file, recommended)
+        data = start + file.read()
+    try:
+        _replace(path, data)
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be written: {error.strerror}") from None
+
+
+def _start(file: IO[bytes], recommended: Recommended | None = None) -> bytes:
+    """Return what a safetensors file begins with, with these recommended settings or none.
+
+    Afterwards the file stands where its tensors begin.
+    """
+    file.seek(0)
+    described = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = described.setdefault("__metadata__", {})
+    header = json.loads(metadata.get(METADATA_KEY, "{}"))
+    header.pop(_RECOMMENDED, None)
+    if recommended is not None and (values := recommended.to_dict()):
+        header[_RECOMMENDED] = values
+    metadata[METADATA_KEY] = _text(header)
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    # As the safetensors library writes it: tensors begin at a multiple of eight bytes.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _digest(file: IO[bytes], start: bytes) -> str:
+    digest = hashlib.sha256(start)
+    while piece := file.read(_PIECE_BYTES):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _text(header: Mapping[str, Any]) -> str:
+    return json.dumps(header, sort_keys=True)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Put a whole file in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         temporary = Path(file.name)
@@ -180,8 +252,14 @@ def load(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Loa
                 )
             _check(state, config, str(path))
             _check_finite(state, str(path))
+            if start[8:9] == b"{":
+                values = header.get(_RECOMMENDED, {})
+                recommended = Recommended.from_values(values, f"recommended settings in {path}")
+            else:
+                recommended = Recommended.published(config)
             file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            whole = _digest(file, b"")
+            digest = _digest(file, _start(file)) if _RECOMMENDED in header else whole
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     except InputError as error:
@@ -189,7 +267,8 @@ def load(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Loa
             raise
         raise InputError(f"checkpoint {path}: {error}") from None
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    return LoadedCheckpoint(config, state, dict(header.get("provenance", {})), digest)
+    provenance = dict(header.get("provenance", {}))
+    return LoadedCheckpoint(config, state, provenance, digest, whole, recommended)
 
 
 def _require_plain(state: Mapping[str, Tensor], size: int, source: str) -> None:

@@ -22,7 +22,9 @@ class NetworkSettings(Settings):
     """
 
     checkpoint: str = "demo"
-    """A safetensors file of ours, a published .pth.tar, or `demo` for the packaged weights."""
+    """A safetensors file of ours, a published .pth.tar, or packaged weights: `em` for EM of serial
+    sections, `demo` for synthetic volumes. A run takes what the checkpoint recommends where the
+    configuration says nothing (`agq checkpoint show`)."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` (one GPU per worker) or `mps`."""
@@ -50,11 +52,11 @@ class NetworkSettings(Settings):
     pieces: Pieces | None = None
     """What a block is cut into: its `masks`, as published, or `supervoxels` by affinities alone, of
     which the masks say what belongs together. Helps a network whose masks are vague; needs
-    `stitch.within` below 1. Default: as the checkpoint says."""
+    `stitch.within` below 1. Default: as the checkpoint recommends, or else says."""
 
     mask_weight: Annotated[float, Field(ge=0, le=1)] | None = None
-    """For supervoxels: weight of the masks against the affinities; default: as the checkpoint says
-    (0.3)."""
+    """For supervoxels: weight of the masks against the affinities; default: as the checkpoint
+    recommends, or else says (0.3)."""
 
 
 class PredictorSettings(NetworkSettings):

@@ -441,7 +441,9 @@ def _changed(config: Config, settings: Mapping[str, Any]) -> Config:
     """Return a configuration with some settings replaced."""
     if not settings:
         return config
-    return parse_config(_merged(config.model_dump(), expand_variables(settings)), "settings")
+    # What is not set stays so: a checkpoint may have a setting for it.
+    values = config.model_dump(exclude_unset=True)
+    return parse_config(_merged(values, expand_variables(settings)), "settings")
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

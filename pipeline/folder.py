@@ -9,10 +9,11 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from agq.blockwise.ledger.settings import shown_uri
@@ -30,6 +31,7 @@ from agq.reading import read_json
 
 if TYPE_CHECKING:
     from agq.blockwise.blocks.grid import BlockGrid
+    from agq.model.recommended import Recommended
 
 FORMAT = 1
 _LOCK = ".lock"
@@ -119,6 +121,19 @@ class RunFolder:
         recorded: dict[str, Any] = put_back(self.record_path, self.record()["config"])
         return recorded
 
+    def recommended(self) -> "Recommended":
+        """Return what the checkpoint recommended when the run was begun.
+
+        Raises
+        ------
+        InputError
+            As `record`, or if it cannot be used.
+        """
+        from agq.model.recommended import Recommended
+
+        values = self.record().get("recommended") or {}
+        return Recommended.from_values(values, f"{self.record_path}: recommended")
+
     def identity(self) -> dict[str, Any]:
         """Return the recorded identity of a run that goes on, whole.
 
@@ -140,7 +155,12 @@ class RunFolder:
         return grid_of(self.record()["identity"].get("grid"), str(self.record_path))
 
     def create(
-        self, config: dict[str, Any], identity: dict[str, Any], compared: Collection[str] = ()
+        self,
+        config: dict[str, Any],
+        identity: dict[str, Any],
+        compared: Collection[str] = (),
+        settings: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        recommended: "Recommended | None" = None,
     ) -> None:
         """Start the run, or go on with the existing one if it is the same.
 
@@ -152,6 +172,10 @@ class RunFolder:
             Whatever decides the bytes of a block: input, checkpoint, grid, model settings.
         compared
             As for `require_identity`.
+        settings
+            Where settings come from, by name (`agq.pipeline.config.resolved.Origins`).
+        recommended
+            What the checkpoint recommends; a run keeps what it was begun with.
 
         Raises
         ------
@@ -161,7 +185,8 @@ class RunFolder:
         if self.exists():
             self.require_identity(identity, compared)
             self.claim_id()
-            self.update(config=config)
+            known = self.record().get("settings", {})
+            self.update(config=config, settings={**known, **settings})
         else:
             if self.path.is_dir() and any(p.name not in KEPT for p in self.path.iterdir()):
                 raise InputError(
@@ -179,6 +204,8 @@ class RunFolder:
                     "config": config,
                     "identity": identity,
                     "identity_hash": identity_hash(identity),
+                    "settings": settings,
+                    "recommended": recommended and recommended.to_dict(),
                     "commands": [],
                     "stages": {},
                 }

@@ -131,6 +131,15 @@ class _Command(_Part):
     versions: dict[str, Text] = {}
 
 
+class _Setting(_Part):
+    """A setting, and what it was taken from."""
+
+    value: Any
+    origin: Annotated[
+        Literal["configuration", "checkpoint", "default"], Field(validation_alias="from")
+    ]
+
+
 class _Place(_Part):
     path: Text
     host: Text
@@ -161,6 +170,8 @@ class _Record(_Run):
     contents: dict[str, dict[str, Any]] = {}
     files: dict[str, Text] = {}
     made_with: list[dict[str, Any]] = []
+    settings: dict[Text, _Setting] = {}
+    recommended: dict[str, Any] | None = None
     copy_of: Text | None = None
     place: _Place | None = None
 

@@ -9,7 +9,8 @@ class BlocksSettings(Settings):
     """How the volume is cut into blocks (z, y, x), in voxels."""
 
     read_shape: Size | None = None
-    """What the network sees; default: the size the checkpoint was trained at."""
+    """What the network sees; default: what the checkpoint recommends, or the size that it was
+    trained at."""
 
     before: Margin = (0, 0, 0)
     """Context read before the written part, per axis."""

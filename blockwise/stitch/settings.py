@@ -63,10 +63,11 @@ class Thresholds(Settings):
 
     across: Fraction = 0.7
     """Affinity that a contact across a block border must exceed to count for a merge (published:
-    0.7)."""
+    0.7). A run takes what the checkpoint recommends where it is not set."""
 
     within: Fraction = 1.0
-    """The same for contacts inside a block; at 1.0 (published) they only veto."""
+    """The same for contacts inside a block; at 1.0 (published) they only veto. A run takes what the
+    checkpoint recommends where it is not set."""
 
     evidence: EvidenceKind = "affinity"
     """What speaks for a merge across a border: `affinity` (published); `overlap`: how well the
@@ -119,7 +120,8 @@ class MergeSettings(Thresholds):
     """Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
 
     min_size: NonNegativeInt = 0
-    """Segments with fewer voxels become background (counted in the report); 0 keeps all."""
+    """Segments with fewer voxels become background (counted in the report); 0 keeps all. A run
+    takes what the checkpoint recommends where it is not set."""
 
     allow_missing: bool = False
     """Stitch even when blocks failed or are missing; they stay background."""

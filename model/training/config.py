@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from agq.model.config import ModelConfig
+from agq.model.recommended import Recommended
 from agq.settings import Settings, Size
 
 
@@ -196,6 +197,9 @@ class TrainConfig(Settings):
     pad: tuple[int, int, int] = (4, 64, 64)
     """How far crops may reach beyond a volume (filled by reflection)."""
     min_instance_voxels: int = Field(40, ge=1, description="Smaller instances get no mask.")
+    recommended: Recommended = Recommended()
+    """Settings that the exported model recommends for runs with it. What is not said here is taken
+    from the checkpoint of `init_from`, if pieces are the same."""
     background_margin: float = 0.0
     """Lowers all query logits of the exported model by this much (raises them if negative), so that
     background wins where no query is surer than that. Much background leaves gaps, little joins

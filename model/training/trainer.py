@@ -15,6 +15,7 @@ from agq.model import checkpoint
 from agq.model.network.agq import AGQ, AGQOutput
 from agq.model.network.blocks import ReplicateConv3d
 from agq.model.predictor import resolve_device
+from agq.model.recommended import Recommended
 from agq.model.training.config import OptimizerConfig, TrainConfig
 from agq.model.training.data.crops import Batch, CropSource
 from agq.model.training.distributed import Ranks, synchronise_norms
@@ -101,14 +102,17 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.network = AGQ(config.network)
         initialise(self.network)
+        begun = Recommended()
         if config.init_from is not None:
             loaded = checkpoint.load(config.init_from, config.network)
             self.network.load_state_dict(loaded.state_dict)
+            begun = loaded.recommended
             # An export of ours may hold logits moved by a margin; training starts without it.
             margin = float(loaded.provenance.get("background_margin", 0.0))
             if margin:
                 with torch.no_grad():
                     self.network.get_parameter(self._margin_name).add_(margin)
+        self.recommended = begun.trained_on(config.recommended, config.network)
         if ranks.size > 1:
             synchronise_norms(self.network)
         self.network.to(self.device)
@@ -241,7 +245,14 @@ class Trainer:
         weights = dict(self.ema.state)
         last = self._margin_name
         weights[last] = weights[last] - self.config.background_margin
-        checkpoint.save(path, weights, self.config.network, provenance, half=True)
+        checkpoint.save(
+            path,
+            weights,
+            self.config.network,
+            provenance,
+            recommended=self.recommended,
+            half=True,
+        )
         return path
 
 

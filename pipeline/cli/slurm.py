@@ -131,7 +131,7 @@ def _submit(
         with prepared.run.lock():
             if overwrite:
                 clear(prepared.run, config)
-            start(prepared.as_begun(), masked(config))
+            start(prepared.as_begun(), masked(prepared.config))
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)
             _write_scripts(config, ["predict", "stitch"], Path.cwd())

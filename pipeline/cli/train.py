@@ -1,4 +1,4 @@
-"""Commands about networks: `agq train`, `agq checkpoint show|convert|average`."""
+"""Commands about networks: `agq train`, `agq checkpoint show|recommend|convert|average`."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,8 @@ from agq.plain_text import say
 from agq.terminal import console
 
 checkpoint_app = typer.Typer(
-    no_args_is_help=True, help="Look at checkpoints, convert or average them."
+    no_args_is_help=True,
+    help="Look at checkpoints, write what they recommend, convert or average them.",
 )
 
 out = console()
@@ -61,7 +62,7 @@ def train(
             "for all: choose optimizer.learning_rate for yours (fewer crops give a noisier "
             "gradient), or raise batch_size or the number of processes"
         )
-    report = run_training(plan, resume=resume, max_steps=max_steps)
+    report = run_training(plan, resume=resume, max_steps=max_steps, say=say)
     if not report.first:
         return
     error = "" if report.best_error is None else f", best validation error {report.best_error:.3f}"
@@ -78,17 +79,19 @@ def train(
 
 @checkpoint_app.command("show")
 def show(checkpoint: CheckpointFile, as_json: AsJson = False) -> None:
-    """Print what a checkpoint is: configuration, where it comes from, size and checksum."""
+    """Print what a checkpoint is: what it recommends, where it comes from, size and checksum."""
     from agq.model.checkpoint import load, resolve
 
     loaded = load(checkpoint)
     numbers = sum(value.numel() for value in loaded.state_dict.values())
     about = {
         "file": str(resolve(checkpoint)),
-        "sha256": loaded.sha256,
+        "sha256": loaded.file_sha256,
+        "sha256 without what is recommended": loaded.sha256,
         "entries": len(loaded.state_dict),
         "numbers": numbers,
         "config": loaded.config.model_dump(mode="json"),
+        "recommended": loaded.recommended.settings | loaded.recommended.facts,
         "provenance": loaded.provenance,
     }
     if as_json:
@@ -101,6 +104,43 @@ def show(checkpoint: CheckpointFile, as_json: AsJson = False) -> None:
                 out.print(f"  {name}: {entry}", markup=False)
         else:
             out.print(f"{key}: {value}", markup=False)
+
+
+@checkpoint_app.command("recommend")
+def recommend(
+    checkpoint: CheckpointFile,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            readable=False,
+            help="Take pieces, blocks and thresholds of this run.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Write the settings for runs with a checkpoint into its file, or print them.
+
+    They have the names of a configuration (stitch.across=0.6); tissue, licence and notes are lines
+    of text. Runs take them where their configuration says nothing.
+    """
+    from agq.model.checkpoint import load, recommend, resolve
+    from agq.model.recommended import Recommended
+    from agq.pipeline.config.yaml_settings import parse_values
+    from agq.pipeline.folder import RunFolder
+
+    path = resolve(checkpoint)
+    values = load(path).recommended.model_dump()
+    if run is not None:
+        recorded = RunFolder(run).config()
+        for section in ("model", "blocks", "stitch"):
+            values[section] = {name: recorded[section][name] for name in values[section]}
+    found = parse_values(Recommended, values, settings, f"recommended settings of {path}")
+    if run is not None or settings:
+        recommend(path, found)
+        out.print(f"wrote {path}", markup=False)
+    for name, value in (found.settings | found.facts).items():
+        out.print(f"  {name}: {value}", markup=False)
 
 
 @checkpoint_app.command("convert")
@@ -122,7 +162,8 @@ def convert(
     if voxel_size is not None:
         size = {"voxel_size": voxel_size.split(",")}
         config = type(config).from_values(config.model_dump() | size, "--voxel-size")
-    save(output, loaded.state_dict, config, {**loaded.provenance, **origin}, half=half)
+    provenance = {**loaded.provenance, **origin}
+    save(output, loaded.state_dict, config, provenance, recommended=loaded.recommended, half=half)
     out.print(f"wrote {output}", markup=False)
 
 

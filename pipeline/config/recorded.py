@@ -87,7 +87,13 @@ def read_target(target: Path, settings: list[str] | None = None) -> "Config":
 
     if not target.is_dir():
         return load_config(target, settings)
-    recorded = RunFolder(target).config()
+    run = RunFolder(target)
+    recorded = run.config()
+    for name, setting in run.record().get("settings", {}).items():
+        section, _, field = name.partition(".")
+        if setting["from"] != "configuration" and isinstance(recorded.get(section), dict):
+            # To be found again in the same place, and not to look as if the user had written it.
+            recorded[section].pop(field, None)
     recorded["run_dir"] = str(target)
     recorded["ledger"] = recorded_ledger(target, recorded.get("ledger"))
     for setting in settings or []:

@@ -10,6 +10,7 @@ from agq.blockwise.predict.predictor import factory_code
 from agq.blockwise.storage.addresses import put_away
 from agq.blockwise.volumes.content import Content, difference, read_content, require_content
 from agq.errors import InputError
+from agq.pipeline.config.schema import DEFAULT_FACTORY
 from agq.pipeline.folder import DECIDING, identity_hash, versions
 from agq.pipeline.run.prepare import Prepared
 
@@ -25,7 +26,9 @@ def require_same(prepared: Prepared) -> None:
     run = prepared.run
     record = run.record()
     run.require_identity(prepared.identity, _compared(prepared, record))
-    for name, old in record.get("files", {}).items():
+    # The identity has the checkpoint of the built-in factory, whatever that file recommends.
+    own = prepared.config.model.factory != DEFAULT_FACTORY
+    for name, old in record.get("files", {}).items() if own else ():
         new = prepared.files.get(name, old)
         if new != old:
             option = prepared.predictor_options[name]
@@ -60,7 +63,13 @@ def start(prepared: Prepared, config: dict[str, Any]) -> None:
     if begun:
         require_same(prepared)
         record = run.record()
-    run.create(config, prepared.identity, _compared(prepared, record))
+    run.create(
+        config,
+        prepared.identity,
+        _compared(prepared, record),
+        prepared.origins,
+        prepared.recommended,
+    )
     # With what the record does not say, for later commands and other machines.
     put_away(run.record_path, prepared.config.model_dump(mode="json"))
     contents = _contents(record)

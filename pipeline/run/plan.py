@@ -22,6 +22,7 @@ from agq.blockwise.storage.files import format_bytes, free_space
 from agq.blockwise.volumes.sections import read_sections
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
+from agq.pipeline.config.resolved import Origins, told
 from agq.pipeline.run.fit import Size, show
 from agq.pipeline.run.greys import READS, contrast_of_volume, suggestion
 from agq.pipeline.run.identity import require_same
@@ -45,6 +46,8 @@ class Plan(Tabled):
         Of the volume, (z, y, x).
     trained_voxel_size
         Of the checkpoint, in nanometres; None if nothing says it.
+    settings
+        Where settings come from (`agq.pipeline.config.resolved.resolve`).
     seconds_per_block, worker_bytes, hours
         From one block computed in a process of its own; None without it.
     """
@@ -55,6 +58,7 @@ class Plan(Tabled):
     unit: str
     trained_voxel_size: Size | None
     notes: tuple[str, ...]
+    settings: Origins
     grid_shape: Triple
     read_shape: Triple
     write_shape: Triple
@@ -88,6 +92,7 @@ class Plan(Tabled):
         ]
         if trained is not None:
             rows.insert(1, ("network", f"trained at {show(trained)}"))
+        rows += [(f"from {origin}", line) for origin, line in told(self.settings)]
         for name, count in self.disk_bytes.items():
             rows.append((f"disk: {name}", f"about {format_bytes(count)}"))
         rows.append(("disk: free", format_bytes(self.free_bytes)))
@@ -155,6 +160,7 @@ def make_plan(prepared: Prepared, *, time_block: bool = True) -> Plan:
         unit=prepared.unit,
         trained_voxel_size=prepared.trained_voxel_size,
         notes=tuple(notes),
+        settings=prepared.origins,
         grid_shape=grid.shape,
         read_shape=grid.read_shape,
         write_shape=grid.write_shape,

@@ -4,12 +4,14 @@ Everything that can be found out before a block runs is found out here: `agq pla
 the other commands start with it.
 """
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +26,10 @@ from agq.blockwise.volumes.open import Kind, Volume
 from agq.blockwise.volumes.triples import Box, Triple
 from agq.credentials import hidden
 from agq.errors import InputError
-from agq.model.config import ModelConfig
+from agq.model.recommended import Recommended
 from agq.model.settings import NetworkSettings
 from agq.pipeline.config.recorded import require_own_folder, require_trusted
+from agq.pipeline.config.resolved import Origins, resolve, takes
 from agq.pipeline.config.schema import (
     DEFAULT_FACTORY,
     EARLIER_FACTORY,
@@ -39,6 +42,9 @@ from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.fit import Size, fits, misfit, nanometres, require_fit, show
 from agq.pipeline.run.greys import check_greys
+
+if TYPE_CHECKING:
+    from agq.model.checkpoint import LoadedCheckpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +61,8 @@ class Prepared:
 
     Attributes
     ----------
+    config
+        With what the checkpoint recommends in the place of what it leaves open.
     raw, mask, truth
         Opened volumes; None: there is none, or a stitch has not opened it (`prepare_stitch`).
     grid
@@ -73,6 +81,10 @@ class Prepared:
         SHA-256 of the files that `predictor_options` name, by option.
     device
         Kind of device that this machine predicts on; None: not known here.
+    recommended
+        What the checkpoint recommends, or did when the run was begun.
+    origins
+        Where settings come from (`agq.pipeline.config.resolved.resolve`).
     """
 
     config: Config
@@ -88,6 +100,8 @@ class Prepared:
     notes: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     device: str | None = None
+    recommended: Recommended = field(default_factory=Recommended)
+    origins: Origins = field(default_factory=dict)
 
     @cached_property
     def selected(self) -> npt.NDArray[np.int64]:
@@ -108,7 +122,7 @@ class Prepared:
         """Whether the mask hides voxels, and not whole blocks only."""
         return bool(self.identity["mask"]) and "hides" in self.identity["mask"]
 
-    def as_begun(self) -> "Prepared":
+    def as_begun(self) -> Prepared:
         """Return the run as the folder holds it.
 
         Earlier releases left out whole blocks without tissue and hid no voxel. What they began
@@ -202,15 +216,23 @@ def prepare(
     if check_output:
         require_own_folder(run.path, trust=trust)
     name_factory(config)
-    options, model_identity, trained = _model(config, workers_here)
-    normalise = config.model.normalise
+    loaded = _checkpoint(config)
+    trained = None if loaded is None else loaded.config
     goes_on = run.exists() and not overwrite
+    if goes_on:
+        recommended = run.recommended()
+    else:
+        recommended = Recommended() if loaded is None else loaded.recommended
+    unused = _unused(config, recommended)
+    config, origins = resolve(config, recommended, trained)
+    options, model_identity = _model(config, loaded, workers_here)
+    normalise = config.model.normalise
     notes = [] if trained is None else _check_fit(config, raw, trained.voxel_size, goes_on=goes_on)
     if trained is not None and normalise is None and not goes_on:
         notes += check_greys(raw)
     bad = _bad_sections(config, raw)
     if config.model.factory == DEFAULT_FACTORY:
-        files = {"checkpoint": str(model_identity["checkpoint_sha256"])}
+        files = {} if loaded is None else {"checkpoint": loaded.file_sha256}
     else:
         files = option_files(options)
     grid = _grid(config, raw, None if trained is None else trained.input_shape)
@@ -234,9 +256,11 @@ def prepare(
             **({"normalise": normalise} if normalise in ("volume", "section") else {}),
         },
         trained_voxel_size=None if trained is None else trained.voxel_size,
-        notes=(*raw.notes, *(mask.notes if mask else ()), *notes),
+        notes=(*raw.notes, *(mask.notes if mask else ()), *notes, *([] if goes_on else unused)),
         files=files,
         device=_kind(options) if workers_here else None,
+        recommended=recommended,
+        origins=origins,
     )
     prepared.scored_truth()
     prepared.opened_classes()
@@ -257,9 +281,12 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
     InputError
         As `prepare`.
     """
-    run = RunFolder(Path(config.run_dir))
+    run, written = RunFolder(Path(config.run_dir)), config
+    origins: Origins = {}
+    if run.exists():
+        config, origins = resolve(config, run.recommended())
     if not run.exists() or not _in_the_same_words(config, run):
-        return prepare(config, workers_here=False, trust=trust)
+        return prepare(written, workers_here=False, trust=trust)
     _require_trusted_scheduler(config, run, trust=trust)
     require_own_folder(run.path, trust=trust)
     require_writable(run.path, "run_dir")
@@ -278,6 +305,7 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
         box=box,
         predictor_options={},
         identity=identity,
+        origins=origins,
     )
     _check_ledger(config)
     _check_output(prepared)
@@ -391,19 +419,39 @@ def _require_trusted_scheduler(config: Config, run: RunFolder, *, trust: bool) -
         require_trusted(run.path, f"stitch.dask.address {address}", trust=trust)
 
 
-def _model(
-    config: Config, workers_here: bool
-) -> tuple[dict[str, Any], dict[str, Any], ModelConfig | None]:
-    """Check the settings of the model; return factory options, identity and what was trained."""
+def _checkpoint(config: Config) -> LoadedCheckpoint | None:
+    """Read the checkpoint; None with a `model.factory` of the user's own."""
     model = config.model
     if model.factory != DEFAULT_FACTORY:
-        resolve_factory(model.factory)
-        options = dict(model.options or {})
-        return options, {"factory": model.factory, "options": hidden(options)}, None
+        return None
     if model.options is not None:
         raise InputError("model.options: only a model.factory of your own takes them; remove it")
     # torch takes seconds to load, and stitching another model's labels never needs it.
-    from agq.model import checkpoint as checkpoints
+    from agq.model.checkpoint import load
+
+    return load(model.checkpoint)
+
+
+def _unused(config: Config, recommended: Recommended) -> list[str]:
+    """Return a note on recommended settings that do not go with the configuration."""
+    if not recommended.settings or takes(config, recommended):
+        return []
+    return [
+        f"checkpoint {config.model.checkpoint} recommends settings for pieces: "
+        f"{recommended.model.pieces}; this configuration has others, and takes none of them"
+    ]
+
+
+def _model(
+    config: Config, loaded: LoadedCheckpoint | None, workers_here: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Check the settings of the model; return factory options and identity."""
+    model = config.model
+    if loaded is None:
+        resolve_factory(model.factory)
+        options = dict(model.options or {})
+        return options, {"factory": model.factory, "options": hidden(options)}
+    from agq.model.checkpoint import resolve as resolve_file
     from agq.model.predictor import resolve_device
     from agq.model.settings import PredictorSettings
 
@@ -411,8 +459,6 @@ def _model(
         **model.model_dump(include=set(NetworkSettings.model_fields)),
         threads=config.workers.threads,
     )
-    path = checkpoints.resolve(settings.checkpoint)
-    loaded = checkpoints.load(path)
     device = settings.device
     if workers_here:
         # A worker whose GPU has gone must not go on with the CPU.
@@ -420,11 +466,11 @@ def _model(
         device = found.type if device == "auto" else device
     if settings.network(loaded.config).pieces == "supervoxels":
         _check_supervoxels(config)
+    path = resolve_file(settings.checkpoint)
     changes = {"checkpoint": str(path.absolute()), "device": device}
     options = settings.model_copy(update=changes).model_dump()
     # Runs of earlier releases have recorded this name of the factory; they go on.
-    identity = {"factory": EARLIER_FACTORY, **settings.identity(loaded)}
-    return options, identity, loaded.config
+    return options, {"factory": EARLIER_FACTORY, **settings.identity(loaded)}
 
 
 def _kind(options: dict[str, Any]) -> str | None:

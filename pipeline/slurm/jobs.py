@@ -262,13 +262,13 @@ def save_config(config: "Config") -> None:
     may hold a password: it goes into a separate file that only its owner can read.
     """
     run_dir = Path(config.run_dir)
-    data: dict[str, Any] = config.model_dump(mode="json")
+    data = _as_written(config)
     ledger = config.ledger or LedgerSettings()
     uri = ledger.resolve()
     if uri is not None and (ledger.uri_file is None or ledger.uri is not None):
         file = folder(run_dir) / "ledger-uri"
         write_atomic(file, uri.get_secret_value().encode(), mode=0o600)
-        data["ledger"] = (data["ledger"] or {}) | {"uri": None, "uri_file": str(file)}
+        data["ledger"] = (data.get("ledger") or {}) | {"uri": None, "uri_file": str(file)}
     _write_config(run_dir, data)
 
 
@@ -292,8 +292,13 @@ def save_stitch_config(config: "Config") -> None:
         )
     slurm = section_of(kept).model_copy(update={"stitch": section_of(config).stitch})
     of_stitch = {name: getattr(config, name) for name in ("stitch", "pyramid", "evaluate")}
-    data = kept.model_copy(update=of_stitch | {"slurm": slurm}).model_dump(mode="json")
-    _write_config(run_dir, data)
+    kept = kept.model_copy(update=of_stitch | {"slurm": slurm})
+    _write_config(run_dir, _as_written(kept))
+
+
+def _as_written(config: "Config") -> dict[str, Any]:
+    """Return a configuration as plain data that leaves open what it leaves open."""
+    return config.model_dump(mode="json", exclude_unset=True)
 
 
 def _write_config(run_dir: Path, data: dict[str, Any]) -> None:
@@ -335,7 +340,7 @@ def load_config(run_dir: Path, *, trust: bool = False) -> "Config":
 def adopt_config(run_dir: Path) -> None:
     """Make the configuration of jobs that a trusted user has written one's own."""
     if stranger(config_path(run_dir)):
-        _write_config(run_dir, load_config(run_dir, trust=True).model_dump(mode="json"))
+        _write_config(run_dir, _as_written(load_config(run_dir, trust=True)))
 
 
 def section_of(config: "Config") -> "SlurmSettings":

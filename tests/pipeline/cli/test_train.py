@@ -133,7 +133,7 @@ def test_checkpoints_are_shown_and_converted(tmp_path: Path) -> None:
     about = json.loads(call("checkpoint", "show", "demo", "--json"))
     assert about["config"]["input_shape"] == [17, 97, 97]
     assert about["provenance"]
-    assert about["sha256"] == checkpoint.load("demo").sha256
+    assert about["sha256"] == checkpoint.load("demo").file_sha256
     assert "learned_queries: 20" in call("checkpoint", "show", "demo")
     out = tmp_path / "copy.safetensors"
     assert str(out) in call("checkpoint", "convert", "demo", out)

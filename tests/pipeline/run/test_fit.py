@@ -141,7 +141,8 @@ def test_a_checkpoint_without_a_voxel_size_is_a_note(main, tmp_path):
 
 def test_a_run_that_was_begun_goes_on(tmp_path):
     """The setting is of the identity neither way, and earlier releases had none."""
-    config = config_of(tmp_path, (8, 8, 8), model={"any_voxel_size": True})
+    masks = {"any_voxel_size": True, "pieces": "masks"}
+    config = config_of(tmp_path, (8, 8, 8), model=masks)
     prepared = prepare(load_config(config))
     RunFolder(tmp_path / "run").create({}, prepared.identity)
     later = prepare(load_config(config_of(tmp_path)))
