@@ -23,6 +23,7 @@ DATA = {
         "agq/py.typed",
         "agq/README.md",
         "agq/model/weights/demo.safetensors",
+        "agq/model/weights/em.safetensors",
         "agq/model/weights/README.md",
     ),
     *(f"agq/pipeline/dashboard/{name}" for name in ("page.css", "page.html", "page.js")),
