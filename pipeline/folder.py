@@ -204,7 +204,7 @@ class RunFolder:
                     "config": config,
                     "identity": identity,
                     "identity_hash": identity_hash(identity),
-                    "settings": settings,
+                    "settings": dict(settings),
                     "recommended": recommended and recommended.to_dict(),
                     "commands": [],
                     "stages": {},
