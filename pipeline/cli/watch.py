@@ -73,11 +73,15 @@ def _status_of(target: Path) -> "RunStatus":
     finally:
         if ledger is not None:
             ledger.leave()
+    _record_gone(run_dir, status)
+    return status
+
+
+def _record_gone(run_dir: Path, status: "RunStatus") -> None:
     if status.queue is not None and status.state == "stopped":
         from agq.pipeline.slurm.jobs import record_gone
 
         record_gone(run_dir)
-    return status
 
 
 def watch(
@@ -87,7 +91,9 @@ def watch(
     """Follow a run until it ends; the exit status is 1 if it stopped or blocks failed."""
     from agq.pipeline.status import monitor
 
-    status = monitor.watch(*watched(target), queue=_queue, interval_s=interval)
+    run_dir, ledger = watched(target)
+    status = monitor.watch(run_dir, ledger, queue=_queue, interval_s=interval)
+    _record_gone(run_dir, status)
     if status.state != "done":
         raise typer.Exit(EXIT_FAILED)
 

@@ -309,14 +309,11 @@ def test_run_folder_full_then_read_only_for_a_while(quiet, tmp_path, small_disk,
     wait_for(lambda: run.done() > before, why=run.post_mortem)
     note("run folder full for 25 s", "coordinator and workers wait until there is room", since)
     wait_for(lambda: session_id(run) and run.done() > before + 4, why=run.post_mortem)
-    logs = run.run_dir / "logs" / "slurm"
-
-    def waiting() -> int:
-        texts = [log.read_text() for log in logs.glob("workers-*")]
-        return sum("cannot write the run folder: waiting" in text for text in texts)
-
+    logs = sorted((run.run_dir / "logs" / "slurm").glob("workers-*.log"))
+    count = lambda: [f.read_text().count("cannot write the run folder: waiting") for f in logs]  # noqa: E731
+    at_first = count()
     with read_only(run.run_dir, tmp_path / "aside"):
-        wait_for(lambda: waiting() == 3, why=run.post_mortem)
+        wait_for(lambda: all(map(int.__lt__, at_first, count())), why=run.post_mortem)
         time.sleep(5)
     since = time.monotonic()
     wait_for_progress(run)
@@ -361,7 +358,7 @@ def test_split_brain(quiet, tmp_path, undisturbed, note):
 
 def test_a_stitch_that_never_begins(quiet, tmp_path, segmented, note):
     """The run says so, and why, from the moment on; each time `agq resume` goes on."""
-    run = ClusterRun(tmp_path, delay_s=0.3)
+    run = ClusterRun(tmp_path, delay_s=0.8)
 
     def stopped(part: str) -> bool:
         status = json.loads(run.agq("status", run.run_dir, "--json"))

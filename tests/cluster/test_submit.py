@@ -112,7 +112,7 @@ def test_resume_submits_what_is_missing(quiet, tmp_path, segmented, note):
     wait = f'case "$SLURM_JOB_NAME" in agq-stitch*) while [ -e {held} ]; do sleep 0.2; done;; esac'
     end = f'trap "while [ -e {lingers} ]; do sleep 0.2; done" EXIT'
     linger = f'case "$SLURM_JOB_NAME" in agq-coordinator*) {end};; esac'
-    run = ClusterRun(tmp_path, delay_s=0.3, slurm={"prologue": [wait, linger]})
+    run = ClusterRun(tmp_path, delay_s=0.8, slurm={"prologue": [wait, linger]})
     ids = lambda: {line.split()[0] for line in run.queue() if "COMPLETING" not in line}  # noqa: E731
 
     # sbatch refuses the last of three scripts.
