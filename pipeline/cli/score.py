@@ -1,7 +1,8 @@
 """Commands that score: `agq evaluate`, `skeletons`, `sweep` and `baseline watershed`."""
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from agq.terminal import console
 if TYPE_CHECKING:
     from agq.blockwise.volumes.open import Volume
     from agq.pipeline.evaluate.scores import EvaluationReport
+    from agq.pipeline.evaluate.sweep import Point
 
 baseline_app = typer.Typer(no_args_is_help=True, help="Other methods on the same run, to compare.")
 
@@ -280,6 +282,13 @@ def sweep(
     ignore_border: Border = 0,
     border_3d: Border3d = False,
     ignore_labels: IgnoreLabels = None,
+    widen: Annotated[
+        bool,
+        typer.Option("--widen", help="Go on beyond the edge where the best lies there, 4 times."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(readable=False, help="Also draw the scores to this png.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score many stitching thresholds of a stitched run without stitching again."""
@@ -288,23 +297,55 @@ def sweep(
     from agq.blockwise.storage.files import write_atomic
     from agq.pipeline.evaluate.baseline.compare import fragment_counts, run_kinds
     from agq.pipeline.evaluate.contingency import BorderRule
-    from agq.pipeline.evaluate.sweep import best, points_table, two_thresholds
+    from agq.pipeline.evaluate.sweep import MOST_ROUNDS, points_table, search_pairs, two_thresholds
 
     run = RunFolder(run_dir)
+    if plot is not None and not plot.parent.is_dir():
+        raise InputError(f"--plot {plot}: the folder {plot.parent} does not exist")
     labels = truth_of(run, truth)
     evidence = read_evidence(run.path)
     with dask_client() as client:
         ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
         counts = fragment_counts(run, labels, client=client, ignore=ignore)
     pairs = _numbers("--across", across), _numbers("--within", within)
-    points = two_thresholds("AGQ", counts, evidence, *pairs, run_kinds(run))
-    points.sort(key=lambda item: item.value(by))
-    report = {"best": best(points, by).to_dict(), "points": [item.to_dict() for item in points]}
+    kinds = run_kinds(run)
+
+    def score(across: Sequence[float], within: Sequence[float]) -> list[Point]:
+        return two_thresholds("AGQ", counts, evidence, across, within, kinds)
+
+    found = search_pairs(score, *pairs, by, MOST_ROUNDS if widen else 0)
+    apply = _apply(run, found.best.setting)
+    report = found.to_dict() | {"apply": apply}
     write_atomic(run.path / "sweep.json", json.dumps(report, indent=1).encode())
+    if plot is not None:
+        from agq.pipeline.evaluate.plot import plot_search  # loads matplotlib
+
+        plot_search(plot, found, by)
     if as_json:
         say(json.dumps(report, indent=1))
-    else:
-        out.print(points_table(points[:10], f"{run.path.name}: the best of {len(points)} settings"))
+        return
+    title = f"{run.path.name}: the best of {len(found.points)} settings"
+    out.print(points_table(found.points[:10], title))
+    for name, values in found.beyond().items():
+        edge = found.best.setting[name]
+        way, side = ("lowest", "lower") if values[0] < edge else ("highest", "higher")
+        how = f"--{name} {','.join(f'{v:g}' for v in values)}" if widen else "--widen"
+        out.print(
+            f"The best {name}, {edge:g}, is the {way} tried: a {side} one may be better ({how})",
+            style="yellow",
+        )
+    out.print(f"To apply the best: {apply}")
+
+
+def _apply(run: RunFolder, setting: dict[str, float]) -> str:
+    """Return the command that stitches with these thresholds."""
+    words = ["agq", "stitch", str(run.path)]
+    for name, value in setting.items():
+        words += ["--set", f"stitch.{name}={value:g}"]
+    # A margin of the run would be added to both.
+    if run.config().get("stitch", {}).get("margin"):
+        words += ["--margin", "0"]
+    return shlex.join(words)
 
 
 def _numbers(name: str, text: str) -> list[float]:

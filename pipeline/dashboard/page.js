@@ -64,9 +64,9 @@ function showList(runs) {
   id("name").textContent = runs.length + (runs.length === 1 ? " run" : " runs");
   fillRows(id("runs"), runs.map((r) => {
     const state = el("span"); pill(state, r.state);
-    const part = r.blocks_total ? ` (${Math.floor(100 * r.done / r.blocks_total)} %)` : "";
+    const part = r.blocks_total ? ` (${Math.floor(100 * r.done / r.blocks_total)}\u00a0%)` : "";
     return el("tr", null, {}, el("td", null, {}, r.stranger ? el("span", `${r.name} (of ${r.stranger}, not trusted)`, {title: `agq dashboard ${r.run_dir}`}) : el("a", r.name, {href: "/?run=" + encodeURIComponent(r.key)})),
-      el("td", String(r.id || "").slice(0, 8), {class: "quiet"}), el("td", r.user || ""),
+      el("td", String(r.id || "").slice(0, 8), {class: "quiet whole"}), el("td", r.user || ""),
       el("td", null, {}, el("span", null, {}, state, document.createTextNode(r.stage ? " " + r.stage : ""))),
       el("td", r.blocks_total ? `${whole(r.done)} of ${whole(r.blocks_total)}${part}` : ""),
       el("td", r.failed || "", {class: "n"}), el("td", r.blocks_per_s ? `${short(r.blocks_per_s)}/s` : "", {class: "n"}),

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from agq.pipeline.evaluate.block_scores import BlockReport
 from agq.pipeline.evaluate.scores import EvaluationReport
-from agq.pipeline.evaluate.sweep import Point
+from agq.pipeline.evaluate.sweep import Criterion, Point, Search
 
 _SHORT = {"as_is": "as is", "background_filled": "0 filled", "background_ignored": "0 ignored"}
 
@@ -50,6 +50,33 @@ def plot_curves(path: Path, curves: Sequence[Point], marked: Sequence[Point]) ->
     axes.set_xlabel("VOI split (bits), 0 filled")
     axes.set_ylabel("VOI merge (bits)")
     axes.legend()
+    _save(figure, path)
+
+
+def plot_search(path: Path, search: Search, criterion: Criterion) -> None:
+    """Draw the scores of all pairs of thresholds, and split against merge entropy."""
+    values = {(p.setting["across"], p.setting["within"]): p.value(criterion) for p in search.points}
+    grid = [[values[a, w] for a in search.across] for w in search.within]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    image = left.imshow(grid, origin="lower", aspect="auto", cmap="viridis_r")
+    figure.colorbar(image, label=f"{criterion.replace('_', ' ')}, 0 filled: lower is better")
+    left.set_xticks(range(len(search.across)), [f"{v:g}" for v in search.across])
+    left.set_yticks(range(len(search.within)), [f"{v:g}" for v in search.within])
+    left.set(xlabel="across", ylabel="within")
+    best = search.best
+    column = search.across.index(best.setting["across"])
+    row = search.within.index(best.setting["within"])
+    left.plot(column, row, "*", color="red", markersize=14)
+    scores = [(p.setting["across"], p.scores["background_filled"]) for p in search.points]
+    for across in search.across:
+        line = sorted((s.voi_split, s.voi_merge) for a, s in scores if a == across and s)
+        right.plot(*zip(*line, strict=True), marker=".", label=f"across {across:g}")
+    if filled := best.scores["background_filled"]:
+        name = f"within {best.setting['within']:g}: {filled.voi_sum:.3f}"
+        right.plot(filled.voi_split, filled.voi_merge, "*r", markersize=12, label=name)
+    right.set(xlabel="VOI split (bits), 0 filled", ylabel="VOI merge (bits)")
+    right.legend(fontsize=8)
     _save(figure, path)
 
 

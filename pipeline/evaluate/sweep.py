@@ -7,9 +7,9 @@ are kept: with `stitch.min_size` the final figures differ slightly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,98 @@ def two_thresholds(
             setting = {"across": a, "within": w}
             points.append(point(method, setting, counts, result.ids, result.representatives))
     return points
+
+
+MOST_ROUNDS: Final = 4
+"""How often a search goes on beyond its edge: at steps of 0.1 that is all there is."""
+
+_BEYOND: Final = 3
+"""Values that each round adds at an edge."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search for two thresholds has tried.
+
+    Attributes
+    ----------
+    points
+        One for each pair of `across` and `within`, the best first.
+    across, within
+        Values tried, ascending.
+    rounds
+        How often the search went on beyond its edge.
+    """
+
+    points: tuple[Point, ...]
+    across: tuple[float, ...]
+    within: tuple[float, ...]
+    rounds: int = 0
+
+    @property
+    def best(self) -> Point:
+        """The best pair."""
+        return self.points[0]
+
+    def beyond(self) -> dict[str, tuple[float, ...]]:
+        """Return, by threshold, values to try beyond the edge on which the best pair lies.
+
+        Empty if it lies on none. A threshold of which a single value was tried has no edge, nor
+        has 0 or 1.
+        """
+        found = {}
+        for name in ("across", "within"):
+            tried = getattr(self, name)
+            if len(tried) < 2:
+                continue
+            for edge, inner in ((tried[0], tried[1]), (tried[-1], tried[-2])):
+                steps = (round(edge + k * (edge - inner), 4) for k in range(1, _BEYOND + 1))
+                values = tuple(sorted({min(1.0, max(0.0, value)) for value in steps} - {edge}))
+                if self.best.setting[name] == edge and values:
+                    found[name] = values
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in JSON types."""
+        return {
+            "best": self.best.to_dict(),
+            "edges": sorted(self.beyond()),
+            "points": [item.to_dict() for item in self.points],
+        }
+
+
+def search_pairs(
+    score: Callable[[Sequence[float], Sequence[float]], Iterable[Point]],
+    across: Iterable[float],
+    within: Iterable[float],
+    criterion: Criterion = "voi_sum",
+    rounds: int = 0,
+) -> Search:
+    """Score all pairs of thresholds, and go on where the best lies on an edge.
+
+    Parameters
+    ----------
+    score
+        Scores all pairs of some values, see `two_thresholds`.
+    across, within
+        Values to begin with.
+    criterion
+        Score that is minimised.
+    rounds
+        How often to go on at most.
+    """
+    tried = {"across": tuple(sorted(set(across))), "within": tuple(sorted(set(within)))}
+    points = list(score(tried["across"], tried["within"]))
+    for done in range(rounds + 1):
+        points.sort(key=lambda item: item.value(criterion))
+        search = Search(tuple(points), **tried, rounds=done)
+        more = search.beyond() if done < rounds else {}
+        if not more:
+            break
+        for name, values in more.items():
+            points += score(**(tried | {name: values}))
+            tried[name] = tuple(sorted({*tried[name], *values}))
+    return search
 
 
 def one_threshold(
