@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +19,6 @@ from agq.terminal import console
 if TYPE_CHECKING:
     from agq.blockwise.volumes.open import Volume
     from agq.pipeline.evaluate.scores import EvaluationReport
-    from agq.pipeline.evaluate.sweep import Point
 
 baseline_app = typer.Typer(no_args_is_help=True, help="Other methods on the same run, to compare.")
 
@@ -308,11 +308,7 @@ def sweep(
         ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
         counts = fragment_counts(run, labels, client=client, ignore=ignore)
     pairs = _numbers("--across", across), _numbers("--within", within)
-    kinds = run_kinds(run)
-
-    def score(across: Sequence[float], within: Sequence[float]) -> list[Point]:
-        return two_thresholds("AGQ", counts, evidence, across, within, kinds)
-
+    score = partial(two_thresholds, "AGQ", counts, evidence, kinds=run_kinds(run))
     found = search_pairs(score, *pairs, by, MOST_ROUNDS if widen else 0)
     apply = _apply(run, found.best.setting)
     report = found.to_dict() | {"apply": apply}
