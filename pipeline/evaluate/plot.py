@@ -68,9 +68,10 @@ def plot_search(path: Path, search: Search, criterion: Criterion) -> None:
     column = search.across.index(best.setting["across"])
     row = search.within.index(best.setting["within"])
     left.plot(column, row, "*", color="red", markersize=14)
-    scores = [(p.setting["across"], p.scores["background_filled"]) for p in search.points]
+    points = sorted(search.points, key=lambda point: point.setting["within"])
     for across in search.across:
-        line = sorted((s.voi_split, s.voi_merge) for a, s in scores if a == across and s)
+        scores = [p.scores["background_filled"] for p in points if p.setting["across"] == across]
+        line = [(s.voi_split, s.voi_merge) for s in scores if s is not None]
         right.plot(*zip(*line, strict=True), marker=".", label=f"across {across:g}")
     if filled := best.scores["background_filled"]:
         name = f"within {best.setting['within']:g}: {filled.voi_sum:.3f}"

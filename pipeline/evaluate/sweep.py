@@ -203,7 +203,8 @@ def search_pairs(
         if not more:
             break
         for name, values in more.items():
-            points += score(**(tried | {name: values}))
+            new = tried | {name: values}
+            points += score(new["across"], new["within"])
             tried[name] = tuple(sorted({*tried[name], *values}))
     return search
 

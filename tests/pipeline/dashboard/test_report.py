@@ -152,6 +152,15 @@ def test_a_report_loads_and_runs_nothing_whatever_is_in_it(
         assert {f"/{name}" for name in wanted.split()} <= {path.rstrip("?") for path in asked}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [420, 1200])
+def test_a_report_fits_its_screen(config: Config, tmp_path: Path, width: int) -> None:
+    write_report(config, tmp_path / "report.html")
+    with browser_page(width, 900) as page:
+        page.goto((tmp_path / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_report_of_a_run_whose_input_is_away(config: Config, tmp_path: Path) -> None:
     (tmp_path / "in.zarr").rename(tmp_path / "gone.zarr")
     write_report(config, tmp_path / "report.html")
