@@ -9,7 +9,9 @@ are made by :func:`console`; they print no text of others that a terminal would 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -19,6 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from agq.plain_text import printable
+
+SILENT_S = 2.0
+"""Longest that a command is silent without a terminal."""
 
 _GAP = 2
 """Spaces between columns."""
@@ -44,6 +49,34 @@ def console(*, stderr: bool = False, wrap: bool = False) -> Console:
     return _PlainConsole(
         stderr=stderr, highlight=False, soft_wrap=not wrap, markup=False, emoji=False
     )
+
+
+@contextmanager
+def busy(text: str) -> Iterator[Callable[[str], None]]:
+    """Say on standard error what a command is at; yields what is to be called with what comes next.
+
+    A terminal shows it at once, and no more when it is over. Elsewhere a line is printed of what
+    takes longer than `SILENT_S`.
+    """
+    shown = console(stderr=True)
+    if shown.is_terminal:
+        with shown.status(Text(printable(text))) as status:
+            yield lambda now: status.update(Text(printable(now)))
+        return
+    timers: list[threading.Timer] = []
+
+    def say(now: str) -> None:
+        for timer in timers:
+            timer.cancel()
+        timers[:] = [threading.Timer(SILENT_S, shown.print, [f"{now} ..."])]
+        timers[0].daemon = True
+        timers[0].start()
+
+    say(text)
+    try:
+        yield say
+    finally:
+        timers[0].cancel()
 
 
 class WholeTable:

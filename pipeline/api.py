@@ -34,6 +34,7 @@ from agq.pipeline.run.session import Session, open_session
 from agq.pipeline.status.monitor import load_status
 from agq.pipeline.status.progress import Tell
 from agq.pipeline.status.run_status import RunStatus
+from agq.pipeline.status.text import forecast_table
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
@@ -96,7 +97,10 @@ class RunReport(Tabled):
             ("picture", str(run.path / f"{run.path.name}.png")),
             ("viewer", f"agq view {run.path}"),
         ]
-        more = [part.table() for part in (self.plausibility, self.evaluation) if part]
+        parts = (self.plausibility, self.evaluation)
+        more: list[RenderableType] = [part.table() for part in parts if part]
+        if compared := load_status(run.path).forecast:
+            more.append(forecast_table(compared))
         return Group(facts(f"Run {run.path.name}", rows), *more)
 
 

@@ -113,6 +113,23 @@ class _Totals(_Part):
     recent: _Rate = _Rate(blocks=0, voxels=0)
 
 
+class _Forecast(_Part):
+    selected: Count
+    gpus: bool
+    basis: Text
+    worker_hours: Number | None = None
+    cost: Number | None = None
+    seconds: dict[Text, Number] = {}
+    disk_bytes: dict[Text, Count] = {}
+    files: dict[Text, Count] = {}
+
+
+class _Disk(_Part):
+    files: Count
+    bytes: Count
+    whole: bool
+
+
 class _Stage(_Part):
     state: Text | None = None
     blocks_total: Count | None = None
@@ -120,6 +137,8 @@ class _Stage(_Part):
     finished: Time | None = None
     error: str | None = None
     report: _Report | None = None
+    forecast: _Forecast | None = None
+    disk: _Disk | None = None
     totals: _Totals = _Totals()
 
 

@@ -65,9 +65,12 @@ def open_ledger() -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def main(monkeypatch, capsys):
     """Run the command line in this process; return exit code, stdout and stderr."""
+    from agq import terminal
     from agq.pipeline.cli.main import main
 
     monkeypatch.chdir(ROOT)
+    # What a slow machine makes a command say is no part of its answer.
+    monkeypatch.setattr(terminal, "SILENT_S", 3600.0)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["agq", *map(str, arguments)])

@@ -192,3 +192,13 @@ def place_device(options: Mapping[str, Any], index: int) -> dict[str, Any]:
         if count:
             placed["device"] = f"cuda:{index % count}"
     return placed
+
+
+def gpu_of(device: str) -> dict[str, Any]:
+    """Return name and memory of a CUDA device, nothing for another one."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch  # its predictor has loaded it
+
+    properties = torch.cuda.get_device_properties(device)
+    return {"gpu": properties.name, "gpu_bytes": int(properties.total_memory)}

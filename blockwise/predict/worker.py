@@ -32,7 +32,7 @@ from agq.blockwise.predict.local_processes import (
     die_with_parent,
 )
 from agq.blockwise.predict.paths import journal_folder
-from agq.blockwise.predict.predictor import load_predictor
+from agq.blockwise.predict.predictor import gpu_of, load_predictor
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS
 from agq.blockwise.storage.logs import cap_output
@@ -127,18 +127,8 @@ def _block_loop(options: argparse.Namespace, coordinator: CoordinatorPipe) -> Bl
     predictor = load_predictor(spec.factory, spec.options, local, spec.files)
     device = str(getattr(predictor, "device", spec.options.get("device", "cpu")))
     info = this_worker(name or (None if index is None else f"worker-{index}"), device)
-    journal = JournalWriter(journal_folder(run_dir), replace(info, **_gpu(device)))
+    journal = JournalWriter(journal_folder(run_dir), replace(info, **gpu_of(device)))
     return BlockLoop(spec, files, predictor, journal, coordinator.stop_run)
-
-
-def _gpu(device: str) -> dict[str, Any]:
-    """Return name and memory of a CUDA device, nothing for another one."""
-    if not device.startswith("cuda"):
-        return {}
-    import torch  # its predictor has loaded it
-
-    properties = torch.cuda.get_device_properties(device)
-    return {"gpu": properties.name, "gpu_bytes": int(properties.total_memory)}
 
 
 def _beat(tell: Callable[[], object]) -> None:

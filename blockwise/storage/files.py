@@ -11,10 +11,11 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from agq.errors import InputError, RunGoneError
 from agq.reading import NotAFileError, open_file
@@ -253,6 +254,45 @@ def free_space(path: PathLike) -> int:
     while not parent.exists():
         parent = parent.parent
     return shutil.disk_usage(parent).free
+
+
+class DiskUsage(NamedTuple):
+    """Files below a folder, what they take of the disk, and whether all of them were counted."""
+
+    files: int
+    bytes: int
+    whole: bool
+
+
+def disk_usage(folder: PathLike, *, without: Collection[str] = (), most_s: float) -> DiskUsage:
+    """Count the files below a folder, and the blocks of the disk that they take.
+
+    Parameters
+    ----------
+    folder
+        The folder; links in it are not followed.
+    without
+        Names of entries of the folder that are left out.
+    most_s
+        Seconds after which the count ends, whole or not.
+    """
+    end, files, size = time.monotonic() + most_s, 0, 0
+    folders = [os.fspath(folder)]
+    while folders:
+        top = folders.pop()
+        # What goes away meanwhile, or cannot be read, is not counted.
+        with suppress(OSError), os.scandir(top) as entries:
+            for entry in entries:
+                if time.monotonic() > end:
+                    return DiskUsage(files, size, whole=False)
+                if top == os.fspath(folder) and entry.name in without:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    files += 1
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+    return DiskUsage(files, size, whole=True)
 
 
 def require_free_space(path: PathLike, needed: int, what: str = "output") -> None:

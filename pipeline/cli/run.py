@@ -22,7 +22,7 @@ from agq.pipeline.cli.arguments import (
 from agq.pipeline.cli.main import EXIT_FAILED
 from agq.pipeline.config.schema import load_config
 from agq.plain_text import say
-from agq.terminal import console
+from agq.terminal import busy, console
 
 out = console()
 err = console(stderr=True)
@@ -121,18 +121,50 @@ def worker(
 def plan(
     config: ConfigFile,
     time_block: Annotated[
-        bool, typer.Option("--time/--no-time", help="Compute one block to estimate the time.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--time/--no-time",
+            help="Compute one block here, for the time; default: if none was timed yet and the "
+            "work is not for GPUs of a cluster.",
+        ),
+    ] = None,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Time one block in a short SLURM job.")
+    ] = False,
+    assume: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds for a block, if none is timed.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
     trust: Trust = False,
     settings: Settings = None,
 ) -> None:
     """Say what a run would do and cost, and find what would stop it. Writes no result."""
-    from agq.pipeline.run.plan import make_plan
-    from agq.pipeline.run.prepare import prepare
+    if submit and (time_block is not None or assume is not None):
+        raise InputError("--submit times a block: it goes with neither --time nor --assume")
+    if assume is not None and time_block:
+        raise InputError("--assume: goes without --time, whose block says how long one takes")
+    values = load_config(config, settings)
+    on_cluster = submit or values.slurm is not None
+    with busy("loading libraries") as tell:
+        from agq.pipeline.run.plan import make_plan
+        from agq.pipeline.run.prepare import prepare
 
-    prepared = prepare(load_config(config, settings), trust=trust)
-    report = make_plan(prepared, time_block=time_block)
+        measure = None
+        if submit:
+            from agq.pipeline.slurm.trial.job import TrialJob
+
+            measure = TrialJob.checked(values, tell)
+        tell("opening the input and the checkpoint")
+        prepared = prepare(values, workers_here=not on_cluster, trust=trust)
+        report = make_plan(
+            prepared,
+            time_block=time_block,
+            on_cluster=on_cluster,
+            assumed_s=assume,
+            measure_there=measure,
+            tell=tell,
+        )
     if as_json:
         say(json.dumps(report.to_dict(), indent=1))
     else:

@@ -91,6 +91,7 @@ def _submit(
     from agq.pipeline.run.identity import require_same, start
     from agq.pipeline.run.overwrite import clear
     from agq.pipeline.run.prepare import prepare
+    from agq.pipeline.run.stages import blocks_with_tissue, forecast_of
 
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
     if not dry_run:
@@ -113,6 +114,12 @@ def _submit(
     for note in prepared.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
     goes_on = prepared.run.exists() and not overwrite
+    expected = forecast_of(prepared, blocks_with_tissue(prepared), on_cluster=True)
+    if "predict" in stages:
+        out.print(f"forecast: {expected.line()}", soft_wrap=True)
+        if cluster is not None:
+            for note in check.short_limits(section, cluster, expected.seconds):
+                out.print(f"note: {note}", markup=False, soft_wrap=True)
     workers = None
     if dry_run:
         if goes_on:
@@ -132,6 +139,8 @@ def _submit(
             if overwrite:
                 clear(prepared.run, config)
             start(prepared.as_begun(), masked(prepared.config))
+            if "predict" in stages:
+                prepared.run.update_stage("predict", forecast=expected.model_dump())
             _start_record(config, check.grace_s(section, cluster))
             jobs.save_config(config)
             _write_scripts(config, ["predict", "stitch"], Path.cwd())

@@ -21,7 +21,7 @@ from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.dashboard.blockmap import STATES
 from agq.pipeline.dashboard.run_view import RunView
-from agq.pipeline.status.text import duration
+from agq.pipeline.status.text import duration, measure, measured
 from agq.pipeline.view.layers import LazyVolume, config_layers
 from agq.pipeline.view.picture import MAX_IN_PLANE, figure_png, snapshot
 
@@ -64,6 +64,10 @@ def write_report(config: Config, out_html: Path) -> None:
         run=run,
         made=time.strftime("%Y-%m-%d %H:%M"),
         figures=figures,
+        compared=[
+            [measured(row["name"]), *(_value(row, which) for which in ("forecast", "fact"))]
+            for row in run["forecast"]
+        ],
         scores=list(evaluation.get("scores", {}).values()),
         score_names=_SCORES,
         worst=[(k, evaluation.get(f"worst_{k}", [])) for k in ("mergers", "splits")],
@@ -176,6 +180,10 @@ def _plots(rows: npt.NDArray[Any], history: dict[str, Any]) -> list[tuple[str, s
         axes.hist(values, bins=40, color=_BLUE)
         axes.set(xlabel=title, ylabel="blocks")
     return [("Speed", speed), ("Blocks", _base64(figure_png(figure)))]
+
+
+def _value(row: dict[str, Any], which: str) -> str:
+    return "" if row[which] is None else measure(row["name"], row[which])
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -18,6 +18,7 @@ from agq.owners import TRUSTED_VARIABLE, stranger
 from agq.pipeline.dashboard.run_view import STAGE, RunView
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.records import newest_documents
+from agq.pipeline.status.listing import ledger_line
 from agq.pipeline.status.stages import coordinator_alive, run_state_of, stage_entries
 
 _OPEN_RUNS: Final = 4
@@ -125,7 +126,7 @@ class Runs:
             key = _key(record["_id"])
             if key not in lines:
                 place = Path(record.get("run_dir", ""))
-                lines[key] = _line(key, record, place, None, "ledger")
+                lines[key] = _line(key, record, place, None, "ledger") | self._rates(record)
                 places[key] = _Place(place, ledger_id=record["_id"])
         with self._lock:
             self._places = places
@@ -166,6 +167,12 @@ class Runs:
             return RunView(place.folder)
         return RunView(place.folder, self._ledger, ledger_id=place.ledger_id)
 
+    def _rates(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return speed and time left of a run that only the ledger knows, from its totals."""
+        assert self._ledger is not None
+        line = ledger_line(self._ledger, record)
+        return {name: line[name] for name in ("blocks_per_s", "eta_s")}
+
     def _stranger(self, folder: Path) -> str | None:
         assert self._parent is not None
         return stranger(folder, folder / "run.json", like=self._parent)
@@ -174,7 +181,7 @@ class Runs:
         if self._ledger is None:
             return []
         try:
-            fields = ("name", "run_dir", "created", "stages", "host", "user")
+            fields = ("name", "run_dir", "created", "updated", "stages", "host", "user")
             wanted: dict[str, Any] = {}
             if self._folders:
                 paths = {"run_dir": {"$in": [str(f) for f in self._folders]}}

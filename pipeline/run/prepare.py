@@ -40,6 +40,7 @@ from agq.pipeline.config.schema import (
 )
 from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.forecast.forecast import Work, disk_bytes
 from agq.pipeline.run.fit import Size, fits, misfit, nanometres, require_fit, show
 from agq.pipeline.run.greys import check_greys
 
@@ -47,12 +48,6 @@ if TYPE_CHECKING:
     from agq.model.checkpoint import LoadedCheckpoint
 
 _logger = logging.getLogger(__name__)
-
-# Bytes per voxel on disk, compressed, measured on AC4 (docs/architecture.md); rounded up.
-_FRAGMENT_BYTES = 0.25
-_SIDECAR_BYTES = 0.15
-_SEGMENTATION_BYTES = 0.25 * 4 / 3
-_AFFINITY_BYTES = 2.5
 
 
 @dataclass(frozen=True)
@@ -159,18 +154,28 @@ class Prepared:
         except InputError as error:
             raise InputError(f"evaluate.truth: {error}") from None
 
-    def disk_estimate(self) -> dict[str, int]:
-        """Estimate the bytes that the selected blocks will take, by kind of output."""
-        voxels = self.selected.size * float(np.prod(self.grid.write_shape))
-        voxels = min(voxels, float(np.prod(self.grid.volume_shape)))
-        rates = {
-            "fragments": _FRAGMENT_BYTES,
-            "sidecars": _SIDECAR_BYTES,
-            "segmentation": _SEGMENTATION_BYTES,
-        }
-        if self.config.output.affinities:
-            rates["affinities"] = _AFFINITY_BYTES
-        return {name: int(voxels * rate) for name, rate in rates.items()}
+    def work(self, blocks: int | None = None, todo: int | None = None) -> Work:
+        """Return what there is to do, of so many blocks (default: all that are selected).
+
+        Parameters
+        ----------
+        blocks
+            Blocks that the run will hold in the end.
+        todo
+            Of these, those that are not done; default: all.
+        """
+        config = self.config
+        selected = int(self.selected.size)
+        blocks = selected if blocks is None else blocks
+        return Work(
+            grid=self.grid,
+            selected=selected,
+            blocks=blocks,
+            todo=blocks if todo is None else todo,
+            levels=None if config.pyramid.levels == "auto" else config.pyramid.levels + 1,
+            affinities=config.output.affinities,
+            evaluated=config.evaluate is not None,
+        )
 
 
 def prepare(
@@ -383,7 +388,7 @@ def _check_output(prepared: Prepared) -> None:
     """Check the room on the disk."""
     run = prepared.run
     if not run.exists():
-        require_free_space(run.path, sum(prepared.disk_estimate().values()), "run_dir")
+        require_free_space(run.path, sum(disk_bytes(prepared.work()).values()), "run_dir")
 
 
 def _check_ledger(config: Config) -> None:

@@ -22,7 +22,7 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal, compact
-from agq.blockwise.journal.records import BlockRecord, this_worker
+from agq.blockwise.journal.records import BlockRecord, BlockState, this_worker
 from agq.blockwise.journal.writer import JournalWriter, take_back
 from agq.blockwise.predict.coordinator import (
     PredictProgress,
@@ -34,19 +34,26 @@ from agq.blockwise.predict.settings import AttemptSettings
 from agq.blockwise.stitch.cluster import lazy_client
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
-from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.storage.files import disk_usage, write_atomic
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError, RunStoppedError
+from agq.pipeline.config.schema import DEFAULT_FACTORY
 from agq.pipeline.evaluate.plausibility import assess
 from agq.pipeline.evaluate.scores import EvaluationReport
+from agq.pipeline.forecast.forecast import ASSUMED, Forecast, Means, forecast, gpu_seconds
+from agq.pipeline.forecast.timing import Timing, timing_key
 from agq.pipeline.run.greys import Contrast, contrast_of_run
 from agq.pipeline.run.identity import changed_truth, new_makers, recorded_contents
 from agq.pipeline.run.masks import apply_mask, require_applied
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.session import Session
+from agq.pipeline.slurm.settings import SlurmSettings
 
 _logger = logging.getLogger(__name__)
+
+# Seconds for counting the files of a run: on shared storage a million of them take minutes.
+_COUNT_S = 20.0
 
 # Failures in a row after which a worker that joined tests itself.
 _DRAIN_AFTER = 5
@@ -131,6 +138,7 @@ def predict(
         Its `failed` lists the blocks that failed in the end.
     """
     prepared = session.prepared
+    on_cluster = cluster is not None
     cluster = cluster or _others(prepared)
     BlockWriter.create(
         prepared.run.path,
@@ -160,7 +168,11 @@ def predict(
                 "input.mask: this run was begun by a release whose mask left out whole blocks only,"
                 " and goes on so; start over with --overwrite to hide voxels"
             )
+        left = int(todo.size)
         todo = _skip_masked(prepared, todo, revision)
+        skipped = journal.ranks(prepared.selected) == BlockState.SKIPPED
+        held = total - int(skipped.sum()) - (left - int(todo.size))
+        _record_forecast(session, held, on_cluster=on_cluster)
         if todo.size:
             _warn_of_new_makers(prepared, journal, prepared.device)
         session.progress.start("predict", total, done=total - int(todo.size))
@@ -194,6 +206,79 @@ def predict(
         if report.failed:
             record["state"] = "failed"
     return report
+
+
+def forecast_of(
+    prepared: Prepared,
+    blocks: int,
+    todo: int | None = None,
+    *,
+    timing: Timing | None = None,
+    assumed_s: float | None = None,
+    on_cluster: bool = False,
+) -> Forecast:
+    """Work out what a run will take.
+
+    Parameters
+    ----------
+    prepared
+        The checked run.
+    blocks, todo
+        As of `Prepared.work`.
+    timing, assumed_s
+        As of `forecast`; default: the timing that the run folder holds, if it is of this run here.
+    on_cluster
+        Whether the jobs of `slurm` do the work, and not this machine.
+    """
+    config = prepared.config
+    dask, model = config.stitch.dask, config.model
+    if timing is None and assumed_s is None:
+        timing = Timing.load(prepared.run.path, timing_key_of(prepared, on_cluster=on_cluster))
+    assumption: dict[str, Any] = {"assumed_s": assumed_s}
+    if on_cluster:
+        section = config.slurm or SlurmSettings()
+        jobs = min(section.workers, section.limit or section.workers)
+        means = Means(
+            processes=jobs * max(1, section.gpus),
+            gpus=section.gpus > 0,
+            cores=section.stitch.cpus * max(1, section.stitch.jobs),
+            price=section.price_per_gpu_hour,
+        )
+        if timing is None and assumed_s is None and means.gpus and model.factory == DEFAULT_FACTORY:
+            assumption = {"assumed_s": gpu_seconds(prepared.grid), "assumption": ASSUMED}
+    else:
+        # Of the workers of other machines, if only they take part, nothing is known.
+        processes = worker_count(prepared) or 1
+        cores = dask.workers or len(os.sched_getaffinity(0))
+        means = Means(processes, gpus=prepared.device == "cuda", cores=cores)
+    return forecast(prepared.work(blocks, todo), means, timing, **assumption)
+
+
+def timing_key_of(prepared: Prepared, *, on_cluster: bool) -> str:
+    """Return the key of a timing of this run's blocks, on this machine or on nodes of a cluster."""
+    where: Any = socket.gethostname()
+    if on_cluster:
+        section = prepared.config.slurm or SlurmSettings()
+        # Another partition or feature may mean another kind of GPU.
+        where = section.model_dump(include={"partition", "gres", "constraint"})
+        where["gpu"] = section.gpus > 0
+    model = {name: v for name, v in prepared.identity["model"].items() if name != "device"}
+    return timing_key(model, prepared.config.model.device, prepared.grid.read_shape, where)
+
+
+def blocks_with_tissue(prepared: Prepared) -> int:
+    """Count the selected blocks that the mask does not leave out."""
+    if prepared.mask is None:
+        return int(prepared.selected.size)
+    return int(mask_blocks(prepared.mask, prepared.grid, prepared.selected).sum())
+
+
+def _record_forecast(session: Session, blocks: int, *, on_cluster: bool) -> None:
+    """Record what the run is expected to take, unless that is there for the same ROI."""
+    told = session.prepared.run.record()["stages"].get("predict", {}).get("forecast")
+    if told is None or told.get("selected") != int(session.prepared.selected.size):
+        expected = forecast_of(session.prepared, blocks, on_cluster=on_cluster)
+        session.update_stage("predict", forecast=expected.model_dump())
 
 
 def _require_unchanged(prepared: Prepared, spec: PredictSpec, todo: npt.NDArray[np.int64]) -> None:
@@ -386,6 +471,9 @@ def stitch(
             record["report"] = report.to_dict()
         plausible = assess(prepared.run.path, section, truth=config.evaluate is not None)
         record["plausibility"] = plausible and plausible.to_dict()
+    # Image files made into zarr are input.
+    usage = disk_usage(prepared.run.path, without=("imported",), most_s=_COUNT_S)
+    session.update_stage("stitch", disk=usage._asdict())
     return report
 
 

@@ -3,13 +3,14 @@
 import getpass
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from agq.errors import InputError
 from agq.pipeline.slurm.client import SlurmError, call, fields_of
 from agq.pipeline.slurm.settings import CpuJobSettings, SlurmSettings
+from agq.pipeline.status.text import duration
 
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
@@ -37,6 +38,8 @@ class Partition:
     ----------
     max_minutes
         Longest time limit; None for no limit.
+    default_minutes
+        Time limit of a job that asks for none; None: `max_minutes`.
     grace_s
         Seconds between SIGTERM and SIGKILL when a job is pre-empted.
     accounts
@@ -50,6 +53,13 @@ class Partition:
     grace_s: int
     nodes: tuple[Node, ...]
     accounts: frozenset[str] | None = None
+    default_minutes: float | None = None
+
+    def limit_minutes(self, asked: str | None) -> float | None:
+        """Return the time limit of a job that asks for one, or for none; None for no limit."""
+        if asked is not None:
+            return limit_minutes(asked)
+        return self.max_minutes if self.default_minutes is None else self.default_minutes
 
 
 class Association(NamedTuple):
@@ -105,10 +115,11 @@ def read_cluster() -> Cluster:
             name=name,
             default=fields.get("Default") == "YES",
             up=fields.get("State") == "UP",
-            max_minutes=_minutes(fields.get("MaxTime", "UNLIMITED")),
+            max_minutes=limit_minutes(fields.get("MaxTime", "UNLIMITED")),
             grace_s=int(fields.get("GraceTime", "0")),
             nodes=tuple(nodes.get(name, ())),
             accounts=_named(fields.get("AllowAccounts", "ALL")),
+            default_minutes=limit_minutes(fields.get("DefaultTime", "NONE")),
         )
     config = call(["scontrol", "show", "config"])
     enforced = re.search(r"^AccountingStorageEnforce\s*=\s*(\S+)", config, re.MULTILINE)
@@ -157,9 +168,9 @@ def _gpus(gres: str) -> dict[str, int]:
     return gpus
 
 
-def _minutes(text: str) -> float | None:
-    """Minutes of a SLURM time; None for no limit."""
-    if text in ("UNLIMITED", "INFINITE", "infinite"):
+def limit_minutes(text: str) -> float | None:
+    """Return the minutes of a SLURM time; None for no limit."""
+    if text in ("UNLIMITED", "INFINITE", "infinite", "NONE"):
         return None
     days, dash, rest = text.rpartition("-")
     parts = [int(p) for p in rest.split(":")]
@@ -208,12 +219,49 @@ def check(section: SlurmSettings, cluster: Cluster) -> list[str]:
                 "take over; if the nodes do not have it there either, name in slurm.prologue what "
                 f"brings it, such as `module load {program}`"
             )
-    limit = _minutes(section.time) if section.time else worker.max_minutes
+    limit = worker.limit_minutes(section.time)
     if limit is not None and limit * 60 <= 2 * section.lead_s:
         warnings.append(
             f"slurm.lead_s {section.lead_s} takes most of the time limit of {limit:g} minutes"
+            + _by_default(section.time, worker)
         )
     return warnings
+
+
+def short_limits(
+    section: SlurmSettings, cluster: Cluster, expected: Mapping[str, float]
+) -> list[str]:
+    """Say which jobs get less time, because they ask for none, than a forecast expects of them.
+
+    Parameters
+    ----------
+    expected
+        Seconds of wall time of ``predict`` and of what the stitch's job does, as in `Forecast`.
+    """
+    predict_s = expected.get("predict", 0.0)
+    stitch_s = sum(expected.values()) - predict_s
+    notes = []
+    for where, job, seconds in (
+        ("slurm.", section, predict_s),
+        ("slurm.coordinator.", section.coordinator, predict_s),
+        ("slurm.stitch.", section.stitch, stitch_s),
+    ):
+        partition = _partitions(where, job.partition or section.partition, cluster)[0]
+        limit = partition.limit_minutes(job.time)
+        if job.time is None and limit is not None and limit * 60 < seconds:
+            then = "goes on after a requeue" if section.requeue else "is not requeued"
+            notes.append(
+                f"{where}time is not set: the job gets {limit:g} minutes"
+                f"{_by_default(None, partition)}, the forecast is {duration(seconds)}; it {then}"
+            )
+    return notes
+
+
+def _by_default(asked: str | None, partition: Partition) -> str:
+    """Say where a limit is from that nobody asked for."""
+    if asked is not None or partition.default_minutes is None:
+        return ""
+    return f" (DefaultTime of partition {partition.name})"
 
 
 def grace_s(section: SlurmSettings, cluster: Cluster) -> int:
@@ -328,15 +376,16 @@ def _may_use(
 
 
 def _time(where: str, asked: str | None, partition: Partition, lead_s: int) -> None:
-    limit = _minutes(asked) if asked else partition.max_minutes
+    limit = partition.limit_minutes(asked)
     if limit and limit * 60 <= lead_s:
         raise InputError(
-            f"slurm.lead_s: {lead_s} seconds are all of the time limit of {limit:g} minutes, so a "
-            f"job would be told to leave at its start; lower it, or raise {where}time"
+            f"slurm.lead_s: {lead_s} seconds are all of the time limit of {limit:g} minutes"
+            f"{_by_default(asked, partition)}, so a job would be told to leave at its start; lower "
+            f"it, or raise {where}time"
         )
     if asked is None or partition.max_minutes is None:
         return
-    if (minutes := _minutes(asked)) is not None and minutes > partition.max_minutes:
+    if (minutes := limit_minutes(asked)) is not None and minutes > partition.max_minutes:
         raise InputError(
             f"{where}time: {asked} is over the limit of partition {partition.name}, "
             f"{partition.max_minutes:g} minutes; ask for less, a requeued job goes on"

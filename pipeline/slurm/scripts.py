@@ -90,6 +90,28 @@ def stitch_script(section: "SlurmSettings", run_dir: Path, here: Path) -> Script
     return Script("stitch", _text(section, options, "stitch", run_dir, here))
 
 
+def trial_script(section: "SlurmSettings", run_dir: Path, here: Path, time: str | None) -> Script:
+    """Return the script of a job that times one block within a time limit; see `worker_script`."""
+    options = [
+        *_named(section, "trial", run_dir),
+        "--no-requeue",
+        *_asked(partition=section.partition, qos=section.qos, constraint=section.constraint),
+        *_asked(cpus_per_task=section.cpus, mem=section.mem, time=time),
+        "--output=%j.log",
+    ]
+    if section.gpus:
+        options.append(f"--gres={section.gres or 'gpu'}:1")
+    # Not requeued, whatever ends it: somebody waits for it.
+    once = section.model_copy(update={"requeue": False})
+    text = _text(once, options, "trial.program", run_dir, here, gpu=section.gpus > 0)
+    return Script("trial", text)
+
+
+def trial_folder(run_dir: Path) -> Path:
+    """Return the folder in a run folder for what a timed block needs and says."""
+    return folder(run_dir) / "trial"
+
+
 def _cpu_job(
     section: "SlurmSettings", job: "CpuJobSettings", name: str, run_dir: Path
 ) -> list[str]:
@@ -107,13 +129,19 @@ def _cpu_job(
     ]
 
 
-def _common(section: "SlurmSettings", name: str, run_dir: Path) -> list[str]:
+def _named(section: "SlurmSettings", name: str, run_dir: Path) -> list[str]:
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in run_dir.name)
     return [
         f"--job-name=agq-{name}-{plain[:40]}",
         *_asked(account=section.account),
         "--nodes=1",
         "--ntasks=1",
+    ]
+
+
+def _common(section: "SlurmSettings", name: str, run_dir: Path) -> list[str]:
+    return [
+        *_named(section, name, run_dir),
         # Otherwise a job that is requeued overwrites the log of its first run.
         "--open-mode=append",
         "--requeue" if section.requeue else "--no-requeue",

@@ -181,6 +181,9 @@ class SlurmSettings(Settings):
     """Python that has agq-pipeline; default: the one that runs `agq submit`, or `python` in a
     container."""
 
+    price_per_gpu_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Money for an hour of one GPU, in any currency: `agq plan` then says what a run will cost."""
+
     coordinator: CpuJobSettings = CpuJobSettings()
     """The job that hands out the blocks."""
 

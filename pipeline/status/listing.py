@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.records import newest_documents
-from agq.pipeline.status.monitor import Monitor, Queue
+from agq.pipeline.status.monitor import NO_TOTALS, Monitor, Queue
 from agq.pipeline.status.run_status import StageStatus
 from agq.pipeline.status.stages import Record, run_state_of, stage_entries, stage_status
 
@@ -43,7 +43,7 @@ def ledger_lines(ledger: "Ledger", limit: int = 100) -> list[Line]:
         try:
             if problem is not None:
                 raise ValueError(problem)
-            lines.append(_ledger_line(ledger, document))
+            lines.append(ledger_line(ledger, document))
         except (InputError, *_UNREADABLE) as error:
             name = str(document.get("name", ""))
             lines.append(_damaged(str(document["_id"]), name, "", f"damaged: {error}"))
@@ -78,12 +78,13 @@ def folder_lines(parent: Path, queue: Queue | None = None) -> list[Line]:
     return sorted(lines, key=lambda line: -(line["created"] or 0))
 
 
-def _ledger_line(ledger: "Ledger", document: Record) -> Line:
+def ledger_line(ledger: "Ledger", document: Record) -> Line:
+    """Summarise the run of a checked document of a database; the line is as of `ledger_lines`."""
     from agq.blockwise.ledger.progress import LedgerStage
 
     run, now, path = document["_id"], time.time(), Path(document.get("run_dir") or "")
     sums = {name: stage.get("totals", {}) for name, stage in document.get("stages", {}).items()}
-    totals = {name: of for name, of in sums.items() if of.get("bytes")}
+    totals = {name: NO_TOTALS | of for name, of in sums.items() if of.get("bytes")}
     entries = stage_entries(document, totals)
     state = run_state_of(entries.values(), None)
     stages = [

@@ -14,6 +14,7 @@ from agq.blockwise.journal.progress import RECENT_S, StageProgress
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.records import check_document
+from agq.pipeline.status.compare import compare
 from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 from agq.pipeline.status.stages import (
     LEADERS,
@@ -39,10 +40,11 @@ _BEHIND_S: Final = 10.0
 _NOT_ASKED: Final = (
     "its batch jobs cannot be asked for here: agq status on the cluster tells whether they are lost"
 )
-_NO_TOTALS: Final[Record] = {
+NO_TOTALS: Final[Record] = {
     "session": {"blocks": 0, "voxels": 0},
     "recent": {"seconds": RECENT_S, "blocks": 0, "voxels": 0},
 }
+"""What earlier releases did not deliver."""
 
 
 Queue = Callable[[Path], tuple[QueueStatus, ...] | None]
@@ -281,7 +283,7 @@ class Monitor:
         path = self._run.path if here else Path(document.get("run_dir", self._run.path))
         stages = document.get("stages", {}).items()
         sums_of = {name: stage.get("totals", {}) for name, stage in stages}
-        totals = {name: _NO_TOTALS | s for name, s in sums_of.items() if s.get("bytes")}
+        totals = {name: NO_TOTALS | s for name, s in sums_of.items() if s.get("bytes")}
         self._progress = {
             name: self._documents_of(document["_id"], name, sums) for name, sums in totals.items()
         }
@@ -347,6 +349,7 @@ class Monitor:
             stages=tuple(stages),
             user=_user(record),
             heard=max(filter(None, times), default=None),
+            forecast=compare(entries, stages, self._progress.get("predict"), now),
         )
 
 

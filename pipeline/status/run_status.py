@@ -152,6 +152,17 @@ class StageStatus(_Model):
         return self.done + self.skipped
 
 
+class ForecastStatus(_Model):
+    """One measure of a run: what was expected of it when it was begun, and what it was."""
+
+    name: str
+    """gpu_hours (worker_hours: of processes without GPUs), cost, predict_s (from the first block to
+    the last), stitch_s (with the pyramid), evaluate_s, disk_bytes or files."""
+    forecast: float
+    fact: float | None = None
+    """None as long as it is not known."""
+
+
 class RunStatus(_Model, Tabled):
     """A run at one moment."""
 
@@ -184,6 +195,9 @@ class RunStatus(_Model, Tabled):
     heard: float | None = None
     """When it was heard of last, by a line of its journals or in the ledger, seconds since the
     epoch."""
+
+    forecast: tuple[ForecastStatus, ...] = ()
+    """The forecast that the run was begun with beside the facts; empty without one."""
 
     @property
     def has_jobs(self) -> bool:

@@ -19,8 +19,7 @@ _PARTS: Final = ("relabel", "pyramid")
 LEADERS: Final = {"predict": "coordinator", "stitch": "stitch"}
 """The batch job that does a stage, by stage."""
 
-# Reasons of jobs that wait which no time heals.
-_NEVER: Final = frozenset(
+NEVER_STARTS: Final = frozenset(
     {
         *("DependencyNeverSatisfied", "BadConstraints", "PartitionConfig", "PartitionTimeLimit"),
         *("PartitionNodeLimit", "InvalidAccount", "InvalidQOS", "AccountNotAllowed"),
@@ -28,6 +27,8 @@ _NEVER: Final = frozenset(
         *("JobHeldAdmin", "JobHeldUser"),
     }
 )
+"""Reasons of jobs that wait which no time heals."""
+
 _STILL: Final = 3.0
 _STEP: Final = ("step", "step_done", "step_total")
 _MAX_WORKERS: Final = 200
@@ -69,7 +70,7 @@ class Batch:
         if alive or self.queue is None or state in ("done", "failed"):
             return said
         leads = [q for q in self.queue if q.role == LEADERS[stage]]
-        never = [q.reason for q in leads if q.reason in _NEVER]
+        never = [q.reason for q in leads if q.reason in NEVER_STARTS]
         if leads and not never:
             works = state == "running" and any(q.state != "PENDING" for q in leads)
             return said if works and alive is None else said | {"state": "waiting"}

@@ -8,8 +8,10 @@ from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from agq.blockwise.storage.files import format_bytes
 from agq.pipeline.status.run_status import (
     Failure,
+    ForecastStatus,
     QueueStatus,
     RunStatus,
     StageStatus,
@@ -44,10 +46,39 @@ def render(status: RunStatus) -> RenderableType:
         parts.append(_stages(status.stages))
     for stage in status.stages:
         parts += _details(stage, status.updated)
+    if status.state == "done" and status.forecast:
+        parts.append(forecast_table(status.forecast))
     for stage in status.stages:
         if any(worker.state != "ended" for worker in stage.workers):
             parts.append(_workers(stage, status.updated))
     return Group(*parts)
+
+
+def forecast_table(rows: Iterable[ForecastStatus]) -> WholeTable:
+    """Draw what a run was expected to take beside what it took."""
+    columns = ("", "forecast", "fact")
+    table = WholeTable("", columns, numbers=columns[1:])
+    for row in rows:
+        cells = ("" if v is None else measure(row.name, v) for v in (row.forecast, row.fact))
+        table.add_row(measured(row.name), *cells)
+    return table
+
+
+def measured(name: str) -> str:
+    """Say what a `ForecastStatus` of a name measures."""
+    words = name.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
+    return words.replace("gpu", "GPU")
+
+
+def measure(name: str, value: float) -> str:
+    """Write a value of a `ForecastStatus`."""
+    if name.endswith("_s"):
+        return duration(value)
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if name.endswith("_hours"):
+        return f"{value:,.3g}"
+    return f"{value:,.2f}" if name == "cost" else f"{value:,.0f}"
 
 
 def _header(status: RunStatus) -> Text:

@@ -66,6 +66,56 @@ def test_all_stages_with_odd_names(quiet, tmp_path, segmented, monkeypatch):
         assert token not in log.read_text(errors="replace")
 
 
+def test_a_plan_times_a_block_in_a_job_and_the_run_is_compared_with_it(quiet, tmp_path):
+    run = ClusterRun(tmp_path, delay_s=0.3, slurm={"price_per_gpu_hour": 3.6})
+    said = run.agq("plan", run.config, "--submit")
+    assert "timed now on" in said
+    assert "cpu (gpu" in said, "on a node of the cluster"
+    for word in ("GPU hours", "cost", "3 with a GPU each", "stitch", "pyramid", "disk: all"):
+        assert word in said
+    assert not run.queue()
+    plan = json.loads(agq("plan", run.config, "--json").stdout)
+    assert plan["timing"]["host"].startswith("gpu")
+    assert 0.3 <= plan["seconds_per_block"] < 5
+    expected = 60 * plan["seconds_per_block"] + 3 * plan["timing"]["load_s"]
+    assert plan["forecast"]["worker_hours"] == pytest.approx(expected / 3600)
+
+    # A partition whose jobs are shorter than that, and shorter than they may be.
+    short = ("--set", "slurm.partition=short", "--set", "slurm.time='5'")
+    never = agq("plan", run.config, "--submit", *short)
+    assert never.returncode == 2
+    assert "slurm.time" in never.stderr
+    held = agq("plan", run.config, "--submit", "--set", "slurm.extra=[--hold]")
+    assert held.returncode == 2
+    assert "can never start: JobHeldUser" in held.stderr
+    assert not [line for line in run.queue() if "COMPLETING" not in line]
+    failed = agq("plan", run.config, "--submit", "--set", "slurm.prologue=[echo no module, exit 3]")
+    assert failed.returncode == 2
+    assert "ended without a result" in failed.stderr
+    assert failed.stderr.strip().endswith("no module")
+    waiting = subprocess.Popen(
+        command("plan", run.config, "--submit", "--set", "slurm.extra=[--begin=now+1hour]"),
+        env=environment(),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: run.queue())
+    waiting.send_signal(signal.SIGINT)
+    _, err = waiting.communicate(timeout=60)
+    assert waiting.returncode != 0
+    assert "Traceback" not in err
+    wait_for(lambda: not run.queue())
+
+    assert "forecast: " in run.agq("submit", run.config)
+    run.agq("attach", run.run_dir, "--interval", "1")
+    rows = {r["name"]: r for r in json.loads(run.agq("status", run.run_dir, "--json"))["forecast"]}
+    assert rows["gpu_hours"]["forecast"] == pytest.approx(expected / 3600)
+    for name in ("gpu_hours", "cost", "predict_s", "stitch_s", "files", "disk_bytes"):
+        assert rows[name]["fact"] > 0
+    assert "GPU hours" in run.agq("status", run.run_dir)
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [

@@ -1,6 +1,7 @@
 """Tables are whole: in a narrow terminal, in an ordinary one, and in a pipe."""
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,18 @@ def test_every_command_prints_whole_tables():
     for package in ("blockwise", "pipeline"):
         for file in (ROOT / package).rglob("*.py"):
             assert "rich.table" not in file.read_text(encoding="utf-8"), file
+
+
+def test_a_command_says_what_takes_long(monkeypatch, capsys):
+    """On a slow machine only, where nobody looks on: a pipe gets no line for each short step."""
+    monkeypatch.setattr(terminal, "SILENT_S", 0.2)
+    with terminal.busy("short") as tell:
+        tell("long")
+        deadline = time.monotonic() + 20
+        while not (said := capsys.readouterr().err):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        tell("short again")
+    time.sleep(0.4)
+    assert said == "long ...\n"
+    assert capsys.readouterr().err == ""

@@ -433,6 +433,11 @@ def test_a_run_that_only_the_ledger_knows(run: RunFolder, mongo_uri: str) -> Non
         runs = Runs([], None, ledger)
         (line,) = [r for r in runs.listing() if r["key"] == key]
         assert (line["source"], line["done"], line["failed"]) == ("ledger", 10, 3)
+        assert line["blocks_per_s"] > 0
+        assert line["eta_s"] > 0
+        (stage,) = [s for s in runs.view(key).overview()["stages"] if s["name"] == "predict"]
+        assert stage["blocks_per_s_now"] == pytest.approx(line["blocks_per_s"], rel=0.5)
+        assert stage["eta_s"] == pytest.approx(line["eta_s"], rel=0.5)
         found = runs.view(key).overview()
         assert (found["source"], found["states"]) == ("ledger", [0, 2, 8, 46, 1, 3])
         assert found["failed"] == 3

@@ -6,12 +6,19 @@ import random
 import signal
 import subprocess
 import time
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from agq.blockwise.volumes.open import open_volume
+from agq.pipeline.config.schema import load_config
+from agq.pipeline.run.plan import make_plan
+from agq.pipeline.run.prepare import prepare
+from agq.pipeline.status.monitor import load_status
+from agq.pipeline.status.text import measure
 from tests.helpers.fakes import RAISE, threshold
 from tests.helpers.runs import agq, blobs, command, environment, make_config, results, write_volume
 
@@ -20,8 +27,10 @@ from tests.helpers.runs import agq, blobs, command, environment, make_config, re
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     config = make_config(folder)
+    make_plan(prepare(load_config(config)))  # times a block, of which the run's forecast is made
     done = agq("run", config)
     assert done.returncode == 0, done.stderr + done.stdout
+    (folder / "said").write_text(done.stdout)
     return folder
 
 
@@ -38,6 +47,23 @@ def test_run_writes_everything_the_readme_lists(undisturbed):
     assert segmentation.shape == raw.shape
     assert tuple(segmentation.voxel_size) == (30, 6, 6)
     assert (run / "run.png").stat().st_size > 1000
+
+
+def test_the_forecast_of_files_and_disk_is_near_the_fact(undisturbed):
+    said = (undisturbed / "said").read_text()
+    assert "forecast" in said
+    status = load_status(undisturbed / "run")
+    rows = {row.name: row for row in status.forecast}
+    assert {"worker_hours", "predict_s", "stitch_s", "disk_bytes", "files"} == rows.keys()
+    for name in ("files", "disk_bytes"):
+        assert rows[name].forecast == pytest.approx(rows[name].fact, rel=0.2), name
+        assert measure(name, rows[name].fact) in said
+    files = [f for f in (undisturbed / "run").rglob("*") if f.is_file()]
+    assert len(files) - 3 <= rows["files"].fact <= len(files)  # the picture, for one, comes later
+    assert rows["worker_hours"].fact > 0
+    shown = StringIO()
+    Console(file=shown, width=80).print(status.table())
+    assert "worker hours" in shown.getvalue()
 
 
 def test_stitched_blocks_equal_the_whole_volume_labelled_at_once(undisturbed):

@@ -294,6 +294,35 @@ def test_what_the_cluster_lacks_is_named_with_what_it_has(wrong, words):
         assert word in str(raised.value)
 
 
+def test_jobs_without_a_time_get_the_partition_default(monkeypatch):
+    shown = (
+        "PartitionName=gpu Default=YES State=UP MaxTime=7-0:0:0 DefaultTime=00:30:00 GraceTime=0",
+        "PartitionName=cpu Default=NO State=UP MaxTime=UNLIMITED DefaultTime=NONE GraceTime=0",
+    )
+    said = {"sinfo": "gpu|8|4000|gpu:a100:2|\ncpu|64|256000|(null)|\n", "config": ""}
+    monkeypatch.setattr(
+        check_module,
+        "call",
+        lambda words: said.get(words[0]) or ("\n".join(shown) if "partition" in words else "x"),
+    )
+    cluster = check_module.read_cluster()
+    assert [p.default_minutes for p in cluster.partitions.values()] == [30, None]
+    section = SlurmSettings(**SMALL)
+    expected = {"predict": 7000.0, "stitch": 9e5}
+    notes = check_module.short_limits(section, cluster, expected)
+    # The stitch has a partition without any limit.
+    assert [note.partition(" ")[0] for note in notes] == ["slurm.time", "slurm.coordinator.time"]
+    assert "the job gets 30 minutes (DefaultTime of partition gpu)" in notes[0]
+    assert "the forecast is 1h 56m; it goes on after a requeue" in notes[0]
+    assert not check_module.short_limits(section, cluster, {"predict": 1700.0})
+    asked = section.model_copy(update={"time": "20"})
+    assert len(check_module.short_limits(asked, cluster, expected)) == 1
+    with pytest.raises(InputError, match=r"30 minutes \(DefaultTime of partition gpu\)"):
+        check(section.model_copy(update={"lead_s": 1800}), cluster)
+    warned = check(section.model_copy(update={"lead_s": 1000}), cluster)
+    assert any("DefaultTime" in warning for warning in warned)
+
+
 MIXED = Cluster(
     {
         "mixed": Partition(
