@@ -108,5 +108,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/forward.py
 
 clean:
-	rm -f docs/configuration.md
 	rm -rf $(VENV) .venv-services runs build dist *.egg-info

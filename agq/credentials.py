@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus
 
+from agq import waiting
 from agq.plain_text import printable
 
 HIDDEN: Final = "***"
@@ -195,6 +196,7 @@ class HidingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
+        waiting.over()
         return printable(hide(super().format(record)))
 
 

@@ -9,6 +9,8 @@ and hook of `agq.credentials`, which write such characters out as JSON does.
 import re
 from typing import Final
 
+from agq import waiting
+
 # Controls without the line end, marks of direction, and what ends a line besides.
 _OBEYED: Final = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
@@ -39,4 +41,5 @@ def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     """Print a text, with a line end, to standard output or standard error."""
     import typer  # workers log, and need none of it
 
+    waiting.over()
     typer.echo(printable(str(text)), err=err, nl=nl)

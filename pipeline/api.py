@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from agq import waiting
 from agq.blockwise.predict.coordinator import PredictReport
 from agq.blockwise.stitch.run import StitchReport
 from agq.blockwise.volumes.open import Kind, Volume, open_volume
@@ -32,7 +33,7 @@ from agq.pipeline.run.fragments import absolute_location, stitch_arrays
 from agq.pipeline.run.prepare import prepare, prepare_stitch
 from agq.pipeline.run.session import Session, open_session
 from agq.pipeline.status.monitor import load_status
-from agq.pipeline.status.progress import Tell
+from agq.pipeline.status.progress import Shown
 from agq.pipeline.status.run_status import RunStatus
 from agq.pipeline.status.text import forecast_table
 from agq.tables import Tabled
@@ -132,7 +133,7 @@ class Run:
         self,
         source: Location | Config,
         *,
-        on_progress: Tell | Literal["bars"] | None = None,
+        on_progress: Shown = None,
         trust: bool = False,
         **settings: Any,
     ) -> None:
@@ -163,6 +164,7 @@ class Run:
         if self._session is not None:
             yield self._session
             return
+        waiting.doing("checking the input" + (" and the checkpoint" if predicts else ""))
         if predicts:
             prepared = prepare(self.config, overwrite=overwrite, trust=self._trust)
         else:
@@ -300,7 +302,7 @@ def segment(
     mask: Any = None,
     truth: Any = None,
     unit: Literal["nm", "angstrom", "pm"] = "nm",
-    on_progress: Tell | Literal["bars"] | None = None,
+    on_progress: Shown = None,
     **settings: Any,
 ) -> Run:
     """Segment a volume: predict, stitch, evaluate; called again it goes on where it was.
@@ -361,7 +363,7 @@ def stitch_fragments(
     threshold: float = 0.5,
     unit: Literal["nm", "angstrom", "pm"] = "nm",
     channels: Sequence[int] = (0, 1, 2),
-    on_progress: Tell | Literal["bars"] | None = None,
+    on_progress: Shown = None,
     **settings: Any,
 ) -> StitchReport:
     """Stitch fragments of another model by its affinities, as ``agq stitch --fragments`` does.

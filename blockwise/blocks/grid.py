@@ -188,6 +188,11 @@ class BlockGrid:
             raise ValueError(f"{write_roi} is not the write ROI of a block")
         return self.number(begin // write)
 
+    def middle_voxel(self, number: int) -> Triple:
+        """Return the voxel (z, y, x) in the middle of a block's written part."""
+        low, high = self.write_box(number)
+        return triple((a + b) // 2 for a, b in zip(low, high, strict=True))
+
     def place(self, number: int) -> dict[str, Any]:
         """Return `roi` and `voxels` of a block as its journal record has them."""
         roi = self.write_roi(number)

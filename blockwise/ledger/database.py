@@ -348,8 +348,8 @@ def connect(settings: LedgerSettings) -> Ledger | None:
     if uri is None:
         if settings.required:
             raise LedgerError(
-                "ledger.required is set, but there is no ledger.uri, no ledger.uri_file and no "
-                f"environment variable {URI_VARIABLE}"
+                "no database is named: set the environment variable "
+                f"{URI_VARIABLE}, or ledger.uri_file in the configuration"
             )
         return None
     ledger = Ledger(uri.get_secret_value(), settings)

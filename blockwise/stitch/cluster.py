@@ -19,7 +19,7 @@ from typing import Any
 from distributed import Client, Nanny, Scheduler, SpecCluster, Status, Worker
 from distributed.security import Security
 
-from agq import caches
+from agq import caches, waiting
 from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.errors import InputError
@@ -176,6 +176,7 @@ def lazy_client(
             yield client
         return
     count = settings.workers or len(os.sched_getaffinity(0))
+    waiting.doing("starting processes")
     with ExitStack() as stack:
 
         def make() -> Client:

@@ -142,10 +142,11 @@ class LossWeights(Preset):
         },
     }
 
-    dice: float = Field(3.0, ge=0)
-    cross_entropy: float = Field(0.3, ge=0)
+    dice: float = Field(3.0, ge=0, description="Of the overlap of masks with instances.")
+    cross_entropy: float = Field(0.3, ge=0, description="Of the label of each voxel.")
     discrimination: float = Field(0.1, ge=0)
-    affinity: float = Field(1.0, ge=0)
+    """Of how far apart the mask features of different instances are."""
+    affinity: float = Field(1.0, ge=0, description="Of the affinities.")
     zero_background: float = Field(0.0, ge=0)
     """Of a second cross-entropy, on the last prediction with a background logit of 0, as inference
     sets it. Not published; short runs need it to learn logits below 0."""
@@ -170,8 +171,8 @@ class LossWeights(Preset):
 class OptimizerConfig(Settings):
     """Adam with linear warm-up, then a cosine to zero."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup_steps: int = Field(1000, ge=0)
+    learning_rate: float = Field(1e-4, gt=0, description="Of Adam, after the warm-up.")
+    warmup_steps: int = Field(1000, ge=0, description="Steps until it is reached.")
     weight_decay: float = Field(1e-4, ge=0, description="Not of norms and biases.")
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; null, as published: never."""
@@ -186,7 +187,7 @@ class TrainConfig(Settings):
     """A training run."""
 
     output: Path = Field(description="Folder for the state, the metrics and the exported model.")
-    network: ModelConfig = ModelConfig()
+    network: ModelConfig = Field(ModelConfig(), description="The network that is trained.")
     init_from: Path | None = None
     """Checkpoint of the same network to start from instead of at random."""
     volumes: list[VolumeConfig] = Field(min_length=1, description="What crops are taken from.")
@@ -207,14 +208,15 @@ class TrainConfig(Settings):
     augment: AugmentConfig = AugmentConfig()
     losses: LossWeights = LossWeights()
     optimizer: OptimizerConfig = OptimizerConfig()
-    seed: int = 0
-    batch_size: PositiveInt = 1
+    seed: int = Field(0, description="Decides the crops, their order and the first weights.")
+    batch_size: PositiveInt = Field(1, description="Crops per step and process.")
     steps: PositiveInt = Field(200_000, description="Length of the schedule.")
     time_budget_minutes: float | None = Field(None, gt=0)
     """The schedule also ends after this much training time, whichever comes first; the learning
     rate then depends on the clock, so runs are not repeatable to the bit."""
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic; weights are kept in fp32."""
     threads: PositiveInt | None = Field(None, description="CPU threads of torch.")
     loader_threads: PositiveInt = Field(1, description="Threads that prepare crops.")
     checkpoint_minutes: float = Field(10.0, gt=0, description="Time between saved states.")

@@ -1,6 +1,7 @@
 """What users type after a command: runs, volumes, positions, and what these stand for."""
 
 import re
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from agq.blockwise.ledger.settings import LedgerError, LedgerSettings
-from agq.blockwise.volumes.triples import Box, Triple
+from agq.blockwise.volumes.triples import Box, Triple, commas
 from agq.errors import InputError
 from agq.pipeline.config.recorded import read_target, recorded_ledger
 from agq.pipeline.folder import RunFolder
@@ -41,6 +42,9 @@ Trust = Annotated[
     typer.Option(
         "--trust", help="Run what the folder of another user names: its predictor, its job lines."
     ),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show each step of the stitch by itself.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -87,10 +91,28 @@ def parse_triple(name: str, text: str, least: int | None = None) -> Triple:
     try:
         z, y, x = (int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"{name} {text}: expected three whole numbers z,y,x") from None
+        hint = _in_finer_unit(name, text)
+        raise InputError(f"{name} {text}: expected three whole numbers z,y,x{hint}") from None
     if least is not None and min(z, y, x) < least:
         raise InputError(f"{name} {text}: every number must be at least {least}")
     return z, y, x
+
+
+def _in_finer_unit(name: str, text: str) -> str:
+    """Say how to write a size that is not whole nanometres, if it is one."""
+    if name not in ("--voxel-size", "--offset"):
+        return ""
+    from agq.blockwise.volumes.placement import PER_NANOMETRE
+
+    try:
+        values = [Decimal(part.strip()) for part in text.split(",")]
+    except InvalidOperation:
+        return ""
+    for unit, each in PER_NANOMETRE.items():
+        finer = [value * each for value in values]
+        if each > 1 and all(value.is_finite() and value == int(value) for value in finer):
+            return f" of a unit: write {name} {commas(map(int, finer))} --unit {unit}"
+    return ""
 
 
 def parse_blocks(text: str) -> list[int]:

@@ -1,9 +1,9 @@
-"""Commands about configurations: `agq config init`, `check` and `schema`."""
+"""Commands about configurations: `agq config init`, `check`, `explain` and `schema`."""
 
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -11,8 +11,11 @@ from agq.errors import InputError
 from agq.pipeline.cli.arguments import ConfigFile, Settings
 from agq.plain_text import say
 
+if TYPE_CHECKING:
+    from agq.pipeline.config.explain import Setting
+
 config_app = typer.Typer(
-    no_args_is_help=True, help="Start a configuration, check one, or print its schema."
+    no_args_is_help=True, help="Start a configuration, check one, or explain its settings."
 )
 
 _NEXT: Final = {
@@ -54,6 +57,50 @@ def check(config: ConfigFile, settings: Settings = None) -> None:
 
     load_config(config, settings)
     say(f"{config}: ok")
+
+
+@config_app.command("explain")
+def explain(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            help="A setting or a section: stitch.across, or its last part; default: all sections.",
+            show_default=False,
+        ),
+    ] = None,
+    training: Annotated[
+        bool, typer.Option("--train", help="Settings of agq train instead of those of agq run.")
+    ] = False,
+) -> None:
+    """Say what a setting means, its type, what it may be, and its default."""
+    from agq.pipeline.config.explain import find, settings_of
+
+    if training:
+        from agq.model.training.config import TrainConfig
+
+        whole = settings_of(TrainConfig)
+    else:
+        from agq.pipeline.config.schema import Config
+
+        whole = settings_of(Config)
+    for number, setting in enumerate([whole] if key is None else find(whole, key)):
+        if number:
+            say()
+        _show(setting)
+
+
+def _show(setting: "Setting") -> None:
+    from agq.terminal import WholeTable, console, wrapped
+
+    if setting.key:
+        say(f"{setting.key}: {setting.kind.replace('`', '')}; default: {setting.default}")
+    if setting.meaning:
+        say(wrapped(setting.meaning))
+    if setting.fields:
+        table = WholeTable("", ("setting", "default", "meaning"))
+        for field in setting.fields:
+            table.add_row(field.name, field.default, field.meaning)
+        console().print(table)
 
 
 @config_app.command("schema")

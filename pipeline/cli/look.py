@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from agq import waiting
 from agq.blockwise.volumes.triples import Triple
 from agq.errors import InputError
 from agq.owners import stranger
@@ -43,6 +44,7 @@ def view(
 
     position = None if at is None else parse_triple("--at", at)
     config = read_target(target)
+    waiting.doing("opening the volumes")
     if not print_state:
         view_run(config, port=port, at=position)
         return
@@ -128,8 +130,9 @@ def snapshot(
     from agq.pipeline.dashboard.report import write_snapshot
 
     position = None if at is None else parse_triple("--at", at)
-    write_snapshot(read_target(target), _writable(out), position, size)
-    say(f"wrote {out}")
+    waiting.doing("drawing the picture")
+    place = write_snapshot(read_target(target), _writable(out), position, size)
+    say(f"wrote {out}: {place}")
 
 
 def report(
@@ -151,6 +154,7 @@ def report(
             "name a file of your own with --out"
         )
     file = _writable(out or Path(config.run_dir) / "report.html")
+    waiting.doing("drawing the report")
     write_report(config, file)
     say(f"wrote {file}")
 

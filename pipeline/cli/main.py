@@ -5,17 +5,26 @@ import logging
 import os
 import re
 import sys
-from typing import Annotated, Final
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Final, TextIO
 
 import typer
 
+from agq import waiting
 from agq.credentials import HidingFormatter, hide, hide_address, hide_uncaught, visible_secret
 from agq.errors import InputError, RunStoppedError, machine_fault
 from agq.pipeline.cli.lazy import lazy_group
 from agq.plain_text import say
 
+_logger = logging.getLogger(__name__)
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+# typer has its own copy of click, and says of these errors only that of a wrong value.
+_UsageError: Final[type[Exception]] = typer.BadParameter.__bases__[0]
 
 # A whole argument, or the value of an option, with a dataset after it perhaps.
 _VARIABLE: Final = re.compile(r"^(--[\w-]+=)?\$\{(\w+)\}(?=::|$)")
@@ -95,7 +104,14 @@ def main() -> None:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(HidingFormatter())
     try:
-        app(_arguments(sys.argv[1:]), prog_name="agq")
+        with _quiet_warnings(), waiting.switched_on():
+            waiting.doing("loading libraries")
+            code = app(_arguments(sys.argv[1:]), prog_name="agq", standalone_mode=False)
+        sys.exit(code or 0)
+    except typer.Abort:
+        sys.exit(EXIT_FAILED)
+    except _UsageError as error:
+        _explain_usage(error)
     except BrokenPipeError:
         # A reader that has seen enough (agq status | head). The interpreter must not flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,6 +129,40 @@ def main() -> None:
     finally:
         # typer has a hook of its own while a command runs.
         hide_uncaught()
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    """Let warnings of libraries go to the log; they are for developers (`--debug` prints them)."""
+
+    def log(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+        if _shown["tracebacks"]:
+            say(hide(text), err=True)
+        else:
+            _logger.info("%s", text)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = log
+        yield
+
+
+def _explain_usage(error: Any) -> None:
+    """Say in one line what is wrong with a command line; without a command, its help is shown."""
+    context = error.ctx
+    if type(error).__name__ == "NoArgsIsHelpError":  # it has printed the help
+        sys.exit(EXIT_BAD_INPUT)
+    words = context.command_path.removeprefix("agq").strip() if context else ""
+    command = f"agq {words}".strip()
+    text = f"{words}: " * bool(words) + error.format_message().rstrip(".")
+    _fail(InputError(text), EXIT_BAD_INPUT, hint=f"{command} --help")
 
 
 def _arguments(words: list[str]) -> list[str]:
@@ -134,8 +184,9 @@ def _arguments(words: list[str]) -> list[str]:
     ]
 
 
-def _fail(error: Exception, code: int, line: str | None = None) -> None:
+def _fail(error: Exception, code: int, line: str | None = None, hint: str | None = None) -> None:
     if _shown["tracebacks"]:
         raise error
-    say(f"agq: {hide(' '.join((line or str(error)).split()))}", err=True)
+    more = f" (see {hint})" if hint else ""
+    say(f"agq: {hide(' '.join((line or str(error)).split()))}{more}", err=True)
     sys.exit(code)

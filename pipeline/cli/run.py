@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from agq.pipeline.cli.arguments import (
     RunDir,
     Settings,
     Trust,
+    Verbose,
     parse_blocks,
     parse_box,
     parse_triple,
@@ -32,12 +33,14 @@ def run(
     config: ConfigFile,
     overwrite: Overwrite = False,
     trust: Trust = False,
+    verbose: Verbose = False,
     settings: Settings = None,
 ) -> None:
     """Predict, stitch, build the pyramid, score and report; run it again to go on."""
     from agq.pipeline.api import BlocksFailedError, Run
 
-    job = Run(load_config(config, settings), on_progress="bars", trust=trust)
+    bars: Literal["bars", "steps"] = "steps" if verbose else "bars"
+    job = Run(load_config(config, settings), on_progress=bars, trust=trust)
     try:
         report = job.run(overwrite=overwrite)
     except BlocksFailedError as error:
@@ -202,6 +205,7 @@ def import_(
 
     size = voxel_size and parse_triple("--voxel-size", voxel_size, least=1)
     place = offset and parse_triple("--offset", offset)
+    there = (container / dataset).exists()
     with step_progress("import") as report:
         volume = import_volume(
             source,
@@ -214,8 +218,9 @@ def import_(
             gap_value=gap_value if allow_gaps else None,
             on_progress=report,
         )
+    state = "complete already:" if there else "wrote"
     out.print(
-        f"wrote {container}/{dataset}: {list(volume.shape)} voxels of "
+        f"{state} {container}/{dataset}: {list(volume.shape)} voxels of "
         f"{list(volume.voxel_size)} {volume.unit} at {list(volume.offset)}",
         markup=False,
     )
@@ -240,16 +245,20 @@ def synthetic(
 
 def _explain_failures(run_dir: Path, config: Path, failed: tuple[int, ...]) -> None:
     from agq.blockwise.journal.reader import Journal
+    from agq.blockwise.volumes.triples import show_voxel
+    from agq.pipeline.folder import RunFolder
 
     journal = Journal(run_dir / "journal" / "predict")
     journal.refresh()
     records = {record.block: record for record in journal.failed()}
+    run = RunFolder(run_dir)
+    grid, unit = run.grid(), run.identity()["raw"].get("unit", "nm")
     say = partial(err.print, markup=False)
     say(f"{len(failed)} block{'s' if len(failed) > 1 else ''} failed:", style="red")
     for number in failed[:20]:
         record = records.get(number)
-        place = f" at {record.roi[0]} + {record.roi[1]}" if record and record.roi else ""
-        say(f"  block {number}{place}: {record.reason if record else 'no record'}")
+        place = show_voxel(grid.middle_voxel(number), grid.voxel_size, unit, grid.offset)
+        say(f"  block {number}, {place}: {record.reason if record else 'no record'}")
     if len(failed) > 20:
         say(f"  ... and {len(failed) - 20} more (agq status {run_dir})")
     say(f"Retry only these: agq predict {config} --only-failed")

@@ -2,13 +2,14 @@
 
 import json
 import shlex
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agq import waiting
+from agq.blockwise.volumes.triples import commas
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import AsJson, open_location
 from agq.pipeline.config.recorded import require_own_folder
@@ -18,7 +19,6 @@ from agq.terminal import console
 
 if TYPE_CHECKING:
     from agq.blockwise.volumes.open import Volume
-    from agq.pipeline.evaluate.scores import EvaluationReport
 
 baseline_app = typer.Typer(no_args_is_help=True, help="Other methods on the same run, to compare.")
 
@@ -136,6 +136,7 @@ def evaluate(
     run = RunFolder(Path(segmentation))
     if blocks and not run.exists():
         raise InputError(f"--blocks needs a run folder, and {segmentation} is not one")
+    waiting.doing("opening the volumes")
     trees = None if skeletons is None else read_skeletons(skeletons)
     labels, truth = _volumes(run, segmentation, groundtruth)
     ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
@@ -149,6 +150,7 @@ def evaluate(
             single = score_blocks(run, truth, ignore=ignore, on_progress=step)
         plain["blocks"] = single.to_dict()
         shown.append(single.table())
+    waiting.doing("preparing the scores")
     if trees is not None:
         runs = expected_run_length(trees, segments_at(labels, trees.nodes), tolerance=tolerance)
         plain["expected_run_length"] = runs.to_dict()
@@ -161,7 +163,10 @@ def evaluate(
     if as_json:
         say(text)
         return
-    for item in [*shown, *(_view_commands(run, labels, report) if run.exists() else [])]:
+    errors = [*report.worst_mergers, *report.worst_splits]
+    if run.exists() and errors:
+        shown.append(f"Look at one: agq view {run.path} --at {commas(report.voxel(errors[0]))}")
+    for item in shown:
         out.print(item, markup=False)
 
 
@@ -184,17 +189,6 @@ def _volumes(
         for where, volume in zip((segmentation, groundtruth), volumes, strict=True)
     )
     return labels, truth
-
-
-def _view_commands(run: RunFolder, labels: "Volume", report: "EvaluationReport") -> Iterator[str]:
-    """Yield commands that show the worst errors."""
-    start = [int(v) for v in labels.offset]
-    for kind, items in (("merger", report.worst_mergers), ("split", report.worst_splits)):
-        for item in items:
-            # The second largest part: where the error is, not where the bulk is right.
-            place = item.largest[1][2]
-            at = [(p - o) // v for p, o, v in zip(place, start, report.voxel_size, strict=True)]
-            yield f"{kind} of {item.label}: agq view {run.path} --at {','.join(map(str, at))}"
 
 
 def skeletons(
@@ -264,6 +258,7 @@ def watershed(
     with run.lock(), dask_client() as client, RunProgress(run.path) as progress:
         labels = truth_of(run, truth)
         report = compare(run, labels, client, search, ignore=ignore, on_progress=progress.step)
+    waiting.doing("drawing the curves")
     plot_curves(run.path / "baseline.png", report.curves, [report.agq, *report.chosen])
     if as_json:
         say(json.dumps(report.to_dict(), indent=1))
@@ -302,11 +297,14 @@ def sweep(
     run = RunFolder(run_dir)
     if plot is not None and not plot.parent.is_dir():
         raise InputError(f"--plot {plot}: the folder {plot.parent} does not exist")
+    waiting.doing("reading the truth and the evidence")
     labels = truth_of(run, truth)
     evidence = read_evidence(run.path)
     with dask_client() as client:
         ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
+        waiting.doing("counting fragments against the truth")
         counts = fragment_counts(run, labels, client=client, ignore=ignore)
+    waiting.doing("scoring pairs of thresholds")
     pairs = _numbers("--across", across), _numbers("--within", within)
     score = partial(two_thresholds, "AGQ", counts, evidence, kinds=run_kinds(run))
     found = search_pairs(score, *pairs, by, MOST_ROUNDS if widen else 0)

@@ -2,12 +2,12 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from agq.errors import InputError
-from agq.pipeline.cli.arguments import Settings, Trust, parse_triple
+from agq.pipeline.cli.arguments import Settings, Trust, Verbose, parse_triple
 from agq.pipeline.config.recorded import read_target
 from agq.terminal import console
 
@@ -83,6 +83,7 @@ def stitch(
     unit: Unit = None,
     channels: Channels = None,
     trust: Trust = False,
+    verbose: Verbose = False,
     settings: Settings = None,
 ) -> None:
     """Join the blocks of a finished prediction into one segmentation with its pyramid.
@@ -100,6 +101,7 @@ def stitch(
     if threshold is not None:
         # Before what --set says, so that --set may tell the two apart.
         changes[:0] = [f"stitch.across={threshold}", f"stitch.within={threshold}"]
+    bars: Literal["bars", "steps"] = "steps" if verbose else "bars"
     reading = {"--voxel-size": voxel_size, "--unit": unit, "--channels": channels}
     if fragments is None and affinities is None and output is None:
         if target is None:
@@ -107,7 +109,9 @@ def stitch(
         _refuse(reading, "goes with --fragments, --affinities and --output")
         if (target / RECORD).is_file():
             _refuse({"--allow-missing": allow_missing or None}, _NONE_MISSING)
-            report = stitch_arrays(target, **recorded_source(target), changes=changes, again=True)
+            report = stitch_arrays(
+                target, **recorded_source(target), changes=changes, again=True, on_progress=bars
+            )
             _print(report, target)
             return
         _refuse(
@@ -115,7 +119,7 @@ def stitch(
             "is for fragments of another model; a run has"
             " --set stitch.across=... and stitch.within=...",
         )
-        run = Run(read_target(target, changes), on_progress="bars", trust=trust)
+        run = Run(read_target(target, changes), on_progress=bars, trust=trust)
         _print(run.stitch(**({"allow_missing": True} if allow_missing else {})), run.path)
         return
     if target is not None or fragments is None or affinities is None or output is None:
@@ -131,7 +135,7 @@ def stitch(
         "channels": parse_triple("--channels", channels or "0,1,2", 0),
     }
     thresholds = {"stitch": {"across": 0.5, "within": 0.5}}
-    _print(stitch_arrays(output, source, thresholds, changes), output)
+    _print(stitch_arrays(output, source, thresholds, changes, on_progress=bars), output)
 
 
 def _print(report: "StitchReport", folder: Path) -> None:

@@ -4,10 +4,11 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 
 import typer
 
+from agq import waiting
 from agq.errors import InputError, RunStoppedError
 from agq.pipeline.cli.arguments import AsJson, RunDir, Target, watched
 from agq.pipeline.cli.main import EXIT_FAILED
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from agq.blockwise.ledger.settings import LedgerSettings
     from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 
+_START_S: Final = 8.0
+"""How long `agq watch` waits for a run that has just been started: it checks its input first."""
+
 ledger_app = typer.Typer(no_args_is_help=True, help="Look after the database of block progress.")
 
 
@@ -28,7 +32,7 @@ def status(
         Path | None,
         typer.Argument(
             readable=False,
-            help="Run folder or YAML configuration file; with --all a folder of run folders.",
+            help="Run folder, YAML configuration file, or a folder of run folders.",
         ),
     ] = None,
     every: Annotated[
@@ -46,6 +50,9 @@ def status(
         return
     if target is None:
         raise InputError("name a run folder or a configuration, or give --all")
+    if target.is_dir() and not RunFolder(target).exists() and next(target.glob("*/run.json"), None):
+        show_all(as_json, target)
+        return
     found = _status_of(target)
     if as_json:
         say(found.model_dump_json(indent=1))
@@ -91,11 +98,32 @@ def watch(
     """Follow a run until it ends; the exit status is 1 if it stopped or blocks failed."""
     from agq.pipeline.status import monitor
 
-    run_dir, ledger = watched(target)
+    run_dir, ledger = _started(target)
     status = monitor.watch(run_dir, ledger, queue=_queue, interval_s=interval)
     _record_gone(run_dir, status)
     if status.state != "done":
         raise typer.Exit(EXIT_FAILED)
+
+
+def _started(target: Path) -> "tuple[Path, Ledger | None]":
+    """Return what `watched` does, after some seconds if need be: the run may just be starting."""
+    if target.is_dir() or not target.parent.is_dir():
+        return watched(target)
+    until = time.monotonic() + _START_S
+    waiting.doing(f"waiting for the run of {target} to start")
+    while True:
+        try:
+            run_dir, ledger = watched(target)
+            if ledger is not None or RunFolder(run_dir).exists():
+                return run_dir, ledger
+            problem = f"{run_dir} is not a run folder yet; start it: agq run {target}"
+        except InputError as error:
+            if target.exists():  # a configuration that is wrong
+                raise
+            problem = str(error)
+        if time.monotonic() > until:
+            raise InputError(f"{problem} (waited {_START_S:.0f} s)")
+        time.sleep(0.3)
 
 
 def open_ledger(settings: "LedgerSettings | None" = None) -> "Ledger":
@@ -126,25 +154,27 @@ def show_all(as_json: bool, folder: Path | None = None) -> None:
     if as_json:
         say(json.dumps({"format": 1, "runs": runs}, indent=1))
         return
-    columns = ("id", "run", "user", "state", "stage", "blocks", "failed", "now", "left", "heard")
-    table = WholeTable("", columns, numbers=("blocks", "failed", "now", "left"))
+    where = "AGQ_MONGO_URI" if folder is None else str(folder)
+    columns = ("run", "id", "user", "state", "stage", "failed", "left", "heard")
+    table = WholeTable(f"Runs of {where}", columns, numbers=("failed", "left", "heard"))
+    several = len({run["user"] for run in runs}) > 1
     for run in runs:
         stage = run["stages"].get(run["stage"], {})
-        ended = stage.get("done", 0) + stage.get("skipped", 0)
+        ended, total = stage.get("done", 0) + stage.get("skipped", 0), stage.get("blocks_total")
+        counted = (f" {ended}/{total}" if total else f" {ended}") if ended else ""
         heard = run["updated"] or run["created"]
         table.add_row(
-            str(run["id"])[:8],
-            str(run["run_dir"] or run["name"] or ""),
-            str(run["user"] or ""),
+            str(run["name"] or run["run_dir"] or ""),
+            str(run["id"])[:8] if folder is None else "",
+            str(run["user"] or "") if several else "",
             str(run["state"]),
-            str(run["stage"] or ""),
-            f"{ended}/{stage.get('blocks_total') or '?'}" if stage else "",
+            f"{run['stage'] or ''}{counted}",
             str(stage.get("failed") or ""),
-            "" if run["blocks_per_s"] is None else f"{run['blocks_per_s']:.3g}/s",
             "" if run["eta_s"] is None else duration(run["eta_s"]),
-            "" if heard is None else f"{duration(max(0.0, time.time() - heard))} ago",
+            "" if heard is None else duration(max(0.0, time.time() - heard)),
         )
-    table.legend = "\n".join(run["problem"] for run in runs if run["problem"])
+    legend = ["left: at the present rate; heard: time since the last sign of life"]
+    table.legend = "\n".join(legend + [run["problem"] for run in runs if run["problem"]])
     console().print(table)
 
 

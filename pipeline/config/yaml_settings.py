@@ -56,7 +56,7 @@ def load_yaml(model: type[ModelType], path: Path, overrides: list[str] | None = 
         raise InputError(f"config {path}: expected a mapping with the keys {keys}, ...")
     for override in overrides or []:
         apply_override(data, override)
-    return _validated(model, expand_variables(data), str(path))
+    return _validated(model, expand_variables(data), str(path), overrides)
 
 
 def parse_yaml(text: str) -> Any:
@@ -119,17 +119,28 @@ def parse_values(
     """
     for override in overrides or []:
         apply_override(data, override, expand=True)
-    return _validated(model, data, source)
+    return _validated(model, data, source, overrides)
 
 
-def _validated(model: type[ModelType], data: dict[str, Any], source: str) -> ModelType:
+def _validated(
+    model: type[ModelType], data: dict[str, Any], source: str, overrides: list[str] | None
+) -> ModelType:
+    """Check plain data; what is wrong is said of the option that gave it, or of the source."""
     remember(data)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=True)
-        lines = [_explain(model, item) for item in errors]
-        raise InputError(f"{source}: " + "; ".join(lines)) from None
+        keys = [tuple(text.partition("=")[0].split(".")) for text in overrides or ()]
+        wrong: dict[str, list[str]] = {}
+        for item in error.errors(include_url=False, include_input=True):
+            place = tuple(map(str, item["loc"]))
+            given = any(place[: len(key)] == key for key in keys)
+            lines = wrong.setdefault("--set" if given else source, [])
+            line = _explain(model, item)
+            if line not in lines:
+                lines.append(line)
+        parts = (f"{where}: {'; '.join(lines)}" for where, lines in wrong.items())
+        raise InputError("; ".join(parts)) from None
 
 
 def apply_override(data: dict[str, Any], override: str, *, expand: bool = False) -> None:
@@ -216,10 +227,18 @@ def _explain(model: type[BaseModel], item: Any) -> str:
     if item["type"] == "extra_forbidden":
         valid = _fields_at(model, loc[:-1])
         close = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else f"valid keys: {', '.join(valid)}"
+        near = ".".join([*loc[:-1], close[0]]) if close else ""
+        hint = f"did you mean '{near}'?" if close else f"valid keys: {', '.join(valid)}"
         return f"unknown key '{field}' ({hint})"
     if item["type"] == "missing":
         return f"{field} is missing"
+    if item["type"] == "int_from_float" and "voxel_size" in loc:
+        where = field[: field.index("voxel_size")]
+        return (
+            f"{where}voxel_size: {item['input']:g} is not a whole number, as world units are; give "
+            f"the voxel size and {where}offset in a finer one: 4.2 nm are 42 with {where}unit: "
+            "angstrom, or 4200 with pm"
+        )
     message = str(item["msg"]).removeprefix("Value error, ")
     # A URI may hold a password, so the ledger's values are never repeated.
     shown = item["input"]

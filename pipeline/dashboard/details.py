@@ -142,8 +142,7 @@ def middle_voxel(grid: BlockGrid, block: int) -> list[int] | None:
     """Return the voxel (z, y, x) in the middle of a block; None if the grid has no such block."""
     if not 0 <= block < grid.n_blocks:
         return None
-    low, high = grid.write_box(block)
-    return [(a + b) // 2 for a, b in zip(low, high, strict=True)]
+    return list(grid.middle_voxel(block))
 
 
 def log_tail(run_dir: Path, worker: str) -> str | None:

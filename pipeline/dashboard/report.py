@@ -4,6 +4,7 @@ import base64
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from matplotlib.patches import Patch
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume
+from agq.blockwise.volumes.triples import Triple, commas, show_voxel, voxel_at
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.dashboard.blockmap import STATES
@@ -70,6 +72,7 @@ def write_report(config: Config, out_html: Path) -> None:
         ],
         scores=list(evaluation.get("scores", {}).values()),
         score_names=_SCORES,
+        show_place=partial(_show_place, run["grid"], evaluation.get("unit", "nm")),
         worst=[(k, evaluation.get(f"worst_{k}", [])) for k in ("mergers", "splits")],
         reports=[(n, _rows(r)) for n, r in run["results"].items() if n != "evaluate"],
         largest=run["results"].get("stitch", {}).get("largest", []),
@@ -79,11 +82,16 @@ def write_report(config: Config, out_html: Path) -> None:
 
 def write_snapshot(
     config: Config, out_png: Path, at: Sequence[int] | None = None, most: int = MAX_IN_PLANE
-) -> None:
+) -> str:
     """Draw raw, fragments, segmentation and truth of a run side by side.
 
     The picture is centred at, and marks, the voxel `at` (z, y, x), by default the middle, and has
     at most `most` voxels along y and x. The folder of the file must exist.
+
+    Returns
+    -------
+    str
+        The place `at`, in voxels and world units; "the middle" without one.
 
     Raises
     ------
@@ -93,15 +101,19 @@ def write_snapshot(
     volumes = _volumes(config)
     if "raw" not in volumes:
         raise InputError("input.raw: a snapshot shows it, and it cannot be opened")
+    raw = volumes["raw"]
     snapshot(
         out_png,
-        volumes["raw"],
+        raw,
         volumes.get("segmentation"),
         truth=volumes.get("truth"),
         fragments=volumes.get("fragments"),
         at=at,
         most=most,
     )
+    if at is None:
+        return "the middle"
+    return show_voxel(at, raw.voxel_size, raw.unit, raw.offset)
 
 
 def _volumes(config: Config) -> dict[str, Volume]:
@@ -117,13 +129,13 @@ def _pictures(config: Config, evaluation: dict[str, Any]) -> list[tuple[str, str
         return []
     if raw is None:
         return []
-    spots: list[tuple[str, list[int] | None]] = [("Snapshot", None)]
+    spots: list[tuple[str, Triple | None]] = [("Snapshot", None)]
     for item in evaluation.get("worst_mergers", [])[:_MAX_SPOTS]:
-        place = [
-            int((w - o) // v)
-            for w, o, v in zip(item["largest"][0]["at"], raw.offset, raw.voxel_size, strict=True)
-        ]
-        spots.append((f"Merger of segment {item['label']}, voxel {place}", place))
+        # Of the second largest part: in the largest, the segment is right.
+        parts = item["largest"]
+        place = voxel_at(parts[min(1, len(parts) - 1)]["at"], raw.voxel_size, raw.offset)
+        where = show_voxel(place, raw.voxel_size, raw.unit, raw.offset)
+        spots.append((f"Merger of segment {item['label']}, {where}", place))
     pictures = []
     with tempfile.TemporaryDirectory() as folder:
         for title, at in spots:
@@ -134,6 +146,14 @@ def _pictures(config: Config, evaluation: dict[str, Any]) -> list[tuple[str, str
                 continue
             pictures.append((title, _base64(file.read_bytes())))
     return pictures
+
+
+def _show_place(grid: dict[str, Any] | None, unit: str, world: Sequence[int]) -> str:
+    """Write the place of an error in voxels of the run and in world units."""
+    if grid is None:
+        return f"{commas(world)} {unit}"
+    size, origin = grid["voxel_size"], grid["offset"]
+    return show_voxel(voxel_at(world, size, origin), size, unit, origin)
 
 
 def _block_map(view: RunView, run: dict[str, Any]) -> str:

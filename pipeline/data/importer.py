@@ -129,10 +129,16 @@ def import_volume(
     identity = _identity(stack, kind, *settings)
     final = container / dataset
     if not final.exists():
+        made = not container.exists()
         make_folder(final.parent)
-        with hold(final.parent / f".{final.name}.lock", wait=True):
-            if not final.exists():
-                _import(stack, final, container, identity, array, lies.notes, on_progress)
+        try:
+            with hold(final.parent / f".{final.name}.lock", wait=True):
+                if not final.exists():
+                    _import(stack, final, container, identity, array, lies.notes, on_progress)
+        except InputError:
+            if made:
+                _remove_empty(container)
+            raise
     _require_same(final, stack, identity, array)
     kind = kind or ("raw" if dtype.name in DTYPES["raw"] else "labels")
     return open_volume(container, dataset, kind=kind, unit=lies.unit)
@@ -335,7 +341,10 @@ def _import(
     try:
         unfinished = _begin(container, hidden, identity, shape=stack.shape, **array)
         _write_states(stack, hidden)
-        _copy(stack, unfinished, identity, on_progress)
+        try:
+            _copy(stack, unfinished, identity, on_progress)
+        except InputError as error:
+            raise _with_rest(error, unfinished, hidden) from None
         _publish(hidden, final)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -345,6 +354,30 @@ def _import(
             f"{final}: cannot be written ({error.strerror}); up to {needed} are needed: free "
             "some space or choose another folder, then import again to go on"
         ) from error
+
+
+def _with_rest(error: InputError, unfinished: "zarr.Array[Any]", hidden: Path) -> InputError:
+    """Return an error that says what is left of an import; without a section, nothing is."""
+    record: Any = unfinished.attrs[_RECORD]
+    if not record["sections"]:
+        shutil.rmtree(hidden, ignore_errors=True)
+        return error
+    return InputError(
+        f"{error}; {record['sections']} sections are kept in {hidden}, and the same import goes on "
+        "there"
+    )
+
+
+def _remove_empty(container: Path) -> None:
+    """Remove a container that was made for an import of which nothing is left."""
+    empty = all(
+        path.name == "zarr.json" or path.name.endswith(".lock")
+        for path in container.rglob("*")
+        if path.is_file()
+    )
+    # An import that goes on next time has files of its own, and so has another dataset.
+    if empty and next(container.rglob("*.importing"), None) is None:
+        shutil.rmtree(container, ignore_errors=True)
 
 
 def _begin(

@@ -21,10 +21,12 @@ from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.volumes.boxes import unordered
 from agq.blockwise.volumes.open import Volume, open_volume
+from agq.blockwise.volumes.triples import commas, middle
 from agq.errors import InputError
 from agq.pipeline.evaluate.contingency import BorderRule, Contingency
 from agq.pipeline.evaluate.scores import LEGEND, SHORT, Scores
 from agq.pipeline.folder import RunFolder
+from agq.tables import Tabled
 from agq.terminal import WholeTable
 
 NUMBERS = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")
@@ -32,10 +34,11 @@ NUMBERS = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")
 
 @dataclass(frozen=True)
 class BlockScore:
-    """One block: its number, first voxel, voxels scored, and scores as is and filled."""
+    """One block: number, first voxel, world position, voxels scored, scores as is and filled."""
 
     number: int
     at: tuple[int, ...]
+    world: tuple[int, ...]
     voxels: int
     as_is: Scores
     filled: Scores
@@ -45,6 +48,7 @@ class BlockScore:
         return {
             "block": self.number,
             "at": list(self.at),
+            "world": list(self.world),
             "voxels": self.voxels,
             "as_is": self.as_is.to_dict(),
             "background_filled": self.filled.to_dict(),
@@ -52,10 +56,11 @@ class BlockScore:
 
 
 @dataclass(frozen=True)
-class BlockReport:
+class BlockReport(Tabled):
     """All blocks of a run, in the order of their numbers."""
 
     run: str
+    unit: str
     blocks: list[BlockScore]
 
     def mean(self) -> dict[str, dict[str, float]]:
@@ -76,15 +81,15 @@ class BlockReport:
         """Return a table for a rich console."""
         table = WholeTable(
             f"{self.run}: {len(self.blocks)} blocks before stitching",
-            ("", *SHORT),
-            numbers=SHORT,
-            legend=f"{LEGEND}, with predicted 0 filled within the block",
+            ("block", "from voxel z,y,x", f"{self.unit} z,y,x", *SHORT),
+            numbers=("block", *SHORT),
+            legend=f"The mean, and the worst. {LEGEND}; predicted 0 is filled within the block",
         )
         mean = self.mean()["background_filled"]
-        table.add_row("mean of the blocks", *(f"{mean[key]:.4f}" for key in NUMBERS))
+        table.add_row("mean", "", "", *(f"{mean[key]:.4f}" for key in NUMBERS))
         for block in self.worst():
-            name = f"block {block.number} at voxel {','.join(map(str, block.at))}"
-            table.add_row(name, *(f"{getattr(block.filled, key):.4f}" for key in NUMBERS))
+            where = (str(block.number), commas(block.at), commas(block.world))
+            table.add_row(*where, *(f"{getattr(block.filled, key):.4f}" for key in NUMBERS))
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def score_blocks(
             on_progress(done, len(numbers))
     if not scores:
         raise InputError(f"{run.path}: no finished block has labelled voxels of {truth.name}")
-    return BlockReport(run.path.name, sorted(scores, key=lambda score: score.number))
+    return BlockReport(run.path.name, truth.unit, sorted(scores, key=lambda score: score.number))
 
 
 def _score(
@@ -166,7 +171,8 @@ def _score(
     )
     if one is None or two is None:
         return None
-    return BlockScore(number, start, int(np.count_nonzero(scored)), one, two)
+    world = middle(start, size, blocks.offset)
+    return BlockScore(number, start, world, int(np.count_nonzero(scored)), one, two)
 
 
 def _fill(labels: npt.NDArray[np.uint64], size: tuple[int, ...]) -> npt.NDArray[np.uint64]:

@@ -165,6 +165,7 @@ def evaluate(
         worst_mergers=locate(by_segment=True),
         worst_splits=locate(by_segment=False),
         reserved=_reserved(truth, total),
+        origin=tuple(int(v) for v in segmentation.offset),
     )
 
 

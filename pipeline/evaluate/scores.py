@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Group
 
+from agq.blockwise.volumes.triples import Triple, commas, voxel_at
 from agq.tables import Tabled
-from agq.terminal import WholeTable
+from agq.terminal import WholeTable, facts
 
 if TYPE_CHECKING:
     from agq.pipeline.evaluate.contingency import BlockCounts, Contingency
@@ -27,10 +28,15 @@ VARIANTS = {
 }
 """Name of each way to treat predicted background, and what it means."""
 
+_ROWS = {"as_is": "as is", "background_filled": "filled", "background_ignored": "ignored"}
+
 SHORT = ("split", "merge", "sum", "Rand")
 """Headings of the main scores in tables."""
 
-LEGEND = "split, merge, sum: variation of information in bits; Rand: adapted Rand error"
+LEGEND = (
+    "split, merge, sum: variation of information in bits, too much cut, too much joined, both; "
+    "Rand: adapted Rand error; 0 is best"
+)
 """Meaning of these headings."""
 
 
@@ -178,6 +184,8 @@ class EvaluationReport(Tabled):
         Largest first, counted without predicted background.
     reserved
         Scored voxels of each label that often means unlabelled.
+    origin
+        World position of the first voxel of the segmentation, from which its voxels are counted.
     """
 
     segmentation: str
@@ -199,6 +207,7 @@ class EvaluationReport(Tabled):
     worst_mergers: list[Disagreement]
     worst_splits: list[Disagreement]
     reserved: dict[str, int] = field(default_factory=dict)
+    origin: tuple[int, ...] = (0, 0, 0)
 
     def scores(self) -> dict[str, Scores | None]:
         """Return the scores by the name of the variant."""
@@ -233,26 +242,46 @@ class EvaluationReport(Tabled):
         """Say how a variant treats predicted background."""
         return VARIANTS[variant].format(distance=self.fill_distance, unit=self.unit)
 
+    def voxel(self, item: Disagreement) -> Triple:
+        """Return the voxel, counted from the first of the segmentation, where an error shows.
+
+        It lies in the second largest part: in the largest, the segment is right.
+        """
+        place = item.largest[min(1, len(item.largest) - 1)][2]
+        return voxel_at(place, self.voxel_size, self.origin)
+
     def table(self) -> Group:
         """Return tables for a rich console."""
         border = self.ignored_border
-        where = ""
+        scored = [
+            f"{self.voxels:,} voxels: {self.segments:,} segments, {self.truth_objects:,} objects; "
+            f"{self.background:.1%} of them predicted 0"
+        ]
         if border["radius"]:
-            where = f", {border['radius']} voxels at borders ignored ({border['axes']})"
+            scored.append(f"{border['radius']} voxels at borders ignored ({border['axes']})")
         if "labels" in border:
-            where += f", labels ignored: {', '.join(map(str, border['labels']))}"
-        where += "".join(
-            f"\nscored as one object: {voxels:,} voxels of label {name}, which often means "
-            "unlabelled (--ignore-labels, evaluate.ignore_labels)"
+            scored.append(f"labels ignored: {', '.join(map(str, border['labels']))}")
+        scored += [
+            f"as one object: {voxels:,} voxels of label {name}, which often means unlabelled "
+            "(--ignore-labels, evaluate.ignore_labels)"
             for name, voxels in self.reserved.items()
+        ]
+        about = facts(
+            "Scores",
+            [
+                ("segmentation", self.segmentation),
+                ("truth", self.truth),
+                ("scored", "\n".join(scored)),
+            ],
         )
+        columns = (*SHORT, "precision", "recall")
         main = WholeTable(
-            f"{self.segmentation} against {self.truth}\n"
-            f"{self.segments} segments, {self.truth_objects} objects, {self.voxels:,} voxels "
-            f"scored, {self.background:.1%} of them predicted 0{where}",
-            ("predicted 0", *SHORT, "precision", "recall"),
-            numbers=(*SHORT, "precision", "recall"),
-            legend=LEGEND,
+            "",
+            ("predicted 0", *columns),
+            numbers=columns,
+            legend=f"{LEGEND}; precision, recall: of voxel pairs, 1 is best\npredicted 0: as is, "
+            f"one segment; filled, by the nearest within {self.fill_distance:g} {self.unit}; "
+            "ignored, not scored",
         )
         for name, scores in self.scores().items():
             cells = ["-"] * 6
@@ -260,15 +289,26 @@ class EvaluationReport(Tabled):
                 row = (scores.voi_split, scores.voi_merge, scores.voi_sum)
                 rand = (scores.adapted_rand_error, scores.rand_precision, scores.rand_recall)
                 cells = [f"{value:.4f}" for value in (*row, *rand)]
-            main.add_row(self.meaning(name), *cells)
-        worst = WholeTable(
-            f"Worst errors of {self.segmentation}",
-            ("error", "label", "VOI", "parts", "largest parts (voxels) at"),
-            legend=f"at: position z, y, x in {self.unit}",
+            main.add_row(_ROWS[name], *cells)
+        worst = [("merger", self.worst_mergers), ("split", self.worst_splits)]
+        return Group(about, main, *(self._worst(kind, items) for kind, items in worst if items))
+
+    def _worst(self, kind: str, items: list[Disagreement]) -> WholeTable:
+        """Return the worst errors of a kind, a row for each of the largest parts."""
+        whole, part = ("segment", "object") if kind == "merger" else ("object", "segment")
+        numbers = (whole, "VOI", "parts", part, "voxels")
+        table = WholeTable(
+            f"Worst {kind}s",
+            (*numbers, "at voxel z,y,x", f"{self.unit} z,y,x"),
+            numbers=numbers,
+            legend=f"Each {whole}, what it adds to the VOI, how many {part}s it "
+            + ("joins" if kind == "merger" else "is cut into")
+            + f", and the largest {part}s with a place inside",
         )
-        kinds = (("merger", self.worst_mergers), ("split", self.worst_splits))
-        for kind, items in kinds:
-            for item in items:
-                parts = "\n".join(f"{n} ({v:,}) {at}" for n, v, at in item.largest)
-                worst.add_row(kind, str(item.label), f"{item.bits:.4f}", str(item.parts), parts)
-        return Group(main, worst) if worst.row_count else Group(main)
+        for item in items:
+            head = (str(item.label), f"{item.bits:.4f}", str(item.parts))
+            for label, voxels, at in item.largest:
+                voxel = voxel_at(at, self.voxel_size, self.origin)
+                table.add_row(*head, str(label), f"{voxels:,}", commas(voxel), commas(at))
+                head = ("", "", "")
+        return table

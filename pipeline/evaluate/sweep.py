@@ -26,6 +26,9 @@ from agq.terminal import WholeTable
 Ids = npt.NDArray[np.uint64]
 Criterion = Literal["voi_sum", "adapted_rand_error"]
 
+_THRESHOLDS = ("across", "within", "affinity")
+"""Names of thresholds, as settings and as headings."""
+
 COLUMNS = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")
 
 
@@ -62,12 +65,12 @@ class Point:
 
     def row(self) -> list[str]:
         """Return cells for a table: scores with background filled, and the Rand error as is."""
-        setting = ", ".join(f"{name} {value:g}" for name, value in self.setting.items())
+        thresholds = [self.setting.get(name) for name in _THRESHOLDS]
         filled, as_is = self.scores["background_filled"], self.scores["as_is"]
         cells = [f"{getattr(filled, name):.4f}" if filled else "-" for name in COLUMNS]
         return [
             self.method,
-            setting,
+            *("" if value is None else f"{value:g}" for value in thresholds),
             str(self.segments),
             *cells,
             f"{as_is.adapted_rand_error:.4f}" if as_is else "-",
@@ -76,9 +79,13 @@ class Point:
 
 def points_table(points: Iterable[Point], title: str) -> WholeTable:
     """Return a table for a rich console, one row per point."""
-    numbers = ("segments", *SHORT, "as is")
-    legend = f"{LEGEND}, with predicted 0 filled; as is: Rand with predicted 0 as one segment"
-    table = WholeTable(title, ("method", "thresholds", *numbers), numbers=numbers, legend=legend)
+    numbers = (*_THRESHOLDS, "segments", *SHORT, "as is")
+    table = WholeTable(
+        title,
+        ("method", *numbers),
+        numbers=numbers,
+        legend=f"{LEGEND}; predicted 0 is filled, but one segment in the last column (Rand as is)",
+    )
     for point in points:
         table.add_row(*point.row())
     return table

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from agq.blockwise.stitch.cluster import lazy_client
 from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, imported_grid
@@ -20,7 +20,7 @@ from agq.pipeline.data.inputs import open_input
 from agq.pipeline.evaluate.plausibility import assess
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.stages import stitch_spec
-from agq.pipeline.status.progress import Tell, open_progress
+from agq.pipeline.status.progress import Shown, open_progress
 from agq.reading import read_record
 from agq.settings import Settings
 
@@ -72,7 +72,7 @@ def stitch_arrays(
     changes: list[str] | None = None,
     *,
     again: bool = False,
-    on_progress: Tell | Literal["bars"] | None = "bars",
+    on_progress: Shown = "bars",
 ) -> StitchReport:
     """Stitch arrays of another model into a folder.
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any
 
 from agq.blockwise.ledger.database import Ledger, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
@@ -17,7 +17,7 @@ from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.identity import start
 from agq.pipeline.run.overwrite import clear
 from agq.pipeline.run.prepare import Prepared
-from agq.pipeline.status.progress import Progress, Tell, open_progress
+from agq.pipeline.status.progress import Progress, Shown, open_progress
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def open_session(
     prepared: Prepared,
     *,
     overwrite: bool = False,
-    on_progress: Tell | Literal["bars"] | None = "bars",
+    on_progress: Shown = "bars",
 ) -> Iterator[Session]:
     """Hold the run's lock, open or start the run, feed the ledger, and show progress.
 

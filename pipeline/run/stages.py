@@ -18,6 +18,7 @@ import numpy.typing as npt
 import psutil
 from distributed import Client
 
+from agq import waiting
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.mask import mask_blocks
 from agq.blockwise.blocks.writer import BlockWriter
@@ -486,6 +487,7 @@ def segmentation(prepared: Prepared) -> Volume:
 
 def score(session: Session) -> EvaluationReport | None:
     """Compare the segmentation with the ground truth, if the configuration names one."""
+    waiting.doing("opening the truth")
     from agq.pipeline.evaluate.evaluate import BorderRule, evaluate
 
     prepared = session.prepared
@@ -512,6 +514,7 @@ def picture(session: Session) -> Path:
     """Draw the result of a finished run and return the path of the picture."""
     from agq.pipeline.view.picture import snapshot  # loads matplotlib
 
+    waiting.doing("drawing the picture")
     prepared = session.prepared
     file = prepared.run.path / f"{prepared.run.path.name}.png"
     raw, truth = prepared.opened_raw(), prepared.opened_truth()

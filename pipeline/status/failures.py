@@ -3,12 +3,13 @@
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from agq.blockwise.journal.progress import StageProgress
 from agq.blockwise.journal.records import BlockRecord
 from agq.blockwise.predict.paths import TASK, log_name, log_path
-from agq.pipeline.status.run_status import Failure, FailureGroup
+from agq.blockwise.volumes.triples import show_voxel, triple, voxel_at
+from agq.pipeline.status.run_status import Failure, FailureGroup, StageStatus
 
 MAX_FAILURES: Final = 20
 MAX_GROUPS: Final = 10
@@ -45,6 +46,29 @@ def failure_of(record: BlockRecord) -> Failure:
         shape=shape,
         worker=record.worker or None,
     )
+
+
+def placed(stage: StageStatus, record: dict[str, Any]) -> StageStatus:
+    """Return a stage whose failures say where they are, if the record of the run has its grid."""
+    if not stage.errors or stage.name == "pyramid":  # its numbers are no blocks
+        return stage
+    try:
+        grid = (record.get("identity") or record)["grid"]
+        where = triple(grid["voxel_size"]), triple(grid["offset"])
+        unit = str(record["config"]["input"]["raw"].get("unit", "nm"))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return stage
+
+    def at(failure: Failure) -> Failure:
+        if failure.offset is None or failure.shape is None:
+            return failure
+        middle = [o + n // 2 for o, n in zip(failure.offset, failure.shape, strict=True)]
+        place = show_voxel(voxel_at(middle, *where), where[0], unit, where[1])
+        return failure.model_copy(update={"place": place})
+
+    groups = [g.model_copy(update={"example": at(g.example)}) for g in stage.errors]
+    failures = tuple(map(at, stage.failures))
+    return stage.model_copy(update={"errors": tuple(groups), "failures": failures})
 
 
 def error_kind(summary: str) -> str:

@@ -15,6 +15,7 @@ from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.records import check_document
 from agq.pipeline.status.compare import compare
+from agq.pipeline.status.failures import placed
 from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 from agq.pipeline.status.stages import (
     LEADERS,
@@ -331,7 +332,9 @@ class Monitor:
         stages = [
             self._ended[name][1]
             if self._is_over(name, entry)
-            else stage_status(name, entry, self._progress.get(name), state, path, now)
+            else placed(
+                stage_status(name, entry, self._progress.get(name), state, path, now), record
+            )
             for name, entry in entries.items()
         ]
         times = [entry.get(name) for entry in entries.values() for name in ("started", "finished")]

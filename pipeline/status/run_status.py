@@ -31,6 +31,8 @@ class Failure(_Model):
     shape: tuple[float, ...] | None = None
     """Extent of the write ROI in world units, z, y, x."""
     worker: str | None = None
+    place: str | None = None
+    """The middle of the block, in voxels and world units."""
 
     @property
     def summary(self) -> str:

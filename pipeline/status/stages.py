@@ -166,6 +166,9 @@ def stage_status(
     totals = progress.progress(entry.get("started"), now) if progress else {}
     state = _stage_state(entry, totals, run_state)
     total = entry.get("blocks_total")
+    if total is None and state == "done":
+        # A stage of which nobody has counted the chunks, such as the pyramid, ends with all.
+        total = int(totals.get("done", 0) + totals.get("skipped", 0)) or None
     started = entry.get("started") or totals.get("started") or None
     finished = entry.get("finished") or (
         None if state == "running" else totals.get("finished") or None

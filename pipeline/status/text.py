@@ -4,7 +4,6 @@ import time
 from collections.abc import Collection, Iterable
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
@@ -118,14 +117,19 @@ def _stages(stages: Iterable[StageStatus]) -> WholeTable:
         if not counted and stage.state == "done":
             done = total or 1
         table.add_row(
-            Text(_word(stage.name)),
+            Text(_name(stage)),
             Text(stage.state, _STYLES[stage.state]),
             ProgressBar(total=max(total or done, 1), completed=done, width=_BAR),
-            Text(f"{done}/{'?' if total is None else total}" if counted else _step(stage)),
+            Text((f"{done}" if total is None else f"{done}/{total}") if counted else _step(stage)),
             Text(str(stage.failed), "red") if stage.failed else Text(""),
             Text(_left(stage)),
         )
     return table
+
+
+def _name(stage: StageStatus) -> str:
+    """Return what a user calls a stage, as the progress of a command does."""
+    return _word({"relabel": "write"}.get(stage.name, stage.name))
 
 
 def _left(stage: StageStatus) -> str:
@@ -150,18 +154,18 @@ def _details(stage: StageStatus, now: float) -> list[RenderableType]:
     if stage.skipped:
         facts.append(f"{stage.skipped} skipped")
     if facts:
-        lines.append(_line(stage.name, ", ".join(facts)))
+        lines.append(_line(_name(stage), ", ".join(facts)))
     if stage.still_since is not None:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stage.still_since))
         text = f"nothing moves since {at}, {duration(now - stage.still_since)} ago"
-        lines.append(_line(stage.name, text, "yellow"))
+        lines.append(_line(_name(stage), text, "yellow"))
     if stage.duplicates:
-        lines.append(_line(stage.name, f"{stage.duplicates} blocks done by two processes", "dim"))
+        lines.append(_line(_name(stage), f"{stage.duplicates} blocks done by two processes", "dim"))
     if stage.conflicts:
         text = f"{stage.conflicts} blocks done twice with DIFFERENT results: please report"
-        lines.append(_line(stage.name, text, "bold red"))
+        lines.append(_line(_name(stage), text, "bold red"))
     if stage.error and stage.state != "done":
-        lines.append(_line(stage.name, stage.error, "yellow"))
+        lines.append(_line(_name(stage), stage.error, "yellow"))
     return lines + _failures(stage)
 
 
@@ -171,9 +175,9 @@ def _failures(stage: StageStatus) -> list[RenderableType]:
     shown = stage.errors[:_MAX_ERRORS]
     for group in shown:
         lines.append(_line(f"{group.count} failed", group.summary, "red"))
-        lines.append(Padding(Text(_word(_where(group.example)), "dim"), (0, 0, 0, 4)))
+        lines.append(Text(f"    {_word(_where(group.example))}", "dim"))
         if group.log:
-            lines.append(Padding(Text(_word(f"log {group.log}"), "dim"), (0, 0, 0, 4)))
+            lines.append(Text(f"    {_word(f'log {group.log}')}", "dim"))
     hidden = stage.failed - sum(group.count for group in shown)
     if hidden > 0:
         lines.append(_line(f"{hidden} failed", "with other errors", "red"))
@@ -182,14 +186,14 @@ def _failures(stage: StageStatus) -> list[RenderableType]:
 
 def _where(failure: Failure) -> str:
     text = f"e.g. block {failure.block}, attempt {failure.attempt}"
-    if failure.offset is not None and failure.shape is not None:
-        text += f", ROI {_triple(failure.offset)} + {_triple(failure.shape)}"
+    if failure.place is not None:
+        text += f", {failure.place}"
     return text + (f", worker {failure.worker}" if failure.worker else "")
 
 
 def _workers(stage: StageStatus, now: float) -> WholeTable:
     numbers = ("done", "failed", "block", "heard")
-    table = WholeTable("", (f"{stage.name} worker", "host", "device", *numbers), numbers=numbers)
+    table = WholeTable("", (f"{_name(stage)} worker", "host", "device", *numbers), numbers=numbers)
     alive = [worker for worker in stage.workers if worker.state != "ended"]
     # Silent workers first: they are the ones to look into.
     shown = sorted(alive, key=lambda w: w.state != "silent")[:_MAX_ROWS]
@@ -223,10 +227,6 @@ def _word(text: str) -> str:
 
 def _rate(blocks: float, voxels: float) -> str:
     return f"{blocks:.3g} blocks/s {voxels / 1e6:.3g} Mvoxel/s"
-
-
-def _triple(values: Iterable[float]) -> str:
-    return "(" + ", ".join(f"{v:g}" for v in values) + ")"
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.volumes.placement import PER_NANOMETRE
+from agq.blockwise.volumes.triples import show_voxel, voxel_at
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 
@@ -60,9 +61,11 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
         items = []
         for error in report.get(f"worst_{name}", ()):
             for part in error["largest"]:
+                voxel = voxel_at(part["at"], grid.voxel_size, grid.offset)
+                place = show_voxel(voxel, grid.voxel_size, unit, grid.offset)
                 text = f"{name[:-1]} {error['label']} ({error['bits']:.4f} bits): {part['label']}"
                 corner = [w / v + 0.5 for w, v in zip(part["at"], grid.voxel_size, strict=True)]
-                items.append((text, (tuple(corner),)))
+                items.append((f"{text}, {place}", (tuple(corner),)))
         marks.append(Marks(name, colour, size, tuple(items[:MAX_POINTS])))
     return [layer for layer in marks if layer.items]
 

@@ -13,6 +13,7 @@ import numpy as np
 from funlib.geometry import Coordinate
 
 from agq.blockwise.volumes.placement import PER_NANOMETRE
+from agq.blockwise.volumes.triples import commas, show_voxel
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
@@ -130,7 +131,7 @@ def _start_voxel(first: Layer, at: Sequence[int] | None) -> tuple[int, ...]:
     shape = first.data.shape[-3:]
     middle = tuple(n // 2 for n in shape) if at is None else tuple(at)
     if any(not 0 <= a < n for a, n in zip(middle, shape, strict=True)):
-        raise InputError(f"--at {middle} is outside the volume of {tuple(shape)} voxels")
+        raise InputError(f"--at {commas(middle)} is outside the volume of {commas(shape)} voxels")
     return middle
 
 
@@ -144,9 +145,15 @@ def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) 
     InputError
         If an input cannot be opened, or as for `build_viewer`.
     """
-    viewer = run_viewer(config, port=port, at=at)
+    layers = config_layers(config)
+    viewer = _run_viewer(config, layers, port=port, at=at)
+    first = layers[0]
+    place = show_voxel(_start_voxel(first, at), first.voxel_size, first.unit, first.offset)
     try:
-        say(f"{viewer}\nOpen this address in a browser on this machine; Ctrl-C ends.")
+        say(
+            f"{viewer}\nIt starts at {place}. Open this address in a browser on this machine; "
+            "Ctrl-C ends."
+        )
         threading.Event().wait()
     except KeyboardInterrupt:
         say("")
@@ -161,9 +168,14 @@ def run_viewer(
 
     Parameters and errors are those of `build_viewer`.
     """
-    layers = config_layers(config)
+    return _run_viewer(config, config_layers(config), port=port, at=at, host=host)
+
+
+def _run_viewer(
+    config: Config, layers: Sequence[Layer], *, at: Sequence[int] | None, **where: Any
+) -> Any:
     marks = run_marks(RunFolder(Path(config.run_dir)), layers[0].unit, at)
-    return build_viewer(layers, port=port, at=at, host=host, marks=marks)
+    return build_viewer(layers, at=at, marks=marks, **where)
 
 
 def _nanometres(layer: Layer, values: Coordinate) -> list[float]:

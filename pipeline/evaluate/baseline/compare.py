@@ -18,6 +18,7 @@ from typing import Any, Unpack
 import numpy as np
 from rich.console import Group
 
+from agq import waiting
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import open_sidecar
 from agq.blockwise.journal.reader import Journal
@@ -37,9 +38,16 @@ from agq.pipeline.evaluate.evaluate import CountOptions, count, evaluate
 from agq.pipeline.evaluate.sweep import Criterion, Point, best, one_threshold, point, points_table
 from agq.pipeline.folder import RunFolder
 from agq.reading import read_record
+from agq.tables import Tabled
+from agq.terminal import facts
 
 MEAN, QUANTILE = "watershed + mean", "watershed + 75% quantile"
 METHODS = (MEAN, QUANTILE)
+_SHORT = {MEAN: "mean", QUANTILE: "75 %"}
+_METHODS_LEGEND = (
+    "AGQ: this run; mean, 75 %: watershed fragments of the same affinities, joined by the mean or "
+    "the 75 % quantile of the affinities between them"
+)
 REPORT = "baseline.json"
 THRESHOLDS = (*(t / 20 for t in range(2, 20)), 0.97, 0.98, 0.99)
 
@@ -47,7 +55,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class BaselineReport:
+class BaselineReport(Tabled):
     """The comparison.
 
     Attributes
@@ -96,17 +104,33 @@ class BaselineReport:
 
     def table(self) -> Group:
         """Return tables for a rich console."""
-        where = f"thresholds of {self.tuned_on}" if self.tuned_on else "thresholds searched here"
+        where = f"those of {self.tuned_on}" if self.tuned_on else "the best of those tried here"
         kept = points_table(
-            [self.agq, *self.chosen],
-            f"{self.run}: predicted 0 filled by the nearest; {where}; small segments kept",
+            [_named(item) for item in (self.agq, *self.chosen)],
+            f"Fragments joined, small segments kept; affinity thresholds: {where}",
         )
         main = points_table(
-            self.final,
-            f"{self.run}: the same without segments of fewer than {self.min_size} voxels",
+            [_named(item) for item in self.final],
+            "The volumes as written, "
+            + (
+                f"segments of fewer than {self.min_size} voxels removed"
+                if self.min_size
+                else "no small segment removed (stitch.min_size is 0)"
+            ),
         )
-        times = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
-        return Group(kept, main, f"time: {times}")
+        kept.legend = ""
+        main.legend = f"{_METHODS_LEGEND}\n{main.legend}"
+        about = facts(
+            f"Baseline of {Path(self.run).name}",
+            [("run", self.run), ("truth", self.truth), ("baseline", self.segmentation)],
+        )
+        times = [(name, f"{value:.1f} s") for name, value in self.seconds.items()]
+        return Group(about, kept, main, facts("Time", times))
+
+
+def _named(item: Point) -> Point:
+    """Return a point with the short name of its method, for a table."""
+    return replace(item, method=_SHORT.get(item.method, item.method))
 
 
 @dataclass(frozen=True)
@@ -161,9 +185,11 @@ def compare(
     tuned = None if search.tuned_on is None else _read_report(search.tuned_on)
     settings = search.settings or WatershedSettings(**(tuned["settings"] if tuned else {}))
     options: CountOptions = {"client": client, "ignore": ignore}
+    waiting.doing("scoring the run itself")
     agq = _agq(run, truth, options)
     job = make_fragments(run, settings, client=client, on_progress=on_progress)
     container = job.folder / "data.zarr"
+    waiting.doing("counting watershed fragments against the truth")
     counts = count(_labels(container, "fragments", truth), truth, **options).counts
     seconds = {
         "network and decoding": Journal(run.journal("predict")).totals()["compute_s"],
@@ -173,6 +199,7 @@ def compare(
     chosen = []
     for method in search.methods:
         thresholds = [_threshold(tuned, method)] if tuned else list(search.thresholds)
+        waiting.doing(f"trying thresholds, {_SHORT[method]}")
         begun = time.perf_counter()
         points = _agglomerate(job, method, counts, thresholds)
         seconds[f"agglomeration, {method}"] = time.perf_counter() - begun
@@ -182,6 +209,7 @@ def compare(
     min_size = _stitch_settings(run).min_size
     final = [_scored(agq, _labels(run.container, "segmentation", truth), truth, options)]
     for item in chosen:
+        waiting.doing(f"writing and scoring the volume, {_SHORT[item.method]}")
         name = _write_segments(job, item, min_size, client, on_progress)
         final.append(_scored(item, _labels(container, name, truth), truth, options))
     report = BaselineReport(

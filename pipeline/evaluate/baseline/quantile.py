@@ -6,8 +6,11 @@ A quantile of a histogram is not a ratio of sums, so the exact stitch does not h
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +23,8 @@ from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.volumes.create import create_array, open_array, write_chunk
 from agq.errors import InputError
 from agq.pipeline.evaluate.baseline.watershed import WatershedRun
+
+_logger = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.uint64]
 
@@ -114,12 +119,16 @@ def write_joined(job: WatershedRun, name: str, ids: Ids, segments: Ids, min_size
 
 @contextlib.contextmanager
 def _quiet_stdout() -> Iterator[None]:
-    """Send what C++ code prints to standard error: standard output is for results."""
+    """Send what C++ code prints to the log: standard output is for results."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            yield
+        finally:
+            ctypes.CDLL(None).fflush(None)  # C keeps lines back where there is no terminal
+            os.dup2(kept, 1)
+            os.close(kept)
+        file.seek(0)
+        _logger.debug("waterz: %s", file.read().decode(errors="replace"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_database_unreachable_hides_the_password(main, tmp_path):
 
 def test_unknown_key(main, tmp_path):
     line = refused(main, make_config(tmp_path, workers={"cuont": 3}), "workers.cuont")
-    assert "did you mean 'count'?" in line
+    assert "did you mean 'workers.count'?" in line
 
 
 @pytest.mark.parametrize("command", ["predict", "plan", "stitch"])
@@ -236,6 +237,53 @@ def test_debug_shows_the_traceback_of_this_command_only(main, tmp_path, monkeypa
     assert code == 2
     assert "Traceback" not in err
     assert dict(os.environ) == environment
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("run", "--foo"), "agq: run: No such option: --foo (see agq run --help)"),
+        (("run",), "agq: run: Missing argument 'config' (see agq run --help)"),
+        (("statu",), "agq: No such command 'statu'. Did you mean 'status'? (see agq --help)"),
+        (("config", "explain", "acros"), "agq: there is no setting acros; did you mean across"),
+        (("ledger", "sync"), "agq: ledger sync: Missing argument 'run_dir'"),
+    ],
+)
+def test_usage_errors_are_one_line(main, words, line):
+    code, _, err = main(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert line.replace("mean across", "mean stitch.across") in err
+
+
+def test_warnings_of_libraries_are_for_debug_only(main, tmp_path, monkeypatch):
+    from agq.pipeline.cli import config as commands
+
+    def warn(text: str) -> None:
+        warnings.showwarning(DeprecationWarning("of a library"), DeprecationWarning, "x.py", 3)
+
+    monkeypatch.setattr(commands, "say", warn)
+    assert "of a library" not in main("config", "check", make_config(tmp_path))[2]
+    assert "of a library" in main("--debug", "config", "check", make_config(tmp_path))[2]
+
+
+def test_a_wrong_set_names_the_option(main, tmp_path):
+    config = make_config(tmp_path)
+    _, _, err = main("config", "check", config, "--set", "stitch.acros=0.5")
+    assert err == "agq: --set: unknown key 'stitch.acros' (did you mean 'stitch.across'?)\n"
+    raw = '{"path": "x", "voxel_size": [30, 4.2, 4.2]}'
+    _, _, err = main("config", "check", config, "--set", f"input.raw={raw}")
+    assert err.startswith("agq: --set: input.raw.voxel_size: 4.2 is not a whole number")
+    assert "input.raw.unit: angstrom" in err
+
+
+def test_explain(main):
+    code, out, _ = main("config", "explain", "stitch.across")
+    assert code == 0
+    assert out.startswith("stitch.across: number from 0 to 1; default: 0.7\n")
+    _, out, _ = main("config", "explain", "stitch")
+    assert "min_size" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "learning_rate" in main("config", "explain", "--train", "optimizer")[1]
 
 
 def test_schema_and_check(main, tmp_path):
@@ -343,7 +391,7 @@ def test_the_first_items_of_a_command_were_not_there_before(main, tmp_path):
     command = ("import", tmp_path / "a.npy", tmp_path / "o.zarr", "--voxel-size", "30,6,6")
     code, _, err = main(*command)
     assert code == 0, err
-    assert err.splitlines()[0] == "import: 70 blocks"
+    assert err.splitlines()[0] == "import: 70 sections"
     assert "done before" not in err
     code, _, err = main("synthetic", tmp_path / "s.zarr", "--shape", "8,64,64")
     assert code == 0, err

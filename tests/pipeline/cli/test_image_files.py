@@ -32,6 +32,24 @@ def test_a_gap_is_named_and_filled_when_allowed(main, tmp_path):
     assert (read[[0, 1, 8, 9]] == sections[[0, 0, 3, 3]]).all()
 
 
+def test_an_import_is_complete_leaves_nothing_or_leads_to_the_unit(main, tmp_path):
+    stack = tmp_path / "stack"
+    stack.mkdir()
+    for number in range(3):
+        tifffile.imwrite(stack / f"z{number}.tif", np.full((64, 64), 9, np.uint8))
+    command = ("import", stack, tmp_path / "o.zarr", "--voxel-size")
+    whole = (stack / "z1.tif").read_bytes()
+    (stack / "z1.tif").write_bytes(whole[:2000])
+    assert main(*command, "30,6,6")[0] == 2
+    assert not (tmp_path / "o.zarr").exists()
+    (stack / "z1.tif").write_bytes(whole)
+    _, _, err = main(*command, "30,4.2,4.2")
+    assert "write --voxel-size 300,42,42 --unit angstrom" in err
+    finer = (*command, "300,42,42", "--unit", "angstrom")
+    assert main(*finer)[1].startswith("wrote ")
+    assert main(*finer)[1].startswith("complete already: ")
+
+
 def test_a_run_is_scored_with_a_truth_in_a_file(main, tmp_path):
     truth = np.arange(1, 9, dtype=np.uint32).reshape(2, 2, 2).repeat(4, 0).repeat(4, 1).repeat(4, 2)
     labels = truth.copy()

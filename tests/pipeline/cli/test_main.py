@@ -47,7 +47,7 @@ def test_python_m_agq_is_agq(tmp_path):
 
 def test_the_shell_completes_commands_and_options(tmp_path):
     assert completed("agq st", tmp_path) == ["stitch", "status"]
-    assert completed("agq config ", tmp_path) == ["init", "check", "schema"]
+    assert completed("agq config ", tmp_path) == ["init", "check", "explain", "schema"]
     assert "--only-failed" in completed("agq predict --", tmp_path)
 
 

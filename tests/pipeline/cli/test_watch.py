@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -16,6 +17,7 @@ from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.ledger.database import connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
+from agq.pipeline.cli import watch as watch_commands
 from agq.pipeline.cli.watch import prometheus
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.session import feeder_of
@@ -130,6 +132,37 @@ def run(tmp_path) -> RunFolder:
 def test_watch_ends_as_the_run_did(run, main, state, status):
     run.update_stage("predict", state=state)
     assert main("watch", run.path, "--interval", "0.2")[0] == status
+
+
+def test_watch_waits_for_a_run_that_is_starting(run, main, tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+    monkeypatch.setattr(watch_commands, "_START_S", 0.2)
+    code, _, err = main("watch", config)
+    assert code == 2
+    assert f"start it: agq run {config}" in err
+    run.update_stage("predict", state="done")
+    monkeypatch.setattr(watch_commands, "_START_S", 30.0)
+    there = tmp_path / "later"
+    starting = threading.Timer(0.5, run.path.rename, (there,))
+    starting.start()
+    assert main("watch", there, "--interval", "0.2")[0] == 0
+    starting.join()
+
+
+def test_status_of_a_folder_lists_its_runs(run, main):
+    run.update_stage("predict", state="done", blocks_total=9)
+    code, out, _ = main("status", run.path.parent)
+    assert code == 0
+    assert out.startswith(f"Runs of {run.path.parent}")
+    assert run.path.name in out
+    assert max(len(line) for line in out.splitlines()[1:]) <= 80
+
+
+def test_a_command_without_a_database_says_so(run, main, monkeypatch):
+    monkeypatch.delenv("AGQ_MONGO_URI", raising=False)
+    code, _, err = main("ledger", "sync", run.path)
+    assert code == 2
+    assert "no database is named: set the environment variable AGQ_MONGO_URI" in err
 
 
 def test_logs_of_a_block_and_of_a_worker(run):

@@ -78,7 +78,7 @@ def test_report_is_one_file_with_everything(config: Config, tmp_path: Path) -> N
     titles = re.findall(r"<h2>(.*?)</h2>", html)
     for title in ("Stages", "Block map", "Speed", "Blocks", "Snapshot", "Failures (1 blocks)"):
         assert title in titles
-    assert "Merger of segment 5, voxel [2, 8, 11]" in titles
+    assert "Merger of segment 5, voxel 2,8,11 (135,63,63 nm)" in titles
     assert "0.1250" in html
     images = pictures(html)
     assert len(images) == 5

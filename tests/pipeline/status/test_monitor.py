@@ -15,6 +15,7 @@ import pytest
 from pydantic import SecretStr
 from rich.console import Console
 
+from agq import waiting
 from agq.blockwise.journal.reader import compact
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo, encode
 from agq.blockwise.journal.writer import JournalWriter
@@ -105,7 +106,7 @@ def test_status_from_the_journal(run):
     for part in (
         *("10/20", duration(stage.eta_s), "cuda:0", "node1"),
         "2 failed: ValueError: NaN in raw [bold]",
-        "e.g. block 10, attempt 3, ROI (0, 6168, 1542) + (510, 1542, 1542)",
+        "e.g. block 10, attempt 3",
     ):
         assert part in text
     assert max(map(len, text.splitlines())) <= 80
@@ -243,7 +244,7 @@ def test_json_is_stable(run):
     ]
     assert list(data["stages"][0]["errors"][0]) == ["summary", "count", "example", "log"]
     assert list(data["stages"][0]["failures"][0]) == [
-        *("block", "attempt", "reason", "error", "offset", "shape", "worker")
+        *("block", "attempt", "reason", "error", "offset", "shape", "worker", "place")
     ]
     assert list(data["stages"][0]["workers"][0]) == [
         *("name", "host", "pid", "device", "job", "state", "started", "last", "done", "failed"),
@@ -574,6 +575,7 @@ def test_progress_in_lines(tmp_path):
             progress.blocks(PredictProgress(6, done, 0, 1, done * 10**6, 2, 1.0))
         progress.step("relabel", 0, 5)
         progress.step("relabel", 5, 5)
+        progress.step("relabel checksums", 0, 1)
         progress.note("[bold] is not markup here")
     lines = console.file.getvalue().splitlines()
     assert lines[1] == "predict: 10 blocks, 4 of them done before"
@@ -581,8 +583,8 @@ def test_progress_in_lines(tmp_path):
     assert lines[2].endswith("left, 1 Mvoxel/s, 2 workers, 1 failed")
     assert lines[3].startswith("predict: 10/10 (100 %) in 0s")
     assert lines[4:] == [
-        "relabel: 5 blocks",
-        "relabel: 5/5 (100 %) in 0s",
+        "write: 5 blocks",
+        "write: 5/5 (100 %) in 0s",
         "[bold] is not markup here",
     ]
 
@@ -603,9 +605,37 @@ def test_progress_bars(tmp_path):
         progress.step("pyramid s1", 0, 5)
         progress.step("pyramid s1", 5, 5)
         progress.step("pyramid s1", 0, 7)
+        progress.step("pyramid s2", 1, 2)
+        waiting.doing("drawing")
+        time.sleep(0.3)  # bars are drawn ten times a second
     text = console.file.getvalue()
-    assert "4/6" in text
-    assert "0/7" in text
+    for part in ("4/6", "1/9", "drawing"):
+        assert part in text
+
+
+STEPS = ("contacts", "agglomerate 1/2", "agglomerate 2/2", "lut up 1/1", "lut down 1/1", "lut map")
+
+
+def test_steps_are_told_as_the_stages_that_a_user_knows(tmp_path):
+    """Of a whole run they were 21 bars."""
+    console = Console(file=io.StringIO(), width=80)
+    with RunProgress(tmp_path, console=console, line_s=0.0) as progress:
+        for name in STEPS:
+            for step in (name, f"{name} checksums"):
+                progress.step(step, 0, 4)
+                progress.step(step, 4, 4)
+        progress.step("relabel", 0, 3)
+    lines = console.file.getvalue().splitlines()[1:]
+    assert lines[0] == "stitch: starts"
+    percents = [int(line.split()[1]) for line in lines[1:-1]]
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+    assert lines[-1] == "write: 3 blocks"
+    console = Console(file=io.StringIO(), width=80)
+    with RunProgress(tmp_path, console=console, line_s=0.0, steps=True) as progress:
+        for name in STEPS:
+            progress.step(name, 4, 4)
+    assert len(console.file.getvalue().splitlines()) == 1 + len(STEPS)
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,9 @@ def test_marks_of_a_run(folder: Path, layers: list[Layer]) -> None:
     assert len(marks[0].items) == grid.n_blocks == 40
     assert marks[0].items[21] == ("block 21", ((6.0, 2.0, 15.0), (10.0, 18.0, 31.0)))
     assert marks[1].items == (("block 21: ValueError: bad", ((8.0, 10.0, 23.0),)),)
-    assert marks[2].items == (("merger 5 (0.5000 bits): 1", ((4.5, 10.5, 10.5),)),)
+    assert marks[2].items == (
+        ("merger 5 (0.5000 bits): 1, voxel 2,8,11 (135,63,63 nm)", ((4.5, 10.5, 10.5),)),
+    )
     state = build_viewer(layers, marks=marks).state.to_json()
     assert [y["type"] for y in state["layers"][-3:]] == ["annotation"] * 3
     assert state["layers"][-2]["annotations"][0]["point"] == [8, 10, 23]
@@ -263,7 +265,7 @@ def test_borders_of_the_nearest_blocks_of_a_million(tmp_path: Path) -> None:
 
 
 def test_position_outside(layers: list[Layer]) -> None:
-    with pytest.raises(InputError, match=r"--at \(8, 0, 0\) is outside .* \(8, 60, 70\)"):
+    with pytest.raises(InputError, match=r"--at 8,0,0 is outside .* 8,60,70 voxels"):
         build_viewer(layers, at=(8, 0, 0))
 
 
