@@ -21,7 +21,6 @@ from agq.pipeline.slurm import check, client, jobs
 from agq.pipeline.slurm.scripts import trial_folder, trial_script
 from agq.pipeline.slurm.settings import SlurmSettings
 from agq.pipeline.status.stages import NEVER_STARTS
-from agq.pipeline.status.text import duration
 from agq.plain_text import say
 from agq.reading import read_record
 
@@ -99,7 +98,7 @@ class TrialJob:
                 raise
 
     def _wait(self, job: int) -> Timing:
-        begun, ended = time.monotonic(), 0.0
+        told, ended = "", 0.0
         while True:
             timing = self._result(job)
             if timing is not None:
@@ -108,8 +107,10 @@ class TrialJob:
             if said is None and ended and time.monotonic() - ended > _LATE_S:
                 raise InputError(self._why(job))
             ended = 0.0 if said is not None else ended or time.monotonic()
-            spent = duration(time.monotonic() - begun)
-            self.tell(f"job {job}, which times a block, {said or 'has ended'} ({spent})")
+            text = f"job {job}, which times a block, {said or 'has ended'}"
+            if text != told:
+                self.tell(text)
+                told = text
             time.sleep(_POLL_S)
 
     def _state(self, job: int) -> str | None:
