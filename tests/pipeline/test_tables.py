@@ -6,6 +6,7 @@ import io
 import time
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from agq.pipeline.evaluate.baseline.watershed import WatershedSettings
 from agq.pipeline.evaluate.block_scores import BlockReport, BlockScore
 from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, Scores
 from agq.pipeline.evaluate.sweep import Point, points_table
+from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.chosen_blocks import ChosenBlocks
 from agq.pipeline.run.plan import Plan
 from agq.pipeline.status.run_status import (
@@ -118,9 +120,13 @@ def stitch() -> tuple[object, list[str]]:
 
 
 def whole_run() -> tuple[object, list[str]]:
-    predicted = PredictReport(9, 8, 0, (7,), *[0] * 9)
-    report = RunReport(Path("/runs/one"), predicted, StitchReport(), None)
-    return report.table(), ["Run one", "agq view /runs/one"]
+    with TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder) / "one")
+        with run.lock():
+            run.create({}, {})
+        predicted = PredictReport(9, 8, 0, (7,), *[0] * 9)
+        report = RunReport(run.path, predicted, StitchReport(), None)
+        return report.table(), ["Run one", f"agq view {run.path}"]
 
 
 def plan() -> tuple[object, list[str]]:
