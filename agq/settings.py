@@ -1,6 +1,8 @@
 """What the settings of every room are made of: strict, frozen, described."""
 
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -25,6 +27,25 @@ Margin = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
 # A record of a setting is read later, in another folder.
 File = Annotated[Path, AfterValidator(Path.absolute)]
 """A file, by its absolute path."""
+
+
+def _one_address(host: str) -> str:
+    """Refuse what stands for all addresses of a machine: ``0.0.0.0``, ``0``, ``::``."""
+    packed = host.encode()
+    with suppress(OSError):
+        packed = socket.inet_aton(host)
+    with suppress(OSError):
+        packed = socket.inet_pton(socket.AF_INET6, host.strip("[]"))
+    if not any(packed):
+        raise ValueError(
+            "stands for all networks of a machine, and nobody can connect to it: name one address "
+            "by which others reach it"
+        )
+    return host
+
+
+Host = Annotated[str, AfterValidator(_one_address)]
+"""Name or address by which others reach a machine."""
 
 
 class Settings(BaseModel):

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from agq.settings import Settings
+from agq.settings import Host, Settings
 
 
 class ProcessSettings(Settings):
@@ -14,7 +14,7 @@ class ProcessSettings(Settings):
     """Worker processes; `auto` is one per visible GPU, or one per CPU core that memory allows; 0,
     with `host`: others do all."""
 
-    host: str | None = None
+    host: Host | None = None
     """Address or name of this machine on a network, from which `agq worker RUN` may join, with the
     run's token and TLS; default: processes of this machine only."""
 

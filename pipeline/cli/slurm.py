@@ -200,6 +200,13 @@ def _show(config: Config, stages: list[jobs.Stage], workers: int, behind: int | 
         say(f"# {script.path(run_dir)}")
         say(f"# sbatch {shlex.join(str(word) for word in words)}")
         say(script.text)
+    if "stitch" in stages and (count := section.stitch.jobs):
+        from agq.pipeline.slurm.dask_jobs import shown_job  # loads dask
+
+        job = shown_job(section, run_dir)
+        say(f"# {count} jobs of dask workers, which the stitch submits and replaces:")
+        say(f"# sbatch {shlex.join([*job.sbatch_arguments, 'SCRIPT'])}")
+        say(job.job_script())
 
 
 def _start_record(config: Config, grace_s: int) -> None:

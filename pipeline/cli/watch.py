@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
@@ -238,6 +239,11 @@ def prometheus(status: "RunStatus") -> str:
         ("running", "silent"),
         lambda s, state: sum(worker.state == state for worker in s.workers),
     )
+    jobs: Counter[tuple[str, str]] = Counter()
+    for entry in status.queue or ():
+        jobs[entry.role, entry.state.lower()] += entry.count
+    pairs = [({"role": role, "state": state}, n) for (role, state), n in sorted(jobs.items())]
+    metric("batch_jobs", "Batch jobs in the queue by kind and state.", pairs)
     metric("updated_timestamp_seconds", "When this was true, as Unix time.", [({}, status.updated)])
     return "\n".join(lines) + "\n"
 

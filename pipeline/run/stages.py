@@ -1,6 +1,5 @@
 """The stages of a run as functions of an open session: predict, stitch, score, picture."""
 
-import ipaddress
 import json
 import logging
 import os
@@ -103,10 +102,6 @@ def _others(prepared: Prepared) -> Cluster | None:
             f"workers.host: {host!r} is no address of this machine ({reason}); name the one by "
             "which the machines of the workers reach it"
         ) from None
-    if ipaddress.ip_address(address).is_unspecified:
-        raise InputError(
-            f"workers.host: {host!r} stands for all networks of this machine; name one address"
-        )
     return Cluster(listen=address, drain_after=_DRAIN_AFTER, workers=worker_count(prepared))
 
 

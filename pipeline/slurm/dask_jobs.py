@@ -1,5 +1,6 @@
 """Run dask workers of the stitch as SLURM jobs (dask-jobqueue), and replace lost jobs."""
 
+import asyncio
 import logging
 import os
 import shlex
@@ -9,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,12 +23,16 @@ from agq import caches
 from agq.blockwise.stitch.cluster import QuietScheduler
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.threads import start_aside
-from agq.errors import RunStoppedError
+from agq.errors import InputError, RunStoppedError
 from agq.pipeline.slurm import client as slurm
 from agq.pipeline.slurm import dask_worker
+from agq.pipeline.slurm import jobs as records
 from agq.pipeline.slurm.coordinator import listen_address
 from agq.pipeline.slurm.scripts import folder, log_folder
 from agq.pipeline.slurm.settings import SlurmSettings
+
+UNKNOWN_ADDRESS = "tls://STITCH_NODE:PORT"
+"""What is shown as the address of a scheduler that does not run yet."""
 
 _CHECK_S = 15.0
 _PAUSE_S = 10.0
@@ -60,7 +65,7 @@ def jobqueue_options(section: SlurmSettings, run_dir: Path) -> dict[str, Any]:
         "python": f"{shlex.quote(section.python or sys.executable)} -P",
         "job_extra_directives": extra,
         "job_script_prologue": list(section.prologue),
-        "log_directory": str(log_folder(run_dir)),
+        "run_dir": run_dir,
         "sbatch_options": list(section.extra_of("stitch")),
     }
 
@@ -69,14 +74,15 @@ class WorkerJob(SLURMJob):
     """A job of dask workers, for any run folder.
 
     dask-jobqueue quotes no path, and it writes the script to a name in the temporary folder that
-    was free a moment before, which somebody else could take.
+    was free a moment before, which somebody else could take. Its sbatch would take options from the
+    environment, and nobody else would know of the job.
 
     Parameters
     ----------
     certificates
         Folder with the files that `write_certificates` makes.
-    log_directory
-        The job's folder, in which SLURM opens its logs.
+    run_dir
+        Run folder, whose record of jobs has this one.
     sbatch_options
         Further options of sbatch.
     """
@@ -85,14 +91,28 @@ class WorkerJob(SLURMJob):
         self,
         *arguments: Any,
         certificates: str,
-        log_directory: str,
+        run_dir: Path,
         sbatch_options: Sequence[str],
         **options: Any,
     ) -> None:
         words = ["--certificates", shlex.quote(certificates)]
         options["worker_extra_args"] = [*options["worker_extra_args"], *words]
         super().__init__(*arguments, **options)
-        self.submit_command = shlex.join(["sbatch", f"--chdir={log_directory}", *sbatch_options])
+        self.run_dir = run_dir
+        self.sbatch_arguments = [f"--chdir={log_folder(run_dir)}", *sbatch_options]
+
+    async def _submit_job(self, script_filename: str) -> str:
+        arguments = [*self.sbatch_arguments, script_filename]
+        try:
+            return str(await asyncio.to_thread(records.submit_dask, self.run_dir, arguments))
+        except InputError as error:
+            raise RuntimeError(str(error)) from None  # what dask-jobqueue expects
+
+    @classmethod
+    async def _close_job(cls, job_id: str | None, _cancel_command: str) -> None:
+        if job_id:
+            with suppress(slurm.SlurmError):
+                await asyncio.to_thread(slurm.cancel, [job_id])
 
     @contextmanager
     def job_file(self) -> Iterator[str]:
@@ -101,6 +121,16 @@ class WorkerJob(SLURMJob):
             file.write(self.job_script())
             file.flush()
             yield file.name
+
+
+def shown_job(section: SlurmSettings, run_dir: Path) -> WorkerJob:
+    """Return such a job with words for what is known only when the stitch runs."""
+    return WorkerJob(
+        UNKNOWN_ADDRESS,
+        "NAME",
+        certificates=str(folder(run_dir) / "dask" / "CERTIFICATES"),
+        **jobqueue_options(section, run_dir),
+    )
 
 
 class WorkerCluster(SLURMCluster):
@@ -248,6 +278,8 @@ def jobqueue_client(section: SlurmSettings, run_dir: Path) -> Iterator[Client]:
     RunStoppedError
         In the block, if job after job ends before its workers connect.
     """
+    # Those of a stitch that was killed: their scheduler has gone.
+    slurm.cancel([entry.target for entry in records.live(records.load(run_dir), "dask")])
     secrets = folder(run_dir) / "dask"
     secrets.mkdir(exist_ok=True)
     secrets.chmod(0o700)

@@ -24,6 +24,7 @@ from agq.pipeline.folder import RunFolder, RunLockedError
 from agq.pipeline.slurm import client
 from agq.pipeline.slurm.scripts import (
     Script,
+    ScriptName,
     coordinator_script,
     folder,
     log_folder,
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from agq.pipeline.config.schema import Config
     from agq.pipeline.slurm.settings import SlurmSettings
 
-Role = Literal["coordinator", "workers", "stitch"]
+Role = Literal[ScriptName, "dask"]
+"""Kinds of jobs; `dask` are workers of the stitch, which submits them itself."""
 Stage = Literal["predict", "stitch"]
 
 ENDING = ("COMPLETING", "CANCELLED", "COMPLETED")
@@ -512,7 +514,7 @@ class Step:
         Kind of the dependency on the coordinator: ``after`` its start, or ``afterany``.
     """
 
-    role: Role
+    role: ScriptName
     count: int = 1
     array: str | None = None
     after: str | None = None
@@ -570,12 +572,31 @@ def _submit(
         step.role, run_dir, section, array=step.array, after=after, exclude=exclude
     )
     number = client.submit(arguments)
-    jobs.jobs.append(
-        Job(id=number, role=step.role, count=step.count, submitted=time.time(), user=os.getuid())
-    )
+    _record(jobs, step.role, number, step.count)
     # Saved at once: agq cancel ends only the jobs in this record.
     save(run_dir, jobs)
     return number
+
+
+def _record(jobs: Jobs, role: Role, number: int, count: int = 1) -> None:
+    now, user = time.time(), os.getuid()
+    jobs.jobs.append(Job(id=number, role=role, count=count, submitted=now, user=user))
+
+
+def submit_dask(run_dir: Path, arguments: Sequence[str | Path]) -> int:
+    """Submit a job of dask workers with these arguments of sbatch; return its number.
+
+    Raises
+    ------
+    InputError
+        If SLURM refuses, or the run is cancelled.
+    """
+    with changing(run_dir) as jobs:
+        if jobs.cancelled:
+            raise InputError("the run is cancelled: no further dask workers")
+        number = client.submit(arguments)
+        _record(jobs, "dask", number)
+        return number
 
 
 def scale(run_dir: Path, count: int) -> tuple[int, int]:

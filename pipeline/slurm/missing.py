@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import get_args
 
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.predict.spec import Session
@@ -30,7 +31,7 @@ class Missing:
     behind
         Coordinator in the queue that a stitch alone waits for.
     idle
-        Worker jobs in the queue for which there is nothing to do.
+        Jobs in the queue for which there is nothing to do.
     notes
         What is left alone, one line each.
     """
@@ -122,13 +123,15 @@ def of_run(
             f"{left} blocks of {prepared.run.path} are left, and its stitch is in the queue (job "
             f"{jobs.numbers(works)}, {works[0].state}): agq attach follows it; then agq resume"
         )
-    idle = tuple(entries["workers"])
+    # Workers of dask whose stitch has gone, too.
+    orphans = () if entries["stitch"] else tuple(entries["dask"])
+    idle = (*entries["workers"], *orphans)
     if predict:
         session = Session.load(prepared.run.path)
         alive = 0
         if session is None or session.state == "open":
             # They wait for the next coordinator with their network loaded.
-            alive, idle = sum(entry.count for entry in idle), ()
+            alive, idle = sum(entry.count for entry in entries["workers"]), orphans
         more = jobs.lacking(workers, alive, limit) if left else 0
         chosen: tuple[jobs.Stage, ...] = (
             ("predict", "stitch") if "stitch" in stages else ("predict",)
@@ -145,7 +148,7 @@ def of_run(
 
 def _present(record: jobs.Jobs) -> dict[str, list[client.QueueEntry]]:
     roles = {job.id: job.role for job in record.jobs}
-    entries: dict[str, list[client.QueueEntry]] = {"coordinator": [], "workers": [], "stitch": []}
+    entries: dict[str, list[client.QueueEntry]] = {role: [] for role in get_args(jobs.Role)}
     for entry in jobs.live(record):
         if entry.state not in jobs.ENDING:
             entries[roles[entry.job]].append(entry)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from agq.pipeline.slurm.settings import CpuJobSettings, SlurmSettings
 
+ScriptName = Literal["coordinator", "workers", "stitch"]
+
 EXIT_REQUEUE = 75
 """Exit status with which a program in a job asks to be started again (EX_TEMPFAIL)."""
 
@@ -218,7 +220,7 @@ def _text(
 
 
 def submit_arguments(
-    name: "Literal['coordinator', 'workers', 'stitch']",
+    name: ScriptName,
     run_dir: Path,
     section: "SlurmSettings",
     *,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from agq.settings import Settings
+from agq.settings import Host, Settings
 
 
 def _like(pattern: str, expected: str) -> AfterValidator:
@@ -19,7 +19,8 @@ def _like(pattern: str, expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Word = Annotated[str, _like(r"[^\s'\"\\#$`;]+", "one word without spaces, quotes, # or $")]
+_one_word = _like(r"[^\s'\"\\#$`;]+", "one word without spaces, quotes, # or $")
+Word = Annotated[str, _one_word]
 Memory = Annotated[str, _like(r"\d+[KMGT]?", "a number with K, M, G or T behind it, such as 32G")]
 TimeLimit = Annotated[
     str,
@@ -164,7 +165,7 @@ class SlurmSettings(Settings):
     """Failures in a row after which a worker tests itself on a block that was computed before, and
     leaves if it cannot compute it; 0: never."""
 
-    address: Word | None = None
+    address: Annotated[Host, _one_word] | None = None
     """Address, or name, of the coordinator's node on the network that the workers reach, for
     example its InfiniBand address; default: the address by which SLURM knows the node."""
 

@@ -84,7 +84,7 @@ class QueueStatus(_Model):
     """Batch jobs of a run that wait or run, by kind."""
 
     role: str
-    """coordinator, workers or stitch."""
+    """coordinator, workers, stitch, or dask (workers of the stitch)."""
     state: str
     """As the batch system says: PENDING, RUNNING, COMPLETING, ...; MISSING: workers that are wanted
     and not in the queue, which the coordinator submits again."""

@@ -108,6 +108,13 @@ def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, segmente
         lambda: {line.split()[0] for line in run.queue("%i %j") if "dask" in line},
         why=run.post_mortem,
     )
+
+    def listed() -> int:
+        seen = json.loads(run.agq("status", run.run_dir, "--json"))["queue"]
+        return sum(entry["count"] for entry in seen if entry["role"] == "dask")
+
+    wait_for(lambda: listed() == 2, 30, why=run.post_mortem)
+    assert 'agq_batch_jobs{run="run"' in run.agq("metrics", run.run_dir)
     secrets = run.run_dir / "slurm" / "dask"
     assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
 
@@ -123,6 +130,7 @@ def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, segmente
     # Every block was relabelled by a worker in one of these jobs, none by the stitch job itself.
     workers = Journal(run.run_dir / "journal" / "relabel").workers.values()
     jobs = {worker.info.job for worker in workers if worker.done}
+    assert helpers <= {str(job) for job in run.jobs("dask")}
     logs = (run.run_dir / "logs" / "slurm").glob("dask-worker-*.err")
     helpers |= {log.stem.rpartition("-")[2].partition(".")[0] for log in logs}
     assert jobs
@@ -134,7 +142,9 @@ def test_stitch_with_dask_workers_in_jobs_of_their_own(quiet, tmp_path, segmente
 
 def test_a_lost_job_of_dask_workers_is_replaced(quiet, tmp_path, segmented, note):
     """dask-jobqueue submits a job once; without its only worker the stitch would wait for ever."""
-    run = ClusterRun(tmp_path, slurm={"stitch": {"cpus": 1, "mem": "2G", "jobs": 1}})
+    # What the environment of the stitch's job asks sbatch for does not count.
+    slurm = {"stitch": {"cpus": 1, "mem": "2G", "jobs": 1}, "prologue": ["export SBATCH_QOS=none"]}
+    run = ClusterRun(tmp_path, slurm=slurm)
     run.submit()
     run.wait_until_done()
     run.agq("submit", run.config, "--stage", "stitch")
@@ -147,6 +157,9 @@ def test_a_lost_job_of_dask_workers_is_replaced(quiet, tmp_path, segmented, note
     subprocess.run(["scancel", lost], check=True)
     wait_for(lambda: worker_job() not in ("", lost), why=run.post_mortem)
     note("dask worker job: scancel", "the stitch's job submits another", since)
+    run.agq("cancel", run.run_dir, "--wait", "5")
+    wait_for(lambda: not run.queue(), why=run.post_mortem)
+    run.agq("resume", run.run_dir)
     wait_for(lambda: not run.queue(), why=run.post_mortem)
     assert results(run.run_dir) == segmented, run.post_mortem()
 
@@ -160,11 +173,16 @@ def test_a_lost_job_of_dask_workers_is_replaced(quiet, tmp_path, segmented, note
             "dask-worker-*",
         ),
         # sbatch refuses what the stitch's job submits.
-        ("export SBATCH_RESERVATION=none", "reservation is invalid", "stitch-*"),
+        ("PATH=REFUSING:$PATH", "no more jobs", "stitch-*"),
     ],
     ids=["end at once", "refused"],
 )
 def test_a_stitch_whose_worker_jobs_never_work_says_so(quiet, tmp_path, prologue, reason, logs):
+    sbatch = tmp_path / "refusing" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho no more jobs >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    prologue = prologue.replace("REFUSING", str(sbatch.parent))
     slurm = {"stitch": {"cpus": 1, "mem": "2G", "jobs": 1}, "prologue": [prologue]}
     run = ClusterRun(tmp_path, slurm=slurm)
     run.submit()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from agq.pipeline.cli import watch as watch_commands
 from agq.pipeline.cli.watch import prometheus
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.session import feeder_of
-from agq.pipeline.status.run_status import RunStatus, StageStatus, WorkerStatus
+from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus, WorkerStatus
 from tests.helpers.runs import agq, environment, make_config
 
 
@@ -32,7 +33,12 @@ def worker(name: str, state: str) -> WorkerStatus:
 
 
 def lint(text: str) -> None:
-    """Check what `promtool check metrics` does, for gauges."""
+    """Check what `promtool check metrics` does, for gauges; it does so too where it is installed."""
+    if promtool := shutil.which("promtool"):
+        done = subprocess.run(
+            [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert text.endswith("\n")
     described: dict[str, set[str]] = {}
     samples = set()
@@ -79,6 +85,10 @@ def test_metrics_are_prometheus_text():
         source="journal",
         updated=1795374381.25,
         stages=(stage,),
+        queue=tuple(
+            QueueStatus(role="workers", state="PENDING", reason=reason, count=2)
+            for reason in ("Resources", "Priority")
+        ),
     )
     text = prometheus(status)
     lint(text)
@@ -89,6 +99,7 @@ def test_metrics_are_prometheus_text():
     name = 'run="a \\"b\\"\\\\c",id="1f",user="me"'
     assert f'agq_blocks{{{name},stage="predict",state="done"}} 4.0' in samples
     assert f'agq_workers{{{name},stage="predict",state="silent"}} 1.0' in samples
+    assert f'agq_batch_jobs{{{name},role="workers",state="pending"}} 4.0' in samples
     assert f'agq_run_state{{{name},state="running"}} 1.0' in samples
     assert f'agq_run_state{{{name},state="stopped"}} 0.0' in samples
     assert f'agq_stage_blocks{{{name},stage="predict"}} 10.0' in samples
@@ -399,6 +410,7 @@ def test_sync_and_all_runs(tmp_path, mongo_uri, monkeypatch):
         with MongoClient(mongo_uri) as client:
             client[database].blocks.delete_many({"block": {"$lt": 20}})
     text = agq("metrics", run).stdout
+    lint(text)
     who = f'run="run",id="{record["id"]}",user="{record["commands"][-1]["user"]}"'
     assert f'agq_blocks{{{who},stage="predict",state="done"}} 60.0' in text
     with MongoClient(mongo_uri) as client:

@@ -481,7 +481,7 @@ def test_jobs_of_dask_workers_take_any_run_folder(tmp_path, name):
     assert {stat.S_IMODE(file.stat().st_mode) for file in certificates.iterdir()} == {0o600}
     assert not [line for line in asked if str(tmp_path) in line]
     logs = tmp_path / name / "logs" / "slurm"
-    assert shlex.split(job.submit_command) == ["sbatch", f"--chdir={logs}"]
+    assert job.sbatch_arguments == [f"--chdir={logs}"]
 
 
 @pytest.mark.parametrize(
@@ -531,12 +531,48 @@ def test_further_options_of_sbatch_reach_every_kind_of_job(tmp_path, queue, monk
     job = dask_jobs.WorkerJob(
         "tls://n:1", "x", certificates="c", **dask_jobs.jobqueue_options(section, tmp_path)
     )
-    assert shlex.split(job.submit_command)[2:] == [odd]
+    assert job.sbatch_arguments[1:] == [odd]
     capsys.readouterr()
     queue.clear()
     commands.submit(file, dry_run=True, settings=["run_dir=other"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# sbatch")]
-    assert [shlex.split(line)[3:8] == extra for line in lines] == [False, True, False]
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if line.startswith("# sbatch")]
+    assert [shlex.split(line)[3:8] == extra for line in lines] == [False, True, False, False]
+    # The jobs that the stitch submits are shown too.
+    assert shlex.split(lines[-1])[3:] == ["--mail-type=END", "SCRIPT"]
+    assert "# 1 jobs of dask workers, which the stitch submits" in shown
+    assert f" -P -m agq.pipeline.slurm.dask_worker {dask_jobs.UNKNOWN_ADDRESS} " in shown
+
+
+def test_a_job_of_dask_workers_is_submitted_and_recorded_as_the_others(tmp_path, monkeypatch):
+    """With sbatch's own variables it would ask for something else; unrecorded, nobody ends it."""
+    said = tmp_path / "said"
+    for name, text in (("sbatch", "env; echo 77"), ("scancel", "echo scancel $@")):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/sh\n({text}) >> {said}\n[ {name} = scancel ] || echo 77\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in ("SBATCH_RESERVATION", "SLURM_CPUS_PER_TASK", "SCANCEL_STATE"):
+        monkeypatch.setenv(name, "odd")
+    run_dir = tmp_path / "run"
+    (run_dir / "slurm").mkdir(parents=True)
+    jobs.save(run_dir, jobs.Jobs(here="/", grace_s=30, workers=1))
+    job = dask_jobs.shown_job(SlurmSettings(stitch={"jobs": 1, "mem": "1G"}), run_dir)
+
+    async def come_and_go() -> None:
+        await job.start()
+        await job.close()
+
+    asyncio.run(come_and_go())
+    assert "odd" not in said.read_text()
+    assert "scancel 77" in said.read_text()
+    assert [(entry.id, entry.role) for entry in jobs.load(run_dir).jobs] == [(77, "dask")]
+    with jobs.changing(run_dir) as record:
+        record.cancelled = True
+    with pytest.raises(RuntimeError, match="cancelled"):
+        asyncio.run(come_and_go())
+    assert len(jobs.load(run_dir).jobs) == 1
 
 
 def test_the_program_of_dask_workers_answers_nobody_else(tmp_path):
@@ -702,6 +738,10 @@ def test_a_stitch_waits_while_the_disk_is_full(tmp_path, monkeypatch):
         {"partition": "a b"},
         {"partition": "a\n#SBATCH --wrap=x"},
         {"qos": "$(x)"},
+        {"address": "0.0.0.0"},
+        {"address": "::"},
+        {"address": "[::]"},
+        {"address": "0"},
         {"mem": "lots"},
         {"time": "soon"},
         {"prologue": ["a\nb"]},
