@@ -49,6 +49,8 @@ _PASSWORD: Final = re.compile(rf"[^:]*{_MARK}([^/:@?#]*):{_PORT}(.*)@(.*)", re.D
 _TOKEN: Final = re.compile(rf"[^:]*{_MARK}()([^/:@?#]+)@(.*)", re.DOTALL)
 _SHORTEST: Final = 6
 """Characters of a secret that is looked for by itself; shorter ones are common words."""
+_LONG_PATH: Final = 16
+"""Characters of a part of a path that may be a secret by itself."""
 
 _VARIABLE: Final = re.compile(r"\$\{\w+(?::-([^}]*))?\}")
 
@@ -189,6 +191,18 @@ def remember(values: Any) -> None:
                 for part in secrets_of(text)
                 if len(part) >= _SHORTEST or (len(part) > 3 and not part.isalpha())
             )
+
+
+def remember_path(address: str) -> None:
+    """Let `hide` know an address whose path is a secret too, as that of a webhook is."""
+    remember(address)
+    place = address.partition("://")[2].rpartition("@")[2]
+    _known.update(
+        part
+        for part in (place, *re.split(r"[/?#]", place)[1:])
+        # Not a common word, which would hide half of every message.
+        if len(part) >= _LONG_PATH and part != place.partition("/")[0]
+    )
 
 
 class HidingFormatter(logging.Formatter):

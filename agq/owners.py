@@ -1,5 +1,7 @@
 """Whose file it is: who may decide by a file what a command runs, or which files it shows."""
 
+import functools
+import logging
 import os
 import pwd
 import shlex
@@ -14,6 +16,8 @@ from agq.reading import PathLike
 
 TRUSTED_VARIABLE: Final = "AGQ_TRUSTED_USERS"
 """Environment variable with users to trust: names or numbers, divided by commas."""
+
+_logger = logging.getLogger(__name__)
 
 _ROOT: Final = 0
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
@@ -92,6 +96,27 @@ def close_to_others(*paths: Path) -> None:
             mine = stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid()
             if mine and state.st_mode & _OTHERS_WRITE:
                 path.chmod(stat.S_IMODE(state.st_mode) & ~_OTHERS_WRITE)
+
+
+@functools.cache
+def warn_of_readers(file: Path, field: str) -> None:
+    """Say once that others can read a file with a secret, named in a field of the configuration."""
+    path = file.resolve()
+    if path.is_relative_to("/run/secrets"):
+        return  # of a container, where nobody else is
+    for who, read, enter in (
+        ("all users", stat.S_IROTH, stat.S_IXOTH),
+        ("its group", stat.S_IRGRP, stat.S_IXGRP),
+    ):
+        if path.stat().st_mode & read and all(p.stat().st_mode & enter for p in path.parents):
+            _logger.warning(
+                "%s %s may be read by %s, and has a password in it: chmod 600 %s",
+                field,
+                file,
+                who,
+                shlex.quote(str(file)),
+            )
+            return
 
 
 def _keeps_modes(folder: Path) -> bool:

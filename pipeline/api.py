@@ -18,7 +18,7 @@ from agq.blockwise.stitch.run import StitchReport
 from agq.blockwise.volumes.open import Kind, Volume, open_volume
 from agq.blockwise.volumes.triples import Box
 from agq.errors import InputError, RunStoppedError
-from agq.pipeline.config.recorded import read_target
+from agq.pipeline.config.recorded import read_target, require_trusted
 from agq.pipeline.config.schema import Config, parse_config
 from agq.pipeline.config.yaml_settings import expand_variables
 from agq.pipeline.data.arrays import array_of, store_array
@@ -27,6 +27,7 @@ from agq.pipeline.data.sections import is_importable
 from agq.pipeline.evaluate.plausibility import Plausibility, recorded_plausibility
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.notify.notifier import Notifier, notifying
 from agq.pipeline.run import stages
 from agq.pipeline.run.chosen_blocks import choose_blocks
 from agq.pipeline.run.fragments import absolute_location, stitch_arrays
@@ -142,6 +143,7 @@ class Run:
         self._on_progress = on_progress
         self._trust = trust
         self._session: Session | None = None
+        self._notifier: Notifier | None = None
 
     def __repr__(self) -> str:
         return f"agq.Run({str(self.path)!r})"
@@ -165,17 +167,24 @@ class Run:
             yield self._session
             return
         waiting.doing("checking the input" + (" and the checkpoint" if predicts else ""))
+        notify = self.config.notify
+        if notify is not None:
+            require_trusted(self.path, "notify", trust=self._trust)
+            notify.address()
         if predicts:
             prepared = prepare(self.config, overwrite=overwrite, trust=self._trust)
         else:
             prepared = prepare_stitch(self.config, trust=self._trust)
-        with open_session(
-            prepared, overwrite=overwrite, on_progress=self._on_progress
-        ) as self._session:
+        with (
+            open_session(prepared, overwrite=overwrite, on_progress=self._on_progress) as session,
+            notifying(self.path, notify) as notifier,
+        ):
+            session.on_move = notifier.moved
+            self._session, self._notifier = session, notifier
             try:
-                yield self._session
+                yield session
             finally:
-                self._session = None
+                self._session = self._notifier = None
 
     def run(self, *, overwrite: bool = False) -> RunReport:
         """Do the whole job: predict, stitch, evaluate if there is a truth, draw a picture.
@@ -234,7 +243,10 @@ class Run:
             again = None
             if blocks is not None or roi is not None:
                 again = choose_blocks(session.prepared, blocks, roi)
-            return stages.predict(session, only_failed=only_failed, again=again)
+            report = stages.predict(session, only_failed=only_failed, again=again)
+            if report.failed and self._notifier and not self.config.stitch.allow_missing:
+                self._notifier.failure = str(BlocksFailedError(self.path, report.failed))
+            return report
 
     def stitch(self, **settings: Any) -> StitchReport:
         """Join the labels of all blocks into one segmentation with its pyramid.

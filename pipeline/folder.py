@@ -218,7 +218,7 @@ class RunFolder:
                 "argv": shown_arguments(sys.argv),
                 "time": time.time(),
                 "host": socket.gethostname(),
-                "user": _user(),
+                "user": user_name(),
                 "versions": versions(),
             }
         )
@@ -361,7 +361,8 @@ def versions(packages: Iterable[str] = (*DECIDING, *_PACKAGES)) -> dict[str, str
     return found
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Return the name of the user of this process, or the number where it has none."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

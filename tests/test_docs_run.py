@@ -70,6 +70,7 @@ CLUSTER = "tests/cluster/test_submit.py::test_pages_line_by_line"
 JOIN = "tests/pipeline/slurm/test_join.py::"
 PAGE = "tests/pipeline/dashboard/test_dashboard.py::test_the_command_serves_until_interrupted"
 VIEW = "tests/pipeline/view/test_view.py::test_command_serves_until_interrupted"
+NOTIFY = "tests/pipeline/notify/test_notifier.py::test_the_command_tells_what_nobody_lived_to_tell"
 NO_DAEMON = "needs a docker daemon: "
 NO_APPTAINER = "needs apptainer: "
 # What is not run here. A reason before the test says what of the line is stood in for.
@@ -83,6 +84,8 @@ ELSEWHERE = {
     ("docs/first-run.md", "make demo"): "tests/test_docs_run.py::test_make_demo",
     ("docs/watching.md", "agq dashboard runs/small"): PAGE,
     ("docs/watching.md", "agq view runs/small --at 9,90,90"): VIEW,
+    ("docs/watching.md", "agq notify my.yaml --test"): NOTIFY,
+    ("docs/watching.md", "agq notify RUN"): NOTIFY,
     (
         "docs/watching.md",
         "agq dashboard --all /scratch/me/runs --port 8765 --viewer-port 8766",

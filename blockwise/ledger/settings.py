@@ -1,11 +1,7 @@
 """Where the database is, and how its password stays out of every message."""
 
-import functools
-import logging
 import os
 import re
-import shlex
-import stat
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -13,11 +9,10 @@ from pydantic import Field, SecretStr
 
 from agq.credentials import HIDDEN, hide_address, secrets_of
 from agq.errors import InputError
+from agq.owners import warn_of_readers
 from agq.paths import expanded
 from agq.reading import read_file
 from agq.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 #: Environment variable with the URI, used when the settings have none.
 URI_VARIABLE: Final = "AGQ_MONGO_URI"
@@ -78,7 +73,7 @@ class LedgerSettings(Settings):
             where = f"ledger.uri_file {self.uri_file}"
             try:
                 text = read_file(expanded(self.uri_file), most=_MOST_BYTES).decode()
-                _warn_of_readers(expanded(self.uri_file))
+                warn_of_readers(expanded(self.uri_file), "ledger.uri_file")
             except (OSError, UnicodeDecodeError, InputError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "not a text file"
                 raise LedgerError(f"{where}: {reason}") from None
@@ -90,26 +85,6 @@ class LedgerSettings(Settings):
         if not _SCHEME.match(text) or len(text.split()) != 1:
             raise LedgerError(f"{where}: not a MongoDB URI (mongodb://user:password@host:port/)")
         return SecretStr(text)
-
-
-@functools.cache
-def _warn_of_readers(file: Path) -> None:
-    """Say once that others can read a file, and the folders above it do not keep them out."""
-    path = file.resolve()
-    if path.is_relative_to("/run/secrets"):
-        return  # of a container, where nobody else is
-    for who, read, enter in (
-        ("all users", stat.S_IROTH, stat.S_IXOTH),
-        ("its group", stat.S_IRGRP, stat.S_IXGRP),
-    ):
-        if path.stat().st_mode & read and all(p.stat().st_mode & enter for p in path.parents):
-            logger.warning(
-                "ledger.uri_file %s may be read by %s, and has a password in it: chmod 600 %s",
-                file,
-                who,
-                shlex.quote(str(file)),
-            )
-            return
 
 
 def shown_uri(uri: str) -> str:

@@ -60,8 +60,10 @@ _OUTPUT_BYTES = 4096
 _ENDED = re.compile(
     r"\*\*\* (?:JOB|STEP) (\d+)\S* ON \S+ CANCELLED AT (\S+)(?: DUE TO ([A-Z ]+))? "
 )
+CANCELLED = "cancelled (scancel)"
+"""Words of a `Terminated` whose batch job SLURM does not start again."""
 _CAUSES = {
-    "": "cancelled (scancel)",
+    "": CANCELLED,
     "JOB REQUEUE": "requeued",
     "NODE FAILURE": "ended because its node failed",
     "PREEMPTION": "pre-empted",

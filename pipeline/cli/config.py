@@ -55,7 +55,9 @@ def check(config: ConfigFile, settings: Settings = None) -> None:
     """Check names and values of a configuration (`agq plan` also opens the files)."""
     from agq.pipeline.config.schema import load_config
 
-    load_config(config, settings)
+    notify = load_config(config, settings).notify
+    if notify is not None:
+        notify.address()
     say(f"{config}: ok")
 
 

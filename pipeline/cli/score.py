@@ -58,7 +58,8 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     from agq.pipeline.data.importer import is_importable
     from agq.pipeline.data.inputs import open_input, roi_box, world_roi
 
-    config = parse_config({**run.config(), "ledger": None}, source=str(run.record_path))
+    recorded = {**run.config(), "ledger": None, "notify": None}
+    config = parse_config(recorded, source=str(run.record_path))
     path, _, dataset = (location or "").partition("::")
     if location is not None and is_importable(path):
         settings = VolumeSettings(path=path, dataset=dataset or None)

@@ -94,6 +94,8 @@ def _submit(
     from agq.pipeline.run.stages import blocks_with_tissue, forecast_of
 
     run_dir, section = Path(config.run_dir), jobs.section_of(config)
+    if config.notify is not None:
+        config.notify.address()
     if not dry_run:
         _require_trusted_jobs(run_dir, trust=trust)
     cluster = _checked_cluster(section, dry_run=dry_run)

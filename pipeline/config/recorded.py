@@ -96,9 +96,18 @@ def read_target(target: Path, settings: list[str] | None = None) -> "Config":
             recorded[section].pop(field, None)
     recorded["run_dir"] = str(target)
     recorded["ledger"] = recorded_ledger(target, recorded.get("ledger"))
+    recorded["notify"] = _recorded_notify(target, recorded.get("notify"))
     for setting in settings or []:
         apply_override(recorded, setting, expand=True)
     return parse_config(recorded, source=str(target / "run.json"))
+
+
+def _recorded_notify(run_dir: Path, notify: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return whom to tell, by a record: it hides a webhook, whose address is in a file."""
+    if notify is None or notify.get("webhook") is None:
+        return notify
+    file = run_dir / "notify" / "webhook"
+    return {**notify, "webhook": None, "webhook_file": file if file.exists() else None}
 
 
 def recorded_ledger(run_dir: Path, ledger: dict[str, Any] | None) -> dict[str, Any] | None:

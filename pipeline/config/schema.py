@@ -13,6 +13,7 @@ from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.credentials import hidden
 from agq.model.settings import NetworkSettings
 from agq.pipeline.config.yaml_settings import load_yaml, parse_values
+from agq.pipeline.notify.settings import NotifySettings
 from agq.pipeline.slurm.settings import SlurmSettings
 from agq.settings import Settings, Size
 
@@ -183,6 +184,9 @@ class Config(Settings):
 
     slurm: SlurmSettings | None = None
     """How `agq submit` runs it on a cluster."""
+
+    notify: NotifySettings | None = None
+    """Whom to tell when a run ends, fails or stands still."""
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from agq.credentials import hidden, hide, remember, visible_secret
+from agq.credentials import HIDDEN, hidden, hide, is_address, remember, visible_secret
 from agq.errors import InputError
 from agq.reading import read_file
 
@@ -178,8 +178,15 @@ def _refuse_visible(value: Any, field: str) -> None:
     elif isinstance(value, list):
         for inner in value:
             _refuse_visible(inner, field)
-    elif isinstance(value, str) and (way := visible_secret(value)):
-        raise InputError(f"--set {field}: {way}")
+    elif isinstance(value, str):
+        way = visible_secret(value)
+        if field == "notify.webhook" and is_address(_VARIABLE.sub(HIDDEN, value)):
+            way = (
+                "other users of this machine can read command lines, and the address is a secret; "
+                "put it into an environment variable, and write '${NAME}' instead"
+            )
+        if way:
+            raise InputError(f"--set {field}: {way}")
 
 
 def expand_variables(value: Any, where: tuple[str, ...] = ()) -> Any:
@@ -240,9 +247,9 @@ def _explain(model: type[BaseModel], item: Any) -> str:
             "angstrom, or 4200 with pm"
         )
     message = str(item["msg"]).removeprefix("Value error, ")
-    # A URI may hold a password, so the ledger's values are never repeated.
+    # The address of a database or a webhook is a secret: values of their sections are not repeated.
     shown = item["input"]
-    if isinstance(shown, str | int | float | list | tuple) and "ledger" not in loc:
+    if isinstance(shown, str | int | float | list | tuple) and not {"ledger", "notify"} & {*loc}:
         return f"{field}: {message} (got {hidden(shown)!r})"
     return f"{field}: {message}"
 

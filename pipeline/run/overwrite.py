@@ -27,6 +27,7 @@ _MADE = re.compile(
             rf"lut/map/{_TABLE}|lut/(smallest\.npy|segments\.parquet)",
             r"stitch/(contacts|classes|agglomerate|lut|relabel|pyramid)\.(json|sums)",
             r"retries/predict/\d+",
+            r"notify/(sent\.json|webhook|\.lock(\.owner)?)",
             r"logs/([^/]+/)*[^/]+\.(log|out|err)(\.\d+)?",
             r"baselines/watershed-[0-9a-f]{8}/.+",
             _LEFTOVER,

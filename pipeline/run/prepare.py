@@ -320,7 +320,7 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
 def _in_the_same_words(config: Config, run: RunFolder) -> bool:
     """Whether the run was recorded with the same settings of all that decides a block."""
     try:
-        recorded = parse_config({**run.record()["config"], "ledger": None})
+        recorded = parse_config({**run.record()["config"], "ledger": None, "notify": None})
     except InputError:
         return False
 

@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from agq.blockwise.ledger.database import Ledger, connect
 from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
+from agq.blockwise.predict.coordinator import PredictProgress
 from agq.blockwise.predict.local_processes import Terminated, termination_unwinds
 from agq.credentials import hide
 from agq.errors import InputError
@@ -36,11 +37,14 @@ class Session:
         The checked run.
     progress
         Where progress is shown.
+    on_move
+        Called with what a stage is at; the same again means that it has not moved.
     """
 
     def __init__(self, prepared: Prepared, progress: Progress, feeder: LedgerFeeder | None) -> None:
         self.prepared = prepared
         self.progress = progress
+        self.on_move: Callable[..., object] = lambda *_: None
         self._feeder = feeder
         self._step = ""
         self._step_due = 0.0
@@ -51,9 +55,19 @@ class Session:
         if self._feeder is not None:
             self._feeder.update_stage(name, **entries)
 
+    def show_blocks(self, progress: PredictProgress) -> None:
+        """Show how far the prediction is."""
+        self.progress.blocks(progress)
+        self.on_move("predict", progress.done, progress.skipped, progress.failed)
+
+    def show_step(self, step: str, done: int, total: int) -> None:
+        """Show how far a step is."""
+        self.progress.step(step, done, total)
+        self.on_move(step, done, total)
+
     def update_step(self, stage: str, step: str, done: int, total: int) -> None:
         """Show how far a step of a stage is, and record it now and then."""
-        self.progress.step(step, done, total)
+        self.show_step(step, done, total)
         now = time.monotonic()
         if step == self._step and now < self._step_due:
             return

@@ -174,7 +174,7 @@ def predict(
         session.progress.start("predict", total, done=total - int(todo.size))
 
         def tell(progress: PredictProgress) -> None:
-            session.progress.blocks(progress)
+            session.show_blocks(progress)
             if on_progress is not None:
                 on_progress(progress)
 
@@ -182,7 +182,7 @@ def predict(
             prepared.run.path,
             prepared.opened_raw(),
             prepared.config.model.normalise,
-            lambda done, total: session.progress.step("contrast", done, total),
+            lambda done, total: session.show_step("contrast", done, total),
         )
         spec = predict_spec(prepared, contrast, cluster=cluster, revision=revision)
         try:
@@ -497,7 +497,7 @@ def score(session: Session) -> EvaluationReport | None:
             segmentation(prepared),
             truth,
             ignore=BorderRule(labels=settings.ignore_labels),
-            on_progress=lambda done, total: session.progress.step("evaluate", done, total),
+            on_progress=lambda done, total: session.show_step("evaluate", done, total),
         )
         record["report"] = report.to_dict()
     file = prepared.run.path / "evaluation.json"

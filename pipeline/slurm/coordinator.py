@@ -12,16 +12,18 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agq.blockwise.predict.local_processes import Terminated
+from agq.blockwise.predict.local_processes import CANCELLED, Terminated
 from agq.blockwise.predict.spec import Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, require_writable
 from agq.blockwise.storage.logs import cap_output
 from agq.credentials import log_to_stderr
 from agq.errors import InputError, RunGoneError, RunStoppedError, machine_fault
 from agq.pipeline.folder import RunFolder, RunLockedError
+from agq.pipeline.notify.notifier import Notifier, reason_of
 from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare
 from agq.pipeline.run.session import open_session, record_stop
@@ -88,7 +90,45 @@ def _requeue_before_limit(signum: int, _frame: Any) -> None:
     raise Terminated(signum, EXIT_REQUEUE, "requeued before the time limit of its job")
 
 
-def _predict(run_dir: Path) -> int:
+def notifier_of(run_dir: Path) -> Notifier:
+    """Return what tells of a submitted run, by the configuration that its jobs read."""
+    try:
+        return Notifier(run_dir, load_config(run_dir).notify)
+    except InputError:
+        return Notifier(run_dir, None)  # that ends this job, with a reason, a moment later
+
+
+def tell_of_signal(run_dir: Path, notifier: Notifier, end: SystemExit) -> None:
+    """Tell that a signal has ended a job for good, unless by `agq cancel`."""
+    with contextlib.suppress(InputError):
+        again = section_of(load_config(run_dir)).requeue and CANCELLED not in str(end)
+        if not again and not load(run_dir).cancelled:
+            notifier.tell("failure", str(end))
+
+
+def _stitch_follows(run_dir: Path) -> bool:
+    """Tell whether a stitch was submitted behind this coordinator."""
+    roles = [job.role for job in load(run_dir).jobs if job.role in ("coordinator", "stitch")]
+    return roles[-1:] == ["stitch"]
+
+
+def _tell_of_end(
+    run_dir: Path, notifier: Notifier, failed: Sequence[int], since: float = 0.0
+) -> None:
+    """Tell that blocks failed, that all is done if no stitch follows, or that it has been lost."""
+    if failed:
+        notifier.tell("failure", f"{len(failed)} blocks failed, the first is {failed[0]}")
+        return
+    if not _stitch_follows(run_dir):
+        notifier.tell("end")
+        return
+    stitch = RunFolder(run_dir).record()["stages"].get("stitch", {})
+    if stitch.get("state") == "stopped" and (stitch.get("finished") or 0.0) >= since:
+        notifier.tell("failure", stitch.get("error"))
+
+
+def _predict(run_dir: Path, notifier: Notifier) -> int:
+    begun = time.time()
     config = load_config(run_dir)
     section = section_of(config)
     listen = listen_address(section)
@@ -97,6 +137,7 @@ def _predict(run_dir: Path) -> int:
     while True:
         try:
             with open_session(prepared) as session:
+                session.on_move = notifier.moved
                 report = stages.predict(
                     session,
                     cluster=stages.Cluster(listen=listen, drain_after=section.drain_after),
@@ -120,17 +161,25 @@ def _predict(run_dir: Path) -> int:
     record_gone(run_dir)
     for number in report.failed[:20]:
         _logger.error("block %d failed (agq logs %s --block %d)", number, run_dir, number)
-    return 1 if report.failed and not config.stitch.allow_missing else 0
+    failed = () if config.stitch.allow_missing else report.failed
+    _tell_of_end(run_dir, notifier, failed, begun)
+    return 1 if failed else 0
 
 
 def main(arguments: list[str]) -> int:
     """Predict; see the module."""
     log_to_stderr()
     cap_output()
-    run_dir, begun = Path(arguments[0]), time.time()
+    run_dir = Path(arguments[0])
     signal.signal(signal.SIGUSR1, _requeue_before_limit)
+    with notifier_of(run_dir) as notifier:
+        return _watched(run_dir, notifier)
+
+
+def _watched(run_dir: Path, notifier: Notifier) -> int:
+    begun = time.time()
     try:
-        return _predict(run_dir)
+        return _predict(run_dir, notifier)
     except SystemExit as end:
         if load(run_dir).cancelled:
             # SLURM does not start this job again: workers need not wait for it. And it has not
@@ -138,17 +187,22 @@ def main(arguments: list[str]) -> int:
             _close(run_dir)
             return 128 + signal.SIGTERM
         _logger.info("%s; blocks that are done are in the journal", end)
+        if not _stitch_follows(run_dir):
+            # SLURM is about to kill this job, and a stitch has the time to tell of that.
+            tell_of_signal(run_dir, notifier, end)
         return end.code if isinstance(end.code, int) else 1
     except Exception as error:
         # SLURM does not start this job again, whatever it was.
         _close(run_dir)
         known = isinstance(error, InputError | RunStoppedError)
         line = str(error) if known else machine_fault(error) if isinstance(error, OSError) else None
+        if line is not None:
+            line = " ".join(line.split())
+            _logger.error("%s", line)
+            record_end(run_dir, "predict", line, begun)
+        notifier.tell("failure", reason_of(error))
         if line is None:
             raise
-        line = " ".join(line.split())
-        _logger.error("%s", line)
-        record_end(run_dir, "predict", line, begun)
         return 1
 
 

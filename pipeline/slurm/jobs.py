@@ -21,6 +21,7 @@ from agq.blockwise.storage.portable import from_portable, to_portable
 from agq.errors import InputError
 from agq.owners import require_closed, stranger
 from agq.pipeline.folder import RunFolder, RunLockedError
+from agq.pipeline.notify.kept import begin_attempt, keep_address
 from agq.pipeline.slurm import client
 from agq.pipeline.slurm.scripts import (
     Script,
@@ -271,6 +272,8 @@ def save_config(config: "Config") -> None:
         file = folder(run_dir) / "ledger-uri"
         write_atomic(file, uri.get_secret_value().encode(), mode=0o600)
         data["ledger"] = (data.get("ledger") or {}) | {"uri": None, "uri_file": str(file)}
+    if (address := keep_address(run_dir, config.notify)) is not None:
+        data["notify"] |= {"webhook": None, "webhook_file": str(address)}
     _write_config(run_dir, data)
 
 
@@ -461,6 +464,7 @@ def submit_all(
         closed = session is not None and session.state == "closed"
         said = _mark_waiting(run_dir, stages)
         try:
+            begin_attempt(run_dir)
             jobs.cancelled = False
             jobs.workers = jobs.workers if wanted is None else wanted
             jobs.limit = section.limit

@@ -19,10 +19,16 @@ from agq.credentials import log_to_stderr
 from agq.errors import InputError, RunStoppedError, machine_fault
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunLockedError
+from agq.pipeline.notify.notifier import Notifier, reason_of
 from agq.pipeline.run import stages
 from agq.pipeline.run.prepare import prepare_stitch
 from agq.pipeline.run.session import Session, open_session
-from agq.pipeline.slurm.coordinator import record_end, wait_for_storage
+from agq.pipeline.slurm.coordinator import (
+    notifier_of,
+    record_end,
+    tell_of_signal,
+    wait_for_storage,
+)
 from agq.pipeline.slurm.jobs import load_config, section_of
 from agq.pipeline.slurm.scripts import EXIT_REQUEUE
 
@@ -43,13 +49,14 @@ def _with_own_cores(config: Config) -> Config:
     return config.model_copy(update={"stitch": section})
 
 
-def _stitch(run_dir: Path) -> None:
+def _stitch(run_dir: Path, notifier: Notifier) -> None:
     config = _with_own_cores(load_config(run_dir))
     section = section_of(config)
     prepared = prepare_stitch(config, trust=True)
     while True:
         try:
             with open_session(prepared) as session:
+                session.on_move = notifier.moved
                 client = None
                 if section.stitch.jobs:
                     from agq.pipeline.slurm.dask_jobs import jobqueue_client
@@ -85,17 +92,30 @@ def main(arguments: list[str]) -> int:
     log_to_stderr()
     cap_output()
     signal.signal(signal.SIGUSR1, _requeue_before_limit)
-    run_dir, begun = Path(arguments[0]), time.time()
+    run_dir = Path(arguments[0])
+    with notifier_of(run_dir) as notifier:
+        return _watched(run_dir, notifier)
+
+
+def _watched(run_dir: Path, notifier: Notifier) -> int:
+    begun = time.time()
     try:
-        _stitch(run_dir)
-    except (InputError, RunStoppedError, OSError) as error:
-        line = machine_fault(error) if isinstance(error, OSError) else str(error)
+        _stitch(run_dir, notifier)
+    except SystemExit as end:
+        tell_of_signal(run_dir, notifier, end)
+        raise
+    except Exception as error:
+        known = isinstance(error, InputError | RunStoppedError)
+        line = str(error) if known else machine_fault(error) if isinstance(error, OSError) else None
+        if line is not None:
+            line = " ".join(line.split())
+            _logger.error("%s", line)
+            record_end(run_dir, "stitch", line, begun)
+        notifier.tell("failure", reason_of(error))
         if line is None:
             raise
-        line = " ".join(line.split())
-        _logger.error("%s", line)
-        record_end(run_dir, "stitch", line, begun)
         return 1
+    notifier.tell("end")
     return 0
 
 

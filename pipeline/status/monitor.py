@@ -16,6 +16,7 @@ from agq.pipeline.folder import RunFolder
 from agq.pipeline.records import check_document
 from agq.pipeline.status.compare import compare
 from agq.pipeline.status.failures import placed
+from agq.pipeline.status.notices import read_notices
 from agq.pipeline.status.run_status import QueueStatus, RunStatus, StageStatus
 from agq.pipeline.status.stages import (
     LEADERS,
@@ -171,7 +172,10 @@ class Monitor:
         if asked and queue is None and unknown is None and self._waits(status):
             notes = filter(None, [status.note, _NOT_ASKED])
             status = status.model_copy(update={"note": "; ".join(notes)})
-        return status.model_copy(update={"queue": queue, "queue_error": unknown})
+        sent = None if self._ledger_id is not None else read_notices(self._run.path)
+        notices = () if sent is None else tuple(sent.notices)
+        update = {"queue": queue, "queue_error": unknown, "notices": notices}
+        return status.model_copy(update=update)
 
     def _waits(self, status: RunStatus) -> bool:
         """Tell whether nothing runs, and a stage waits that was submitted: only then it says so."""

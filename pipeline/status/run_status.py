@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from agq.blockwise.journal.records import error_line
+from agq.pipeline.status.notices import Notice
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ class RunStatus(_Model, Tabled):
     `queue_error` is set."""
     queue_error: str | None = None
     """Why its batch jobs are not known now."""
+    notices: tuple[Notice, ...] = ()
+    """Messages of the last command or submission, the section `notify` of its configuration."""
     user: str | None = None
     """Who gave the last command on it."""
     heard: float | None = None

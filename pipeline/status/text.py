@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from agq.blockwise.storage.files import format_bytes
+from agq.pipeline.status.notices import Notice
 from agq.pipeline.status.run_status import (
     Failure,
     ForecastStatus,
@@ -41,6 +42,7 @@ def render(status: RunStatus) -> RenderableType:
         parts.append(_queue(status.queue))
     elif status.queue_error is not None:
         parts.append(_line("queue", f"unknown ({status.queue_error})", "yellow"))
+    parts += [_notice(notice) for notice in status.notices]
     if status.stages:
         parts.append(_stages(status.stages))
     for stage in status.stages:
@@ -105,6 +107,13 @@ def _queue(queue: Collection[QueueStatus]) -> Text:
     if excluded:
         words.append(f"no workers on {', '.join(excluded)}, where they end at their start")
     return _line("queue", ", ".join(words) or "no jobs")
+
+
+def _notice(notice: Notice) -> Text:
+    if notice.problem is not None:
+        return _line("notify", f"{notice.event} not told: {notice.problem}", "yellow")
+    age = max(0.0, time.time() - notice.time)
+    return _line("notify", f"{notice.event} told by the {notice.way}, {duration(age)} ago", "dim")
 
 
 def _stages(stages: Iterable[StageStatus]) -> WholeTable:

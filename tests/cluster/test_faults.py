@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -358,7 +359,10 @@ def test_split_brain(quiet, tmp_path, undisturbed, note):
 
 def test_a_stitch_that_never_begins(quiet, tmp_path, segmented, note):
     """The run says so, and why, from the moment on; each time `agq resume` goes on."""
-    run = ClusterRun(tmp_path, delay_s=0.8)
+    said = tmp_path / "said"
+    tell = "import os, sys; print(os.environ['AGQ_NOTIFY_EVENT'], file=open(sys.argv[1], 'a'))"
+    notify = {"command": [sys.executable, "-c", tell, str(said)], "timeout_s": 60}
+    run = ClusterRun(tmp_path, delay_s=0.8, notify=notify)
 
     def stopped(part: str) -> bool:
         status = json.loads(run.agq("status", run.run_dir, "--json"))
@@ -376,6 +380,7 @@ def test_a_stitch_that_never_begins(quiet, tmp_path, segmented, note):
     # Nobody comes for the workers any more.
     quiet.command("scancel", str(run.jobs("workers")[0]))
     wait_for(lambda: not run.queue())
+    assert said.read_text() == "failure\n"
     run.agq("attach", run.run_dir, "--interval", "1", code=1)
 
     run.agq("resume", run.run_dir)
@@ -385,10 +390,12 @@ def test_a_stitch_that_never_begins(quiet, tmp_path, segmented, note):
     # The coordinator has recorded it, for those who cannot ask the queue.
     recorded = json.loads((run.run_dir / "run.json").read_text())["stages"]["stitch"]
     assert recorded["state"] == "stopped"
+    assert said.read_text() == "failure\n" * 2
     assert stopped("not in the queue any more")
     assert "agq resume goes on" in run.agq("attach", run.run_dir, "--interval", "1", code=1)
     note("stitch: scancel while it waits", "the run is stopped, `agq resume` stitches", since)
 
     run.agq("resume", run.run_dir)
     run.agq("attach", run.run_dir, "--interval", "1")
+    assert said.read_text() == "failure\n" * 2 + "end\n"
     assert results(run.run_dir) == segmented

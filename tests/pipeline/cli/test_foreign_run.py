@@ -78,6 +78,7 @@ def make_run(folder: Path, path: str) -> RunFolder:
         "run_dir": str(run.path),
         "input": {"raw": volume, "mask": volume, "classes": volume},
         "evaluate": {"truth": volume},
+        "notify": {"command": ["touch", str(folder.parent / "told")], "stall_minutes": 0.001},
     }
     raw = {"unit": "nm", "shape": SHAPE}
     with run.lock():
@@ -233,6 +234,28 @@ def test_jobs_take_no_configuration_of_a_stranger(
         jobs.load_config(tmp_path / "run")
     jobs.adopt_config(tmp_path / "run")
     assert jobs.load_config(tmp_path / "run") == values
+
+
+@as_root
+def test_a_hook_of_a_stranger_is_not_run_unless_trusted(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their folder, or a record in a folder that a group may write."""
+    monkeypatch.delenv(TRUSTED_VARIABLE, raising=False)
+    run, told = make_run(tmp_path / "run", str(tmp_path / "none.zarr")), tmp_path / "told"
+    for given in (run.path, run.record_path):
+        give_away(given)
+        for words in (("notify", run.path), ("notify", run.path, "--test"), ("stitch", run.path)):
+            code, _, error = main(*words)
+            assert code == 2, words
+            assert f"belongs to uid {OTHER}" in error
+        for _ in look(main, run.path, tmp_path):
+            pass
+        assert not told.exists()
+        os.chown(given, 0, 0)
+    give_away(run.path)
+    assert main("notify", run.path, "--test", "--trust")[0] == 0
+    assert told.exists()
 
 
 @as_root

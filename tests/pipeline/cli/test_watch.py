@@ -33,7 +33,7 @@ def worker(name: str, state: str) -> WorkerStatus:
 
 
 def lint(text: str) -> None:
-    """Check what `promtool check metrics` does, for gauges; it does so too where it is installed."""
+    """Check what `promtool check metrics` does, for gauges; with it too, where it is installed."""
     if promtool := shutil.which("promtool"):
         done = subprocess.run(
             [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False

@@ -29,6 +29,7 @@ from agq.errors import InputError, RunStoppedError
 from agq.pipeline.cli import slurm as commands
 from agq.pipeline.config.schema import Config, parse_config
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.notify.notifier import Notifier
 from agq.pipeline.slurm import check as check_module
 from agq.pipeline.slurm import client, dask_jobs, jobs
 from agq.pipeline.slurm import coordinator as slurm_coordinator
@@ -676,7 +677,7 @@ def test_workers_learn_that_no_coordinator_comes(tmp_path, monkeypatch, fault, c
     jobs.record_path(tmp_path).write_text(record.model_dump_json())
     Session(id="x", host="h", port=1).save(tmp_path)
 
-    def predict(_run_dir):
+    def predict(*_):
         raise fault
 
     monkeypatch.setattr(slurm_coordinator, "_predict", predict)
@@ -719,17 +720,18 @@ def test_a_stitch_waits_while_the_disk_is_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr(slurm_stitch, "load_config", lambda _: config(tmp_path))
     monkeypatch.setattr(slurm_stitch, "prepare_stitch", lambda *_, **__: None)
-    monkeypatch.setattr(slurm_stitch, "open_session", lambda _: contextlib.nullcontext())
+    session = SimpleNamespace()
+    monkeypatch.setattr(slurm_stitch, "open_session", lambda _: contextlib.nullcontext(session))
     monkeypatch.setattr(slurm_stitch.stages, "stitch", lambda *_, **__: raise_next(full))
     monkeypatch.setattr(slurm_stitch.stages, "score", lambda _: None)
     monkeypatch.setattr(slurm_stitch.stages, "picture", done.append)
     monkeypatch.setattr(slurm_coordinator, "_LOCKED_S", 0.0)
     monkeypatch.setattr(slurm_coordinator, "require_writable", lambda _: raise_next(probes))
-    slurm_stitch._stitch(tmp_path)
-    assert (full, probes, done) == ([], [], [None])
+    slurm_stitch._stitch(tmp_path, Notifier(tmp_path, None))
+    assert (full, probes, done) == ([], [], [session])
     full.append(OSError(errno.EIO, "broken"))
     with pytest.raises(OSError, match="broken"):
-        slurm_stitch._stitch(tmp_path)
+        slurm_stitch._stitch(tmp_path, Notifier(tmp_path, None))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Messages about a run: that it has ended, failed, or stands still."""
