@@ -26,7 +26,7 @@ def path_of_a_new_user() -> list[str]:
         for _, kind, body in fences(ROOT / page):
             lines = commands(kind, body) if kind in ("sh", "console", "bash", "shell") else []
             text = "\n".join(lines)
-            if all(f"agq {word} " in f"{text} \n" for word in ("import", "config init", "run")):
+            if all(re.search(rf"agq {word}\b", text) for word in ("import", "config init", "run")):
                 return [line for line in lines if not line.startswith(NOT_OF_THE_PATH)]
     raise AssertionError("no page shows import, config init and run in one block")
 
