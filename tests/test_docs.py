@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
@@ -54,6 +55,26 @@ def test_every_path_exists() -> None:
                 missing.append(f"{file.name}: {path}")
     assert not missing
     assert count > 20
+
+
+def test_every_link_leads_somewhere() -> None:
+    """To a file, and to a heading in it: a code host draws what sphinx does not check."""
+    wrong = []
+    for file in (*PAGES, ROOT / "CHANGELOG.md", ROOT / "model" / "weights" / "README.md"):
+        for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+            path, _, anchor = link.partition("#")
+            target = file.parent / path if path else file
+            if path.startswith("https:"):
+                continue
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                wrong.append(f"{file.name}: {link}")
+    assert not wrong
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names of the headings of a page as code hosts and myst make them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads}
 
 
 def test_troubleshooting_quotes_messages_of_the_code() -> None:
