@@ -3,14 +3,15 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tifffile
 
+from agq.blockwise.volumes.create import open_array
 from tests.helpers import ROOT
 from tests.helpers.pages import commands, fences
 from tests.helpers.runs import write_volume
@@ -68,8 +69,11 @@ def test_tif_sections_of_real_em_give_a_good_segmentation(shared_dir: Path, tmp_
         pytest.skip("AC4 z 80-99 (../shared/data) is not on this machine")
     lines = path_of_a_new_user()
     source, container = next(line.split()[2:4] for line in lines if line.startswith("agq import "))
-    with np.load(file) as data:
-        crop = {name: data[name][:, :420, :420] for name in ("raw", "labels")}
+    crop = {}
+    for name in ("raw", "labels"):
+        options = f"--key {name} --dataset {name} --voxel-size 30,6,6"
+        call(f"agq import {shlex.quote(str(file))} all.zarr {options}", tmp_path)
+        crop[name] = open_array(tmp_path / "all.zarr", name, "r")[:, :420, :420]
     (tmp_path / source).mkdir(parents=True)
     for number, section in enumerate(crop["raw"]):
         tifffile.imwrite(tmp_path / source / f"section_{number:02}.tif", section)
