@@ -30,7 +30,11 @@ from agq.pipeline.folder import RunFolder
 from agq.pipeline.notify.notifier import Notifier, notifying
 from agq.pipeline.run import stages
 from agq.pipeline.run.chosen_blocks import choose_blocks
-from agq.pipeline.run.fragments import absolute_location, stitch_arrays
+from agq.pipeline.run.fragments import (
+    DEFAULT_THRESHOLD,
+    location_settings,
+    prepare_fragments,
+)
 from agq.pipeline.run.prepare import prepare, prepare_stitch
 from agq.pipeline.run.session import Session, open_session
 from agq.pipeline.status.monitor import load_status
@@ -142,6 +146,8 @@ class Run:
         self.config = _changed(config, settings)
         self._on_progress = on_progress
         self._trust = trust
+        # Whether arrays of another model are those that were imported, as far as their names say.
+        self._again = True
         self._session: Session | None = None
         self._notifier: Notifier | None = None
 
@@ -171,7 +177,9 @@ class Run:
         if notify is not None:
             require_trusted(self.path, "notify", trust=self._trust)
             notify.address()
-        if predicts:
+        if self.config.input.fragments is not None and not predicts:
+            prepared = prepare_fragments(self.config, again=self._again, trust=self._trust)
+        elif predicts:
             prepared = prepare(self.config, overwrite=overwrite, trust=self._trust)
         else:
             prepared = prepare_stitch(self.config, trust=self._trust)
@@ -284,7 +292,11 @@ class Run:
 
     def raw(self) -> Array:
         """Return the raw volume; nothing is read before it is sliced."""
-        return array_of(open_input(self.config.input.raw, self._folder, "raw", "input.raw"))
+        return array_of(
+            open_input(
+                self.config.input.raw, self._folder, "raw", "input.raw", self.config.input.unit
+            )
+        )
 
     def fragments(self) -> Array:
         """Return the labels of all blocks before the stitch; 0 where there are none yet."""
@@ -301,7 +313,7 @@ class Run:
         return self._labels("segmentation", level)
 
     def _labels(self, name: str, level: int | None = None) -> Array:
-        unit = self.config.input.raw.unit
+        unit = self.config.input.unit
         container = self._folder.container
         return array_of(open_volume(container, name, level=level, kind="labels", unit=unit))
 
@@ -372,10 +384,11 @@ def stitch_fragments(
     voxel_size: Sequence[int] | None,
     out: Location,
     *,
-    threshold: float = 0.5,
+    threshold: float = DEFAULT_THRESHOLD,
     unit: Literal["nm", "angstrom", "pm"] = "nm",
     channels: Sequence[int] = (0, 1, 2),
     on_progress: Shown = None,
+    trust: bool = False,
     **settings: Any,
 ) -> StitchReport:
     """Stitch fragments of another model by its affinities, as ``agq stitch --fragments`` does.
@@ -390,17 +403,17 @@ def stitch_fragments(
     voxel_size
         (z, y, x) in `unit`; None where the fragments' file says it.
     out
-        Folder for the result, ``data.zarr/segmentation`` and ``lut/segments.parquet``.
+        Run folder for the result, ``data.zarr/segmentation`` and ``lut/segments.parquet``.
     threshold
         Affinity that a contact must exceed on average.
     unit
         World unit.
     channels
         Channels of the affinities on z, y and x.
-    on_progress
+    on_progress, trust
         As for `Run`.
     **settings
-        Sections `stitch` and `pyramid` of the configuration.
+        Sections of the configuration, such as ``stitch={"min_size": 500}``.
 
     Raises
     ------
@@ -411,20 +424,24 @@ def stitch_fragments(
 
     def location(given: Any, name: str, beside: str | None = None) -> str:
         if isinstance(given, str | os.PathLike):
-            return absolute_location(os.fspath(given))
+            return os.fspath(given)
         like = _beside(beside, "labels", voxel_size, unit)
         return f"{store_array(folder, name, given, voxel_size, unit, like)}::{name}"
 
     joined = location(fragments, "fragments")
-    source = {
-        "fragments": joined,
-        "affinities": location(affinities, "affinities", joined),
-        "voxel_size": voxel_size,
-        "unit": unit,
-        "channels": channels,
+    weighed = location(affinities, "affinities", joined)
+    given = {
+        "run_dir": str(folder),
+        "input": {
+            "fragments": location_settings(joined) | {"voxel_size": voxel_size, "unit": unit},
+            "affinities": location_settings(weighed) | {"channels": channels},
+        },
+        "stitch": {"across": threshold, "within": threshold},
     }
-    thresholds = {"stitch": {"across": threshold, "within": threshold}}
-    return stitch_arrays(folder, source, _merged(thresholds, settings), on_progress=on_progress)
+    values = _merged(given, expand_variables(settings))
+    run = Run(parse_config(values, "stitch"), on_progress=on_progress, trust=trust)
+    run._again = False
+    return run.stitch()
 
 
 def _section(

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from agq.model.recommended import Recommended
 
 FORMAT = 1
+EARLIER_FRAGMENTS = "settings.json"
+"""Of a folder of fragments that an earlier release made, in the place of run.json."""
 _LOCK = ".lock"
 TIMING = "timing.json"
 """How long a block takes, as a plan has measured it (`forecast.timing`)."""
@@ -106,6 +108,11 @@ class RunFolder:
         try:
             record = read_record(self.record_path)
         except FileNotFoundError:
+            if (self.path / EARLIER_FRAGMENTS).is_file():
+                raise InputError(
+                    f"{self.path} was made by an earlier release; agq stitch {self.path} makes it a"
+                    " run"
+                ) from None
             raise InputError(f"{self.path} is not a run folder (no run.json)") from None
         except OSError as error:
             raise InputError(machine_fault(error) or f"{self.record_path}: {error}") from None
@@ -190,7 +197,8 @@ class RunFolder:
             known = self.record().get("settings", {})
             self.update(config=config, settings={**known, **settings})
         else:
-            if self.path.is_dir() and any(p.name not in KEPT for p in self.path.iterdir()):
+            entries = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+            if entries.difference(KEPT) and EARLIER_FRAGMENTS not in entries:
                 raise InputError(
                     f"run_dir {self.path} is not empty and holds no run; choose another folder"
                 )

@@ -38,6 +38,7 @@ IN_ORDER = (
     "docs/your-data.md",
     "docs/watching.md",
     "docs/stitching.md",
+    "docs/open-in.md",
 )
 AFTER_THE_README = "docs/runs.md"  # goes on with its run
 ON_THEIR_OWN = (AFTER_THE_README, "docs/evaluation.md", "docs/training.md")
@@ -57,6 +58,7 @@ SUBSTITUTES = {
 # Pages with Python, and what stands before their blocks.
 PYTHON = {
     "docs/api.md": "",
+    "docs/open-in.md": "",
     "agq/README.md": (
         "import shutil\nimport numpy\n\nraw = numpy.load('data/sections.npy')[:16]\n"
         "shutil.rmtree('runs/my-volume')\n"  # of docs/api.md
@@ -69,6 +71,7 @@ README = "tests/test_docs_run.py::test_the_readme_runs_as_written"
 CLUSTER = "tests/cluster/test_submit.py::test_pages_line_by_line"
 JOIN = "tests/pipeline/slurm/test_join.py::"
 PAGE = "tests/pipeline/dashboard/test_dashboard.py::test_the_command_serves_until_interrupted"
+NAPARI = "tests/pipeline/view/test_napari.py::test_layers_have_their_place"
 VIEW = "tests/pipeline/view/test_view.py::test_command_serves_until_interrupted"
 NOTIFY = "tests/pipeline/notify/test_notifier.py::test_the_command_tells_what_nobody_lived_to_tell"
 NO_DAEMON = "needs a docker daemon: "
@@ -82,6 +85,7 @@ ELSEWHERE = {
     ("README.md", "agq dashboard runs/my-volume"): PAGE,
     ("README.md", "agq view runs/my-volume"): VIEW,
     ("docs/first-run.md", "make demo"): "tests/test_docs_run.py::test_make_demo",
+    ("docs/open-in.md", "agq view runs/small --napari"): NAPARI,
     ("docs/watching.md", "agq dashboard runs/small"): PAGE,
     ("docs/watching.md", "agq view runs/small --at 9,90,90"): VIEW,
     ("docs/watching.md", "agq notify my.yaml --test"): NOTIFY,

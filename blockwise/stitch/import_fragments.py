@@ -35,7 +35,7 @@ from agq.blockwise.stitch.steps import Progress, Task, Workers
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities
 from agq.blockwise.volumes.content import Content, Voxels, difference, read_content
-from agq.blockwise.volumes.open import Volume, open_volume
+from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 from agq.reading import read_record
 
@@ -43,6 +43,7 @@ BLOCK = (16, 256, 256)
 """Voxels of a block, (z, y, x)."""
 
 _BATCH = 64
+_MARKER = "imported.json"
 
 
 @dataclass(frozen=True)
@@ -61,37 +62,18 @@ class Fragments:
     affinities: Affinities
     mask: Volume | None = None
 
-    @classmethod
-    def open(
-        cls,
-        fragments: str,
-        affinities: str,
-        *,
-        voxel_size: Sequence[int] | None = None,
-        unit: str = "nm",
-        channels: Sequence[int] = (0, 1, 2),
-    ) -> Fragments:
-        """Open and check both arrays.
+    def volumes(self) -> dict[str, Voxels]:
+        """Return the arrays by name."""
+        named: dict[str, Voxels] = {"fragments": self.volume, "affinities": self.affinities}
+        return named if self.mask is None else named | {"mask": self.mask}
 
-        Parameters
-        ----------
-        fragments, affinities
-            Arrays: a path, or ``path::dataset``.
-        voxel_size
-            (z, y, x), if the fragments do not say.
-        unit
-            World unit.
-        channels
-            Channels of the affinities on z, y and x.
-
-        Raises
-        ------
-        InputError
-            If one is missing, or they do not fit together.
-        """
-        path, _, dataset = fragments.partition("::")
-        volume = open_volume(path, dataset or None, kind="labels", voxel_size=voxel_size, unit=unit)
-        return cls(volume, Affinities.open(affinities, volume, channels))
+    def layout(self) -> dict[str, Any]:
+        """Return what decides how they are imported; JSON types."""
+        return {
+            "channels": list(self.affinities.channels),
+            "grid": self.grid().to_dict(),
+            "unit": self.volume.unit,
+        }
 
     def grid(self) -> BlockGrid:
         """Return the blocks that the fragments are cut into."""
@@ -116,30 +98,19 @@ def import_fragments(
     Raises
     ------
     InputError
-        If the folder holds something else, or a value of the arrays cannot be used.
+        If the folder was made from other arrays, or a value of these cannot be used.
     """
     grid = source.grid()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    marker = run_dir / "imported.json"
-    made_of: dict[str, Any] = {
-        "channels": list(source.affinities.channels),
-        "grid": grid.to_dict(),
-        "unit": source.volume.unit,
-    }
-    volumes: dict[str, Voxels] = {"fragments": source.volume, "affinities": source.affinities}
     if source.mask is not None:
         require_overlap(source.mask, grid)
-        volumes["mask"] = source.mask
-    contents = {}
-    if marker.exists():
-        contents = _require_same(run_dir, made_of, volumes)
-    elif any(entry.name != "imported" for entry in run_dir.iterdir()):
-        raise InputError(f"{run_dir} is not empty; choose another --output")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    contents = require_same(source, run_dir)
+    volumes = source.volumes()
     for name in volumes.keys() - contents:
         contents[name] = read_content(volumes[name]).model_dump(mode="json")
     names = {name: volume.name for name, volume in volumes.items()}
-    made_of = names | made_of | {"contents": contents}
-    write_atomic(marker, json.dumps(made_of, indent=1).encode())
+    record = names | source.layout() | {"contents": contents}
+    write_atomic(run_dir / _MARKER, json.dumps(record, indent=1).encode())
     BlockWriter.create(run_dir, grid, source.volume.unit)
     journal = Journal(run_dir / "journal" / "predict")
     todo = np.flatnonzero(~journal.done(grid.n_blocks))
@@ -152,13 +123,25 @@ def import_fragments(
     return grid
 
 
-def _require_same(
-    run_dir: Path, made_of: dict[str, Any], volumes: dict[str, Voxels]
-) -> dict[str, Any]:
-    """Refuse other arrays than those of the last time; return the record of their contents."""
-    recorded = read_record(run_dir / "imported.json")
+def require_same(source: Fragments, run_dir: Path) -> dict[str, Any]:
+    """Check that a folder was made from these arrays, if from any.
+
+    Returns
+    -------
+    dict
+        What is recorded of their contents; nothing yet in a new folder.
+
+    Raises
+    ------
+    InputError
+        If it was made from others.
+    """
+    marker = run_dir / _MARKER
+    if not marker.exists():
+        return {}
+    recorded, volumes = read_record(marker), source.volumes()
     contents: dict[str, Any] = recorded.get("contents", {})
-    other = [name for name, value in made_of.items() if recorded.get(name) != value]
+    other = [name for name, value in source.layout().items() if recorded.get(name) != value]
     if ("mask" in recorded) != ("mask" in volumes):
         other.append("mask")
     for name in contents.keys() & volumes:
@@ -172,12 +155,9 @@ def _require_same(
     return contents
 
 
-def imported_grid(run_dir: Path, *, whole: bool = True) -> BlockGrid | None:
-    """Return the blocks of a folder into which everything has been imported; else None.
-
-    With ``whole`` off, a part of it will do.
-    """
-    marker = run_dir / "imported.json"
+def imported_grid(run_dir: Path) -> BlockGrid | None:
+    """Return the blocks of a folder into which everything has been imported; else None."""
+    marker = run_dir / _MARKER
     if not marker.exists():
         return None
     record = read_record(marker)
@@ -185,7 +165,7 @@ def imported_grid(run_dir: Path, *, whole: bool = True) -> BlockGrid | None:
         raise InputError(f"{marker}: file is damaged (it has no grid)")
     grid = BlockGrid.from_dict(record["grid"])
     done = Journal(run_dir / "journal" / "predict").done(grid.n_blocks)
-    return grid if done.all() or not whole else None
+    return grid if done.all() else None
 
 
 @dataclass(frozen=True)

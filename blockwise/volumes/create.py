@@ -4,7 +4,7 @@ Outputs are zarr v3, zstd without shuffle (which hides the runs of equal labels:
 times larger), never sharded while blocks are written: a chunk, and a shard, has exactly one writer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,44 @@ def create_array(
     )
     _sync_metadata(folder, name)
     return array
+
+
+OME_UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
+"""OME-NGFF names of the world units."""
+
+
+def ome_attributes(
+    name: str,
+    unit: str,
+    levels: Iterable[tuple[str, Iterable[float], Iterable[float]]],
+    **more: Any,
+) -> dict[str, Any]:
+    """Return the ``ome`` attribute of a multiscale group (OME-NGFF 0.5).
+
+    Parameters
+    ----------
+    name
+        Of the image.
+    unit
+        World unit.
+    levels
+        Array, voxel size and place of each level, (z, y, x), finest first.
+    more
+        Further entries of the image.
+    """
+    datasets = [
+        {
+            "path": path,
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [float(v) for v in size]},
+                {"type": "translation", "translation": [float(p) for p in place]},
+            ],
+        }
+        for path, size, place in levels
+    ]
+    axes = [{"name": axis, "type": "space", "unit": OME_UNITS[unit]} for axis in "zyx"]
+    image = {"name": name, **more, "axes": axes, "datasets": datasets}
+    return {"version": "0.5", "multiscales": [image]}
 
 
 def _require_group(folder: Path) -> None:

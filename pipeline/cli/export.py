@@ -1,22 +1,163 @@
-"""The command `agq export precomputed`."""
+"""The commands `agq export`: neuroglancer precomputed, TIFF, HDF5, OME-Zarr."""
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from agq.errors import InputError
-from agq.pipeline.cli.arguments import parse_triple
+from agq.pipeline.cli.arguments import parse_box, parse_triple
 from agq.plain_text import say
-from agq.reading import read_record
 
 export_app = typer.Typer(no_args_is_help=True, help="Write results in formats of other programs.")
 
 
-@export_app.callback()
-def _group() -> None:
-    """Keep the name of a single command."""
+Source = Annotated[
+    str,
+    typer.Argument(help="Run folder, path or path::dataset.", show_default=False),
+]
+Layer = Annotated[
+    Literal["segmentation", "fragments", "raw", "truth"],
+    typer.Option(help="Of a run; of other volumes: raw for grey values, else labels."),
+]
+Level = Annotated[int, typer.Option(min=0, help="Resolution; 0 is the finest.")]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        help="A box of voxels of the finest level: z0:z1,y0:y1,x0:x1.", show_default=False
+    ),
+]
+Relabel = Annotated[
+    bool,
+    typer.Option("--relabel", help="Consecutive labels, and OUT.labels.csv with the former ones."),
+]
+VoxelSize = Annotated[
+    str | None, typer.Option(help="z,y,x, if the array does not say.", show_default=False)
+]
+Unit = Annotated[
+    str | None,
+    typer.Option(
+        help="World unit: nm, angstrom or pm; default: the first that is exact.",
+        show_default=False,
+    ),
+]
+
+
+@export_app.command("tiff")
+def tiff(
+    source: Source,
+    out: Annotated[Path, typer.Argument(readable=False, help="File to write.")],
+    layer: Layer = "segmentation",
+    level: Level = 0,
+    roi: Part = None,
+    relabel: Relabel = False,
+    voxel_size: VoxelSize = None,
+    unit: Unit = None,
+) -> None:
+    """Write sections as one TIFF with ImageJ's voxel size, for Fiji; BigTIFF above 4 GB."""
+    from agq.pipeline.export import files
+
+    part = _opened(source, layer, level, roi, voxel_size, unit)
+    _write(part, out, files.write_tiff, files.TIFF_BITS, relabel)
+
+
+@export_app.command("h5")
+def hdf5(
+    source: Source,
+    out: Annotated[Path, typer.Argument(readable=False, help="File to write.")],
+    layer: Layer = "segmentation",
+    level: Level = 0,
+    roi: Part = None,
+    relabel: Relabel = False,
+    voxel_size: VoxelSize = None,
+    unit: Unit = None,
+) -> None:
+    """Write an HDF5 file with one chunked dataset, named like the layer, for ilastik and Fiji."""
+    from agq.pipeline.export import files
+
+    part = _opened(source, layer, level, roi, voxel_size, unit)
+    _write(part, out, files.write_hdf5, files.BITS, relabel)
+
+
+@export_app.command("zarr")
+def ome_zarr(
+    source: Source,
+    out: Annotated[Path, typer.Argument(readable=False, help="Folder to write.")],
+    layer: Layer = "segmentation",
+    level: Level = 0,
+    roi: Part = None,
+    relabel: Relabel = False,
+    voxel_size: VoxelSize = None,
+    unit: Unit = None,
+) -> None:
+    """Write an OME-NGFF 0.5 image (zarr v3) of one resolution, for napari and webknossos."""
+    from agq.pipeline.export import files
+
+    part = _opened(source, layer, level, roi, voxel_size, unit)
+    _write(part, out, files.write_zarr, files.BITS, relabel)
+
+
+def _opened(
+    source: str,
+    layer: Any,
+    level: int,
+    roi: str | None,
+    voxel_size: str | None,
+    unit: str | None,
+) -> tuple[Any, str, str]:
+    """Open what is exported; return it with its source and its version."""
+    from agq.pipeline.export.part import open_part
+    from agq.pipeline.folder import RunFolder
+    from agq.pipeline.run.verify import require_segmentation
+
+    version = ""
+    if layer == "segmentation" and RunFolder(Path(source)).exists():
+        version = version_of(Path(source))
+        require_segmentation(Path(source))
+    part = open_part(
+        source,
+        layer=layer,
+        level=level,
+        roi=None if roi is None else parse_box("--roi", roi),
+        voxel_size=None if voxel_size is None else parse_triple("--voxel-size", voxel_size, 1),
+        unit=unit,
+    )
+    return part, source, version
+
+
+def _write(
+    opened: tuple[Any, str, str], out: Path, writer: Any, widest: int, relabel: bool
+) -> None:
+    from agq.pipeline.export import files
+    from agq.pipeline.export.part import with_labels
+    from agq.pipeline.status.progress import step_progress
+
+    part, source, version = opened
+    table = out.with_name(f"{out.name}.labels.csv")
+    for file in (out, table) if relabel else (out,):
+        files.require_new(file)
+    for note in part.volume.notes:
+        say(f"agq: {note}", err=True)
+    with step_progress("look at labels") as tell:
+        part = with_labels(part, widest=widest, relabel=relabel, on_progress=tell)
+    if relabel:
+        files.write_ids(part, table)
+    with step_progress("export") as tell:
+        writer(part, out, tell)
+    if version and version_of(Path(source)) != version:
+        raise InputError(f"{source} was stitched anew meanwhile; remove {out} and export again")
+    size = [_by([v]) for v in part.volume.voxel_size]
+    say(
+        f"wrote {out}: {_by(part.volume.shape)} voxels of {' x '.join(size)} {part.volume.unit},"
+        f" {part.dtype.name}" + (f"; {table} says which label was which" if relabel else "")
+    )
+    if writer is files.write_tiff and part.labels and part.largest > files.EXACT_IN_FLOATS:
+        say(
+            f"agq: Fiji shows 32-bit labels as floats, exact up to {files.EXACT_IN_FLOATS:,}, and"
+            f" the largest is {part.largest:,}; --relabel makes them consecutive",
+            err=True,
+        )
 
 
 @export_app.command("precomputed")
@@ -29,9 +170,7 @@ def precomputed(
         bool, typer.Option("--image", help="Grey values (raw encoding) instead of labels.")
     ] = False,
     chunk: Annotated[str, typer.Option(help="Voxels z,y,x of a chunk.")] = "64,64,64",
-    voxel_size: Annotated[
-        str | None, typer.Option(help="z,y,x, if the array does not say.", show_default=False)
-    ] = None,
+    voxel_size: VoxelSize = None,
     offset: Annotated[
         str | None,
         typer.Option(
@@ -39,13 +178,7 @@ def precomputed(
             show_default=False,
         ),
     ] = None,
-    unit: Annotated[
-        str | None,
-        typer.Option(
-            help="World unit: nm, angstrom or pm; default: the first that is exact.",
-            show_default=False,
-        ),
-    ] = None,
+    unit: Unit = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes; default one per core.", show_default=False),
@@ -134,8 +267,7 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
 
     path, _, dataset = source.partition("::")
     run = RunFolder(Path(path))
-    foreign = (run.path / "imported.json").is_file()
-    if dataset or not (run.exists() or foreign):
+    if dataset or not run.exists():
         return open_levels(path, dataset or None, **options), ""
     if options["kind"] == "raw":
         raise InputError(
@@ -143,10 +275,7 @@ def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
         )
     version = version_of(run.path)
     require_segmentation(run.path)
-    if run.exists():
-        options["unit"] = run.identity()["raw"].get("unit", "nm")
-    else:
-        options["unit"] = read_record(run.path / "imported.json").get("unit", "nm")
+    options["unit"] = run.identity()["raw"].get("unit", "nm")
     return open_levels(run.path / "data.zarr", "segmentation", **options), version
 
 

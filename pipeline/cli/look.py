@@ -23,6 +23,9 @@ def view(
     target: Target,
     port: Annotated[int, typer.Option(help="Port on the loopback interface; 0 takes any.")] = 0,
     at: Annotated[str | None, typer.Option(help="Voxel z,y,x to start at.")] = None,
+    napari: Annotated[
+        bool, typer.Option("--napari", help="Open a window of napari, where it is installed.")
+    ] = False,
     print_state: Annotated[
         bool,
         typer.Option("--print-state", help="Print a state for another neuroglancer and end."),
@@ -38,13 +41,20 @@ def view(
         typer.Option(help="With --print-state: address of the output of agq export precomputed."),
     ] = None,
 ) -> None:
-    """Look at raw, affinities, fragments and segmentation of a run in neuroglancer."""
-    from agq.pipeline.view.state import portable_state
-    from agq.pipeline.view.viewer import view_run
-
+    """Look at raw, affinities, fragments and segmentation of a run in neuroglancer or napari."""
     position = None if at is None else parse_triple("--at", at)
     config = read_target(target)
     waiting.doing("opening the volumes")
+    if napari:
+        if print_state or port:
+            raise InputError("--napari opens a window: leave out --port and --print-state")
+        from agq.pipeline.view.napari_viewer import view_in_napari
+
+        view_in_napari(config, at=position)
+        return
+    from agq.pipeline.view.state import portable_state
+    from agq.pipeline.view.viewer import view_run
+
     if not print_state:
         view_run(config, port=port, at=position)
         return

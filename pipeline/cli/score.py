@@ -63,12 +63,12 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     path, _, dataset = (location or "").partition("::")
     if location is not None and is_importable(path):
         settings = VolumeSettings(path=path, dataset=dataset or None)
-        truth = open_input(settings, run, "labels", "--truth", config.input.raw.unit)
+        truth = open_input(settings, run, "labels", "--truth", config.input.unit)
     elif location is not None:
         # In the unit of the ROI and of what is scored.
-        truth = open_location(location, "labels", config.input.raw.unit)
+        truth = open_location(location, "labels", config.input.unit)
     elif config.evaluate is not None:
-        unit = config.input.raw.unit
+        unit = config.input.unit
         truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth", unit)
     else:
         raise InputError(f"{run.path}: its configuration names no truth; give --truth")

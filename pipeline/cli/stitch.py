@@ -8,7 +8,7 @@ import typer
 
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import Settings, Trust, Verbose, parse_triple
-from agq.pipeline.config.recorded import read_target
+from agq.pipeline.config.yaml_settings import apply_override
 from agq.terminal import console
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Stitched = Annotated[
     Path | None,
     typer.Argument(
         readable=False,
-        help="Run folder, YAML configuration, or OUTPUT of an earlier stitch of --fragments.",
+        help="Run folder (of a stitch of --fragments too) or YAML configuration.",
         show_default=False,
     ),
 ]
@@ -63,7 +63,8 @@ Threshold = Annotated[
 ]
 VoxelSize = Annotated[str | None, _option(help="With --fragments: z,y,x, if the array has none.")]
 Unit = Annotated[
-    str | None, _option(help="With --fragments: world unit; nm (default), angstrom or pm.")
+    Literal["nm", "angstrom", "pm"] | None,
+    _option(help="With --fragments: world unit; default nm."),
 ]
 Channels = Annotated[
     str | None,
@@ -92,8 +93,8 @@ def stitch(
     array as path or path::dataset (zarr v2, v3 or N5). Afterwards `agq stitch OUTPUT` takes other
     settings. What depends on what did not change is kept.
     """
-    from agq.pipeline.api import Run
-    from agq.pipeline.run.fragments import RECORD, absolute_location, recorded_source, stitch_arrays
+    from agq.pipeline.api import Run, stitch_fragments
+    from agq.pipeline.run.fragments import read_stitched
 
     changes = [*(settings or [])]
     if margin is not None:
@@ -107,19 +108,16 @@ def stitch(
         if target is None:
             raise InputError("stitch: name a run folder, or --fragments, --affinities, --output")
         _refuse(reading, "goes with --fragments, --affinities and --output")
-        if (target / RECORD).is_file():
+        config = read_stitched(target, changes)
+        if config.input.fragments is not None:
             _refuse({"--allow-missing": allow_missing or None}, _NONE_MISSING)
-            report = stitch_arrays(
-                target, **recorded_source(target), changes=changes, again=True, on_progress=bars
+        else:
+            _refuse(
+                {"--threshold": threshold},
+                "is for fragments of another model; a prediction has"
+                " --set stitch.across=... and stitch.within=...",
             )
-            _print(report, target)
-            return
-        _refuse(
-            {"--threshold": threshold},
-            "is for fragments of another model; a run has"
-            " --set stitch.across=... and stitch.within=...",
-        )
-        run = Run(read_target(target, changes), on_progress=bars, trust=trust)
+        run = Run(config, on_progress=bars, trust=trust)
         _print(run.stitch(**({"allow_missing": True} if allow_missing else {})), run.path)
         return
     if target is not None or fragments is None or affinities is None or output is None:
@@ -127,28 +125,29 @@ def stitch(
             "stitch: --fragments, --affinities and --output go together, without a run folder"
         )
     _refuse({"--allow-missing": allow_missing or None}, _NONE_MISSING)
-    source = {
-        "fragments": absolute_location(fragments),
-        "affinities": absolute_location(affinities),
-        "voxel_size": None if voxel_size is None else parse_triple("--voxel-size", voxel_size, 1),
-        "unit": unit or "nm",
-        "channels": parse_triple("--channels", channels or "0,1,2", 0),
-    }
-    thresholds = {"stitch": {"across": 0.5, "within": 0.5}}
-    _print(stitch_arrays(output, source, thresholds, changes, on_progress=bars), output)
+    values: dict[str, Any] = {}
+    for change in changes:
+        apply_override(values, change)
+    report = stitch_fragments(
+        fragments,
+        affinities,
+        None if voxel_size is None else parse_triple("--voxel-size", voxel_size, 1),
+        output,
+        unit=unit or "nm",
+        channels=parse_triple("--channels", channels or "0,1,2", 0),
+        on_progress=bars,
+        trust=trust,
+        **values,
+    )
+    _print(report, output)
 
 
 def _print(report: "StitchReport", folder: Path) -> None:
     from agq.pipeline.evaluate.plausibility import recorded_plausibility
     from agq.pipeline.folder import RunFolder
-    from agq.reading import read_record
 
     out.print(report.table(folder / "data.zarr" / "segmentation"))
-    run = RunFolder(folder)
-    entry = (
-        run.record()["stages"]["stitch"] if run.exists() else read_record(folder / "stitch.json")
-    )
-    if plausible := recorded_plausibility(entry):
+    if plausible := recorded_plausibility(RunFolder(folder).record()["stages"]["stitch"]):
         out.print(plausible.table())
 
 

@@ -17,7 +17,7 @@ out = console()
 def verify(
     run_dir: Annotated[
         Path,
-        typer.Argument(help="Run folder, or OUTPUT of agq stitch --fragments.", show_default=False),
+        typer.Argument(help="Run folder.", show_default=False),
     ],
     sample: Annotated[
         float,

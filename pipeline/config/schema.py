@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, NonNegativeInt
+from pydantic import BeforeValidator, NonNegativeInt, model_validator
 
 from agq.blockwise.blocks.settings import BlocksSettings
 from agq.blockwise.ledger.settings import LedgerSettings
@@ -62,8 +62,9 @@ class VolumeSettings(Settings):
     """World position (z, y, x) of the first voxel in world units, where the file does not say."""
 
     unit: Literal["nm", "angstrom", "pm"] = "nm"
-    """Unit of `voxel_size` and `offset`. That of `input.raw` is the world unit of the run. World
-    coordinates are whole numbers: a voxel of 4.2 nm needs `angstrom` (42) or `pm`."""
+    """Unit of `voxel_size` and `offset`. That of `input.raw` (or `input.fragments`) is the
+    world unit of the run. World coordinates are whole numbers: a voxel of 4.2 nm needs `angstrom`
+    (42) or `pm`."""
 
     allow_gaps: bool = False
     """Whether sections whose number no file of a folder or glob has are filled, not an error."""
@@ -85,11 +86,31 @@ class RoiSettings(Settings):
     """`voxels` count from the first voxel of the volume; `world` is the volume's world unit."""
 
 
+class AffinitiesSettings(Settings):
+    """Affinities of another model."""
+
+    path: str
+    """Container: zarr v2/v3 or N5 (local path, s3://, gs://, https://)."""
+
+    dataset: str | None = None
+    """Array (channels, z, y, x) inside it, uint8 or 0 to 1."""
+
+    channels: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] = (0, 1, 2)
+    """Channels that hold, at a voxel, the affinity to the voxel before on z, y and x."""
+
+
 class InputSettings(Settings):
     """What is segmented."""
 
-    raw: VolumeSettings
-    """The EM volume: 3-D, uint8, uint16 or float32 in [0, 1]."""
+    raw: VolumeSettings | None = None
+    """The EM volume: 3-D, uint8, uint16 or float32 in [0, 1]. A prediction needs it; with
+    `fragments` it is only looked at."""
+
+    fragments: VolumeSettings | None = None
+    """Fragments of another model, in the place of a prediction: `agq stitch` joins them."""
+
+    affinities: AffinitiesSettings | None = None
+    """The affinities by which `fragments` are joined."""
 
     mask: VolumeSettings | None = None
     """Optional mask at any scale: voxels whose centre lies in no nonzero voxel of it stay
@@ -108,6 +129,21 @@ class InputSettings(Settings):
 
     bad_sections_fill: Literal["neighbour", "mask"] = "neighbour"
     """`mask`: bad sections also get no label, as where a mask is zero."""
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Self:
+        if (self.fragments is None) != (self.affinities is None):
+            raise ValueError("fragments and affinities go together")
+        if self.raw is None and self.fragments is None:
+            raise ValueError("raw is missing: name the EM volume, input.raw.path")
+        return self
+
+    @property
+    def unit(self) -> str:
+        """World unit of the run."""
+        first = self.fragments or self.raw
+        assert first is not None
+        return first.unit
 
 
 class ModelSettings(NetworkSettings):
@@ -211,5 +247,9 @@ def masked(config: Config) -> dict[str, Any]:
     checkpoint = Path(data["model"]["checkpoint"]).expanduser()
     if checkpoint.is_file():
         data["model"]["checkpoint"] = str(checkpoint.absolute())
+    if config.input.fragments is not None:
+        # Nothing is predicted.
+        for name in ("model", "blocks", "workers", "output", "slurm"):
+            del data[name]
     found: dict[str, Any] = hidden(data)
     return found

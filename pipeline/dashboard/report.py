@@ -99,12 +99,11 @@ def write_snapshot(
         If an input cannot be opened, the run has no labels yet, or the place is outside.
     """
     volumes = _volumes(config)
-    if "raw" not in volumes:
+    if config.input.raw is not None and "raw" not in volumes:
         raise InputError("input.raw: a snapshot shows it, and it cannot be opened")
-    raw = volumes["raw"]
     snapshot(
         out_png,
-        raw,
+        volumes.get("raw"),
         volumes.get("segmentation"),
         truth=volumes.get("truth"),
         fragments=volumes.get("fragments"),
@@ -113,7 +112,9 @@ def write_snapshot(
     )
     if at is None:
         return "the middle"
-    return show_voxel(at, raw.voxel_size, raw.unit, raw.offset)
+    # Of the raw volume, or of the labels where there is none.
+    first = next(iter(volumes.values()))
+    return show_voxel(at, first.voxel_size, first.unit, first.offset)
 
 
 def _volumes(config: Config) -> dict[str, Volume]:
@@ -124,17 +125,18 @@ def _volumes(config: Config) -> dict[str, Volume]:
 def _pictures(config: Config, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     """Draw the middle and the worst mergers; nothing if the raw data cannot be opened."""
     try:
-        raw = _volumes(config).get("raw")
+        volumes = _volumes(config)
     except InputError:
         return []
-    if raw is None:
+    first = next(iter(volumes.values()), None)
+    if first is None or (config.input.raw is not None and "raw" not in volumes):
         return []
     spots: list[tuple[str, Triple | None]] = [("Snapshot", None)]
     for item in evaluation.get("worst_mergers", [])[:_MAX_SPOTS]:
         # Of the second largest part: in the largest, the segment is right.
         parts = item["largest"]
-        place = voxel_at(parts[min(1, len(parts) - 1)]["at"], raw.voxel_size, raw.offset)
-        where = show_voxel(place, raw.voxel_size, raw.unit, raw.offset)
+        place = voxel_at(parts[min(1, len(parts) - 1)]["at"], first.voxel_size, first.offset)
+        where = show_voxel(place, first.voxel_size, first.unit, first.offset)
         spots.append((f"Merger of segment {item['label']}, {where}", place))
     pictures = []
     with tempfile.TemporaryDirectory() as folder:

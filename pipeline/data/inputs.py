@@ -22,7 +22,11 @@ from agq.pipeline.folder import RunFolder
 
 
 def open_input(
-    settings: VolumeSettings, run: RunFolder, kind: Kind, field: str, unit: str | None = None
+    settings: VolumeSettings | None,
+    run: RunFolder,
+    kind: Kind,
+    field: str,
+    unit: str | None = None,
 ) -> Volume:
     """Open a configured volume; image files are imported into the run folder first.
 
@@ -45,6 +49,8 @@ def open_input(
     InputError
         With the configuration field in front.
     """
+    if settings is None:
+        raise InputError(f"{field}: no such volume is named; --set {field}.path=... names it")
     unit = unit or settings.unit
     try:
         settings = _with_unit(settings, unit)

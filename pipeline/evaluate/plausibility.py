@@ -146,7 +146,7 @@ def assess(folder: Path, thresholds: Thresholds, *, truth: bool) -> Plausibility
     Parameters
     ----------
     folder
-        Run folder, or output of a stitch of fragments.
+        Run folder.
     thresholds
         Of its stitch.
     truth
@@ -190,7 +190,7 @@ def recorded_plausibility(entry: Mapping[str, Any]) -> Plausibility | None:
     Parameters
     ----------
     entry
-        That of the stage in ``run.json``, or ``stitch.json`` of stitched fragments.
+        That of the stage in ``run.json``.
     """
     try:
         return Plausibility.model_validate(entry.get("plausibility"))

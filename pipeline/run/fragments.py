@@ -1,136 +1,158 @@
-"""Fragments of another model, stitched in a folder of their own."""
+"""Fragments of another model: their folder is a run whose prediction is an import."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from agq.blockwise.stitch.cluster import lazy_client
-from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, imported_grid
-from agq.blockwise.stitch.run import StitchReport, run_stitch
-from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
-from agq.blockwise.storage.addresses import put_away, put_back
-from agq.blockwise.storage.files import write_atomic
-from agq.errors import DamagedError, InputError
-from agq.paths import expanded
-from agq.pipeline.config.recorded import require_own_folder
-from agq.pipeline.config.schema import VolumeSettings
-from agq.pipeline.config.yaml_settings import parse_values
+from distributed import Client
+
+from agq.blockwise.stitch.cluster import LazyClient
+from agq.blockwise.stitch.import_fragments import (
+    Fragments,
+    import_fragments,
+    imported_grid,
+    require_same,
+)
+from agq.blockwise.storage.addresses import put_back
+from agq.blockwise.volumes.affinities import Affinities
+from agq.errors import InputError
+from agq.pipeline.config.recorded import read_target, require_own_folder
+from agq.pipeline.config.schema import Config, masked, parse_config
+from agq.pipeline.config.yaml_settings import apply_override
 from agq.pipeline.data.inputs import open_input
-from agq.pipeline.evaluate.plausibility import assess
-from agq.pipeline.folder import RunFolder
-from agq.pipeline.run.stages import stitch_spec
-from agq.pipeline.status.progress import Shown, open_progress
+from agq.pipeline.folder import EARLIER_FRAGMENTS, RunFolder
+from agq.pipeline.run.prepare import Prepared, require_trusted_scheduler
+from agq.pipeline.run.session import Session
 from agq.reading import read_record
-from agq.settings import Settings
 
-RECORD: Final = "settings.json"
-"""Of an output folder: arrays and settings of the last stitch."""
-
-
-class FragmentsInput(Settings):
-    """What may lie beside the fragments."""
-
-    mask: VolumeSettings | None = None
-    """As for a run: hides voxels of fragments and affinities when they are imported."""
-
-    classes: VolumeSettings | None = None
-    """As for a run: classes of tissue that must not merge."""
+DEFAULT_THRESHOLD: Final = 0.5
+"""Affinity that a contact must exceed, where nothing else is said."""
 
 
-class FragmentsSettings(Settings):
-    """What may be set where there is no run."""
+def open_fragments(config: Config) -> Fragments:
+    """Open the arrays that a configuration names, and the mask that hides voxels of them.
 
-    input: FragmentsInput = FragmentsInput()
-    """Volumes besides fragments and affinities."""
-
-    stitch: StitchSettings
-    """Agglomeration."""
-
-    pyramid: PyramidSettings = PyramidSettings()
-    """Multiscale output."""
-
-
-def recorded_source(output: Path) -> dict[str, Any]:
-    """Return what `stitch_arrays` has recorded in a folder: ``source`` and ``settings``."""
-    try:
-        recorded: dict[str, Any] = put_back(output / RECORD, read_record(output / RECORD))
-    except (DamagedError, ValueError):
-        raise InputError(f"{output / RECORD} is damaged; remove {output} and start over") from None
-    return recorded
+    Raises
+    ------
+    InputError
+        If one is missing, or they do not fit together.
+    """
+    run, section = RunFolder(Path(config.run_dir)), config.input
+    volume = open_input(section.fragments, run, "labels", "input.fragments")
+    assert section.affinities is not None
+    location = "::".join(filter(None, (section.affinities.path, section.affinities.dataset)))
+    affinities = Affinities.open(location, volume, section.affinities.channels)
+    mask = None
+    if section.mask is not None:
+        mask = open_input(section.mask, run, "mask", "input.mask", section.unit)
+    return Fragments(volume, affinities, mask)
 
 
-def absolute_location(location: str) -> str:
-    """Return a path or address that means the same from every folder."""
-    return location if "://" in location else str(expanded(location).absolute())
-
-
-def stitch_arrays(
-    output: Path,
-    source: dict[str, Any],
-    settings: dict[str, Any],
-    changes: list[str] | None = None,
-    *,
-    again: bool = False,
-    on_progress: Shown = "bars",
-) -> StitchReport:
-    """Stitch arrays of another model into a folder.
+def prepare_fragments(config: Config, *, again: bool = True, trust: bool = False) -> Prepared:
+    """Check what a stitch of another model's fragments needs.
 
     Parameters
     ----------
-    output
-        The folder.
-    source
-        Arguments of `Fragments.open`.
-    settings
-        Values of `FragmentsSettings`.
-    changes
-        ``a.b=value`` settings that replace some of them.
+    config
+        Names the arrays.
     again
-        The arrays are those of the last time: what is imported already is not looked at again, and
-        may be gone.
-    on_progress
-        Where progress goes, see `open_progress`.
+        Arrays that are recorded in the same words are not looked at again once they are imported,
+        and may be gone.
+    trust
+        As for `prepare`.
+
+    Raises
+    ------
+    InputError
+        If an array cannot be used, or the folder was made from others.
     """
-    require_own_folder(output)
-    before = parse_values(FragmentsSettings, settings).input.mask
-    values = parse_values(FragmentsSettings, settings, changes)
-    section = values.stitch
-    if section.evidence != "affinity":
+    if config.stitch.evidence != "affinity":
         raise InputError(
-            f"stitch.evidence: {section.evidence} needs two labels of each voxel at the borders of"
-            " blocks, which fragments of another model do not have; use affinity"
+            f"stitch.evidence: {config.stitch.evidence} needs two labels of each voxel at the"
+            " borders of blocks, which fragments of another model do not have; use affinity"
         )
-    run = RunFolder(output)
-    grid = imported_grid(output) if again else None
-    if grid is not None and values.input.mask != before:
-        raise InputError(
-            f"input.mask: {output} was imported with another mask; choose another --output"
-        )
-    opened = None if grid is not None else Fragments.open(**source)
-    if opened is not None and values.input.mask is not None:
-        mask = open_input(values.input.mask, run, "mask", "input.mask", source["unit"])
-        opened = replace(opened, mask=mask)
-    classes = None
-    if values.input.classes is not None:
-        classes = open_input(values.input.classes, run, "labels", "input.classes", source["unit"])
-    with lazy_client(section.dask) as client, open_progress(output, on_progress) as progress:
-        if opened is not None:
-            for note in opened.volume.notes:
-                progress.note(note)
-            grid = import_fragments(opened, output, client, progress.step)
-        assert grid is not None
-        record = {"source": source, "settings": values.model_dump(mode="json")}
-        record = put_away(output / RECORD, record)
-        write_atomic(output / RECORD, json.dumps(record, indent=1).encode(), mode=0o644)
-        report = run_stitch(
-            stitch_spec(section, values.pyramid, output, grid, classes=classes),
-            client,
-            progress.step,
-            progress.note,
-            wait_s=section.dask.wait_s,
-        )
-    plausible = assess(output, section, truth=False)
-    said = report.to_dict() | {"plausibility": plausible and plausible.to_dict()}
-    write_atomic(output / "stitch.json", json.dumps(said, indent=1).encode())
-    return report
+    run = RunFolder(Path(config.run_dir))
+    require_own_folder(run.path, trust=trust)
+    require_trusted_scheduler(config, run, trust=trust)
+    grid = imported_grid(run.path)
+    notes: tuple[str, ...] = ()
+    if grid is None or not again or not _in_the_same_words(config, run):
+        opened = open_fragments(config)
+        require_same(opened, run.path)
+        grid, notes = opened.grid(), opened.volume.notes
+    identity = {
+        "raw": {"unit": config.input.unit},
+        "mask": None,
+        "grid": grid.to_dict(),
+        "model": {},
+        "affinities": False,
+    }
+    return Prepared(
+        config=config,
+        run=run,
+        raw=None,
+        mask=None,
+        truth=None,
+        grid=grid,
+        box=None,
+        predictor_options={},
+        identity=run.identity() if run.exists() else identity,
+        notes=notes,
+    )
+
+
+def import_missing(session: Session, client: Client | LazyClient) -> None:
+    """Import the blocks of the fragments that are not in the run folder yet."""
+    prepared = session.prepared
+    if imported_grid(prepared.run.path) is not None:
+        return
+    opened = open_fragments(prepared.config)
+    with session.stage("predict", prepared.grid.n_blocks):
+        import_fragments(opened, prepared.run.path, client, session.progress.step)
+
+
+def read_stitched(target: Path, changes: list[str]) -> Config:
+    """Return the configuration of what is stitched again: a run, or its YAML file.
+
+    A folder of fragments that an earlier release made becomes a run by being stitched.
+    """
+    record = target / EARLIER_FRAGMENTS
+    if not record.is_file() or RunFolder(target).exists():
+        return read_target(target, changes)
+    require_own_folder(target)
+    try:
+        recorded = put_back(record, read_record(record))
+        source, settings = recorded["source"], recorded["settings"]
+        fragments, affinities = source["fragments"], source["affinities"]
+    except (InputError, ValueError, KeyError, TypeError):
+        raise InputError(f"{record} is damaged; remove {target} and start over") from None
+    placed = {name: source.get(name) for name in ("voxel_size", "unit")}
+    values = settings | {
+        "run_dir": str(target),
+        "input": settings.get("input", {})
+        | {
+            "fragments": location_settings(fragments) | placed,
+            "affinities": location_settings(affinities) | {"channels": source.get("channels")},
+        },
+    }
+    for change in changes:
+        apply_override(values, change, expand=True)
+    return parse_config(values, source=str(record))
+
+
+def location_settings(location: str) -> dict[str, Any]:
+    """Return ``path::dataset`` as the section of a volume."""
+    path, _, dataset = location.partition("::")
+    return {"path": path, "dataset": dataset or None}
+
+
+def _in_the_same_words(config: Config, run: RunFolder) -> bool:
+    """Whether the folder was made from the same arrays, as far as their names say."""
+    if not run.exists():
+        return False
+    try:
+        recorded = read_target(run.path)
+    except InputError:
+        return False
+    names = ("fragments", "affinities", "mask")
+    old, new = (masked(c)["input"] for c in (recorded, config))
+    return all(old[name] == new[name] for name in names)

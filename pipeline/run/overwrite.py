@@ -16,7 +16,7 @@ _LEFTOVER = r"(.*/)?(\.[^/]+\.[0-9a-f]{16}\.tmp|[^/]+\.[0-9a-f]{32}\.partial)"
 _MADE = re.compile(
     "|".join(
         (
-            r"(run|predict)\.secrets\.json|(run|predict|session|stitch|evaluation|sweep|baseline)\.json",
+            r"(run|predict)\.secrets\.json|(run|predict|session|imported|stitch|evaluation|sweep|baseline)\.json",
             r"report\.html|baseline\.png",
             r"data\.zarr/((fragments|affinities|segmentation(/s\d+)?)/)?zarr\.json",
             rf"data\.zarr/(fragments|affinities|segmentation/s\d+)/{_CHUNK}",

@@ -106,11 +106,12 @@ class Prepared:
     @property
     def unit(self) -> str:
         """World unit of the run."""
-        return self.config.input.raw.unit
+        return self.config.input.unit
 
     def opened_raw(self) -> Volume:
         """Return the raw volume, opened now if it was not needed before."""
-        return self.raw or open_input(self.config.input.raw, self.run, "raw", "input.raw")
+        section = self.config.input.raw
+        return self.raw or open_input(section, self.run, "raw", "input.raw", self.unit)
 
     @property
     def hides_voxels(self) -> bool:
@@ -207,6 +208,11 @@ def prepare(
     InputError
         One line that names the field or file and the fix.
     """
+    if config.input.fragments is not None:
+        raise InputError(
+            "input.fragments: fragments of another model take the place of a prediction: agq stitch"
+            " joins them"
+        )
     workers_here = workers_here and config.workers.count != 0
     run = RunFolder(Path(config.run_dir))
     if check_output:
@@ -215,7 +221,7 @@ def prepare(
     mask = _open_beside(config, config.input.mask, run, "mask", "input.mask")
     if check_output:
         _check_ledger(config)
-    _require_trusted_scheduler(config, run, trust=trust)
+    require_trusted_scheduler(config, run, trust=trust)
     if config.model.factory != DEFAULT_FACTORY:
         require_trusted(run.path, f"model.factory {config.model.factory}", trust=trust)
     if check_output:
@@ -292,7 +298,7 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
         config, origins = resolve(config, run.recommended())
     if not run.exists() or not _in_the_same_words(config, run):
         return prepare(written, workers_here=False, trust=trust)
-    _require_trusted_scheduler(config, run, trust=trust)
+    require_trusted_scheduler(config, run, trust=trust)
     require_own_folder(run.path, trust=trust)
     require_writable(run.path, "run_dir")
     identity = run.identity()
@@ -339,7 +345,7 @@ def _open_beside(
     """Open an optional volume that lies in the same world as the raw one."""
     if settings is None:
         return None
-    return open_input(settings, run, kind, field, config.input.raw.unit)
+    return open_input(settings, run, kind, field, config.input.unit)
 
 
 def _check_fit(config: Config, raw: Volume, trained: Size | None, *, goes_on: bool) -> list[str]:
@@ -352,7 +358,7 @@ def _check_fit(config: Config, raw: Volume, trained: Size | None, *, goes_on: bo
         ]
     # A run that is there was begun with this volume and this checkpoint; its identity says so.
     if not model.any_voxel_size and not goes_on:
-        require_fit(raw, config.input.raw.dataset, model.checkpoint, trained)
+        require_fit(raw, raw.dataset, model.checkpoint, trained)
     if fits(nanometres(raw), trained):
         return []
     return [
@@ -418,7 +424,8 @@ def _is_found(factory: str) -> bool:
         return False
 
 
-def _require_trusted_scheduler(config: Config, run: RunFolder, *, trust: bool) -> None:
+def require_trusted_scheduler(config: Config, run: RunFolder, *, trust: bool) -> None:
+    """Refuse the dask scheduler that the folder of somebody else may have chosen."""
     if (address := config.stitch.dask.address) is not None:
         # What a scheduler sends is unpickled.
         require_trusted(run.path, f"stitch.dask.address {address}", trust=trust)

@@ -43,6 +43,7 @@ from agq.pipeline.evaluate.plausibility import assess
 from agq.pipeline.evaluate.scores import EvaluationReport
 from agq.pipeline.forecast.forecast import ASSUMED, Forecast, Means, forecast, gpu_seconds
 from agq.pipeline.forecast.timing import Timing, timing_key
+from agq.pipeline.run.fragments import import_missing
 from agq.pipeline.run.greys import Contrast, contrast_of_run
 from agq.pipeline.run.identity import changed_truth, new_makers, recorded_contents
 from agq.pipeline.run.masks import apply_mask, require_applied
@@ -455,11 +456,14 @@ def stitch(
         prepared.box,
         prepared.opened_classes(),
     )
-    find_blocks(spec)
+    if config.input.fragments is None:
+        find_blocks(spec)
     with (
         session.stage("stitch", int(prepared.selected.size)) as record,
         client or lazy_client(section.dask) as dask,
     ):
+        if config.input.fragments is not None:
+            import_missing(session, dask)
         tell = partial(session.update_step, "stitch")
         wait_s = section.dask.wait_s
         report = run_stitch(spec, dask, tell, session.progress.note, wait_s=wait_s)

@@ -1,10 +1,9 @@
-"""Checks and repairs a run, or a stitch of another model's fragments, by its folder."""
+"""Checks and repairs a run by its folder."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.stitch.import_fragments import imported_grid
 from agq.blockwise.verify.check import verify
 from agq.blockwise.verify.repair import repair as take_back
 from agq.blockwise.verify.report import VerifyReport
@@ -26,7 +25,7 @@ def verify_run(
     Parameters
     ----------
     folder
-        Run folder, or output of a stitch of fragments.
+        Run folder.
     sample
         Share of the files whose contents are read, above 0 and at most 1.
     repair
@@ -37,7 +36,7 @@ def verify_run(
     Raises
     ------
     InputError
-        If it is no such folder, the sample is no share, or a repair meets another process that
+        If it is no run folder, the sample is no share, or a repair meets another process that
         works on the run.
     """
     if not 0 < sample <= 1:
@@ -54,7 +53,7 @@ def verify_run(
     with run.lock():
         report = check()
         report.taken_back = take_back(run.path, grid, report.problems)
-        if report.taken_back and run.exists():
+        if report.taken_back:
             _mark_stopped(run, blocks="blocks" in report.taken_back)
     return report
 
@@ -85,9 +84,4 @@ def require_segmentation(folder: Path) -> None:
 
 def _layout(run: RunFolder) -> tuple[BlockGrid, bool]:
     """Return the blocks of a folder, and whether affinities are kept."""
-    if run.exists():
-        return run.grid(), bool(run.record()["identity"].get("affinities"))
-    grid = imported_grid(run.path, whole=False)
-    if grid is None:
-        raise InputError(f"{run.path} is not a run folder (no run.json)")
-    return grid, False
+    return run.grid(), bool(run.record()["identity"].get("affinities"))

@@ -117,6 +117,12 @@ def are_of_another(run_dir: Path) -> bool:
     return run.exists() and not run.has_own_id(run.record())
 
 
+def _not_submitted(run_dir: Path, path: Path) -> InputError:
+    return InputError(
+        f"{run_dir} was not submitted to SLURM ({path} does not exist); start it: agq submit"
+    )
+
+
 def load(run_dir: Path) -> Jobs:
     """Read what was submitted for a run.
 
@@ -130,9 +136,7 @@ def load(run_dir: Path) -> Jobs:
         jobs = Jobs.model_validate_json(read_file(path, most=DOCUMENT_BYTES, within=run_dir))
         owner = path.stat().st_uid
     except FileNotFoundError:
-        raise InputError(
-            f"{run_dir} was not submitted to SLURM ({path} does not exist); start it: agq submit"
-        ) from None
+        raise _not_submitted(run_dir, path) from None
     except ValidationError:
         raise InputError(
             f"{path} is damaged, or another release wrote it; submit the run again: agq submit"
@@ -338,6 +342,8 @@ def load_config(run_dir: Path, *, trust: bool = False) -> "Config":
         return Config.model_validate(data | {"run_dir": str(run_dir.absolute())})
     except InputError:
         raise
+    except FileNotFoundError:
+        raise _not_submitted(run_dir, path) from None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 

@@ -12,6 +12,7 @@ from funlib.geometry import Coordinate
 
 from agq.blockwise.volumes.create import open_array
 from agq.blockwise.volumes.open import Volume, open_volume
+from agq.blockwise.volumes.triples import commas
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
@@ -158,6 +159,33 @@ def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
     return layers
 
 
+def start_voxel(first: Layer, at: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the voxel (z, y, x) of the first layer to start at, by default its middle.
+
+    Raises
+    ------
+    InputError
+        If it is outside.
+    """
+    shape = first.data.shape[-3:]
+    start = tuple(n // 2 for n in shape) if at is None else tuple(at)
+    if any(not 0 <= a < n for a, n in zip(start, shape, strict=True)):
+        raise InputError(f"--at {commas(start)} is outside the volume of {commas(shape)} voxels")
+    return start
+
+
+def contrast(data: Any) -> list[float]:
+    """Return the grey values to draw black and white, from a sample in the middle."""
+    if data.dtype == np.uint8:
+        return [0, 255]
+    middle = [n // 2 for n in data.shape]
+    sample = data[
+        tuple(slice(max(0, m - r), m + r + 1) for m, r in zip(middle, (0, 128, 128), strict=True))
+    ]
+    low, high = (float(v) for v in np.nanpercentile(sample, (1, 99)))
+    return [low, high] if high > low else [low, low + 1]
+
+
 def config_layers(config: Config) -> list[Layer]:
     """Return the layers of a run: its input, what it has written so far, and the ground truth.
 
@@ -170,7 +198,7 @@ def config_layers(config: Config) -> list[Layer]:
         If an input cannot be opened, and the run has written nothing.
     """
     run = RunFolder(Path(config.run_dir))
-    layers = run_layers(run.container, config.input.raw.unit)
+    layers = run_layers(run.container, config.input.unit)
     for name, make in (("raw", _raw_layers), ("truth", _truth_layers)):
         try:
             found = make(config, run)
@@ -187,13 +215,15 @@ def _raw_layers(config: Config, run: RunFolder) -> list[Layer]:
     from agq.pipeline.data.importer import is_importable
     from agq.pipeline.data.inputs import open_input
 
-    section = config.input.raw
-    raw = open_input(section, run, "raw", "input.raw")
+    section, unit = config.input.raw, config.input.unit
+    if section is None:  # fragments of another model, without the volume they were made from
+        return []
+    raw = open_input(section, run, "raw", "input.raw", unit)
 
     def open_level(level: int) -> Volume:
         # The configuration gives the voxel size of the level that it names.
         finer = {"level": (section.level or 0) + level, "voxel_size": None, "offset": None}
-        return open_input(section.model_copy(update=finer), run, "raw", "input.raw")
+        return open_input(section.model_copy(update=finer), run, "raw", "input.raw", unit)
 
     coarser = [] if is_importable(section.path) else volume_levels(open_level)
     return [volume_layer("raw", raw, "image", coarser=coarser)]
@@ -204,6 +234,5 @@ def _truth_layers(config: Config, run: RunFolder) -> list[Layer]:
 
     if config.evaluate is None:
         return []
-    unit = config.input.raw.unit
-    truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth", unit)
+    truth = open_input(config.evaluate.truth, run, "labels", "evaluate.truth", config.input.unit)
     return [volume_layer("truth", truth, "segmentation", visible=False)]

@@ -49,7 +49,7 @@ def colours(ids: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 def snapshot(
     out_png: Path,
-    raw: Volume,
+    raw: Volume | None,
     segmentation: Volume | None,
     truth: Volume | None = None,
     fragments: Volume | None = None,
@@ -64,46 +64,48 @@ def snapshot(
     out_png
         File to write; its folder must exist.
     raw
-        Grey values (z, y, x).
+        Grey values (z, y, x); None: labels are drawn on black.
     segmentation, truth, fragments
         Labels (z, y, x) of the raw volume's voxel size; they may cover only a part of it. A truth
         object and a segment that are each other's largest overlap get one colour.
     at
-        Voxel (z, y, x) of the raw volume to show; by default the middle of the segmentation, or of
-        the fragments if there is no segmentation yet. A given place is marked.
+        Voxel (z, y, x) of the first of these volumes to show; by default the middle of the
+        segmentation, or of the fragments if there is no segmentation yet. A given place is marked.
     most
         Voxels shown along y and x at most.
 
     Raises
     ------
     InputError
-        If voxel sizes differ, the place is outside the raw volume, or no labels are given.
+        If voxel sizes differ, the place is outside the first volume, or no labels are given.
     """
     labels = segmentation or fragments
     if labels is None:
         raise InputError("picture: the run has no fragments and no segmentation yet")
     panels = {"raw": raw, "fragments": fragments, "segmentation": segmentation}
     volumes = {t: v for t, v in (panels | {"ground truth": truth}).items() if v is not None}
+    base_title, base = next(iter(volumes.items()))
     for title, volume in volumes.items():
-        if volume.voxel_size != raw.voxel_size or volume.unit != raw.unit:
+        if volume.voxel_size != base.voxel_size or volume.unit != base.unit:
             raise InputError(
                 f"picture: the voxel size of the {title}, {tuple(volume.voxel_size)} "
-                f"{volume.unit}, is not that of the raw volume, {tuple(raw.voxel_size)} {raw.unit}"
+                f"{volume.unit}, is not that of the {base_title}, {tuple(base.voxel_size)} "
+                f"{base.unit}"
             )
-    planes = _planes(raw, labels, at, most)
+    planes = _planes(base, labels, at, most)
     images = [{t: plane.read(volume) for t, volume in volumes.items()} for plane in planes]
     palette = _palettes(images)
     figure, grid = _figure(list(volumes), planes)
     for axes_of_row, plane, row in zip(grid, planes, images, strict=True):
-        backdrop = _stretched(row["raw"])
+        backdrop = _stretched(row["raw"] if "raw" in row else np.zeros_like(row[base_title]))
         for axes, title in zip(axes_of_row, volumes, strict=True):
             image = backdrop
             if title != "raw":
                 image = _overlay(backdrop, row[title], palette[title])
             axes.imshow(image, extent=plane.extent, aspect="equal", interpolation="nearest")
             if at is not None:
-                _mark(axes, plane, raw.offset + (Coordinate(at) * 2 + 1) * raw.voxel_size / 2)
-        _scale_bar(axes_of_row[0], plane, raw.unit)
+                _mark(axes, plane, base.offset + (Coordinate(at) * 2 + 1) * base.voxel_size / 2)
+        _scale_bar(axes_of_row[0], plane, base.unit)
     write_atomic(out_png, figure_png(figure))
 
 
@@ -170,24 +172,24 @@ class _Plane:
 
 
 def _planes(
-    raw: Volume, segmentation: Volume, at: Sequence[int] | None, in_plane: int = MAX_IN_PLANE
+    base: Volume, segmentation: Volume, at: Sequence[int] | None, in_plane: int = MAX_IN_PLANE
 ) -> list[_Plane]:
-    size = raw.voxel_size
-    common = raw.roi.intersect(segmentation.roi)
+    size = base.voxel_size
+    common = base.roi.intersect(segmentation.roi)
     if common.empty:
         raise InputError(
             "picture: the segmentation does not overlap the raw volume; check offset and voxel_size"
         )
     if at is None:
-        middle = (common.center - raw.offset) / size
+        middle = (common.center - base.offset) / size
     else:
         middle = Coordinate(int(v) for v in at)
-        if any(not 0 <= m < n for m, n in zip(middle, raw.shape, strict=True)):
-            raise InputError(f"picture: voxel {tuple(at)} is outside the raw volume {raw.shape}")
-        if not common.contains(raw.offset + middle * size):
-            common = raw.roi
-    first = (common.begin - raw.offset) / size
-    stop = (common.end - raw.offset) / size
+        if any(not 0 <= m < n for m, n in zip(middle, base.shape, strict=True)):
+            raise InputError(f"picture: voxel {tuple(at)} is outside the volume {base.shape}")
+        if not common.contains(base.offset + middle * size):
+            common = base.roi
+    first = (common.begin - base.offset) / size
+    stop = (common.end - base.offset) / size
     low, high = [], []
     for m, a, b, most in zip(middle, first, stop, (MAX_SECTIONS, in_plane, in_plane), strict=True):
         begin = int(max(a, min(m - most // 2, b - most)))
@@ -198,7 +200,7 @@ def _planes(
         corner, end = list(low), list(high)
         corner[axis], end[axis] = int(middle[axis]), int(middle[axis]) + 1
         extent = Coordinate(end) - Coordinate(corner)
-        roi = Roi(raw.offset + Coordinate(corner) * size, extent * size)
+        roi = Roi(base.offset + Coordinate(corner) * size, extent * size)
         planes.append(_Plane(roi, size, axis, name))
     return planes
 

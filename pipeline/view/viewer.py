@@ -13,11 +13,11 @@ import numpy as np
 from funlib.geometry import Coordinate
 
 from agq.blockwise.volumes.placement import PER_NANOMETRE
-from agq.blockwise.volumes.triples import commas, show_voxel
+from agq.blockwise.volumes.triples import show_voxel
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.view.layers import Layer, LazyVolume, config_layers
+from agq.pipeline.view.layers import Layer, LazyVolume, config_layers, contrast, start_voxel
 from agq.pipeline.view.marks import Marks, run_marks
 from agq.plain_text import say
 
@@ -82,7 +82,7 @@ def build_viewer(
     """
     if not layers:
         raise InputError("the viewer has no volume to show")
-    _start_voxel(layers[0], at)
+    start_voxel(layers[0], at)
     require_server(host, port)
     # Its volumes are those of this process: the browser needs no credentials of the user.
     viewer = neuroglancer.Viewer(allow_credentials=False)
@@ -111,7 +111,7 @@ def fill_state(
 
 def _start_view(state: Any, first: Layer, at: Sequence[int] | None) -> None:
     """Set coordinates, position, scale and layout of a state from its first layer."""
-    middle = _start_voxel(first, at)
+    middle = start_voxel(first, at)
     offset, size = _nanometres(first, first.offset), _nanometres(first, first.voxel_size)
     # The dimensions come first: position and scales count in their units. The order x, y lets the
     # first panel show sections as they were imaged.
@@ -125,14 +125,6 @@ def _start_view(state: Any, first: Layer, at: Sequence[int] | None) -> None:
     extent = [n * s for n, s in zip(first.data.shape[-3:], size, strict=True)]
     state.projection_scale = 1.5 * max(extent) / size[-1]
     state.layout = "4panel"
-
-
-def _start_voxel(first: Layer, at: Sequence[int] | None) -> tuple[int, ...]:
-    shape = first.data.shape[-3:]
-    middle = tuple(n // 2 for n in shape) if at is None else tuple(at)
-    if any(not 0 <= a < n for a, n in zip(middle, shape, strict=True)):
-        raise InputError(f"--at {commas(middle)} is outside the volume of {commas(shape)} voxels")
-    return middle
 
 
 def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) -> None:
@@ -204,7 +196,7 @@ def drawn_layer(layer: Layer, source: Any) -> Any:
     if layer.kind == "affinities":
         return neuroglancer.ImageLayer(source=source, shader=_AFFINITY_SHADER, opacity=0.5)
     return neuroglancer.ImageLayer(
-        source=source, shader_controls={"normalized": {"range": _contrast(layer.data)}}
+        source=source, shader_controls={"normalized": {"range": contrast(layer.data)}}
     )
 
 
@@ -276,15 +268,3 @@ def _served(layer: Layer) -> Any:
     volume = _ServedVolume(layer)
     source = neuroglancer.LayerDataSource(url=volume, transform=layer_transform(layer))
     return drawn_layer(layer, source)
-
-
-def _contrast(data: Any) -> list[float]:
-    """Return the grey values to draw black and white, from a sample in the middle."""
-    if data.dtype == np.uint8:
-        return [0, 255]
-    middle = [n // 2 for n in data.shape]
-    sample = data[
-        tuple(slice(max(0, m - r), m + r + 1) for m, r in zip(middle, (0, 128, 128), strict=True))
-    ]
-    low, high = (float(v) for v in np.nanpercentile(sample, (1, 99)))
-    return [low, high] if high > low else [low, low + 1]

@@ -41,14 +41,12 @@ from agq.blockwise.volumes.create import (
     chunk_box,
     chunk_file,
     create_array,
+    ome_attributes,
     open_array,
     write_chunk,
 )
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import repairable
-
-OME_UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
-"""OME-NGFF names of the world units."""
 
 _DESCRIPTIONS: dict[Downsampling, str] = {
     "majority": "most frequent label of the window; ties to foreground, then to the smallest id",
@@ -264,36 +262,21 @@ class Pyramid:
         """Return the ``ome`` attribute of a multiscale label group (OME-NGFF 0.5)."""
         base = self.levels[0].voxel_size
 
-        def transforms(level: Level) -> list[dict[str, Any]]:
+        def place(level: Level) -> list[float]:
             axes = zip(self.offset, level.factor, base, strict=True)
-            place = [o + (f - 1) / 2 * v for o, f, v in axes]
-            return [
-                {"type": "scale", "scale": [float(v) for v in level.voxel_size]},
-                {"type": "translation", "translation": [float(p) for p in place]},
-            ]
+            return [o + (f - 1) / 2 * v for o, f, v in axes]
 
-        return {
-            "version": "0.5",
-            "multiscales": [
-                {
-                    "name": self.group,
-                    "type": how,
-                    "metadata": {
-                        "method": "agq.blockwise.stitch.output.pyramid.downsample",
-                        "description": _DESCRIPTIONS[how],
-                    },
-                    "axes": [
-                        {"name": axis, "type": "space", "unit": OME_UNITS[self.unit]}
-                        for axis in "zyx"
-                    ],
-                    "datasets": [
-                        {"path": level.name, "coordinateTransformations": transforms(level)}
-                        for level in self.levels
-                    ],
-                }
-            ],
-            "image-label": {},
-        }
+        described = ome_attributes(
+            self.group,
+            self.unit,
+            [(level.name, level.voxel_size, place(level)) for level in self.levels],
+            type=how,
+            metadata={
+                "method": "agq.blockwise.stitch.output.pyramid.downsample",
+                "description": _DESCRIPTIONS[how],
+            },
+        )
+        return described | {"image-label": {}}
 
 
 def chunk_sums(file: Path) -> dict[str, str]:

@@ -183,6 +183,10 @@ def make_fragments(
 def _job(run: RunFolder, settings: WatershedSettings) -> WatershedRun:
     """Return the folder of a run's fragments by these settings, and what they are made of."""
     record = run.record()
+    if (record["config"].get("input") or {}).get("fragments"):
+        raise InputError(
+            f"{run.path}: a stitch of another model's fragments keeps no affinities for a watershed"
+        )
     if not record["identity"].get("affinities"):
         raise InputError(
             f"{run.path}: this run did not keep its affinities; run again, into another run_dir, "

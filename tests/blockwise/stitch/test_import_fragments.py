@@ -17,9 +17,11 @@ from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, l
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings, Thresholds
+from agq.blockwise.volumes.affinities import Affinities
+from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
 from tests.helpers.fragments import same_partition
-from tests.helpers.runs import agq
+from tests.helpers.runs import agq, make_config
 from tests.helpers.stitch_runs import segmentation
 from tests.helpers.whole_volume import contacts_from_volume
 
@@ -41,6 +43,12 @@ def test_local_labels():
     labels, names = local_labels(ids + np.uint64(1))
     assert names[0] == 0
     assert np.array_equal(names[labels], ids + np.uint64(1))
+
+
+def open_arrays(fragments, affinities, channels=(0, 1, 2), **options):
+    path, _, dataset = fragments.partition("::")
+    volume = open_volume(path, dataset or None, kind="labels", **options)
+    return Fragments(volume, Affinities.open(affinities, volume, channels))
 
 
 def foreign_volumes(folder, dtype):
@@ -65,7 +73,7 @@ def foreign_volumes(folder, dtype):
 def test_fragments_of_another_model(tmp_path, client, dtype):
     fragments, affinities = foreign_volumes(tmp_path, dtype)
     paths = [str(tmp_path / "in.zarr" / name) for name in ("fragments", "affinities")]
-    source = Fragments.open(*paths)
+    source = open_arrays(*paths)
     out = tmp_path / "out"
     blocks = import_fragments(source, out, client)
     assert blocks.n_blocks == 8
@@ -86,14 +94,12 @@ def test_fragments_of_another_model(tmp_path, client, dtype):
     # They may lie elsewhere, but must hold the same.
     (tmp_path / "in.zarr").rename(tmp_path / "moved.zarr")
     moved = [str(tmp_path / "moved.zarr" / name) for name in ("fragments", "affinities")]
-    import_fragments(Fragments.open(*moved), out, client)
+    import_fragments(open_arrays(*moved), out, client)
     assert [path.stat().st_mtime_ns for path in before] == times
     array = zarr.open_array(moved[1], mode="r+")
     array[2, 1, 2, 3] = 1 - array[2, 1, 2, 3]
     with pytest.raises(InputError, match=r"made from other volumes \(.*affinities: its voxels"):
-        import_fragments(Fragments.open(*moved), out, client)
-    with pytest.raises(InputError, match="is not empty"):
-        import_fragments(source, tmp_path, client)
+        import_fragments(open_arrays(*moved), out, client)
 
 
 def make_spec(run_dir, blocks, **options):
@@ -144,7 +150,7 @@ def test_formats_and_channels(tmp_path, client, kind):
     expected = np.vectorize(names.__getitem__, otypes=[np.uint64])(fragments)
     assert 1 < len(np.unique(expected)) < 18
     for name, channels in (("affinities", (0, 1, 2)), ("more", (3, 2, 1))):
-        source = Fragments.open(
+        source = open_arrays(
             f"{tmp_path / 'in'}::fragments",
             f"{tmp_path / 'in'}::{name}" if kind != "n5" else f"{tmp_path / 'in'}/{name}",
             voxel_size=(30, 6, 6),
@@ -171,7 +177,7 @@ def test_foreign_volumes_that_do_not_fit_are_refused(tmp_path, client):
 
     def refused(affinities, message, fragments="fragments", **options):
         with pytest.raises(InputError, match=message):
-            Fragments.open(str(folder / fragments), str(folder / affinities), **options)
+            open_arrays(str(folder / fragments), str(folder / affinities), **options)
 
     refused("fragments", r"is not \(3, z, y, x\)")
     refused("last", "channels come last: move them to the front")
@@ -193,7 +199,7 @@ def test_foreign_volumes_that_do_not_fit_are_refused(tmp_path, client):
         data = affinities / np.float32(255)
         data[1, 3, 4, 5] = bad
         put(folder, name, data, 3)
-        source = Fragments.open(str(folder / "fragments"), str(folder / name))
+        source = open_arrays(str(folder / "fragments"), str(folder / name))
         with pytest.raises(InputError, match=message):
             import_fragments(source, tmp_path / name, client)
 
@@ -229,7 +235,7 @@ def test_command_line(tmp_path):
 def test_an_output_folder_takes_other_settings(tmp_path, client, main, monkeypatch):
     """Nothing that is said is ignored, and the arrays are not needed again."""
     monkeypatch.setattr(
-        "agq.pipeline.run.fragments.lazy_client", lambda _: contextlib.nullcontext(client)
+        "agq.pipeline.run.stages.lazy_client", lambda _: contextlib.nullcontext(client)
     )
     fragments, affinities = small_volumes()
     for name, data in (("fragments", fragments), ("affinities", affinities)):
@@ -243,7 +249,7 @@ def test_an_output_folder_takes_other_settings(tmp_path, client, main, monkeypat
     assert "Stitch of o[v2]" in said
 
     def thresholds():
-        section = json.loads((output / "settings.json").read_text())["settings"]["stitch"]
+        section = json.loads((output / "run.json").read_text())["config"]["stitch"]
         return section["across"], section["within"]
 
     assert thresholds() == (0.5, 0.5)
@@ -267,6 +273,28 @@ def test_an_output_folder_takes_other_settings(tmp_path, client, main, monkeypat
     code, _, err = main("stitch", output, "--allow-missing")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "--allow-missing is for runs" in err
+    # A folder of an earlier release becomes a run.
+    earlier = {
+        "source": {
+            "fragments": f"{tmp_path / 'in'}::fragments",
+            "affinities": f"{tmp_path / 'in'}::affinities",
+            "voxel_size": [30, 6, 6],
+            "unit": "nm",
+            "channels": [0, 1, 2],
+        },
+        "settings": {"input": {}, "stitch": {"across": 0.7, "within": 1.0}, "pyramid": {}},
+    }
+    (output / "settings.json").write_text(json.dumps(earlier))
+    (output / "run.json").unlink()
+    code, _, err = main("status", output)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"agq stitch {output} makes it a run" in err
+    (tmp_path / "gone").rename(tmp_path / "in")
+    code, _, err = main("stitch", output)
+    assert code == 0, err
+    assert "import: " not in err
+    assert thresholds() == (0.7, 1)
+    (tmp_path / "in").rename(tmp_path / "gone")
     # What is not imported yet needs them.
     for file in (output / "journal" / "predict").iterdir():
         file.unlink()
@@ -285,6 +313,7 @@ def test_names_in_the_table_are_no_markup():
 
 def test_arguments_are_checked(tmp_path, main):
     arrays = ("--fragments", tmp_path / "f", "--affinities", tmp_path / "a")
+    config = make_config(tmp_path)
     for arguments, message in (
         ((), "name a run folder, or --fragments"),
         (("--fragments", tmp_path / "f"), "go together"),
@@ -296,7 +325,7 @@ def test_arguments_are_checked(tmp_path, main):
             "fragments of another model do not have",
         ),
         ((*arrays, "--output", tmp_path / "o", "--allow-missing"), "--allow-missing is for runs"),
-        ((tmp_path, "--threshold", "0.5"), "--threshold is for fragments of another model"),
+        ((config, "--threshold", "0.5"), "--threshold is for fragments of another model"),
         ((tmp_path, "--unit", "nm"), "--unit goes with --fragments"),
         ((tmp_path, "--voxel-size", "4,4,4"), "--voxel-size goes with --fragments"),
     ):

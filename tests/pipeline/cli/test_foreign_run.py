@@ -28,7 +28,7 @@ from agq.errors import InputError
 from agq.owners import TRUSTED_VARIABLE, stranger
 from agq.pipeline.cli.score import truth_of
 from agq.pipeline.config.recorded import read_target
-from agq.pipeline.config.schema import DEFAULT_FACTORY, load_config, masked
+from agq.pipeline.config.schema import DEFAULT_FACTORY, load_config, masked, parse_config
 from agq.pipeline.dashboard.runs import Runs
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.prepare import prepare_stitch
@@ -288,15 +288,20 @@ def test_nothing_is_written_into_the_folder_of_a_stranger(
     (mine / "kept").touch()
     for name in ("lut", "stitch", "baselines"):
         (run.path / name).symlink_to(mine)
-    imported = tmp_path / "imported"
-    imported.mkdir()
-    (imported / "settings.json").write_text('{"source": {}, "settings": {"stitch": {}}}')
-    give_away(run.path, run.record_path, imported)
+    imported, earlier = tmp_path / "imported", tmp_path / "earlier"
+    arrays = {"fragments": {"path": "f"}, "affinities": {"path": "a"}}
+    with RunFolder(imported).lock():
+        joined = parse_config({"run_dir": str(imported), "input": arrays})
+        RunFolder(imported).create(masked(joined), identity)
+    earlier.mkdir()
+    (earlier / "settings.json").write_text('{"source": {}, "settings": {"stitch": {}}}')
+    give_away(run.path, run.record_path, imported, earlier)
     for name, *rest in (
         ("predict", config),
         ("run", config),
         ("stitch", run.path),
         ("stitch", imported),
+        ("stitch", earlier),
         ("baseline", "watershed", run.path),
         ("verify", run.path, "--repair"),
     ):

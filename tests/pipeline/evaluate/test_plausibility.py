@@ -163,7 +163,7 @@ def test_the_commands_work_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert command == shlex.join(["agq", "stitch", str(out), "--margin=0.05"])
     printed = run_line(command)
     assert "looks merged too far" not in printed
-    entry = json.loads((out / "stitch.json").read_text())
+    entry = json.loads((out / "run.json").read_text())["stages"]["stitch"]
     found = recorded_plausibility(entry)
     assert found is not None
     assert found.segments == 4

@@ -18,9 +18,10 @@ from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.volumes.create import open_array
 from agq.errors import InputError
+from agq.pipeline.api import Run, stitch_fragments
+from agq.pipeline.config.recorded import read_target
 from agq.pipeline.config.schema import load_config
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.run.fragments import recorded_source, stitch_arrays
 from agq.pipeline.run.prepare import prepare
 from agq.pipeline.run.session import open_session
 from tests.helpers import fakes
@@ -214,21 +215,14 @@ def test_fragments_of_another_model_with_mask_and_classes(tmp_path):
     attributes = {"voxel_size": [30, 6, 6], "offset": [0, 0, 0], "units": ["nm"] * 3}
     zarr.create_array(str(container / "affinities"), data=affinities).attrs.update(attributes)
 
-    def stitch(name, again=False, **named):
-        return stitch_arrays(
+    def stitch(name, **named):
+        return stitch_fragments(
+            f"{container}::fragments",
+            f"{container}::affinities",
+            None,
             tmp_path / name,
-            {
-                "fragments": f"{container}::fragments",
-                "affinities": f"{container}::affinities",
-                "unit": "nm",
-            },
-            {
-                "stitch": {"across": 0.5, "within": 0.5, "dask": {"workers": 1}},
-                "input": {n: {"path": str(container), "dataset": n} for n in named},
-            },
-            [f"input.{n}.dataset={dataset}" for n, dataset in named.items()],
-            again=again,
-            on_progress=None,
+            stitch={"dask": {"workers": 1}},
+            input={n: {"path": str(container), "dataset": d} for n, d in named.items()},
         )
 
     def found(name):
@@ -244,11 +238,5 @@ def test_fragments_of_another_model_with_mask_and_classes(tmp_path):
     # Left of the wall no class. Right of it 9 has class 2; the last piece of 7 has class 1.
     assert at[5, 10] == at[15, 10]
     assert at[15, 100] == at[15, 290] != at[5, 290]
-    with pytest.raises(InputError, match=r"input\.mask: .* was imported with another mask"):
-        stitch_arrays(
-            tmp_path / "both",
-            **recorded_source(tmp_path / "both"),
-            changes=["input.mask.dataset=classes"],
-            again=True,
-            on_progress=None,
-        )
+    with pytest.raises(InputError, match=r"made from other volumes \(.*classes: "):
+        Run(read_target(tmp_path / "both", ["input.mask.dataset=classes"])).stitch()

@@ -139,7 +139,7 @@ def test_colours_are_a_function_of_the_id() -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     volumes = example(tmp_path)
-    with pytest.raises(InputError, match="outside the raw volume"):
+    with pytest.raises(InputError, match="outside the volume"):
         snapshot(tmp_path / "out.png", **volumes, at=(8, 0, 0))
     coarse = stored(tmp_path / "coarse", np.zeros((4, 4, 4), np.uint8), size=(30, 12, 12))
     with pytest.raises(InputError, match="voxel size of the segmentation"):
