@@ -109,7 +109,8 @@ def fill_napari(
     placed = _placed(layers[0])
     world = [p + i * s for p, i, s in zip(placed["translate"], start, placed["scale"], strict=True)]
     viewer.dims.set_point(range(3), world)
-    viewer.camera.center = world
+    # Since napari 0.9 the camera is one of a scene.
+    getattr(viewer, "scene", viewer).camera.center = world
 
 
 def _levels(volume: LazyVolume) -> list[Any]:
