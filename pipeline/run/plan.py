@@ -253,6 +253,7 @@ def make_plan(
     if expected.gpus and timing is not None and timing.device == "cpu":
         notes.append("the block was timed without a GPU, and the workers have GPUs")
     raw, model = prepared.config.input.raw, prepared.identity["model"]
+    assert raw is not None  # or there would be nothing to predict
     ours = "checkpoint_sha256" in model
     return Plan(
         run_dir=str(run_dir),

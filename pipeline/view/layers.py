@@ -73,10 +73,16 @@ class LazyVolume:
         if unsigned and volume.dtype.kind != "u":
             self.dtype = np.dtype(f"u{volume.dtype.itemsize}")
 
-    def __getitem__(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        bounds = [part.indices(size) for part, size in zip(selection, self.shape, strict=True)]
+    def __getitem__(self, selection: tuple[slice | int, ...]) -> npt.NDArray[Any]:
+        # A number, as numpy takes it: that voxel, without the axis.
+        spans = [part if isinstance(part, slice) else slice(part, part + 1) for part in selection]
+        bounds = [span.indices(size) for span, size in zip(spans, self.shape, strict=True)]
         data = self.volume.read([b[0] for b in bounds], [b[1] for b in bounds])
-        return data.astype(self.dtype, copy=False)
+        steps = [
+            slice(None, None, bound[2]) if isinstance(part, slice) else 0
+            for part, bound in zip(selection, bounds, strict=True)
+        ]
+        return data[tuple(steps)].astype(self.dtype, copy=False)
 
     def level_for(
         self, wanted: npt.NDArray[np.int64]

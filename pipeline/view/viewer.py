@@ -140,7 +140,7 @@ def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) 
     layers = config_layers(config)
     viewer = _run_viewer(config, layers, port=port, at=at)
     first = layers[0]
-    place = show_voxel(_start_voxel(first, at), first.voxel_size, first.unit, first.offset)
+    place = show_voxel(start_voxel(first, at), first.voxel_size, first.unit, first.offset)
     try:
         say(
             f"{viewer}\nIt starts at {place}. Open this address in a browser on this machine; "

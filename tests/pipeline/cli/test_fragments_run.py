@@ -51,7 +51,7 @@ WORK = {
     "view": ((RUN, "--print-state", "--base-url", "https://host/run"), "segmentation"),
     "snapshot": ((RUN, "--out", "OUT/small.png"), "wrote"),
     "report": ((RUN, "--out", "OUT/small.html"), "wrote"),
-    "evaluate": ((RUN,), "variation of information"),
+    "evaluate": ((RUN,), "adapted Rand error"),
     "sweep": ((RUN, "--across", "0.5", "--within", "0.5"), "0.5"),
     "stitch": ((RUN, "--threshold", "0.6"), "2"),
     "export": (("precomputed", RUN, "OUT/precomputed"), "wrote"),

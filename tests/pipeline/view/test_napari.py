@@ -89,6 +89,7 @@ def test_layers_have_their_place(container: Path) -> None:
     _, levels, options = viewer.calls["segmentation"]
     assert [level.shape for level in levels] == [SHAPE, (4, 10, 15)]
     assert np.asarray(levels[0][2, 3:5, 7]).tolist() == [2 * 600 + 97, 2 * 600 + 127]
+    assert np.asarray(levels[0][3, 4, 1:9:3]).tolist() == [1921, 1924, 1927]
     _, affinities, options = viewer.calls["['affinities z', 'affinities y', 'affinities x']"]
     assert (affinities.shape, options["channel_axis"]) == ((3, *SHAPE), 0)
     np.testing.assert_allclose(viewer.calls["mergers"][1], [[75, 14.7, 18.9]])
