@@ -173,16 +173,16 @@ class Run:
             yield self._session
             return
         waiting.doing("checking the input" + (" and the checkpoint" if predicts else ""))
-        notify = self.config.notify
-        if notify is not None:
-            require_trusted(self.path, "notify", trust=self._trust)
-            notify.address()
         if self.config.input.fragments is not None and not predicts:
             prepared = prepare_fragments(self.config, again=self._again, trust=self._trust)
         elif predicts:
             prepared = prepare(self.config, overwrite=overwrite, trust=self._trust)
         else:
             prepared = prepare_stitch(self.config, trust=self._trust)
+        notify = self.config.notify
+        if notify is not None:
+            require_trusted(self.path, "notify", trust=self._trust)
+            notify.address()
         with (
             open_session(prepared, overwrite=overwrite, on_progress=self._on_progress) as session,
             notifying(self.path, notify) as notifier,
