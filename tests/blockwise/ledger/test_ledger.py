@@ -622,7 +622,7 @@ def test_malformed_uri_hides_the_password(uri):
 def test_where_the_uri_comes_from(tmp_path, monkeypatch):
     monkeypatch.delenv(URI_VARIABLE, raising=False)
     assert connect(LedgerSettings()) is None
-    with pytest.raises(LedgerError, match="required"):
+    with pytest.raises(LedgerError, match="no database is named"):
         connect(LedgerSettings(required=True))
     monkeypatch.setenv(URI_VARIABLE, "mongodb://env/")
     assert LedgerSettings().resolve().get_secret_value() == "mongodb://env/"

@@ -39,18 +39,18 @@ def test_shipped_configs_are_valid(name):
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("model.chekpoint", "x", "unknown key 'model.chekpoint' (did you mean 'checkpoint'?)"),
+        ("model.chekpoint", "x", "unknown key 'model.chekpoint' (did you mean 'model.checkpoint'?)"),
         ("wrokers", {}, "unknown key 'wrokers' (did you mean 'workers'?)"),
-        ("input.raw.datset", "r", "did you mean 'dataset'?"),
-        ("input.mask.paht", "r", "did you mean 'path'?"),
-        ("stitch.dask.adress", "r", "did you mean 'address'?"),
+        ("input.raw.datset", "r", "did you mean 'input.raw.dataset'?"),
+        ("input.mask.paht", "r", "did you mean 'input.mask.path'?"),
+        ("stitch.dask.adress", "r", "did you mean 'stitch.dask.address'?"),
         ("zzzz", 1, "valid keys: blocks, evaluate, input"),
         ("stitch.across", 1.5, "stitch.across: Input should be less than or equal to 1 (got 1.5)"),
         ("workers.count", 0, "workers.count"),
         ("blocks.read_shape", [17, 257], "blocks.read_shape"),
         ("model.precision", "fp8", "model.precision"),
         ("input.roi", {"offset": [0, 0, 0], "shape": [0, 1, 1]}, "input.roi.shape"),
-        ("ledger.databse", "x", "did you mean 'database'?"),
+        ("ledger.databse", "x", "did you mean 'ledger.database'?"),
     ],
 )
 def test_errors_name_the_field(path, value, expected):

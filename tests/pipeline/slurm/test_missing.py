@@ -86,6 +86,7 @@ def slurm(monkeypatch) -> Queue:
         monkeypatch.setattr(client, name, getattr(queue, name))
     monkeypatch.setattr(check, "read_cluster", lambda: check.Cluster({}, 1000, 30))
     monkeypatch.setattr(check, "check", lambda *_: [])
+    monkeypatch.setattr(check, "short_limits", lambda *_: [])
     monkeypatch.setattr(check, "grace_s", lambda *_: 30)
     monkeypatch.setattr(missing, "_AGAIN_S", 0.0)
     return queue
