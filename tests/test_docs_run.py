@@ -69,6 +69,10 @@ IMAGE = "tests/packaging/test_image.py::"
 COMPOSE = "tests/packaging/test_containers.py::test_a_real_parser_accepts_the_compose_file"
 README = "tests/test_docs_run.py::test_the_readme_runs_as_written"
 CLUSTER = "tests/cluster/test_submit.py::test_pages_line_by_line"
+TIMED = (
+    "tests/cluster/test_submit.py"
+    "::test_a_plan_times_a_block_in_a_job_and_the_run_is_compared_with_it"
+)
 JOIN = "tests/pipeline/slurm/test_join.py::"
 PAGE = "tests/pipeline/dashboard/test_dashboard.py::test_the_command_serves_until_interrupted"
 NAPARI = "tests/pipeline/view/test_napari.py::test_layers_have_their_place"
@@ -86,6 +90,10 @@ ELSEWHERE = {
     ("README.md", "agq view runs/my-volume"): VIEW,
     ("docs/first-run.md", "make demo"): "tests/test_docs_run.py::test_make_demo",
     ("docs/open-in.md", "agq view runs/small --napari"): NAPARI,
+    (
+        "docs/cluster.md",
+        "agq plan my.yaml --submit",
+    ): TIMED,
     ("docs/watching.md", "agq dashboard runs/small"): PAGE,
     ("docs/watching.md", "agq view runs/small --at 9,90,90"): VIEW,
     ("docs/watching.md", "agq notify my.yaml --test"): NOTIFY,
