@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from agq import waiting
 from agq.pipeline.cli.arguments import AsJson, ConfigFile, Settings
 from agq.plain_text import say
 from agq.terminal import console
@@ -62,6 +63,7 @@ def train(
             "for all: choose optimizer.learning_rate for yours (fewer crops give a noisier "
             "gradient), or raise batch_size or the number of processes"
         )
+    waiting.doing("reading the volumes and building the network")
     report = run_training(plan, resume=resume, max_steps=max_steps, say=say)
     if not report.first:
         return

@@ -39,7 +39,11 @@ def test_shipped_configs_are_valid(name):
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("model.chekpoint", "x", "unknown key 'model.chekpoint' (did you mean 'model.checkpoint'?)"),
+        (
+            "model.chekpoint",
+            "x",
+            "unknown key 'model.chekpoint' (did you mean 'model.checkpoint'?)",
+        ),
         ("wrokers", {}, "unknown key 'wrokers' (did you mean 'workers'?)"),
         ("input.raw.datset", "r", "did you mean 'input.raw.dataset'?"),
         ("input.mask.paht", "r", "did you mean 'input.mask.path'?"),
