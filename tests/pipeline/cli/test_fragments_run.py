@@ -64,6 +64,7 @@ REFUSE = {
     "run": ("CONFIG", "agq stitch joins them"),
     "plan": ("CONFIG", "agq stitch joins them"),
     "baseline": (("watershed", RUN), "keeps no affinities"),
+    "notify": (RUN, "notify names neither a command nor a webhook"),
     "attach": (RUN, "not submitted"),
     "scale": ((RUN, "1"), "not submitted"),
     "cancel": (RUN, "not submitted"),
