@@ -39,7 +39,7 @@ from agq.pipeline.run.prepare import prepare, prepare_stitch
 from agq.pipeline.run.session import Session, open_session
 from agq.pipeline.status.monitor import load_status
 from agq.pipeline.status.progress import Shown
-from agq.pipeline.status.run_status import RunStatus
+from agq.pipeline.status.run_status import ForecastStatus, RunStatus
 from agq.pipeline.status.text import forecast_table
 from agq.tables import Tabled
 
@@ -81,6 +81,8 @@ class RunReport(Tabled):
         Scores; None without ground truth.
     plausibility
         Figures that need no truth, and advice; None if they cannot be measured.
+    forecast
+        What the run was expected to take beside what it took.
     """
 
     run_dir: Path
@@ -88,6 +90,7 @@ class RunReport(Tabled):
     stitch: StitchReport
     evaluation: EvaluationReport | None
     plausibility: Plausibility | None = None
+    forecast: tuple[ForecastStatus, ...] = ()
 
     def table(self) -> RenderableType:
         """Return the report for a rich console."""
@@ -105,8 +108,8 @@ class RunReport(Tabled):
         ]
         parts = (self.plausibility, self.evaluation)
         more: list[RenderableType] = [part.table() for part in parts if part]
-        if compared := load_status(run.path).forecast:
-            more.append(forecast_table(compared))
+        if self.forecast:
+            more.append(forecast_table(self.forecast))
         return Group(facts(f"Run {run.path.name}", rows), *more)
 
 
@@ -219,7 +222,8 @@ class Run:
             scores = stages.score(session)
             stages.picture(session)
         plausible = recorded_plausibility(self._folder.record()["stages"]["stitch"])
-        return RunReport(self.path, predicted, stitched, scores, plausible)
+        forecast = load_status(self.path).forecast
+        return RunReport(self.path, predicted, stitched, scores, plausible, forecast)
 
     def predict(
         self,

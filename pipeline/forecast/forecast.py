@@ -17,7 +17,7 @@ from agq.blockwise.stitch.output.pyramid import plan_levels
 from agq.blockwise.stitch.superblocks import leaf_shape
 from agq.blockwise.storage.files import format_bytes
 from agq.pipeline.forecast.timing import Timing
-from agq.pipeline.status.text import duration
+from agq.pipeline.status.text import duration, measure
 
 # Compressed bytes per voxel where no block was timed; AC4, rounded up (docs/architecture.md).
 _BYTES: Final = {"fragments": 0.25, "sidecars": 0.15, "affinities": 2.5}
@@ -149,7 +149,9 @@ class Forecast(BaseModel):
         """Return the whole run in one line."""
         kind = "GPU" if self.gpus else "worker"
         size, files = format_bytes(sum(self.disk_bytes.values())), sum(self.files.values())
-        words = [f"{self.worker_hours:,.3g} {kind} hours"] if self.worker_hours is not None else []
+        words = []
+        if self.worker_hours is not None:
+            words.append(f"{measure('worker_hours', self.worker_hours)} {kind} hours")
         words += [f"cost {self.cost:,.2f}"] if self.cost is not None else []
         words += [f"{name} {duration(seconds)}" for name, seconds in self.seconds.items()]
         return ", ".join([*words, f"{size} in {files:,} files"]) + f" (a block: {self.basis})"

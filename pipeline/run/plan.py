@@ -33,6 +33,7 @@ from agq.pipeline.run.identity import require_same
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.stages import forecast_of, predict_spec, timing_key_of
 from agq.pipeline.status.text import duration
+from agq.pipeline.status.text import measure as measure_text
 from agq.tables import Tabled
 from agq.terminal import facts
 
@@ -156,7 +157,8 @@ class Plan(Tabled):
         if "predict" in expected.seconds:
             rows.append(("all of it", f"about {duration(sum(expected.seconds.values()))}"))
         if expected.worker_hours is not None:
-            rows.append((f"{kind} hours", f"about {expected.worker_hours:,.3g}"))
+            hours = measure_text("worker_hours", expected.worker_hours)
+            rows.append((f"{kind} hours", f"about {hours}"))
         if expected.cost is not None:
             rows.append(("cost", f"about {expected.cost:,.2f}"))
         for name, count in expected.disk_bytes.items():

@@ -78,7 +78,7 @@ def measure(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return format_bytes(value)
     if name.endswith("_hours"):
-        return f"{value:,.3g}"
+        return f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
     return f"{value:,.2f}" if name == "cost" else f"{value:,.0f}"
 
 

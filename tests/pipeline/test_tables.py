@@ -6,7 +6,6 @@ import io
 import time
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,12 @@ from agq.pipeline.evaluate.baseline.watershed import WatershedSettings
 from agq.pipeline.evaluate.block_scores import BlockReport, BlockScore
 from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, Scores
 from agq.pipeline.evaluate.sweep import Point, points_table
-from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.chosen_blocks import ChosenBlocks
 from agq.pipeline.run.plan import Plan
 from agq.pipeline.status.run_status import (
     Failure,
     FailureGroup,
+    ForecastStatus,
     RunStatus,
     StageStatus,
     WorkerStatus,
@@ -120,13 +119,10 @@ def stitch() -> tuple[object, list[str]]:
 
 
 def whole_run() -> tuple[object, list[str]]:
-    with TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder) / "one")
-        with run.lock():
-            run.create({}, {})
-        predicted = PredictReport(9, 8, 0, (7,), *[0] * 9)
-        report = RunReport(run.path, predicted, StitchReport(), None)
-        return report.table(), ["Run one", f"agq view {run.path}"]
+    predicted = PredictReport(9, 8, 0, (7,), *[0] * 9)
+    compared = (ForecastStatus(name="gpu_hours", forecast=12_345.6),)
+    report = RunReport(Path("/runs/one"), predicted, StitchReport(), None, forecast=compared)
+    return report.table(), ["Run one", "agq view /runs/one", "GPU hours", "12,345.6"]
 
 
 def plan() -> tuple[object, list[str]]:
