@@ -40,7 +40,7 @@ COMMANDS: Final = {
     "status": "agq.pipeline.cli.watch:status",
     "watch": "agq.pipeline.cli.watch:watch",
     "metrics": "agq.pipeline.cli.watch:metrics",
-    "notify": "agq.pipeline.cli.notify:notify",
+    "notify": "agq.pipeline.cli.watch:notify",
     "view": "agq.pipeline.cli.look:view",
     "dashboard": "agq.pipeline.cli.look:dashboard",
     "snapshot": "agq.pipeline.cli.look:snapshot",
