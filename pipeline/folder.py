@@ -39,9 +39,10 @@ EARLIER_FRAGMENTS = "settings.json"
 _LOCK = ".lock"
 TIMING = "timing.json"
 """How long a block takes, as a plan has measured it (`forecast.timing`)."""
-KEPT = (_LOCK, f"{_LOCK}.owner", "imported", "slurm", TIMING)
+KEPT = (_LOCK, f"{_LOCK}.owner", "imported", "slurm", "notify", TIMING)
 """What may be in the folder before the run's record is, and stays when the run is deleted: its
-lock, image files made into zarr, what a submission has prepared, and what a plan has measured."""
+lock, image files made into zarr, what a submission has prepared (jobs, whom to tell), and what a
+plan has measured."""
 _GUARDED = ("run.json", "predict.json", "session.json", "slurm/*.json", "slurm/*.sh")
 """Files that decide what commands, workers and jobs run."""
 _URI = re.compile(r"mongodb(\+srv)?://.*", re.DOTALL)

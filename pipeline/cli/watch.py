@@ -157,8 +157,8 @@ def show_all(as_json: bool, folder: Path | None = None) -> None:
         say(json.dumps({"format": 1, "runs": runs}, indent=1))
         return
     where = "AGQ_MONGO_URI" if folder is None else str(folder)
-    columns = ("run", "id", "user", "state", "stage", "failed", "left", "heard")
-    table = WholeTable(f"Runs of {where}", columns, numbers=("failed", "left", "heard"))
+    columns = ("run", "id", "user", "state", "stage", "failed", "rate", "left", "heard")
+    table = WholeTable(f"Runs of {where}", columns, numbers=("failed", "rate", "left", "heard"))
     several = len({run["user"] for run in runs}) > 1
     for run in runs:
         stage = run["stages"].get(run["stage"], {})
@@ -167,15 +167,17 @@ def show_all(as_json: bool, folder: Path | None = None) -> None:
         heard = run["updated"] or run["created"]
         table.add_row(
             str(run["name"] or run["run_dir"] or ""),
-            str(run["id"])[:8] if folder is None else "",
+            str(run["id"])[:8],
             str(run["user"] or "") if several else "",
             str(run["state"]),
             f"{run['stage'] or ''}{counted}",
             str(stage.get("failed") or ""),
+            "" if run["blocks_per_s"] is None else f"{run['blocks_per_s']:.3g}",
             "" if run["eta_s"] is None else duration(run["eta_s"]),
             "" if heard is None else duration(max(0.0, time.time() - heard)),
         )
-    legend = ["left: at the present rate; heard: time since the last sign of life"]
+    legend = ["rate: blocks/s; left: at that rate; heard: time since the last sign of life"]
+    legend += [f"{str(run['id'])[:8]:8}  {run['run_dir']}" for run in runs if run["run_dir"]]
     table.legend = "\n".join(legend + [run["problem"] for run in runs if run["problem"]])
     console().print(table)
 

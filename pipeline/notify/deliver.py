@@ -100,10 +100,14 @@ def _post(address: str, body: bytes, timeout_s: float) -> str | None:
         try:
             problem, again = answers.get(timeout=timeout_s)
         except queue.Empty:
-            problem, again = f"no answer within {timeout_s:g} s", True
+            problem, again = _late(timeout_s), True
         if not again:
             break
     return problem and f"{request.host}: {problem}"
+
+
+def _late(timeout_s: float) -> str:
+    return f"no answer within {timeout_s:g} s"
 
 
 def _request(address: str, body: bytes) -> urllib.request.Request:
@@ -133,7 +137,11 @@ def _try(request: urllib.request.Request, timeout_s: float) -> tuple[str | None,
         error.close()
         return f"answered with status {error.code}", error.code >= 500 or error.code in _TRY_AGAIN
     except urllib.error.URLError as error:
+        if isinstance(error.reason, TimeoutError):
+            return _late(timeout_s), True
         return str(getattr(error.reason, "strerror", None) or error.reason), True
+    except TimeoutError:
+        return _late(timeout_s), True
     except (OSError, HTTPException) as error:
         return str(getattr(error, "strerror", None) or error or type(error).__name__), True
     except ValueError as error:

@@ -65,7 +65,7 @@ def compose(
     try:
         record = run.record()
         stages = load_status(run_dir).stages
-        stage = _stage(stages)
+        stage = _stage(stages, event)
         blocks = next((s for s in stages if s.name == "predict"), None)
         if stage is not None and stage.ended_blocks:
             blocks = stage
@@ -97,9 +97,10 @@ def compose(
     )
 
 
-def _stage(stages: tuple[StageStatus, ...]) -> StageStatus | None:
+def _stage(stages: tuple[StageStatus, ...], event: str) -> StageStatus | None:
     """Return the stage that a message is about: what fails or runs, else what is done last."""
-    for state in ("failed", "stopped", "running"):
+    # A run that leaves blocks missing has ended, though its prediction has failed.
+    for state in () if event == "end" else ("failed", "stopped", "running"):
         for stage in stages:
             if stage.state == state:
                 return stage

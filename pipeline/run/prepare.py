@@ -226,14 +226,13 @@ def prepare(
         require_trusted(run.path, f"model.factory {config.model.factory}", trust=trust)
     if check_output:
         require_own_folder(run.path, trust=trust)
+    goes_on = run.exists() and not overwrite
+    recommended = run.recommended() if goes_on else Recommended()
     name_factory(config)
     loaded = _checkpoint(config)
     trained = None if loaded is None else loaded.config
-    goes_on = run.exists() and not overwrite
-    if goes_on:
-        recommended = run.recommended()
-    else:
-        recommended = Recommended() if loaded is None else loaded.recommended
+    if loaded is not None and not goes_on:
+        recommended = loaded.recommended
     unused = _unused(config, recommended)
     config, origins = resolve(config, recommended, trained)
     options, model_identity = _model(config, loaded, workers_here)
@@ -358,7 +357,8 @@ def _check_fit(config: Config, raw: Volume, trained: Size | None, *, goes_on: bo
         ]
     # A run that is there was begun with this volume and this checkpoint; its identity says so.
     if not model.any_voxel_size and not goes_on:
-        require_fit(raw, raw.dataset, model.checkpoint, trained)
+        given = config.input.raw
+        require_fit(raw, given.dataset if given else None, model.checkpoint, trained)
     if fits(nanometres(raw), trained):
         return []
     return [

@@ -113,7 +113,7 @@ def test_a_run_is_opened_by_its_folder(run):
     assert opened.evaluate().as_is is not None
     assert opened.status().state == "done"
     opened.stitch(across=0.7)
-    with pytest.raises(agq.InputError, match=r"acros.*did you mean 'across'"):
+    with pytest.raises(agq.InputError, match=r"acros.*did you mean 'stitch.across'"):
         opened.stitch(acros=0.7)
     with pytest.raises(agq.InputError, match="is not a run folder"):
         agq.Run(run.path.parent)

@@ -157,7 +157,7 @@ def test_plan_says_where_settings_come_from_and_the_command_writes_them(written,
     assert "tissue: blobs" in said
     code, _, err = main("checkpoint", "recommend", file, "--set", "stitch.acros=0.5")
     assert code == 2
-    assert "did you mean 'across'?" in err
+    assert "did you mean 'stitch.across'?" in err
     begin(written, "stitch.across=0.45")
     main("checkpoint", "recommend", file, "--run", written.parent / "run")
     found = checkpoint.load(file).recommended

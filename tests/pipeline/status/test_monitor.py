@@ -226,8 +226,8 @@ def test_json_is_stable(run):
     predict_half(run, time.time() - 80)
     data = json.loads(load_status(run.path).model_dump_json())
     assert list(data) == ["format", "id", "name", "run_dir", "state", "source", "note", "created",
-                          "updated", "stages", "queue", "queue_error", "user", "heard",
-                          "forecast"]  # fmt: skip
+                          "updated", "stages", "queue", "queue_error", "notices", "user",
+                          "heard", "forecast"]  # fmt: skip
     assert list(data["stages"][0]) == [
         *("name", "state", "blocks_total", "done", "skipped", "failed", "running", "voxels"),
         *("blocks_per_s", "blocks_per_s_now", "voxels_per_s", "voxels_per_s_now", "eta_s"),
