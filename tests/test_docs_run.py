@@ -48,7 +48,7 @@ SUBSTITUTES = {
     "/scratch/me/my-volume": "runs/small",
     " RUN": " runs/small",
     "--block 17": "--block 1",
-    "--blocks 12,40-44": "--blocks 0,2-3",
+    "--blocks 12,40-44": "--blocks 0-1",
     "--roi 0:64,512:1024,512:1024": "--roi 0:8,0:64,0:64",
     "--worker 77_3": "--worker worker-0",
     "--nproc-per-node 8": "--nproc-per-node 2",

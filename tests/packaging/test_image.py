@@ -183,7 +183,7 @@ def test_batch_scripts_run_in_the_image(
         }
     )
     prepared = prepare(config, workers_here=False)
-    prepared.run.create(masked(config), prepared.identity)
+    prepared.run.create(masked(config), prepared.identity, recommended=prepared.recommended)
     scripts = jobs.scripts(config, ["predict", "stitch"], tmp_path)
     folder(run_dir).mkdir()
     log_folder(run_dir).mkdir(parents=True)
