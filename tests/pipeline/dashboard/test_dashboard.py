@@ -622,7 +622,7 @@ def test_a_real_browser_shows_the_run_and_follows_it(run: RunFolder, tmp_path: P
             page, {22: "failed", 23: "failed", 24: "failed", 30: "running"}, 20
         )
         page.fill("#index", "0")
-        page.wait_for_function("document.getElementById('layer').value.startsWith('1 ')")
+        wait_until(lambda: (page.text_content("#layer") or "").startswith("1 "))
         page.wait_for_timeout(300)
         marks = {**dict.fromkeys(DONE, "done"), **dict.fromkeys(SKIPPED, "skipped")}
         assert _colours(page) == _expected(page, marks, 0)
