@@ -54,11 +54,6 @@ class LazyClient:
         self._made: Client | None = None
         self.cores = cores
 
-    @property
-    def started(self) -> bool:
-        """Whether there are workers."""
-        return self._made is not None
-
     def client(self) -> Client:
         """Return the client; the first call starts it."""
         if self._made is None:
@@ -176,10 +171,10 @@ def lazy_client(
             yield client
         return
     count = settings.workers or len(os.sched_getaffinity(0))
-    waiting.doing("starting processes")
     with ExitStack() as stack:
 
         def make() -> Client:
+            waiting.doing("starting processes")
             with _signals_wait():
                 cluster = stack.enter_context(_local_cluster(count, processes))
                 return stack.enter_context(Client(cluster, timeout=timeout))

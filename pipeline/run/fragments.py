@@ -89,12 +89,7 @@ def prepare_fragments(config: Config, *, again: bool = True, trust: bool = False
     return Prepared(
         config=config,
         run=run,
-        raw=None,
-        mask=None,
-        truth=None,
         grid=grid,
-        box=None,
-        predictor_options={},
         identity=run.identity() if run.exists() else identity,
         notes=notes,
     )

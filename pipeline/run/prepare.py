@@ -58,16 +58,16 @@ class Prepared:
     ----------
     config
         With what the checkpoint recommends in the place of what it leaves open.
-    raw, mask, truth
-        Opened volumes; None: there is none, or a stitch has not opened it (`prepare_stitch`).
     grid
         Blocks of the whole volume.
+    identity
+        What decides the bytes of a block.
+    raw, mask, truth
+        Opened volumes; None: there is none, or a stitch has not opened it (`prepare_stitch`).
     box
         Voxel box (start, stop) of the ROI; None for the whole volume.
     predictor_options
         Keyword arguments for the predictor's factory.
-    identity
-        What decides the bytes of a block.
     trained_voxel_size
         Voxel size (z, y, x) in nanometres of the checkpoint; None if nothing says it.
     notes
@@ -84,13 +84,13 @@ class Prepared:
 
     config: Config
     run: RunFolder
-    raw: Volume | None
-    mask: Volume | None
-    truth: Volume | None
     grid: BlockGrid
-    box: Box | None
-    predictor_options: dict[str, Any]
     identity: dict[str, Any]
+    raw: Volume | None = None
+    mask: Volume | None = None
+    truth: Volume | None = None
+    box: Box | None = None
+    predictor_options: dict[str, Any] = field(default_factory=dict)
     trained_voxel_size: Size | None = None
     notes: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
@@ -308,12 +308,8 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
     prepared = Prepared(
         config=config,
         run=run,
-        raw=None,
-        mask=None,
-        truth=None,
         grid=grid,
         box=box,
-        predictor_options={},
         identity=identity,
         origins=origins,
     )
