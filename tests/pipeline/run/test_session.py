@@ -57,8 +57,8 @@ def test_why_a_stage_stopped_is_said_until_it_is_done(prepared, error, said):
     assert (record["state"], record["error"]) == ("done", None)
 
 
-LATER = (datetime.now() + timedelta(hours=1)).isoformat(timespec="seconds")
-EARLIER = (datetime.now() - timedelta(hours=1)).isoformat(timespec="seconds")
+# Words for times: the names of tests must be the same in all processes.
+LATER, EARLIER = "LATER", "EARLIER"
 SLURM_SAYS = "slurmstepd-n1: error: *** JOB {} ON n1 CANCELLED AT {}{} ***\n"
 
 
@@ -80,6 +80,9 @@ SLURM_SAYS = "slurmstepd-n1: error: *** JOB {} ON n1 CANCELLED AT {}{} ***\n"
     ],
 )
 def test_what_slurm_has_done_to_a_job_is_called_that(monkeypatch, output, said):
+    for word, hours in ((LATER, 1), (EARLIER, -1)):
+        at = (datetime.now() + timedelta(hours=hours)).isoformat(timespec="seconds")
+        output = output and output.replace(word, at)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(local_processes, "own_output_end", lambda _size: output)
     assert str(Terminated(signal.SIGTERM)) == f"its batch job was {said} (SIGTERM)"
