@@ -36,17 +36,25 @@ $(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	  echo "no test database for this Python: the ledger tests will say so and skip" >&2
 	@touch $@
 
+# Programs that others read exports with: cloud-volume and webknossos-libs read ours back, kimimaro
+# makes the skeletons that ours are held against. Some are GPL, and none is part of the product.
+.venv-readers/.installed: tests/requirements-readers.txt
+	$(PYTHON) -m venv .venv-readers
+	.venv-readers/bin/pip install -q --no-deps --require-hashes -r tests/requirements-readers.txt || \
+	  echo "no independent readers for this Python: their tests will say so and skip" >&2
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/agq synthetic $(DEMO)-input.zarr --shape 40,768,768 --seed 7
 	$(BIN)/agq run configs/demo.yaml --overwrite
 	@echo
 	@echo "Picture: $(DEMO)/demo.png    Viewer: $(BIN)/agq view $(DEMO)"
 
-test: $(VENV)/.installed .venv-services/.installed
+test: $(VENV)/.installed .venv-services/.installed .venv-readers/.installed
 	$(BIN)/pytest $(PARALLEL) --dist worksteal --durations 12
 
 # Tests of the container image stay together.
-test-slow: $(VENV)/.installed .venv-services/.installed
+test-slow: $(VENV)/.installed .venv-services/.installed .venv-readers/.installed
 	$(BIN)/pytest $(PARALLEL) --dist loadgroup -m "slow and not cluster" --timeout 1200 --durations 12
 
 # A real SLURM with emulated GPU nodes on this machine: Debian or Ubuntu, as root (it installs
@@ -91,6 +99,7 @@ lock: $(VENV)/.installed
 	cp requirements/all.txt requirements/build.txt
 	echo "setuptools>=77" | $(LOCK) - -o requirements/build.txt
 	echo "secantusdb==0.7.0b3" | $(LOCK) - -o tests/requirements-services.txt
+	printf '%s\n' "cloud-volume>=12" "kimimaro>=5" "webknossos>=4" | $(LOCK) - -o tests/requirements-readers.txt
 	@for file in requirements/all.txt requirements/image.txt; do \
 	  $(NO_TORCH) $$file > $$file.new && mv $$file.new $$file || exit 1; done
 
@@ -108,4 +117,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/forward.py
 
 clean:
-	rm -rf $(VENV) .venv-services runs build dist *.egg-info
+	rm -rf $(VENV) .venv-services .venv-readers runs build dist *.egg-info
