@@ -18,6 +18,7 @@ FORBIDDEN = [
     ("blockwise", "agq.pipeline"),
     ("blockwise/predict", "agq.blockwise.stitch"),
     ("blockwise/stitch", "agq.blockwise.predict"),
+    ("blockwise/stitch", "agq.blockwise.export"),
 ]
 """A folder, and what no file in it may import."""
 

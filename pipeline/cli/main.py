@@ -59,7 +59,7 @@ COMMANDS: Final = {
     "synthetic": "agq.pipeline.cli.run:synthetic",
     "train": "agq.pipeline.cli.train:train",
     "checkpoint": "agq.pipeline.cli.train:checkpoint_app",
-    "export": "agq.pipeline.cli.export:export_app",
+    "export": "agq.pipeline.cli.export.app:export_app",
     "ledger": "agq.pipeline.cli.watch:ledger_app",
     "config": "agq.pipeline.cli.config:config_app",
 }

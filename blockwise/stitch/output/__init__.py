@@ -1,1 +1,1 @@
-"""Volumes that the stitch writes: segmentation, pyramid, exports."""
+"""Volumes that the stitch writes: segmentation and pyramid."""

@@ -18,7 +18,7 @@ from agq.blockwise.stitch.settings import DaskSettings, Thresholds
 from agq.blockwise.stitch.steps import StitchError
 from agq.blockwise.volumes.create import chunk_file, open_array
 from agq.errors import InputError, RunGoneError
-from agq.pipeline.cli.export import version_of
+from agq.pipeline.export.stitched import version_of
 from tests.helpers.fragments import GRID, Run, make_run, same_partition, write_run
 from tests.helpers.stitch_runs import (
     STEPS,

@@ -9,7 +9,7 @@ import pytest
 import tensorstore as ts
 import zarr
 
-from agq.blockwise.stitch.output.precomputed import ExportError, export_precomputed, plan_export
+from agq.blockwise.export.volume import ExportError, export_precomputed, plan_export
 from agq.blockwise.stitch.output.pyramid import Pyramid, plan_levels
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.volumes.create import create_array, open_array

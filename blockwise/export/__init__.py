@@ -1,0 +1,1 @@
+"""What others open: the volume, and shapes made from it, block by block."""

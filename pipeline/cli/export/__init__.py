@@ -1,0 +1,1 @@
+"""`agq export`: results in formats of other programs."""

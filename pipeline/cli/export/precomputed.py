@@ -1,0 +1,112 @@
+"""The command `agq export precomputed`."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agq.errors import InputError
+from agq.pipeline.cli.arguments import parse_triple
+from agq.pipeline.cli.export.arguments import Unit, VoxelSize, by
+from agq.pipeline.export.stitched import version_of
+from agq.plain_text import say
+
+
+def precomputed(
+    source: Annotated[
+        str, typer.Argument(help="Run folder (its segmentation), path or path::dataset.")
+    ],
+    out: Annotated[Path, typer.Argument(readable=False, help="Folder to write.")],
+    image: Annotated[
+        bool, typer.Option("--image", help="Grey values (raw encoding) instead of labels.")
+    ] = False,
+    chunk: Annotated[str, typer.Option(help="Voxels z,y,x of a chunk.")] = "64,64,64",
+    voxel_size: VoxelSize = None,
+    offset: Annotated[
+        str | None,
+        typer.Option(
+            help="World position z,y,x of the first voxel, if the array does not say.",
+            show_default=False,
+        ),
+    ] = None,
+    unit: Unit = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; default one per core.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing precomputed volume.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
+    ] = False,
+) -> None:
+    """Write a segmentation as neuroglancer "precomputed", with all levels of its pyramid.
+
+    Stopped anywhere, the same command goes on there.
+    """
+    from agq.blockwise.export.volume import export_precomputed, plan_export
+    from agq.blockwise.stitch.cluster import dask_client
+    from agq.blockwise.stitch.settings import DaskSettings
+    from agq.pipeline.status.progress import RunProgress
+
+    options: dict[str, Any] = {"kind": "raw" if image else "labels", "unit": unit}
+    if voxel_size is not None:
+        options["voxel_size"] = parse_triple("--voxel-size", voxel_size, least=1)
+    if offset is not None:
+        options["offset"] = parse_triple("--offset", offset)
+    levels, version = _levels(source, options)
+    for note in levels[0].notes:
+        say(f"agq: {note}", err=True)
+    scales = plan_export(levels, image=image, chunk=parse_triple("--chunk", chunk, least=1))
+    for volume, scale in zip(levels, scales, strict=True):
+        size = math.prod(scale.shape) * (
+            8 if scale.data_type == "uint64" else volume.dtype.itemsize
+        )
+        say(
+            f"{scale.key}: {by(scale.shape)} voxels of {by(scale.resolution)} nm at voxel"
+            f" {by(scale.voxel_offset)}, {scale.chunks:,} chunks, {size / 2**30:.3g} GiB"
+            " before compression"
+        )
+        if any(scale.shift):
+            say(
+                f"  this scale appears {by(scale.shift)} nm too low: its offset is not a whole "
+                "number of voxels"
+            )
+    if dry_run:
+        return
+    with dask_client(DaskSettings(workers=workers)) as client, RunProgress(None) as progress:
+        written = export_precomputed(
+            levels,
+            scales,
+            out,
+            client,
+            version=version,
+            overwrite=overwrite,
+            on_progress=progress.step,
+        )
+    if version and version_of(Path(source)) != version:
+        raise InputError(f"{source} was stitched anew meanwhile; export it again with --overwrite")
+    state = "wrote" if written else "complete already:"
+    say(f"{state} {out}; serve the folder over http and open precomputed://ADDRESS")
+
+
+def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:
+    """Open what is exported; return it with what changes when a run is stitched again."""
+    from agq.blockwise.volumes.open import open_levels
+    from agq.pipeline.folder import RunFolder
+    from agq.pipeline.run.verify import require_segmentation
+
+    path, _, dataset = source.partition("::")
+    run = RunFolder(Path(path))
+    if dataset or not run.exists():
+        return open_levels(path, dataset or None, **options), ""
+    if options["kind"] == "raw":
+        raise InputError(
+            f"--image: {path} is a run folder, whose segmentation is exported; name path::dataset"
+        )
+    version = version_of(run.path)
+    require_segmentation(run.path)
+    options["unit"] = run.identity()["raw"].get("unit", "nm")
+    return open_levels(run.path / "data.zarr", "segmentation", **options), version
