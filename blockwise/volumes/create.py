@@ -4,6 +4,8 @@ Outputs are zarr v3, zstd without shuffle (which hides the runs of equal labels:
 times larger), never sharded while blocks are written: a chunk, and a shard, has exactly one writer.
 """
 
+import asyncio
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy.typing as npt
 import zarr
 import zarr.codecs
 import zarr.errors
+from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from agq.blockwise.storage.files import Unsynced
@@ -27,10 +30,30 @@ _LEVEL = 3
 class _StandingFolder(RegularFiles):
     """A folder that writers do not make anew if it is moved away or deleted meanwhile."""
 
-    async def set(self, key: str, value: Any) -> None:
-        if not self.root.is_dir():
-            raise RunGoneError.at(self.root.parent)
-        await super().set(key, value)
+    async def set(self, key: str, value: Buffer) -> None:
+        await asyncio.to_thread(self.set_sync, key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write a file whole, as zarr does, but make only folders below this one.
+
+        zarr makes all that are missing: a folder that goes away between a look and the write would
+        come back empty.
+        """
+        self._check_writable()
+        file = self.root / key
+        partial = file.with_suffix(f".{secrets.token_hex(16)}.partial")
+        try:
+            if not file.parent.is_dir():
+                for folder in reversed(file.relative_to(self.root).parents[:-1]):
+                    (self.root / folder).mkdir(exist_ok=True)
+            with partial.open("xb") as stream:
+                stream.write(value.as_buffer_like())
+            partial.replace(file)
+        except FileNotFoundError:
+            raise RunGoneError.at(self.root.parent) from None
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def create_array(

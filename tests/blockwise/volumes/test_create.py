@@ -1,9 +1,11 @@
 """Creating arrays, writing chunks."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -24,7 +26,7 @@ from agq.blockwise.volumes.create import (
     write_chunk,
 )
 from agq.blockwise.volumes.open import open_volume
-from agq.errors import InputError
+from agq.errors import InputError, RunGoneError
 from tests.helpers.volumes import SHAPE, check, voxels
 
 
@@ -216,3 +218,23 @@ def test_killed_writer_leaves_whole_chunks(tmp_path: Path) -> None:
         writer.wait()
         odd = np.unique(np.asarray(array[...]) % 2)
         assert odd.size == 1
+
+
+def test_a_folder_that_moves_while_chunks_are_written_is_not_made_anew(tmp_path):
+    run, away = tmp_path / "run", tmp_path / "away"
+    chunk = np.ones((1, 1, 1), np.uint64)
+
+    def write_all(array: Any) -> None:
+        for index in np.ndindex(array.shape):
+            write_chunk(array, index[::-1], chunk, files.Unsynced())
+
+    for turn in range(20):
+        make(run, shape=(20, 20, 20), chunks=(1, 1, 1))
+        array = open_array(run / "data.zarr", "fragments")
+        mover = threading.Timer(0.002 * turn, run.rename, [away])
+        mover.start()
+        with pytest.raises(RunGoneError, match=r"run is gone: it was moved"):
+            write_all(array)
+        mover.join()
+        assert not run.exists()
+        shutil.rmtree(away)
