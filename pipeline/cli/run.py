@@ -106,7 +106,8 @@ def worker(
         int, typer.Option(min=1, help="Worker processes, one per GPU where there are GPUs.")
     ] = 1,
     wait_s: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for a coordinator, the first or the next.")
+        float,
+        typer.Option(min=0, help="Seconds to wait for a run and its coordinator, or the next one."),
     ] = 900,
     grace_s: Annotated[
         float, typer.Option(min=0, help="Seconds to finish blocks after SIGTERM or Ctrl-C.")

@@ -27,7 +27,7 @@ def join(run_dir: Path, count: int, *, wait_s: float, grace_s: float) -> int:
     count
         Worker processes; each has one of the devices in ``CUDA_VISIBLE_DEVICES``, if that is set.
     wait_s
-        How long to wait for a coordinator, the first or the next.
+        How long to wait for a run and its coordinator, the first or the next.
     grace_s
         What a worker has to finish its blocks after SIGTERM, SIGINT or SIGUSR2.
 
@@ -40,8 +40,8 @@ def join(run_dir: Path, count: int, *, wait_s: float, grace_s: float) -> int:
     Raises
     ------
     InputError
-        If the folder holds no run, its files may be a stranger's, or workers of this machine cannot
-        reach its coordinator.
+        If no run comes, the folder holds something else, its files may be a stranger's, or workers
+        of this machine cannot reach its coordinator.
     RunStoppedError
         If no coordinator came.
     """
@@ -66,8 +66,14 @@ def join(run_dir: Path, count: int, *, wait_s: float, grace_s: float) -> int:
 
 
 def _is_needed(run_dir: Path, wait_s: float) -> bool:
-    """Wait for a coordinator; False if the prediction is done."""
+    """Wait for a run and its coordinator; False if the prediction is done."""
     run, deadline = RunFolder(run_dir), time.monotonic() + wait_s
+    if not _is_there(run_dir):
+        _logger.info("%s is not there yet: waiting for it, at most %g s", run_dir, wait_s)
+        while not run.exists():
+            if time.monotonic() >= deadline:
+                raise InputError(f"{run_dir} is not there (waited {wait_s:g} s); is this its name?")
+            time.sleep(_POLL_S)
     while True:
         # First: a coordinator that was killed leaves its session open.
         if run.record()["stages"].get("predict", {}).get("state") == "done":
@@ -82,6 +88,16 @@ def _is_needed(run_dir: Path, wait_s: float) -> bool:
                 "agq predict CONFIG --set workers.host=ADDRESS, or agq submit CONFIG"
             )
         time.sleep(_POLL_S)
+
+
+def _is_there(folder: Path) -> bool:
+    """Tell whether a folder holds anything."""
+    try:
+        return any(folder.iterdir())
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return True
 
 
 def _require_reachable(run_dir: Path, session: Session) -> None:

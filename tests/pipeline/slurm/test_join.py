@@ -80,8 +80,10 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_what_keeps_a_worker_from_joining(tmp_path, run):
-    with pytest.raises(InputError, match="is not a run folder"):
+    with pytest.raises(InputError, match=r"other is not there \(waited 0 s\)"):
         join(tmp_path / "other", 1, wait_s=0, grace_s=0)
+    with pytest.raises(InputError, match="is not a run folder"):
+        join(tmp_path, 1, wait_s=60, grace_s=0)
     with pytest.raises(RunStoppedError, match=r"no coordinator .* --set workers\.host="):
         join(run.path, 1, wait_s=0, grace_s=0)
     Session(id="", state="closed").save(run.path)
@@ -96,6 +98,17 @@ def test_what_keeps_a_worker_from_joining(tmp_path, run):
     # A coordinator that was killed after the end leaves its session open.
     run.update_stage("predict", state="done")
     assert join(run.path, 1, wait_s=0, grace_s=0) == 0
+
+
+def test_a_worker_may_start_before_its_run(tmp_path, run):
+    away = run.path.rename(tmp_path / "away")
+    waiting = start("worker", run.path, "--wait-s", "60")
+    assert "run is not there yet: waiting for it, at most 60 s" in waiting.stdout.readline()
+    RunFolder(away).update_stage("predict", state="done")
+    away.rename(run.path)
+    output, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0, output
+    assert "is done: there is nothing to do" in output
 
 
 def test_files_of_a_stranger_are_not_run(run):
