@@ -17,12 +17,23 @@ from pydantic import (
 )
 
 from agq.errors import InputError
+from agq.paths import no_local_path
 
 Size = tuple[PositiveInt, PositiveInt, PositiveInt]
 """Three positive whole numbers, (z, y, x)."""
 
 Margin = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
 """Three whole numbers from 0 on, (z, y, x)."""
+
+
+def _local(path: str) -> str:
+    if fault := no_local_path(path):
+        raise ValueError(fault)
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_local)]
+"""A path that is kept as it was written; no address."""
 
 # A record of a setting is read later, in another folder.
 File = Annotated[Path, AfterValidator(Path.absolute)]
@@ -69,6 +80,14 @@ class Settings(BaseModel):
             if isinstance(item, Mapping | list | tuple):
                 level += item.values() if isinstance(item, Mapping) else item
         return values
+
+    @model_validator(mode="after")
+    def _writes_no_address(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Path) and (fault := no_local_path(value)):
+                raise ValueError(f"{name}: {fault}")
+        return self
 
     @classmethod
     def from_values(cls, values: Any, source: str) -> Self:

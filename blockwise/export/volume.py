@@ -13,9 +13,7 @@ much the scale appears too low; the finest scale is never shifted.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,16 +22,17 @@ from typing import Any
 import numpy as np
 from distributed import Client
 
+from agq.blockwise.export.target import FOLDER, MARK, Target, first_line
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.writer import run_journalled
 from agq.blockwise.stitch.steps import Progress, StitchError, Task, Workers, digest
-from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
+from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.volumes.content import Content, difference, read_content
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
-from agq.reading import read_json
+from agq.reading import parse_json
 
 CHUNK = (64, 64, 64)
 """Triple of a chunk, (z, y, x)."""
@@ -46,7 +45,6 @@ _BATCH = 64
 
 _IMAGES = ("uint8", "uint16", "float32")
 _BLOCK = [8, 8, 8]
-_FOLDER = ".agq-export"
 _NAMES = ("path", "dataset", "format", "metadata")
 
 
@@ -97,7 +95,7 @@ class Scale:
         """Return it in JSON types."""
         return asdict(self)
 
-    def spec(self, out: Path) -> dict[str, Any]:
+    def spec(self, out: Target) -> dict[str, Any]:
         """Return what tensorstore opens or creates."""
         labels = self.data_type == "uint64"
         encoding: dict[str, Any] = {"encoding": "raw"}
@@ -108,7 +106,7 @@ class Scale:
             }
         return {
             "driver": "neuroglancer_precomputed",
-            "kvstore": {"driver": "file", "path": f"{out}/"},
+            "kvstore": out.store(),
             "multiscale_metadata": {
                 "type": "segmentation" if labels else "image",
                 "data_type": self.data_type,
@@ -186,7 +184,7 @@ def plan_export(
 def export_precomputed(
     levels: Sequence[Volume],
     scales: Sequence[Scale],
-    out: Path,
+    out: Target | Path,
     client: Client,
     *,
     version: str = "",
@@ -200,9 +198,9 @@ def export_precomputed(
     levels, scales
         Volumes, and what `plan_export` made of them.
     out
-        Folder of the export.
+        Folder or bucket of the export.
     client
-        Dask client whose workers see volumes and folder under the same paths.
+        Dask client whose workers see volumes and folders under the same paths.
     version
         Whatever changes when the voxels do; with another one an existing export is not continued.
     overwrite
@@ -222,25 +220,25 @@ def export_precomputed(
     ExportError
         If boxes could not be written.
     """
-    out = Path(out).absolute()
-    workers = Workers(client, out, on_progress)
+    target = Target.of(out)
+    workers = Workers(client, target.place, on_progress)
     workers.wait_for_stragglers()
-    _claim(levels, scales, out, version, overwrite)
+    target = _claim(levels, scales, target, version, overwrite)
     for scale in scales:
-        _open(scale, out)
-    folder = out / _FOLDER / "journal"
+        _open(scale, target)
+    folder = target.work / "journal"
     done = Journal(folder).done(sum(math.prod(scale.grid) for scale in scales))
     first = written = 0
     for volume, scale in zip(levels, scales, strict=True):
         boxes = math.prod(scale.grid)
         todo = np.flatnonzero(~done[first : first + boxes])
         batches = workers.batches(todo.tolist(), _BATCH, share=8)
-        tasks = [Export(batch, volume, scale, out, first) for batch in batches]
+        tasks = [Export(batch, volume, scale, target, first) for batch in batches]
         failed = sum(workers.run(f"export {scale.key}", tasks, boxes - len(todo)))
         if failed:
             record = Journal(folder).failed()[0]
             raise ExportError(
-                f"export {scale.key}: {failed} boxes failed, first: {record.reason}"
+                f"export {scale.key}: {failed} boxes failed, first: {first_line(record.reason)}"
                 f" (tracebacks in {folder})"
             )
         first += boxes
@@ -256,7 +254,7 @@ class Export(Task):
     Attributes
     ----------
     volume, scale, out
-        What is exported, how, and the folder.
+        What is exported, how, and the folder or bucket.
     first
         Number in the journal of the scale's first box.
     """
@@ -264,7 +262,7 @@ class Export(Task):
     items: Sequence[int]
     volume: Volume
     scale: Scale
-    out: Path
+    out: Target
     first: int
 
     def run(self) -> int:
@@ -289,81 +287,67 @@ class Export(Task):
             return data.size, {}
 
         numbers = [self.first + place for place in self.items]
-        return run_journalled(self.out / _FOLDER / "journal", numbers, work)
+        return run_journalled(self.out.work / "journal", numbers, work)
 
 
-def _open(scale: Scale, out: Path) -> Any:
+def _open(scale: Scale, out: Target) -> Any:
     import tensorstore as ts
 
     try:
         return ts.open(ts.Spec(scale.spec(out)), open=True, create=True).result()
     except ValueError as error:
         # Another volume's metadata were refused before; this may be a full disk.
-        raise InputError(f"{out}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{out.text}: {first_line(error)}") from None
 
 
 def _claim(
-    levels: Sequence[Volume], scales: Sequence[Scale], out: Path, version: str, overwrite: bool
-) -> None:
-    """Make the folder ours: empty, or an export of the same volume."""
-    marker = out / _FOLDER / "export.json"
+    levels: Sequence[Volume], scales: Sequence[Scale], out: Target, version: str, overwrite: bool
+) -> Target:
+    """Make the target ours: empty, or an export of the same volume."""
     described = [volume.describe() for volume in levels]
     placed = [{k: v for k, v in d.items() if k not in _NAMES} for d in described]
     key = digest([placed, [scale.to_dict() for scale in scales]], version)
     # The key of earlier releases, which held the path.
     pairs = zip(described, scales, strict=True)
     earlier = digest([[volume, scale.to_dict()] for volume, scale in pairs], version)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose another folder")
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            recorded = read_json(marker)
-        except (FileNotFoundError, ValueError):
-            recorded = None
+    names = out.names()
+    recorded = None
+    if names:
+        recorded = _document(out, MARK)
         # A start or a deletion that was interrupted leaves only this folder.
-        begun = all(entry.name == _FOLDER for entry in out.iterdir())
+        begun = names == {FOLDER}
         if overwrite:
-            if recorded is None and not _is_precomputed(out) and not begun:
-                raise InputError(f"{out} is not empty and no precomputed volume; it is left alone")
-            _clear(out)
+            if recorded is None and "scales" not in (_document(out, "info") or {}) and not begun:
+                raise InputError(
+                    f"{out.text} is not empty and no precomputed volume; it is left alone"
+                )
+            out.clear()
+            recorded = None
         elif recorded is None and not begun:
-            raise InputError(f"{out} is not empty; choose another folder, or use --overwrite")
+            raise InputError(f"{out.text} is not empty; choose another folder, or use --overwrite")
         elif recorded is not None:
             changed = None
             if content := recorded.get("content"):
                 changed = difference(levels[0], Content.model_validate(content))
             if recorded["key"] not in (key, earlier) or changed:
                 raise InputError(
-                    f"{out} is an export of another volume or version"
+                    f"{out.text} is an export of another volume or version"
                     f"{f' ({levels[0].name}: {changed})' if changed else ''}; use --overwrite to "
                     "replace it"
                 )
-    make_folder(marker.parent / "journal")
     # A version stands for the content.
     content = None if version else read_content(levels[0]).model_dump(mode="json")
     record = {"key": key, "source": levels[0].name, "content": content}
-    write_atomic(marker, json.dumps(record, indent=1).encode())
+    return out.marked(recorded, record)
 
 
-def _clear(out: Path) -> None:
-    """Delete an export: first what says that boxes are done, last what says that it is ours."""
-    shutil.rmtree(out / _FOLDER / "journal", ignore_errors=True)
-    for entry in out.iterdir():
-        if entry.name == _FOLDER:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    shutil.rmtree(out / _FOLDER, ignore_errors=True)
-
-
-def _is_precomputed(out: Path) -> bool:
+def _document(out: Target, key: str) -> dict[str, Any] | None:
+    """Return a document of the target; None if there is none, or it is damaged."""
     try:
-        info = read_json(out / "info")
-    except (OSError, ValueError, InputError):
-        return False
-    return isinstance(info, dict) and "scales" in info
+        document = parse_json(out.read(key) or b"")
+    except (ValueError, InputError):
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _box(stored: Sequence[int], chunk: Sequence[int]) -> Triple:

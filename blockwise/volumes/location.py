@@ -152,6 +152,22 @@ class RemoteLocation:
 
         return self._try(listing)
 
+    def names(self) -> set[str]:
+        """Return the names of the folders and files at the top of a bucket.
+
+        Raises
+        ------
+        InputError
+            If they cannot be listed.
+        """
+
+        def listing() -> set[str]:
+            result = _object_store(self.url).list_with_delimiter()
+            paths = [*result["common_prefixes"], *(found["path"] for found in result["objects"])]
+            return {path.rstrip("/").rpartition("/")[2] for path in paths}
+
+        return self._try(listing)
+
     def zarr_store(self) -> Store:
         """Return the container as a read-only zarr store."""
         return ObjectStore(_object_store(self.url), read_only=True)
@@ -166,6 +182,11 @@ class RemoteLocation:
                 spec["endpoint"] = endpoint
             if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
                 spec["aws_region"] = region
+            # Named, where they are: the search for others writes errors about missing files.
+            if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true"):
+                spec["aws_credentials"] = {"type": "anonymous"}
+            elif os.environ.get("AWS_ACCESS_KEY_ID"):
+                spec["aws_credentials"] = {"type": "environment"}
             return spec
         if parts.scheme == "gs":
             return {"driver": "gcs", "bucket": parts.netloc, "path": path}

@@ -8,15 +8,19 @@ import ast
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from importlib.abc import SourceLoader
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
+from typer.models import OptionInfo
+
+from agq.paths import require_local
 
 
 def lazy_group(places: Mapping[str, str]) -> type[TyperGroup]:
@@ -81,9 +85,30 @@ def _make(name: str, place: str) -> Any:
     module, _, attribute = place.partition(":")
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, typer.Typer):
+        for registered in found.registered_commands:
+            if registered.callback is not None:
+                registered.callback = _with_local_paths(registered.callback)
         command: Any = get_group(found)
         command.name = name
         return command
     single = typer.Typer(add_completion=False)
-    single.command(name)(found)
+    single.command(name)(_with_local_paths(found))
     return get_command(single)
+
+
+def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command that takes no address where it names a path: it would make a folder ``s3:``.
+
+    What may be an address is a text among its arguments.
+    """
+
+    @wraps(command)
+    def checked(**given: Any) -> Any:
+        for name, value in given.items():
+            if isinstance(value, Path):
+                hints = get_type_hints(command, include_extras=True)[name].__metadata__
+                is_option = any(isinstance(hint, OptionInfo) for hint in hints)
+                require_local(value, f"--{name.replace('_', '-')}" if is_option else name.upper())
+        return command(**given)
+
+    return checked

@@ -15,7 +15,7 @@ from agq.model.settings import NetworkSettings
 from agq.pipeline.config.yaml_settings import load_yaml, parse_values
 from agq.pipeline.notify.settings import NotifySettings
 from agq.pipeline.slurm.settings import SlurmSettings
-from agq.settings import Settings, Size
+from agq.settings import LocalPath, Settings, Size
 
 DEFAULT_FACTORY = "agq.model.predictor:AGQPredictor"
 EARLIER_FACTORY = "model.predictor:AGQPredictor"
@@ -187,7 +187,7 @@ class EvaluateSettings(Settings):
 class Config(Settings):
     """A run of the pipeline."""
 
-    run_dir: str
+    run_dir: LocalPath
     """Folder of the run: journal, output volumes, reports. Relative to where the command runs."""
 
     input: InputSettings

@@ -17,7 +17,9 @@ def precomputed(
     source: Annotated[
         str, typer.Argument(help="Run folder (its segmentation), path or path::dataset.")
     ],
-    out: Annotated[Path, typer.Argument(readable=False, help="Folder to write.")],
+    out: Annotated[
+        str, typer.Argument(help="Folder to write, or s3://bucket/prefix, gs://bucket/prefix.")
+    ],
     image: Annotated[
         bool, typer.Option("--image", help="Grey values (raw encoding) instead of labels.")
     ] = False,
@@ -35,6 +37,15 @@ def precomputed(
         int | None,
         typer.Option(min=1, help="Processes; default one per core.", show_default=False),
     ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            readable=False,
+            help="Local folder for what an export to a bucket has done so far; default: exports in "
+            "the run folder, else agq-exports.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing precomputed volume.")
     ] = False,
@@ -46,6 +57,7 @@ def precomputed(
 
     Stopped anywhere, the same command goes on there.
     """
+    from agq.blockwise.export.target import Target
     from agq.blockwise.export.volume import export_precomputed, plan_export
     from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.settings import DaskSettings
@@ -57,6 +69,9 @@ def precomputed(
     if offset is not None:
         options["offset"] = parse_triple("--offset", offset)
     levels, version = _levels(source, options)
+    if work is None and version:
+        work = Path(source) / "exports"
+    target = Target.of(out, work)
     for note in levels[0].notes:
         say(f"agq: {note}", err=True)
     scales = plan_export(levels, image=image, chunk=parse_triple("--chunk", chunk, least=1))
@@ -80,7 +95,7 @@ def precomputed(
         written = export_precomputed(
             levels,
             scales,
-            out,
+            target,
             client,
             version=version,
             overwrite=overwrite,
@@ -89,7 +104,8 @@ def precomputed(
     if version and version_of(Path(source)) != version:
         raise InputError(f"{source} was stitched anew meanwhile; export it again with --overwrite")
     state = "wrote" if written else "complete already:"
-    say(f"{state} {out}; serve the folder over http and open precomputed://ADDRESS")
+    serve = "serve the folder over http and open precomputed://ADDRESS"
+    say(f"{state} {target.text}; " + (serve if target.is_local else f"open precomputed://{out}"))
 
 
 def _levels(source: str, options: dict[str, Any]) -> tuple[list[Any], str]:

@@ -2,7 +2,6 @@
 
 import pickle
 import threading
-from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,51 +13,20 @@ import zarr
 
 from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
+from tests.helpers.buckets import Bucket, s3
 from tests.helpers.volumes import PLACE, check, ome_group, put, put_n5, voxels
 
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An S3 server on loopback with one bucket; yields a function that uploads a folder."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "tester",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import boto3
-
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="em-data")
-
-    def upload(folder: Path, prefix: str) -> None:
-        for file in folder.rglob("*"):
-            if file.is_file():
-                key = f"{prefix}/{file.relative_to(folder)}"
-                client.put_object(Bucket="em-data", Key=key, Body=file.read_bytes())
-
-    yield upload
-    server.stop()
-    from agq.blockwise.volumes import location
-
-    location._object_store.cache_clear()
+__all__ = ["s3"]
 
 
-def test_s3(tmp_path: Path, s3: Callable[[Path, str], None]) -> None:
+def test_s3(tmp_path: Path, s3: Bucket) -> None:
     data = voxels((9, 20, 30), "uint16")
     put(tmp_path / "a.zarr", "volumes/raw", data, chunks=(5, 10, 16), **PLACE)
     put(tmp_path / "b.zarr", "raw", data, 2, chunks=(5, 10, 16), **PLACE)
     ome_group(tmp_path / "a.zarr", "img", [data], [[30, 6, 6]], version="0.5")
     put_n5(tmp_path / "c.n5" / "raw", data, (16, 10, 5), resolution=[6, 6, 30])
     for name in ("a.zarr", "b.zarr", "c.n5"):
-        s3(tmp_path / name, f"deep/{name}")
+        s3.upload(tmp_path / name, f"deep/{name}")
     for name, dataset in (
         ("a.zarr", "volumes/raw"),
         ("b.zarr", "raw"),
