@@ -24,7 +24,7 @@ class Bucket:
     def put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket="em-data", Key=key, Body=data)
 
-    def keys(self) -> list[str]:
+    def listed(self) -> list[str]:
         found = self.client.list_objects_v2(Bucket="em-data").get("Contents", [])
         return [entry["Key"] for entry in found]
 
