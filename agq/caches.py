@@ -23,6 +23,14 @@ def name_writable_caches() -> None:
                 os.environ[variable] = str(temporary_folder() / variable.lower())
 
 
+def checkpoints_folder() -> Path:
+    """Return where fetched checkpoints are kept: ``AGQ_CHECKPOINTS``, or a folder of the user."""
+    if named := os.environ.get("AGQ_CHECKPOINTS"):
+        return Path(named)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(home) / "agq" / "checkpoints"
+
+
 def _writable(folder: Path) -> bool:
     """Tell whether files can be made in a folder, or in the one in which it would be made."""
     while not folder.exists() and folder != folder.parent:

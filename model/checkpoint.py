@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from agq.caches import checkpoints_folder
 from agq.errors import InputError
 from agq.model.config import ModelConfig
 from agq.model.network.agq import AGQ
@@ -69,7 +70,7 @@ class LoadedCheckpoint:
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
-    """Return the file of a checkpoint given as a path or as the name of a bundled one.
+    """Return the file of a checkpoint given as a path, or as the name of a bundled or fetched one.
 
     Raises
     ------
@@ -80,11 +81,15 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     path = Path(__file__).parent / "weights" / bundled if bundled else expanded(name)
     if path.is_file():
         return path
+    # A name alone, and no file here: one that `agq checkpoint fetch` has kept.
+    if path.name == os.fspath(name) and (fetched := checkpoints_folder() / path).is_file():
+        return fetched
     if path.is_dir():
         raise InputError(f"checkpoint {name} is a folder: give the file itself")
     names = ", ".join(repr(n) for n in BUNDLED)
     raise InputError(
-        f"checkpoint {name} does not exist: give a .safetensors or .pth.tar file, or {names}"
+        f"checkpoint {name} does not exist: give a .safetensors or .pth.tar file, {names}, or"
+        " a name of `agq checkpoint list` after `agq checkpoint fetch`"
     )
 
 

@@ -11,7 +11,7 @@ import base64
 import functools
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,9 @@ NOT_PRECOMPUTED = (
 )
 
 T = TypeVar("T")
+
+_STREAMED = 2**16
+"""Least bytes of a piece of a stream: what one that breaks off loses."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,43 @@ class RemoteLocation:
                 return None
 
         return self._try(fetch)
+
+    def stream(self, key: str, start: int = 0) -> tuple[int, int, Iterator[bytes]]:
+        """Read one large file piece by piece.
+
+        Parameters
+        ----------
+        key
+            The file.
+        start
+            First byte that is wanted.
+
+        Returns
+        -------
+        size, first, pieces
+            Bytes in all; the first byte that comes, 0 where a server gives no parts; the bytes.
+
+        Raises
+        ------
+        InputError
+            If there is no such file or it cannot be read; `pieces` raises it too.
+        """
+        from obstore.exceptions import NotSupportedError
+
+        def ask() -> tuple[int, int, Iterator[Any]]:
+            store = _object_store(self.url)
+            try:
+                found = store.get(key, options={"range": {"offset": start}} if start else None)
+            except NotSupportedError:
+                found = store.get(key)
+            return found.meta["size"], found.range[0], iter(found.stream(min_chunk_size=_STREAMED))
+
+        def pieces(stream: Iterator[Any]) -> Iterator[bytes]:
+            while (piece := self._try(lambda: next(stream, None))) is not None:
+                yield bytes(piece)
+
+        size, first, stream = self._try(ask)
+        return size, first, pieces(stream)
 
     def folders(self, key: str) -> list[str] | None:
         """Return the names of the folders below `key`; None where they cannot be listed."""

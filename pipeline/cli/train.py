@@ -1,4 +1,4 @@
-"""Commands about networks: `agq train`, `agq checkpoint show|recommend|convert|average`."""
+"""Commands about networks: `agq train` and `agq checkpoint`."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from agq.terminal import console
 
 checkpoint_app = typer.Typer(
     no_args_is_help=True,
-    help="Look at checkpoints, write what they recommend, convert or average them.",
+    help="List, fetch and look at checkpoints, write what they recommend, convert or average them.",
 )
 
 out = console()
@@ -22,7 +22,10 @@ PUBLISHED_CROPS = 8
 """Crops in a step of the published training, one on each GPU."""
 
 Half = Annotated[bool, typer.Option("--half", help="Store matrices and kernels in half precision.")]
-CheckpointFile = Annotated[str, typer.Argument(help="Checkpoint, ours or published, or `demo`.")]
+CheckpointFile = Annotated[
+    str,
+    typer.Argument(help="Checkpoint, ours or published, or a name (agq checkpoint list)."),
+]
 
 
 def train(
@@ -77,6 +80,86 @@ def train(
         out.print(
             f"not finished; go on with: agq train {config} --resume", soft_wrap=True, markup=False
         )
+
+
+@checkpoint_app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """List the checkpoints that have names: of the package, and of the registry AGQ_REGISTRY."""
+    from agq.caches import checkpoints_folder
+    from agq.pipeline.checkpoints.registry import known
+
+    entries = known()
+    states = {
+        name: "in the package"
+        if entry.file
+        else "fetched"
+        if (checkpoints_folder() / name).is_file()
+        else f"agq checkpoint fetch {name}"
+        for name, entry in entries.items()
+    }
+    if as_json:
+        say(
+            json.dumps(
+                [e.model_dump(mode="json") | {"state": states[n]} for n, e in entries.items()],
+                indent=1,
+            )
+        )
+        return
+    for name, entry in entries.items():
+        out.print(f"{name}: {states[name]}", markup=False)
+        size = " x ".join(f"{v:g}" for v in entry.voxel_size or ())
+        facts = [entry.tissue, size and f"{size} nm", entry.licence and f"licence: {entry.licence}"]
+        for line in [*filter(None, facts), *entry.scores]:
+            out.print(f"  {line}", markup=False)
+
+
+@checkpoint_app.command("fetch")
+def fetch(
+    checkpoint: Annotated[str, typer.Argument(help="Name of a registry, or address or path.")],
+    sha256: Annotated[
+        str | None, typer.Option(help="Of the file; needed for an address.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What to call it; default: as its file.", show_default=False),
+    ] = None,
+    mirror: Annotated[
+        str | None,
+        typer.Option(help="Folder, or its address, that holds the file.", show_default=False),
+    ] = None,
+) -> None:
+    """Download a checkpoint once, check it, and keep it under a name for model.checkpoint.
+
+    A download that breaks off goes on where it was. AGQ_CHECKPOINTS names the folder.
+    """
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from agq.pipeline.checkpoints.fetch import fetch as fetch_checkpoint
+    from agq.pipeline.checkpoints.fetch import find
+
+    wanted = find(checkpoint, sha256, name, mirror)
+    bar = Progress(
+        TextColumn("fetch"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task("fetch", total=None)
+        file, fetched = fetch_checkpoint(
+            wanted, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    state = "fetched" if fetched else "there already:"
+    say(f"{state} {file}; use it with model.checkpoint: {wanted.name}")
 
 
 @checkpoint_app.command("show")

@@ -25,6 +25,7 @@ DATA = {
         "agq/model/weights/demo.safetensors",
         "agq/model/weights/em.safetensors",
         "agq/model/weights/README.md",
+        "agq/model/weights/registry.yaml",
     ),
     *(f"agq/pipeline/dashboard/{name}" for name in ("page.css", "page.html", "page.js")),
     "agq/pipeline/dashboard/report.html",

@@ -1,0 +1,1 @@
+"""Checkpoints that are known by name, and how they are fetched."""
