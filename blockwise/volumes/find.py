@@ -13,7 +13,7 @@ from agq.blockwise.volumes.conventions import (
     level_of,
     multiscale_sources,
 )
-from agq.blockwise.volumes.location import NOT_PRECOMPUTED, Location, RemoteLocation, locate
+from agq.blockwise.volumes.location import Location, RemoteLocation, locate
 from agq.blockwise.volumes.metadata import (
     Metadata,
     children,
@@ -24,8 +24,10 @@ from agq.blockwise.volumes.metadata import (
     multiscales,
     name_of,
     read_metadata,
+    scale_of,
 )
 from agq.blockwise.volumes.placement import Source
+from agq.blockwise.volumes.precomputed import scale_source
 from agq.credentials import has_secret
 from agq.errors import InputError
 
@@ -52,7 +54,7 @@ def find_in(location: Location, dataset: str | None, level: int | None = None) -
         # A group of N5 needs no file of its own, and this server does not list it either.
         folder = Metadata(key, "folder")
         metadata = folder if next(children(location, folder), None) else None
-    if metadata is None or (metadata.format == "folder" and location.get(join(key, "info"))):
+    if metadata is None:
         raise _nothing(location, key)
     if metadata.shape is not None:
         if level not in (None, 0):
@@ -61,6 +63,8 @@ def find_in(location: Location, dataset: str | None, level: int | None = None) -
                 "picked; name the multiscale group above it, or remove level"
             )
         return metadata
+    if metadata.format == "precomputed":
+        return scale_of(location, metadata, level or 0)
     for multiscale in multiscales(metadata)[:1]:
         return _multiscale_level(location, metadata, multiscale, level or 0)
     arrays = [child for child in children(location, metadata) if child.shape is not None]
@@ -73,14 +77,14 @@ def find_in(location: Location, dataset: str | None, level: int | None = None) -
         if len(everywhere) == 1:
             return everywhere[0]
         if not everywhere:
-            raise InputError(f"{location.text}: no zarr or N5 array there; correct the path")
+            raise InputError(
+                f"{location.text}: no zarr, N5 or precomputed array there; correct the path"
+            )
     what = f"dataset {key!r} is a group" if key else "dataset is not named"
     raise InputError(f"{location.text}: {what}; name one array of: {contents(location)}")
 
 
 def _nothing(location: Location, key: str) -> InputError:
-    if location.get(join(key, "info")) is not None:
-        return InputError(f"{location.text}: {NOT_PRECOMPUTED}")
     if isinstance(location, RemoteLocation) and has_secret(location.url):
         # A server that refuses may say so, or that there is nothing.
         return InputError(
@@ -90,7 +94,9 @@ def _nothing(location: Location, key: str) -> InputError:
     if key:
         return InputError(f"{location.text} has no dataset {key!r}; it holds: {contents(location)}")
     remote = ", or the credentials if it is private" if "://" in location.text else ""
-    return InputError(f"{location.text}: no zarr or N5 metadata found; correct the path{remote}")
+    return InputError(
+        f"{location.text}: no zarr, N5 or precomputed metadata found; correct the path{remote}"
+    )
 
 
 def _multiscale_level(
@@ -115,6 +121,8 @@ def sources_of(location: Location, array: Metadata) -> list[Source]:
         If some of it makes no sense, or the array is of a kind that cannot be read.
     """
     where, ndim = name_of(location, array), len(array.shape or ())
+    if array.format == "precomputed":
+        return [scale_source(array.attributes, where)]
     if array.attributes.get("isLabelMultiset"):
         raise InputError(
             f"{where} is a label multiset (Paintera), which cannot be read; export its labels as "

@@ -29,11 +29,6 @@ from agq.stores import RegularFiles
 SCHEMES = ("s3", "gs", "http", "https")
 """URL schemes that can be read."""
 
-NOT_PRECOMPUTED = (
-    "a neuroglancer precomputed volume, which cannot be read; turn it into zarr, for example with "
-    "tensorstore (from its driver neuroglancer_precomputed to zarr3)"
-)
-
 T = TypeVar("T")
 
 _STREAMED = 2**16
@@ -264,7 +259,8 @@ def shown_cause(error: Exception) -> Exception:
 def locate(path: str | os.PathLike[str]) -> Location:
     """Find a container.
 
-    It is a local folder, or a URL that starts with s3://, gs://, http:// or https://.
+    It is a local folder, or a URL that starts with s3://, gs://, http:// or https://. The prefix
+    ``precomputed://`` of neuroglancer may stand before either: what lies there says what it is.
 
     Raises
     ------
@@ -272,7 +268,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
         If the local folder does not exist or the URL cannot be used. An object store is not
         contacted yet.
     """
-    text = os.fspath(path)
+    text = os.fspath(path).removeprefix("precomputed://")
     try:
         scheme = urlsplit(text).scheme.lower() if "://" in text else ""
     except ValueError:
@@ -283,8 +279,6 @@ def locate(path: str | os.PathLike[str]) -> Location:
     if scheme in SCHEMES:
         remember(text)
         return RemoteLocation(_checked(text))
-    if scheme == "precomputed":
-        raise InputError(f"{hide_address(text)}: {NOT_PRECOMPUTED}")
     if scheme == "file":
         text = text[len("file://") :]
     elif scheme:
@@ -301,8 +295,8 @@ def locate(path: str | os.PathLike[str]) -> Location:
         raise InputError(f"{folder}: no such file or folder; correct the path")
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is a file, not a zarr or N5 container; `agq import` turns tif stacks, h5, "
-            "npz and npy files into zarr"
+            f"{folder} is a file, not a zarr, N5 or precomputed container; `agq import` turns tif "
+            "stacks, h5, npz and npy files into zarr"
         )
     return LocalLocation(folder.resolve())
 

@@ -1,4 +1,6 @@
-"""Metadata of the groups and arrays in a container of zarr v2, zarr v3 or N5.
+"""Metadata of the groups and arrays in a container of zarr v2, zarr v3, N5 or precomputed.
+
+A precomputed volume is a group, and each scale of its ``info`` an array in it, named by its key.
 
 Only small JSON files are read here, so that finding an array, or listing the arrays when it is not
 found, costs the same in a container of any size.
@@ -14,7 +16,7 @@ from agq.blockwise.volumes.location import Location
 from agq.errors import InputError
 from agq.reading import parse_json
 
-Format = Literal["zarr3", "zarr2", "n5", "folder"]
+Format = Literal["zarr3", "zarr2", "n5", "precomputed", "folder"]
 
 _LISTED = 20
 _DEPTH = 5
@@ -117,6 +119,9 @@ def children(location: Location, group: Metadata) -> Iterator[Metadata]:
 
     Where folders cannot be listed, as on web servers, the usual names are tried.
     """
+    if group.format == "precomputed":
+        yield from (scale_of(location, group, i) for i in range(scales_of(group)))
+        return
     names = location.folders(group.path)
     reader = read_metadata if names is not None else _READERS.get(group.format, read_metadata)
     for name in _USUAL if names is None else names:
@@ -238,6 +243,64 @@ def _n5(location: Location, path: str) -> Metadata | None:
     return Metadata(path, "n5", shape, str(document["dataType"]), document, checksum(data))
 
 
+def _precomputed(location: Location, path: str) -> Metadata | None:
+    """Read a volume, or a scale of the volume above."""
+    group = _info(location, path)
+    above = path
+    while group is None and above:
+        above = above.rpartition("/")[0]
+        volume = _info(location, above)
+        for i in range(scales_of(volume) if volume else 0):
+            scale = volume and volume.attributes["scales"][i]
+            if isinstance(scale, dict) and join(above, str(scale.get("key"))) == path:
+                return volume and scale_of(location, volume, i)
+    return group
+
+
+def _info(location: Location, path: str) -> Metadata | None:
+    file = _json(location, join(path, "info"))
+    # Meshes and skeletons have such a file too.
+    if file is None or not isinstance(file[0].get("scales"), list):
+        return None
+    return Metadata(path, "precomputed", attributes=file[0], digest=checksum(file[1]))
+
+
+def scales_of(volume: Metadata) -> int:
+    """Return the number of scales of a precomputed volume."""
+    return len(volume.attributes["scales"])
+
+
+def scale_of(location: Location, volume: Metadata, index: int) -> Metadata:
+    """Return a scale of a precomputed volume as an array.
+
+    Its attributes are those of the scale, with its ``index`` and the ``volume`` that it is of. The
+    order of its axes is x, y, z, channel.
+
+    Raises
+    ------
+    InputError
+        If the volume has no such scale, or it is damaged.
+    """
+    info, count = volume.attributes, scales_of(volume)
+    if not 0 <= index < count:
+        where = name_of(location, volume)
+        raise InputError(f"{where} has levels 0 to {count - 1}, not {index}")
+    key = join(volume.path, "info")
+    scale = info["scales"][index]
+    if not isinstance(scale, dict) or not isinstance(scale.get("key"), str):
+        raise InputError(f"{location.text}: scale {index} in {key} is damaged")
+    channels = info.get("num_channels", 1)
+    size = _shape(scale.get("size"), location, key)
+    return Metadata(
+        join(volume.path, scale["key"]),
+        "precomputed",
+        (*size, *_shape([channels], location, key)),
+        str(info.get("data_type")),
+        {**scale, "index": index, "volume": volume.path},
+        volume.digest,
+    )
+
+
 def _attributes(values: Any, location: Location, key: str) -> Mapping[str, Any]:
     if not isinstance(values, dict | None):
         raise InputError(f"{location.text}: attributes in {key} are not an object")
@@ -254,4 +317,5 @@ _READERS: dict[str, Callable[[Location, str], Metadata | None]] = {
     "zarr3": _zarr3,
     "zarr2": _zarr2,
     "n5": _n5,
+    "precomputed": _precomputed,
 }

@@ -21,8 +21,16 @@ from funlib.geometry import Coordinate, Roi
 
 from agq.blockwise.volumes.find import find_array, sources_of
 from agq.blockwise.volumes.location import Location, locate, shown_cause
-from agq.blockwise.volumes.metadata import Metadata, join, multiscales, name_of, read_metadata
+from agq.blockwise.volumes.metadata import (
+    Metadata,
+    join,
+    multiscales,
+    name_of,
+    read_metadata,
+    scales_of,
+)
 from agq.blockwise.volumes.placement import Numbers, numbers_of, place
+from agq.blockwise.volumes.precomputed import open_scale
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.credentials import hide
 from agq.errors import InputError
@@ -56,7 +64,7 @@ class Volume:
     address
         The container with them, to open it again.
     format
-        "zarr3", "zarr2" or "n5".
+        "zarr3", "zarr2", "n5" or "precomputed".
     shape
         Voxels, (z, y, x).
     chunks
@@ -188,12 +196,13 @@ def open_volume(
     kind: Kind = "raw",
     unit: str | None = "nm",
 ) -> Volume:
-    """Open a volume of zarr v2 or v3, OME-Zarr or N5.
+    """Open a volume of zarr v2 or v3, OME-Zarr, N5 or neuroglancer's precomputed.
 
     Parameters
     ----------
     path
-        Container: a local folder, or an s3://, gs://, http:// or https:// address.
+        Container: a local folder, or an s3://, gs://, http:// or https:// address;
+        ``precomputed://`` may stand before it.
     dataset
         Array, or group of resolution levels, inside the container. None: `path` is the array or
         the multiscale group itself, or a container that holds exactly one array.
@@ -268,13 +277,19 @@ def open_levels(
     """
     location = locate(path)
     metadata = read_metadata(location, join(dataset or ""))
-    groups = [] if metadata is None else multiscales(metadata)
-    if metadata is None or metadata.shape is not None or not groups:
+    if metadata is None or metadata.shape is not None:
+        return [open_volume(path, dataset, **options)]
+    groups = multiscales(metadata)
+    if metadata.format == "precomputed":
+        count = scales_of(metadata)
+    elif groups:
+        count = len(groups[0]["datasets"])
+    else:
         return [open_volume(path, dataset, **options)]
     levels = [open_volume(path, dataset, level=0, **options)]
     size = options.pop("voxel_size", None)
     first = _ome_scale(path, dataset, 0)
-    for level in range(1, len(groups[0]["datasets"])):
+    for level in range(1, count):
         scale = _ome_scale(path, dataset, level)
         if size is not None and first and scale:
             # What is given is the voxel size of the finest level.
@@ -312,7 +327,7 @@ MOST_CHUNK_BYTES = 2**30
 def open_stored(
     location: Location, metadata: Metadata, where: str
 ) -> tuple[Any, tuple[int, ...], np.dtype[Any]]:
-    """Open an array as stored: zarr by zarr-python, N5 (x first) by tensorstore.
+    """Open an array as stored: zarr by zarr-python, N5 and precomputed (x first) by tensorstore.
 
     Returns
     -------
@@ -326,6 +341,8 @@ def open_stored(
     """
     try:
         array, chunks, dtype, index = _opened(location, metadata)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{where}: the array cannot be opened ({_reason(error)})"
@@ -346,6 +363,9 @@ def _opened(
     location: Location, metadata: Metadata
 ) -> tuple[Any, tuple[int, ...], np.dtype[Any], int]:
     """Return what `open_stored` returns, and the bytes of the index of a shard."""
+    if metadata.format == "precomputed":
+        scale = open_scale(location, metadata.attributes)
+        return scale, scale.chunks, scale.dtype, 0
     if metadata.format == "n5":
         import tensorstore as ts
 

@@ -45,8 +45,9 @@ class VolumeSettings(Settings):
     """Where a volume is and, if its file does not say so, how it lies in the world."""
 
     path: str
-    """Container: zarr v2/v3, OME-Zarr or N5 (local path, s3://, gs://, https://), or a tif stack,
-    h5, npz or npy file, which is imported once into the run folder."""
+    """Container: zarr v2/v3, OME-Zarr, N5 or neuroglancer's precomputed (local path, s3://, gs://,
+    https://, also after precomputed://), or a tif stack, h5, npz or npy file, which is imported
+    once into the run folder."""
 
     dataset: str | None = None
     """Array inside the container (zarr, N5, h5) or key of an npz file."""
@@ -242,8 +243,10 @@ def masked(config: Config) -> dict[str, Any]:
     """
     data: dict[str, Any] = config.model_dump(mode="json")
     for volume in [*data["input"].values(), (data["evaluate"] or {}).get("truth")]:
-        if isinstance(volume, dict) and "://" not in volume.get("path", "://"):
-            volume["path"] = str(Path(volume["path"]).expanduser().absolute())
+        if isinstance(volume, dict) and "path" in volume:
+            path = volume["path"].removeprefix("precomputed://")
+            if "://" not in path:
+                volume["path"] = str(Path(path).expanduser().absolute())
     checkpoint = Path(data["model"]["checkpoint"]).expanduser()
     if checkpoint.is_file():
         data["model"]["checkpoint"] = str(checkpoint.absolute())

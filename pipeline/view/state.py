@@ -93,7 +93,9 @@ def _raw_url(raw: Volume, given: str | None) -> str | None:
         return f"{driver}://{_address('--raw-url', given)}"
     if not raw.path.startswith(_SCHEMES):
         return None
-    inside = "/".join(part for part in (raw.path.rstrip("/"), raw.dataset or "") if part)
+    # The dataset of a precomputed volume is one of its scales, and a viewer takes them all.
+    dataset = raw.dataset.rpartition("/")[0] if driver == "precomputed" else raw.dataset
+    inside = "/".join(part for part in (raw.path.rstrip("/"), dataset) if part)
     return f"{driver}://{inside}/"
 
 

@@ -57,6 +57,53 @@ def put_n5(folder: Path, data: np.ndarray, block: Any = None, **attributes: Any)
     file.write_text(json.dumps(json.loads(file.read_text()) | attributes))
 
 
+def put_precomputed(
+    folder: Path,
+    levels: list[np.ndarray],
+    resolutions: list[list[float]],
+    *,
+    voxel_offset: tuple[int, int, int] = (0, 0, 0),
+    channels: int = 1,
+    **scale: Any,
+) -> None:
+    """Write (z, y, x) levels as a precomputed volume; resolutions and offset are (x, y, z)."""
+    import tensorstore as ts
+
+    for data, resolution in zip(levels, resolutions, strict=True):
+        labels = data.dtype == np.uint64
+        spec = {
+            "driver": "neuroglancer_precomputed",
+            "kvstore": {"driver": "file", "path": f"{folder}/"},
+            "multiscale_metadata": {
+                "type": "segmentation" if labels else "image",
+                "data_type": data.dtype.name,
+                "num_channels": channels,
+            },
+            "scale_metadata": {
+                "size": data.shape[::-1],
+                "resolution": resolution,
+                "voxel_offset": voxel_offset,
+                "chunk_size": [4, 4, 2],
+                "encoding": "raw",
+                **scale,
+            },
+        }
+        store = ts.open(spec, open=True, create=True).result()
+        voxels = np.repeat(data.transpose()[..., None], channels, 3)
+        store.write(voxels).result()
+
+
+SHARDING: dict[str, Any] = {
+    "@type": "neuroglancer_uint64_sharded_v1",
+    "preshift_bits": 1,
+    "hash": "identity",
+    "minishard_bits": 1,
+    "shard_bits": 1,
+    "minishard_index_encoding": "gzip",
+    "data_encoding": "gzip",
+}
+
+
 def ome_group(
     container: Path,
     name: str,

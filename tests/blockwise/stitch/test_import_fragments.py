@@ -188,7 +188,7 @@ def test_foreign_volumes_that_do_not_fit_are_refused(tmp_path, client):
     refused("finer", r"voxel size \(30, 3, 3\) .* not those of the fragments")
     refused("moved", r"offset \(30, 0, 0\) are not those of the fragments")
     refused("none", "none: no such file or folder")
-    refused("affinities/c", "no zarr or N5 array there")
+    refused("affinities/c", "no zarr, N5 or precomputed array there")
     refused("affinities", "labels of type float32", fragments="floats")
     refused("affinities", "declares the voxel size", voxel_size=(40, 6, 6))
 

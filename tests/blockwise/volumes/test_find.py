@@ -363,15 +363,3 @@ def test_four_axes_of_n5_with_three_numbers(tmp_path: Path, channels: int) -> No
     else:
         with pytest.raises(InputError, match="it must be 3-D"):
             open_volume(tmp_path / "a.n5", "raw")
-
-
-def test_precomputed(tmp_path: Path) -> None:
-    folder = tmp_path / "volume"
-    (folder / "4_4_40").mkdir(parents=True)
-    (folder / "info").write_text(json.dumps({"type": "image", "scales": [{"key": "4_4_40"}]}))
-    (folder / "4_4_40" / "0-64_0-64_0-64").write_bytes(b"")
-    with pytest.raises(InputError, match=r"neuroglancer precomputed volume, .* turn it into zarr"):
-        open_volume(folder)
-    for address in (f"precomputed://file://{folder}", "precomputed://gs://bucket/volume"):
-        with pytest.raises(InputError, match=r"neuroglancer precomputed volume, .* into zarr"):
-            open_volume(address)

@@ -14,7 +14,7 @@ import zarr
 from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
 from tests.helpers.buckets import Bucket, s3
-from tests.helpers.volumes import PLACE, check, ome_group, put, put_n5, voxels
+from tests.helpers.volumes import PLACE, check, ome_group, put, put_n5, put_precomputed, voxels
 
 __all__ = ["s3"]
 
@@ -25,7 +25,8 @@ def test_s3(tmp_path: Path, s3: Bucket) -> None:
     put(tmp_path / "b.zarr", "raw", data, 2, chunks=(5, 10, 16), **PLACE)
     ome_group(tmp_path / "a.zarr", "img", [data], [[30, 6, 6]], version="0.5")
     put_n5(tmp_path / "c.n5" / "raw", data, (16, 10, 5), resolution=[6, 6, 30])
-    for name in ("a.zarr", "b.zarr", "c.n5"):
+    put_precomputed(tmp_path / "d", [data], [[6, 6, 30]])
+    for name in ("a.zarr", "b.zarr", "c.n5", "d"):
         s3.upload(tmp_path / name, f"deep/{name}")
     for name, dataset in (
         ("a.zarr", "volumes/raw"),
@@ -34,16 +35,18 @@ def test_s3(tmp_path: Path, s3: Bucket) -> None:
         ("b.zarr", None),
         ("a.zarr", "img"),
         ("c.n5", "raw"),
+        ("d", None),
     ):
         volume = open_volume(f"s3://em-data/deep/{name}", dataset)
         np.testing.assert_array_equal(volume.read((1, 2, 3), (9, 19, 28)), data[1:, 2:19, 3:28])
         assert tuple(volume.voxel_size) == (30, 6, 6)
-    assert volume.path == "s3://em-data/deep/c.n5"
+    assert volume.path == "s3://em-data/deep/d"
+    check(open_volume("precomputed://s3://em-data/deep/d"), data)
     volume = open_volume("s3://em-data/deep/a.zarr/img/0")
     assert tuple(volume.voxel_size) == (30, 6, 6)
     with pytest.raises(InputError, match=r"no dataset 'raww'; it holds: raw \(9, 20, 30\) <u2"):
         open_volume("s3://em-data/deep/b.zarr", "raww")
-    with pytest.raises(InputError, match="no zarr or N5 metadata found"):
+    with pytest.raises(InputError, match="no zarr, N5 or precomputed metadata found"):
         open_volume("s3://em-data/deep/nothing.zarr")
     with pytest.raises(InputError, match=r"s3://no-such-bucket/a\.zarr"):
         open_volume("s3://no-such-bucket/a.zarr", "raw")
@@ -95,6 +98,7 @@ def test_http(tmp_path: Path) -> None:
     put(tmp_path / "d.zarr", "volumes/s0", voxels())
     zarr.open_group(tmp_path / "d.zarr", mode="a").attrs["resolution"] = [30, 6, 6]
     ome_group(tmp_path / "e.zarr", "img", [voxels()], [[30, 6, 6]], version="0.4")
+    put_precomputed(tmp_path / "f", [voxels()], [[6, 6, 30]])
     put(tmp_path / "closed", "raw", voxels(), **PLACE)
     server = QuietServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
@@ -112,6 +116,8 @@ def test_http(tmp_path: Path) -> None:
             ("d.zarr/volumes", "s0"),
             ("d.zarr/volumes/s0", None),
             ("e.zarr/img/0", None),
+            ("f", None),
+            ("f", "6_6_30"),
         ):
             volume = open_volume(f"{base}/{path}", dataset)
             check(volume, voxels())

@@ -15,7 +15,7 @@ from agq.blockwise.volumes.open import open_levels, open_volume
 from agq.blockwise.volumes.placement import place
 from agq.errors import InputError
 from tests.helpers.fuzz import attack, odd_bytes, odd_json, require_one_line
-from tests.helpers.volumes import ome_group, put, put_n5, voxels
+from tests.helpers.volumes import ome_group, put, put_n5, put_precomputed, voxels
 
 SHAPE = (4, 6, 5)
 PLACE: dict[str, Any] = {
@@ -72,9 +72,19 @@ def n5(folder: Path) -> None:
     )
 
 
-METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json")
+def precomputed(folder: Path) -> None:
+    half = voxels(SHAPE)[:, ::2, ::2]
+    put_precomputed(folder / "img", [voxels(SHAPE), half], [[6, 7, 30], [12, 14, 30]])
 
-FORMATS: dict[str, Callable[[Path], None]] = {"zarr3": zarr3, "zarr2": zarr2, "n5": n5}
+
+METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json", "info")
+
+FORMATS: dict[str, Callable[[Path], None]] = {
+    "zarr3": zarr3,
+    "zarr2": zarr2,
+    "n5": n5,
+    "precomputed": precomputed,
+}
 
 
 class Files:
@@ -186,7 +196,7 @@ def chunks(folder: Path) -> list[Path]:
 def test_damaged_chunks(container: Any) -> None:
     folder, _ = container
     level = next((folder / "img").glob("*0"))
-    volume = open_volume(level, kind="labels", unit="pm")
+    volume = open_volume(folder, f"img/{level.name}", kind="labels", unit="pm")
     chunk = chunks(level)[0]
     whole = chunk.read_bytes()
 
@@ -224,7 +234,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
 def test_what_is_no_file_among_the_files_of_a_volume(container: Any, kind: str) -> None:
     folder, documents = container
     level = next((folder / "img").glob("*0"))
-    volume = open_volume(level, kind="labels", unit="pm")
+    volume = open_volume(folder, f"img/{level.name}", kind="labels", unit="pm")
     metadata = sorted(folder / name for name in documents)
     for file in (*metadata, chunks(level)[0]):
         kept = file.rename(folder.parent / "kept")

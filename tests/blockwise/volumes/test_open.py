@@ -181,7 +181,7 @@ def test_missing_and_foreign_paths(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.h5 is a file, .*agq import"):
         open_volume(tmp_path / "a.h5", "raw")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no zarr or N5 metadata found"):
+    with pytest.raises(InputError, match="no zarr, N5 or precomputed metadata found"):
         open_volume(tmp_path / "empty")
     with pytest.raises(InputError, match=r"cannot be looked up \(File name too long"):
         open_volume("x" * 5000, "raw")
