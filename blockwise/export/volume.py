@@ -1,9 +1,11 @@
 """Export of volumes as neuroglancer "precomputed", scale by scale, through tensorstore.
 
-A scale is cut into boxes of whole chunks; each box has one writer, and a journal says which are
-done, so an export goes on where it was stopped and workers never share a file. Memory is bounded by
-the box. Labels are uint64 in the ``compressed_segmentation`` encoding, images are stored raw.
-Chunks of background have no file: readers take them for 0.
+A scale is cut into boxes; each box has one writer, and a journal says which are done, so an export
+goes on where it was stopped and workers never share a file. Memory is bounded by the box: one
+shard (``neuroglancer_uint64_sharded_v1``), or whole chunks with a file each. A shard holds chunks
+that follow each other in the compressed Morton code: 2^n of them, which are a box. Labels are
+uint64 in the ``compressed_segmentation`` encoding, images are stored raw. Chunks of background are
+not stored: readers take them for 0.
 
 The format counts in x, y, z, in nanometres, and places a scale by a whole number of its own voxels.
 Voxel sizes may be fractions of a nanometre (4.2 nm is held as such). Where the offset of a coarse
@@ -40,6 +42,12 @@ CHUNK = (64, 64, 64)
 _MOST_VOXELS = 2**23
 """Of a box, unless one chunk is larger: 64 MiB of labels."""
 
+_MOST_IN_SHARD = 2**24
+"""Voxels of a shard, unless one chunk is larger: a cube of 4 x 4 x 4 chunks by default."""
+
+_MINISHARD_BITS = 9
+"""Chunks of a minishard, as a power of two: a reader loads an index of 24 bytes for each."""
+
 _BATCH = 64
 """Most boxes of a task."""
 
@@ -70,6 +78,8 @@ class Scale:
         Nanometres by which the place is rounded down, (z, y, x); 0 for the finest scale.
     data_type
         Of the voxels in the export.
+    sharding
+        Specification of the shards; None: a file for each chunk.
     """
 
     key: str
@@ -80,6 +90,7 @@ class Scale:
     voxel_offset: Triple
     shift: tuple[float, float, float]
     data_type: str
+    sharding: dict[str, Any] | None = None
 
     @property
     def grid(self) -> Triple:
@@ -93,7 +104,10 @@ class Scale:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it in JSON types."""
-        return asdict(self)
+        described = asdict(self)
+        if self.sharding is None:
+            del described["sharding"]  # as earlier releases have described it
+        return described
 
     def spec(self, out: Target) -> dict[str, Any]:
         """Return what tensorstore opens or creates."""
@@ -118,6 +132,7 @@ class Scale:
                 "resolution": self.resolution[::-1],
                 "voxel_offset": self.voxel_offset[::-1],
                 "chunk_size": self.chunk[::-1],
+                "sharding": self.sharding,
                 **encoding,
             },
             # One box at a time: nothing is kept, and workers do not compete for cores.
@@ -129,7 +144,11 @@ class Scale:
 
 
 def plan_export(
-    levels: Sequence[Volume], *, image: bool = False, chunk: Sequence[int] = CHUNK
+    levels: Sequence[Volume],
+    *,
+    image: bool = False,
+    chunk: Sequence[int] = CHUNK,
+    sharded: bool = True,
 ) -> list[Scale]:
     """Return the scales of an export, and check that the format can hold them.
 
@@ -141,6 +160,8 @@ def plan_export(
         Grey values instead of labels.
     chunk
         Triple of a chunk, (z, y, x).
+    sharded
+        Many chunks in a file instead of one.
 
     Raises
     ------
@@ -166,16 +187,20 @@ def plan_export(
                 " --offset"
             )
         resolution = _nm(volume.voxel_size, volume.unit)
+        box, sharding = _box(volume.chunks, chunk), None
+        if sharded:
+            box, sharding = _shard(volume.shape, chunk)
         scales.append(
             Scale(
                 key="_".join(number(v) for v in resolution[::-1]),
                 shape=volume.shape,
                 chunk=triple(chunk),
-                box=_box(volume.chunks, chunk),
+                box=box,
                 resolution=resolution,
                 voxel_offset=triple(places),
                 shift=_nm(rests, volume.unit),
                 data_type=volume.dtype.name if image else "uint64",
+                sharding=sharding,
             )
         )
     return scales
@@ -283,7 +308,11 @@ class Export(Task):
             place = tuple(
                 slice(o + a, o + b) for o, a, b in zip(scale.voxel_offset, start, stop, strict=True)
             )[::-1]
-            store[(*place, 0)].write(data.transpose()).result()
+            import tensorstore as ts
+
+            # All chunks of a shard at once: each write of a shard replaces the file.
+            with ts.Transaction() as transaction:
+                store.with_transaction(transaction)[(*place, 0)].write(data.transpose()).result()
             return data.size, {}
 
         numbers = [self.first + place for place in self.items]
@@ -357,6 +386,27 @@ def _box(stored: Sequence[int], chunk: Sequence[int]) -> Triple:
         axis = max(range(3), key=lambda d: box[d] // chunk[d])
         box[axis] = chunk[axis] * -(-box[axis] // (2 * chunk[axis]))
     return triple(box)
+
+
+def _shard(shape: Sequence[int], chunk: Sequence[int]) -> tuple[Triple, dict[str, Any]]:
+    """Return the box of a shard in voxels, and the specification of shards."""
+    grid = [-(-n // c) for n, c in zip(shape, chunk, strict=True)]
+    needed = [(n - 1).bit_length() for n in grid]
+    # Axes of the bits of the compressed Morton code, lowest first: x, y, z while they have some.
+    axes = [axis for bit in range(max(needed)) for axis in (2, 1, 0) if bit < needed[axis]]
+    most = max(0, (_MOST_IN_SHARD // math.prod(chunk)).bit_length() - 1)
+    inside = axes[:most]
+    box = triple(c << inside.count(axis) for axis, c in enumerate(chunk))
+    preshift = min(len(inside), _MINISHARD_BITS)
+    return box, {
+        "@type": "neuroglancer_uint64_sharded_v1",
+        "hash": "identity",
+        "preshift_bits": preshift,
+        "minishard_bits": len(inside) - preshift,
+        "shard_bits": len(axes) - len(inside),
+        "minishard_index_encoding": "gzip",
+        "data_encoding": "gzip",
+    }
 
 
 def number(value: float) -> str:

@@ -24,6 +24,9 @@ def precomputed(
         bool, typer.Option("--image", help="Grey values (raw encoding) instead of labels.")
     ] = False,
     chunk: Annotated[str, typer.Option(help="Voxels z,y,x of a chunk.")] = "64,64,64",
+    unsharded: Annotated[
+        bool, typer.Option("--unsharded", help="One file for each chunk, for older readers.")
+    ] = False,
     voxel_size: VoxelSize = None,
     offset: Annotated[
         str | None,
@@ -74,7 +77,12 @@ def precomputed(
     target = Target.of(out, work)
     for note in levels[0].notes:
         say(f"agq: {note}", err=True)
-    scales = plan_export(levels, image=image, chunk=parse_triple("--chunk", chunk, least=1))
+    scales = plan_export(
+        levels,
+        image=image,
+        chunk=parse_triple("--chunk", chunk, least=1),
+        sharded=not unsharded,
+    )
     for volume, scale in zip(levels, scales, strict=True):
         size = math.prod(scale.shape) * (
             8 if scale.data_type == "uint64" else volume.dtype.itemsize

@@ -9,6 +9,8 @@ import pytest
 import tensorstore as ts
 import zarr
 
+from agq.blockwise.export import volume as volume_module
+from agq.blockwise.export.target import Target
 from agq.blockwise.export.volume import ExportError, export_precomputed, plan_export
 from agq.blockwise.stitch.output.pyramid import Pyramid, plan_levels
 from agq.blockwise.stitch.run import run_stitch
@@ -17,6 +19,7 @@ from agq.blockwise.volumes.open import open_levels
 from agq.errors import InputError
 from tests.helpers.browser import CHROMIUM, file_server, screenshot
 from tests.helpers.fragments import GRID, folder_bytes, make_run, write_run
+from tests.helpers.readers import read_with
 from tests.helpers.runs import agq
 
 CHUNK = (8, 16, 8)
@@ -91,7 +94,7 @@ def by_hand(out: Path, scale: dict) -> np.ndarray:
 
 def test_reads_back_equal_at_every_level(stitched, tmp_path, client):
     levels = open_levels(stitched / "data.zarr", "segmentation", kind="labels")
-    scales = plan_export(levels, chunk=CHUNK)
+    scales = plan_export(levels, chunk=CHUNK, sharded=False)
     seen: dict[str, int] = {}
     out = tmp_path / "out"
     written = export_precomputed(
@@ -123,13 +126,51 @@ def test_reads_back_equal_at_every_level(stitched, tmp_path, client):
     assert folder_bytes(out) == before
 
 
+BY_CLOUD_VOLUME = """
+import numpy as np
+from cloudvolume import CloudVolume
+result = []
+for mip in range(arguments["levels"]):
+    volume = CloudVolume(f"precomputed://file://{arguments['out']}", mip=mip, progress=False)
+    np.save(f"{arguments['to']}/{mip}.npy", np.asarray(volume[:, :, :])[..., 0].transpose())
+    result.append(volume.voxel_offset.tolist()[::-1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("most", "chunk"), [(2**13, CHUNK), (2**11, (4, 8, 4)), (2**24, (4, 4, 4))]
+)
+def test_shards_read_back_voxel_for_voxel(stitched, tmp_path, client, monkeypatch, most, chunk):
+    monkeypatch.setattr(volume_module, "_MOST_IN_SHARD", most)
+    levels = open_levels(stitched / "data.zarr", "segmentation", kind="labels")
+    scales, out = plan_export(levels, chunk=chunk), tmp_path / "out"
+    written = export_precomputed(levels, scales, out, client)
+    assert written == sum(np.prod(scale.grid) for scale in scales)
+    places = read_with(BY_CLOUD_VOLUME, {"out": str(out), "to": str(tmp_path), "levels": 3})
+    for i, (scale, place) in enumerate(zip(scales, places, strict=False)):
+        found, origin = by_tensorstore(out, i)
+        assert np.array_equal(found, labels(stitched, i))
+        assert list(origin) == place
+        assert np.array_equal(np.load(tmp_path / f"{i}.npy"), labels(stitched, i))
+        # One box is what tensorstore writes at once, and one file.
+        store = volume_module._open(scale, Target.of(out))
+        whole = [c * -(-n // c) for n, c in zip(scale.shape, scale.chunk, strict=True)]
+        box = tuple(min(b, w) for b, w in zip(scale.box, whole, strict=True))
+        assert store.chunk_layout.write_chunk.shape[2::-1] == box
+        files = [path for path in (out / scale.key).iterdir() if path.suffix != ".lock"]
+        assert {path.suffix for path in files} == {".shard"}
+        assert len(files) <= np.prod(scale.grid)
+
+
 class StopHereError(Exception):
     pass
 
 
-def test_stopped_and_continued(stitched, tmp_path, client):
+@pytest.mark.parametrize("sharded", [True, False])
+def test_stopped_and_continued(stitched, tmp_path, client, monkeypatch, sharded):
+    monkeypatch.setattr(volume_module, "_MOST_IN_SHARD", 2**11)
     levels = open_levels(stitched / "data.zarr", "segmentation", kind="labels")
-    scales = plan_export(levels, chunk=(4, 8, 8))
+    scales = plan_export(levels, chunk=(4, 8, 8), sharded=sharded)
     whole = export_precomputed(levels, scales, tmp_path / "whole", client)
 
     def stop(name: str, done: int, total: int) -> None:
