@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agq.blockwise.stitch.steps import digest
-from agq.blockwise.storage.files import make_folder, write_atomic
+from agq.blockwise.storage.files import fsync_path, make_folder, write_atomic
 from agq.blockwise.volumes.location import LocalLocation, Location, RemoteLocation, locate
 from agq.credentials import hide
 from agq.errors import InputError
 from agq.paths import expanded, scheme_of
+from agq.reading import parse_json
 
 FOLDER = ".agq-export"
 """Of the mark, and of what is being done for a local export."""
@@ -117,6 +119,28 @@ class Target:
         else:
             self._ask(lambda store: store.write(key, data).result())
 
+    def write_file(self, key: str, file: Path) -> None:
+        """Move a file of the working folder into the target, or upload it in pieces."""
+        if isinstance(self.location, LocalLocation):
+            path = self.location.root / key
+            make_folder(path.parent)
+            file.replace(path)
+            fsync_path(path.parent)
+            return
+        self.location.put_file(key, file)
+
+    def refer(self, name: str, folder: str) -> None:
+        """Say in the ``info`` of the volume where properties, meshes or skeletons are."""
+        info = parse_json(self.read("info") or b"{}")
+        self.write("info", json.dumps({**info, name: folder}).encode())
+
+    def opened(self) -> Target:
+        """Return the target with its working folder; its mark must be there."""
+        if self.is_local:
+            return self
+        record = parse_json(self.read(MARK) or b"{}")
+        return replace(self, work=make_folder(self.work / _token(record)))
+
     def names(self) -> set[str]:
         """Return what lies at the top: files and folders; nothing if it does not exist.
 
@@ -167,14 +191,9 @@ class Target:
         record
             What it says.
         """
-        import json
-
         target = self
         if not self.is_local:
-            token = str((recorded or {}).get("work") or secrets.token_hex(8))
-            # It comes from outside.
-            if not token.isalnum():
-                raise InputError(f"{self.text}/{MARK}: damaged; use --overwrite to replace it")
+            token = _token(recorded or {"work": secrets.token_hex(8)})
             record = {**record, "work": token}
             target = replace(self, work=self.work / token)
         make_folder(target.work)
@@ -188,6 +207,14 @@ class Target:
             return action(ts.KvStore.open(self.store()).result())
         except ValueError as error:
             raise InputError(f"{self.text}: {first_line(error)}") from None
+
+
+def _token(record: dict[str, Any]) -> str:
+    token = str(record.get("work", ""))
+    # It comes from outside, and becomes the name of a folder.
+    if not token.isalnum():
+        raise InputError(f"{MARK} of the export is damaged; use --overwrite to replace it")
+    return token
 
 
 def first_line(error: object) -> str:

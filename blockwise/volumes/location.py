@@ -203,6 +203,21 @@ class RemoteLocation:
 
         return self._try(listing)
 
+    def put_file(self, key: str, file: Path) -> None:
+        """Upload a file in pieces.
+
+        Raises
+        ------
+        InputError
+            If the bucket refuses it.
+        """
+
+        def upload() -> None:
+            with file.open("rb") as opened:
+                _object_store(self.url).put(key, opened)
+
+        self._try(upload)
+
     def zarr_store(self) -> Store:
         """Return the container as a read-only zarr store."""
         return ObjectStore(_object_store(self.url), read_only=True)

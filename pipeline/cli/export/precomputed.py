@@ -27,6 +27,20 @@ def precomputed(
     unsharded: Annotated[
         bool, typer.Option("--unsharded", help="One file for each chunk, for older readers.")
     ] = False,
+    with_properties: Annotated[
+        bool,
+        typer.Option(
+            "--properties",
+            help="Also size, surface, box and fragments of each segment, for neuroglancer and as "
+            "segment_properties/segments.parquet.",
+        ),
+    ] = False,
+    least_voxels: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Voxels of the smallest segment that neuroglancer gets properties of."
+        ),
+    ] = 1000,
     voxel_size: VoxelSize = None,
     offset: Annotated[
         str | None,
@@ -64,6 +78,7 @@ def precomputed(
     from agq.blockwise.export.volume import export_precomputed, plan_export
     from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.settings import DaskSettings
+    from agq.blockwise.stitch.superblocks import StitchFiles
     from agq.pipeline.status.progress import RunProgress
 
     options: dict[str, Any] = {"kind": "raw" if image else "labels", "unit": unit}
@@ -97,6 +112,8 @@ def precomputed(
                 f"  this scale appears {by(scale.shift)} nm too low: its offset is not a whole "
                 "number of voxels"
             )
+    if image and with_properties:
+        raise InputError("--properties: grey values have no segments; leave out --image")
     if dry_run:
         return
     with dask_client(DaskSettings(workers=workers)) as client, RunProgress(None) as progress:
@@ -109,10 +126,26 @@ def precomputed(
             overwrite=overwrite,
             on_progress=progress.step,
         )
+        if with_properties:
+            from agq.blockwise.export.properties import export_properties
+
+            properties = export_properties(
+                levels[0],
+                target,
+                client,
+                segments=StitchFiles(Path(source)).segments if version else None,
+                least_voxels=least_voxels,
+                on_progress=progress.step,
+            )
     if version and version_of(Path(source)) != version:
         raise InputError(f"{source} was stitched anew meanwhile; export it again with --overwrite")
     state = "wrote" if written else "complete already:"
     serve = "serve the folder over http and open precomputed://ADDRESS"
+    if with_properties:
+        say(
+            f"segment_properties: {properties.segments:,} segments in segments.parquet,"
+            f" {properties.shown:,} of at least {least_voxels:,} voxels in neuroglancer"
+        )
     say(f"{state} {target.text}; " + (serve if target.is_local else f"open precomputed://{out}"))
 
 
