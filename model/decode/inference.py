@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agq.model.devices import CARD_VOXELS, on_card
 from agq.model.network.agq import AGQ
 from agq.model.network.blocks import coordinates
 from agq.model.network.decoder import MaskPredictor
@@ -48,8 +49,8 @@ class DenseMaps:
 
     def finite(self) -> bool:
         """Whether no value is NaN or infinite, as float16 convolutions can make them."""
-        maps = (self.affinity_logits, self.mask_features, self.instance_features)
-        return all(bool(torch.isfinite(m.sum())) for m in maps)
+        sums = [self.affinity_logits.sum(), self.mask_features.sum(), self.instance_features.sum()]
+        return bool(torch.stack(sums).isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def decode(model: AGQ, maps: DenseMaps, seeds: Seeds) -> MaskHead:
         assert isinstance(predictor, MaskPredictor)
         only_queries = head.select(slice(1, None))
         pooled = torch.zeros_like(queries)
-        for part in voxel_chunks(len(pixels), pixels.device):
+        for part in voxel_chunks(len(pixels), pixels):
             logits = only_queries.logits(pixels[part])
             share = logits.sub_(logits.amax(0)).exp_()
             pooled.addmm_(share, pooled_from[part] / share.sum(0)[:, None])
@@ -125,12 +126,13 @@ def decode(model: AGQ, maps: DenseMaps, seeds: Seeds) -> MaskHead:
     return head
 
 
-def voxel_chunks(n: int, device: torch.device) -> Iterator[slice]:
-    """Cut n voxels into chunks whose logits stay in the cache of the device.
+def voxel_chunks(n: int, like: Tensor) -> Iterator[slice]:
+    """Cut n voxels into chunks whose logits stay in the cache of a CPU, or fit a card.
 
-    The chunks depend on nothing but n and the kind of device, and so do the sums over them.
+    The chunks depend on nothing but n and the kind of device of `like`, and so do the sums over
+    them.
     """
-    step = 2048 if device.type == "cpu" else 65536
+    step = CARD_VOXELS if on_card(like) else 2048
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
@@ -141,11 +143,13 @@ class Upsampler:
         self.volume = volume  # (z1, y1, x1, C)
         self.size = size
         # Source sections and the weight of the second, as in torch's linear resizing.
-        source = ((torch.arange(size[0]) + 0.5) * (len(volume) / size[0]) - 0.5).clamp_(min=0)
-        first = source.long().clamp_(max=len(volume) - 1)
+        scale, last = np.float32(len(volume) / size[0]), len(volume) - 1
+        source = (np.arange(size[0], dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+        source = source.clip(min=0)
+        first = source.astype(np.int64).clip(max=last)
         self.sections = [
-            (int(i), min(int(i) + 1, len(volume) - 1), float(w))
-            for i, w in zip(first, source - first, strict=True)
+            (i, min(i + 1, last), w)
+            for i, w in zip(first.tolist(), (source - first).tolist(), strict=True)
         ]
 
     def section(self, z: int) -> Tensor:
@@ -190,14 +194,15 @@ def assign_voxels(
     mass : np.ndarray
         float32 (1 + Q,): softmax mass per channel, in voxels.
     """
+    if on_card(mask_features):
+        return assign_on_card(head, mask_features, size, min_mass)
     upsampler = Upsampler(mask_features, size)
-    device = mask_features.device
-    winners = torch.empty(size, dtype=torch.int16, device=device)
-    mass = torch.zeros(len(head.bias), dtype=torch.float32, device=device)
+    winners = torch.empty(size, dtype=torch.int16)
+    mass = torch.zeros(len(head.bias), dtype=torch.float32)
     for z in range(size[0]):
         features = upsampler.section(z).flatten(0, 1)
         flat = winners[z].view(-1)
-        for part in voxel_chunks(len(features), device):
+        for part in voxel_chunks(len(features), features):
             logits = head.logits(features[part])
             peak = logits.amax(0)
             strongest, least = logits.amax(1), peak.min()
@@ -209,7 +214,48 @@ def assign_voxels(
     kept = mass >= min_mass
     if not bool(kept.all()):
         _replace_winners(winners, upsampler, head, kept)
-    return winners.cpu().numpy(), mass.cpu().numpy()
+    return winners.numpy(), mass.numpy()
+
+
+def assign_on_card(
+    head: MaskHead, mask_features: Tensor, size: tuple[int, int, int], min_mass: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give every voxel of a block its channel, as `assign_voxels` does, for a device of its own.
+
+    A card waits for its host, and not for memory: operators are as few as can be, on all voxels of
+    the block or many of them, and the host asks for results twice, at the end.
+    """
+    device = mask_features.device
+    features = _resized(mask_features, size).flatten(1)
+    winners = torch.empty(features.shape[1], dtype=torch.int16, device=device)
+    mass = torch.zeros(len(head.bias), dtype=torch.float32, device=device)
+    for part in voxel_chunks(len(winners), winners):
+        logits = torch.addmm(head.bias, head.weight, features[:, part])
+        peak, best = logits.max(0)  # of equal ones the first
+        winners[part] = best
+        share = logits.sub_(peak).exp_()
+        mass += share @ share.sum(0).reciprocal_()
+    found = mass.cpu().numpy()
+    kept = found >= min_mass
+    if not kept.all():
+        channels = torch.from_numpy(kept.nonzero()[0]).to(device)
+        few, zeroed = head.select(channels), torch.from_numpy(~kept).to(device)
+        for part in voxel_chunks(len(winners), winners):
+            instead = winners.new_zeros(())
+            if len(channels):
+                logits = torch.addmm(few.bias, few.weight, features[:, part])
+                instead = channels[logits.argmax(0)].to(winners.dtype)
+            again = zeroed[winners[part].long()]
+            winners[part] = torch.where(again, instead, winners[part])
+    return winners.view(size).cpu().numpy(), found
+
+
+def _resized(volume: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Return (C, z, y, x) of a volume (z1, y1, x1, C): trilinear, align_corners=False."""
+    first = volume.permute(3, 0, 1, 2)
+    if tuple(first.shape[1:]) == size:
+        return first.contiguous()
+    return F.interpolate(first[None].contiguous(), size=size, mode="trilinear")[0]
 
 
 def first_equal(rows: Tensor, values: Tensor) -> Tensor:
@@ -232,13 +278,15 @@ def _replace_winners(winners: Tensor, upsampler: Upsampler, head: MaskHead, kept
             flat[again] = 0
         elif len(again):
             features = upsampler.section(z).flatten(0, 1)
-            for part in voxel_chunks(len(again), flat.device):
+            for part in voxel_chunks(len(again), flat):
                 logits = few.logits(features[again[part]])
                 flat[again[part]] = channels[first_equal(logits, logits.amax(0))].to(flat.dtype)
 
 
 def resized_affinities(logits: Tensor, size: tuple[int, int, int]) -> Tensor:
     """Return affinities float32 (3, z, y, x) of logits (3, z1, y1, x1): sigmoid, then resizing."""
+    if on_card(logits):
+        return _resized(torch.sigmoid(logits).permute(1, 2, 3, 0), size)
     upsampler = Upsampler(torch.sigmoid(logits).permute(1, 2, 3, 0).contiguous(), size)
     sections = [upsampler.section(z) for z in range(size[0])]
     return torch.stack(sections).permute(3, 0, 1, 2).contiguous()

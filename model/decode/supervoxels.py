@@ -119,7 +119,7 @@ def memberships(
     rows = torch.from_numpy(labels[grid].reshape(-1).astype(np.int64)).to(device)
     features = mask_features.flatten(0, 2)
     total = torch.zeros((1 + n_labels, len(head.bias) - 1), dtype=torch.int64, device=device)
-    for part in voxel_chunks(len(features), device):
+    for part in voxel_chunks(len(features), features):
         share = torch.softmax(head.logits(features[part]), 0)[1:]
         total.index_add_(0, rows[part], share.mul_(UNITS).round_().to(torch.int64).T)
     total[0] = 0

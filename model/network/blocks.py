@@ -41,11 +41,13 @@ class ReplicateConv3d(nn.Conv3d):
         if self.kernel_size[0] > 1 or self.stride[0] > 1:
             x = F.pad(x, (mx, mx, my, my, mz, mz), mode="replicate")
             return F.conv3d(x, self.weight, stride=self.stride)
-        batch, channels, depth = x.shape[:3]
-        sections = x.transpose(1, 2).reshape(batch * depth, channels, *x.shape[3:])
+        # Of one item the sections are a view: padding copies them anyway.
+        sections = x.transpose(1, 2).flatten(0, 1) if len(x) > 1 else x[0].transpose(0, 1)
         sections = F.pad(sections, (mx, mx, my, my), mode="replicate")
-        out = F.conv2d(sections, self.weight[:, :, 0], stride=self.stride[1:])
-        return out.reshape(batch, depth, *out.shape[1:]).transpose(1, 2)
+        out = F.conv2d(sections, self.weight.squeeze(2), stride=self.stride[1:])
+        if len(x) > 1:
+            return out.unflatten(0, (len(x), -1)).transpose(1, 2)
+        return out.transpose(0, 1)[None]
 
 
 class ConvUnit(nn.Sequential):

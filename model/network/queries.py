@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from agq.model.config import ModelConfig, SeedOrder
+from agq.model.devices import CARD_VOXELS, on_card
 from agq.model.network.blocks import ConvUnit
 
 
@@ -21,14 +22,21 @@ class Seeds:
     ----------
     labels : Tensor
         int64 (z1, y1, x1): 0, or 1 + the rank of the query whose region this is.
-    kept, components, dropped : int
-        Regions used; regions large enough; regions large enough but above the query limit.
+    sizes : Tensor
+        int64 (kept,): voxels of each region.
+    components, dropped : int
+        Regions large enough; those of them above the query limit.
     """
 
     labels: Tensor
-    kept: int
+    sizes: Tensor
     components: int
     dropped: int
+
+    @property
+    def kept(self) -> int:
+        """Regions used."""
+        return len(self.sizes)
 
 
 def select_components(
@@ -77,23 +85,31 @@ def seeds_from_components(
     """Turn chosen component ids (in query order) into `Seeds`."""
     rank = np.zeros(int(components.max(initial=0)) + 1, np.int64)
     rank[ids] = np.arange(1, len(ids) + 1)
-    labels = torch.from_numpy(rank[components]).to(device)
-    return Seeds(labels, len(ids), found, found - len(ids))
+    sizes = np.bincount(components.ravel(), minlength=len(rank))[ids]
+    return Seeds(
+        torch.from_numpy(rank[components]).to(device),
+        torch.from_numpy(sizes).to(device),
+        found,
+        found - len(ids),
+    )
 
 
 def region_means(features: Tensor, seeds: Seeds) -> Tensor:
     """Mean of the features (C, z1, y1, x1) over each seed region: float32 (kept, C).
 
-    One matrix product with the one-hot regions per section: deterministic on every device
-    (scattered adds on a GPU are not), differentiable, and bounded in memory.
+    Matrix products with the one-hot regions, of a section on a CPU and of many on a card:
+    deterministic on every device (scattered adds on a GPU are not), differentiable, and bounded in
+    memory.
     """
-    ranks = torch.arange(1, seeds.kept + 1, device=features.device)
+    ranks = torch.arange(1, seeds.kept + 1, device=features.device)[:, None]
     total = features.new_zeros(seeds.kept, features.shape[0])
-    for z in range(features.shape[1]):
-        one_hot = (seeds.labels[z].flatten() == ranks[:, None]).to(features.dtype)
-        total = total + one_hot @ features[:, z].flatten(1).T
-    sizes = torch.bincount(seeds.labels.flatten(), minlength=seeds.kept + 1)[1:]
-    return total / sizes[:, None]
+    plane = features.shape[2] * features.shape[3]
+    sections = max(1, CARD_VOXELS // plane) if on_card(features) else 1
+    for z in range(0, features.shape[1], sections):
+        part = slice(z, z + sections)
+        one_hot = (seeds.labels[part].flatten() == ranks).to(features.dtype)
+        total = total + one_hot @ features[:, part].flatten(1).T
+    return total / seeds.sizes[:, None]
 
 
 class QueryHead(nn.Module):

@@ -192,7 +192,9 @@ def test_no_channel_is_left_when_all_are_small(data_dir: Path) -> None:
     with torch.inference_mode():
         features = F.normalize(torch.randn(3, 8, 8, 64), dim=-1)
         maps = DenseMaps(torch.zeros(3, 3, 8, 8), features, torch.randn(3, 8, 8, 64))
-        none = Seeds(torch.zeros(3, 8, 8, dtype=torch.int64), 0, 0, 0)
+        none = Seeds(
+            torch.zeros(3, 8, 8, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0, 0
+        )
         head = decode(network, maps, none)
         channels, mass = assign_voxels(head, features, (3, 16, 16), 1e9)
     assert not channels.any()
