@@ -32,6 +32,12 @@ def unit(
     return nn.Sequential(conv, norms[norm](), acts[act]())
 
 
+def settle(device: torch.device) -> None:
+    """Wait until a card has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Residual(nn.Module):
     """Two units and a sum."""
 
@@ -151,17 +157,17 @@ class PlainAGQ(nn.Module):
 
     def features(self, fused: Tensor) -> Tensor:
         """Prepend the coordinate channels."""
-        axes = [torch.linspace(-1, 1, n) for n in fused.shape[2:]]
+        axes = [torch.linspace(-1, 1, n, device=fused.device) for n in fused.shape[2:]]
         z, y, x = torch.meshgrid(*axes, indexing="ij")
         return torch.cat([torch.stack([z, x, y])[None], fused], dim=1)
 
     def queries(self, affinity: Tensor, instances: Tensor) -> tuple[Tensor, int]:
         """Mean features of the seed regions, and the learned queries."""
         mean = torch.sigmoid(affinity).mean(1)[0]
-        regions = cc3d.connected_components((mean > mean.mean()).numpy(), connectivity=26)
+        regions = cc3d.connected_components((mean > mean.mean()).cpu().numpy(), connectivity=26)
         means: list[Tensor] = []
         for region in range(1, int(regions.max()) + 1):
-            mask = torch.from_numpy(regions == region)
+            mask = torch.from_numpy(regions == region).to(mean.device)
             if mask.sum() > self.config.min_seed_voxels and len(means) < self.config.max_seeds:
                 means.append(instances[0][:, mask].mean(1))
         learned = self.inst_decoder.rpn.learned_masks_embed.weight
@@ -191,7 +197,7 @@ class PlainAGQ(nn.Module):
         logits = F.interpolate(logits, size=size, mode="trilinear", align_corners=False)
         share = torch.softmax(logits, dim=1)[0]
         share[share.sum((1, 2, 3)) < self.config.min_mass] = 0
-        channels = share.argmax(0).numpy().astype(np.int16)
+        channels = share.argmax(0).cpu().numpy().astype(np.int16)
         cc3d.connected_components(channels, connectivity=6)
         return channels
 
@@ -200,7 +206,7 @@ class PlainAGQ(nn.Module):
         resized = F.interpolate(
             torch.sigmoid(logits), size=size, mode="trilinear", align_corners=False
         )
-        return (resized[0] * 255).round().to(torch.uint8).numpy()
+        return (resized[0] * 255).round().to(torch.uint8).cpu().numpy()
 
     def run(self, image: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Segment one uint8 block; return results and seconds per stage."""
@@ -209,10 +215,12 @@ class PlainAGQ(nn.Module):
         def stage(name: str, function: Callable, *args: Any) -> Any:
             start = time.perf_counter()
             out = function(*args)
+            settle(x.device)
             seconds[name] = time.perf_counter() - start
             return out
 
-        x = (torch.from_numpy(image)[None, None].float() / 255 - 0.5) / 0.5
+        x = torch.from_numpy(image)[None, None].to(self.conv_in[0].weight.device)
+        x = (x.float() / 255 - 0.5) / 0.5
         levels = stage("backbone", self.backbone, x)
         fused = stage("fusion", self.fusion_block, levels)
         del levels
