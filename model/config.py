@@ -94,7 +94,8 @@ class ModelConfig(Settings):
     """Block size (z, y, x) in voxels that the network was trained at."""
 
     voxel_size: tuple[float, float, float] | None = None
-    """Voxel size (z, y, x) in nanometres that the network was trained at; None if nothing says."""
+    """Voxel size (z, y, x) in nanometres that the network was trained at; None if nothing says.
+    A training needs it where its volumes differ by more than 1.5 times on an axis."""
 
     @field_validator("input_shape", "voxel_size")
     @classmethod

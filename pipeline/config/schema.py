@@ -115,7 +115,8 @@ class InputSettings(Settings):
 
     mask: VolumeSettings | None = None
     """Optional mask at any scale: voxels whose centre lies in no nonzero voxel of it stay
-    background, and blocks without any other are skipped."""
+    background, and blocks without any other are skipped. A label that it cuts apart becomes its
+    6-connected pieces."""
 
     classes: VolumeSettings | None = None
     """Optional classes of tissue (nucleus, vessel, glia, ...), integers at any scale: fragments of
@@ -126,7 +127,8 @@ class InputSettings(Settings):
 
     bad_sections: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sections)] = ()
     """Sections (z) of the raw volume, counted from 0, that are not used, such as
-    `[12, 40-44]`: the nearest other section is read in their place."""
+    `[12, 40-44]`: the nearest other section, of two the one before, is read in their
+    place."""
 
     bad_sections_fill: Literal["neighbour", "mask"] = "neighbour"
     """`mask`: bad sections also get no label, as where a mask is zero."""
@@ -157,7 +159,8 @@ class ModelSettings(NetworkSettings):
     normalise: Literal["none", "volume", "section"] | None = None
     """Stretch grey values so that the 1st and 99th percentiles, of the volume or of each section,
     become those that the network knows (0.1 and 0.9 of black to white). They are measured once and
-    kept with the run. Without it grey values are used as they are, and a volume with little
+    kept with the run; voxels of 0 or of an integer type's largest value are fill and do not count.
+    Without it grey values are used as they are, and a volume with little
     contrast is refused; `none` uses that one too."""
 
     options: dict[str, Any] | None = None
