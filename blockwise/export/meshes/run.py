@@ -1,0 +1,277 @@
+"""Meshes of all segments of an export, on dask.
+
+1. **surfaces.** A task reads blocks and writes the triangles of each into one file in the export's
+   working folder.
+2. **meshes.** A task owns shards. For each of their segments it reads the fragments, merges and
+   simplifies them, one segment at a time.
+
+Both steps are journalled, by block and by shard. Memory is bounded by the block, and by the largest
+segment or `surface.MOST_FACES`, whichever is smaller, not by the volume.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from distributed import Client
+
+from agq.blockwise.export.meshes import surface
+from agq.blockwise.export.meshes.cells import triangles
+from agq.blockwise.export.meshes.encode import (
+    encode,
+    info,
+    pack_shard,
+    shard_name,
+    shard_of,
+)
+from agq.blockwise.export.meshes.fragments import BlockFragments, Fragment, write_fragments
+from agq.blockwise.export.target import MARK, Target, first_line
+from agq.blockwise.export.volume import ExportError, Scale
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.writer import run_journalled
+from agq.blockwise.stitch.steps import Progress, Task, Workers, digest
+from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
+from agq.blockwise.volumes.open import Volume
+from agq.blockwise.volumes.triples import Triple, triple
+from agq.reading import read_file
+
+FOLDER = "mesh"
+"""In the export; its ``info`` names it."""
+
+FINE_NM = 16.0
+"""Meshes are made of the finest level whose voxels are at least so large along each axis."""
+
+KEEP = 0.1
+"""Share of the faces that simplification keeps, where bounds allow it."""
+
+_BLOCK = (128, 128, 128)
+_SHARD_VOXELS = 2**24
+_BATCH = 16
+_VERSION = 1
+
+
+def mesh_level(scales: Sequence[Scale]) -> int:
+    """Return the level to make meshes of; the finest if none is coarse enough."""
+    coarse = [i for i, scale in enumerate(scales) if min(scale.resolution) >= FINE_NM]
+    return coarse[0] if coarse else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the meshes of an export are made.
+
+    Attributes
+    ----------
+    volume, scale
+        The level that they are made of.
+    out
+        The export.
+    block
+        Triple of what a task item of the first step reads, (z, y, x).
+    keep
+        Share of the faces to keep.
+    """
+
+    volume: Volume
+    scale: Scale
+    out: Target
+    block: Triple = _BLOCK
+    keep: float = KEEP
+
+    @property
+    def grid(self) -> Triple:
+        """Blocks along each axis."""
+        return triple(-(-n // b) for n, b in zip(self.volume.shape, self.block, strict=True))
+
+    @property
+    def shard_bits(self) -> int:
+        """Bits of the number of a shard."""
+        return max(0, math.ceil(math.log2(math.prod(self.volume.shape) / _SHARD_VOXELS)))
+
+    @property
+    def surfaces(self) -> Path:
+        """Folder of the fragments."""
+        return self.out.work / "surfaces"
+
+    def journal(self, step: str) -> Path:
+        """Return the folder of a step's journal."""
+        return self.out.work / "journal" / step
+
+    def file(self, block: int) -> Path:
+        """Return the file of a block's fragments."""
+        return self.surfaces / f"{block}.npy"
+
+
+def export_meshes(plan: Plan, client: Client, *, on_progress: Progress | None = None) -> int:
+    """Write the meshes of an export, or those that are missing.
+
+    Parameters
+    ----------
+    plan
+        What to make. The export of the volume is there.
+    client
+        Dask client whose workers see volumes and folders under the same paths.
+    on_progress
+        Called with the name of the step, items done and items in all.
+
+    Returns
+    -------
+    int
+        Shards written now; 0 if all meshes were there.
+
+    Raises
+    ------
+    ExportError
+        If blocks or shards failed.
+    InputError
+        If the export cannot be written to.
+    """
+    workers = Workers(client, plan.out.place, on_progress)
+    _begin(plan)
+    shards = 2**plan.shard_bits
+    todo = np.flatnonzero(~Journal(plan.journal("meshes")).done(shards)).tolist()
+    if todo:
+        blocks = math.prod(plan.grid)
+        missing = np.flatnonzero(~Journal(plan.journal("surfaces")).done(blocks)).tolist()
+        _run(workers, "surfaces", plan, [Surfaces(b, plan) for b in _batches(workers, missing)])
+        _run(workers, "meshes", plan, [Meshes(b, plan) for b in _batches(workers, todo)])
+        plan.out.write(f"{FOLDER}/info", info(plan.shard_bits))
+    described = json.loads(plan.out.read("info") or b"{}")
+    if described.get("mesh") != FOLDER:
+        plan.out.write("info", json.dumps({**described, "mesh": FOLDER}).encode())
+    shutil.rmtree(plan.surfaces, ignore_errors=True)
+    return len(todo)
+
+
+def _batches(workers: Workers, items: list[int]) -> list[Sequence[int]]:
+    return workers.batches(items, _BATCH, share=8)
+
+
+def _run(workers: Workers, step: str, plan: Plan, tasks: Sequence[Task]) -> None:
+    failed = sum(workers.run(step, tasks))
+    if failed:
+        record = Journal(plan.journal(step)).failed()[0]
+        raise ExportError(
+            f"{step}: {failed} failed, first: {first_line(record.reason)} (tracebacks in"
+            f" {plan.journal(step)})"
+        )
+    workers.end_journal(plan.journal(step))
+
+
+def _begin(plan: Plan) -> None:
+    """Drop meshes that were made in another way."""
+    mark = json.loads(plan.out.read(MARK) or b"{}")
+    key = digest([mark.get("key"), plan.scale.key, plan.keep, list(plan.block), _VERSION])
+    record = plan.out.work / "meshes.json"
+    if record.is_file() and read_file(record) == key.encode():
+        return
+    record.unlink(missing_ok=True)
+    for step in ("meshes", "surfaces"):
+        shutil.rmtree(plan.journal(step), ignore_errors=True)
+    shutil.rmtree(plan.surfaces, ignore_errors=True)
+    plan.out.remove(FOLDER)
+    make_folder(plan.out.work)
+    write_atomic(record, key.encode())
+
+
+@dataclass(frozen=True)
+class Surfaces(Task):
+    """Write the fragments of some blocks, given by their places in the grid, in C order."""
+
+    items: Sequence[int]
+    plan: Plan
+
+    def run(self) -> int:
+        """Return how many blocks failed."""
+        plan = self.plan
+
+        def work(number: int, _unsynced: Unsynced) -> tuple[int, dict[str, str]]:
+            index = np.unravel_index(number, plan.grid)
+            start = [int(i) * b for i, b in zip(index, plan.block, strict=True)]
+            shape = plan.volume.shape
+            stop = [min(a + b, n) for a, b, n in zip(start, plan.block, shape, strict=True)]
+            # The cells between this block and the next are this one's, and those at the border of
+            # the volume, beyond which nothing lies.
+            end = [min(b + 1, n) for b, n in zip(stop, shape, strict=True)]
+            labels = plan.volume.read(start, end).astype(np.uint64, copy=False)
+            mine = labels[tuple(slice(0, b - a) for a, b in zip(start, stop, strict=True))]
+            pad = [(int(a == 0), int(b == n)) for a, b, n in zip(start, stop, shape, strict=True)]
+            first = [a - before for a, (before, _) in zip(start, pad, strict=True)]
+            owners, found = triangles(np.pad(labels, pad), first, shape)
+            write_fragments(plan.file(number), owners, found, _voxels(mine))
+            return mine.size, {}
+
+        return run_journalled(plan.journal("surfaces"), self.items, work)
+
+
+@dataclass(frozen=True)
+class Meshes(Task):
+    """Write some shards of meshes."""
+
+    items: Sequence[int]
+    plan: Plan
+
+    def run(self) -> int:
+        """Return how many shards failed."""
+        plan = self.plan
+        places: dict[int, dict[int, list[tuple[int, int]]]] = {n: {} for n in self.items}
+        for block in range(math.prod(plan.grid)):
+            segments = BlockFragments(plan.file(block)).segments
+            shards = shard_of(segments, plan.shard_bits)
+            for row in np.flatnonzero(np.isin(shards, self.items)).tolist():
+                of_shard = places[int(shards[row])]
+                of_shard.setdefault(int(segments[row]), []).append((block, row))
+
+        def work(shard: int, _unsynced: Unsynced) -> tuple[int, dict[str, str]]:
+            done = {segment: _mesh(plan, rows) for segment, rows in sorted(places[shard].items())}
+            if done:
+                name = f"{FOLDER}/{shard_name(shard, plan.shard_bits)}"
+                plan.out.write(name, pack_shard(done))
+            return len(done), {}
+
+        return run_journalled(plan.journal("meshes"), self.items, work)
+
+
+def _mesh(plan: Plan, rows: list[tuple[int, int]]) -> tuple[bytes, bytes]:
+    """Return the encoded mesh of a segment, given by its blocks and its rows in their files."""
+    voxels = faces = 0
+    for block, row in rows:
+        file = BlockFragments(plan.file(block))
+        voxels += file.voxel_count(row)
+        faces += file.face_count(row)
+
+    def fragments() -> Iterator[Fragment]:
+        for block, row in rows:
+            yield BlockFragments(plan.file(block)).read(row)
+
+    scale = plan.scale
+    if faces <= surface.MOST_FACES:
+        mesh, keep = surface.merge(fragments(), plan.volume.shape), plan.keep
+    else:
+        part = surface.PART_KEEP
+        mesh = surface.merge_large(fragments(), plan.volume.shape, part)
+        keep = plan.keep / part
+    resolution = scale.resolution[::-1]
+    simple = surface.simplify(mesh, voxels, resolution, keep)
+    place = [
+        o * r + s for o, r, s in zip(scale.voxel_offset, scale.resolution, scale.shift, strict=True)
+    ]
+    return encode(simple, resolution, place[::-1])
+
+
+def _voxels(labels: npt.NDArray[Any]) -> dict[int, int]:
+    """Return the voxels of each label: by runs, of which there are far fewer."""
+    flat = labels.ravel()
+    starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
+    lengths = np.diff(np.append(starts, flat.size))
+    known, places = np.unique(flat[starts], return_inverse=True)
+    counts = np.bincount(places, lengths).astype(int)
+    return dict(zip(known.tolist(), counts.tolist(), strict=True))

@@ -1,0 +1,107 @@
+"""Surfaces: closed for all labels, the same for all blocks, simplified within bounds."""
+
+import numpy as np
+import pytest
+import trimesh
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.spatial import cKDTree
+
+from agq.blockwise.export.meshes import surface
+from agq.blockwise.export.meshes.cells import places_of, triangles
+from agq.blockwise.export.meshes.fragments import Fragment
+from agq.blockwise.export.meshes.surface import Mesh, enclosed, is_closed, merge, simplify
+
+
+def fragments_of(labels: np.ndarray, label: int) -> Fragment:
+    owners, found = triangles(np.pad(labels.astype(np.uint64), 1), (-1, -1, -1), labels.shape)
+    numbers, places = np.unique(found[owners == label], return_inverse=True)
+    return Fragment(int((labels == label).sum()), numbers, places.reshape(-1, 3).astype(np.uint32))
+
+
+def cells(shape, n: int, seed: int) -> np.ndarray:
+    """Warped Voronoi cells."""
+    rng = np.random.default_rng(seed)
+    points = rng.random((n, 3)) * shape
+    voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
+    warp = [gaussian_filter(rng.standard_normal(shape), 5).ravel() * 150 for _ in range(3)]
+    return 1 + cKDTree(points).query(voxels + np.stack(warp, -1))[1].reshape(shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_label_of_any_volume_has_a_closed_surface(data):
+    shape = data.draw(st.tuples(*[st.integers(1, 5)] * 3))
+    seed, most = data.draw(st.integers(0, 2**32 - 1)), data.draw(st.integers(1, 4))
+    labels = np.random.default_rng(seed).integers(0, most + 1, shape)
+    for label in np.unique(labels[labels > 0]):
+        part = fragments_of(labels, label)
+        mesh = merge([part], shape)
+        assert is_closed(mesh.faces)
+        checked = trimesh.Trimesh(*mesh, process=False)
+        assert checked.is_watertight
+        assert checked.is_winding_consistent
+        assert 0 < checked.volume <= part.voxels
+        # No vertex is off the surface of the voxels: each lies in the middle of one's face.
+        inside = np.pad(labels == label, 1)
+        low = np.floor(mesh.vertices - 0.25).astype(int)[:, ::-1] + 1
+        high = np.floor(mesh.vertices + 0.25).astype(int)[:, ::-1] + 1
+        assert (inside[tuple(low.T)] != inside[tuple(high.T)]).all()
+
+
+def test_a_simplified_mesh_is_closed_and_holds_the_volume():
+    labels, size = cells((40, 60, 60), 20, 0), (8.0, 8.0, 20.0)
+    before = after = 0
+    for label in range(1, 21):
+        part = fragments_of(labels, label)
+        if not part.voxels:
+            continue
+        full = merge([part], labels.shape)
+        mesh = simplify(full, part.voxels, size, 0.1)
+        before, after = before + len(full.faces), after + len(mesh.faces)
+        assert is_closed(mesh.faces)
+        assert enclosed(mesh) == pytest.approx(part.voxels, rel=0.02)
+        assert surface_distance(mesh, labels == label).max() <= 1
+    assert after < 0.2 * before
+
+
+def surface_distance(mesh: Mesh, inside: np.ndarray) -> np.ndarray:
+    """Return how far each vertex is off the border of the voxels; in thirds, rounded down."""
+    low = np.argwhere(inside).min(axis=0)
+    high = np.argwhere(inside).max(axis=0) + 1
+    cut = inside[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    fine = np.pad(cut, 2).repeat(3, 0).repeat(3, 1).repeat(3, 2)
+    distance = np.maximum(distance_transform_edt(fine), distance_transform_edt(~fine)) - 1
+    places = np.floor((mesh.vertices[:, ::-1] - low + 2) * 3).astype(int)
+    return distance[tuple(places.T)] / 3
+
+
+def test_a_single_voxel_keeps_its_volume():
+    labels = np.zeros((3, 3, 3), int)
+    labels[1, 1, 1] = 1
+    mesh = simplify(merge([fragments_of(labels, 1)], labels.shape), 1, (8, 8, 40), 0.1)
+    assert enclosed(mesh) == pytest.approx(1, rel=0.02)
+    assert is_closed(mesh.faces)
+
+
+def test_sheets_that_meet_at_an_edge_are_parted():
+    """Two cubes that share an edge: four faces at it."""
+    one = trimesh.creation.box((1, 1, 1))
+    other = one.copy()
+    other.apply_translation((1, 1, 0))
+    corners = np.concatenate([one.vertices, other.vertices])
+    vertices, places = np.unique(corners, axis=0, return_inverse=True)
+    faces = places.reshape(-1)[np.concatenate([one.faces, other.faces + 8])]
+    assert not is_closed(faces)
+    mesh = surface._separated(vertices, faces)
+    assert is_closed(mesh.faces)
+    # Each cube has a vertex of its own in the middle of the edge.
+    assert len(mesh.vertices) == 18
+    assert len(np.unique(mesh.vertices, axis=0)) == 18
+    assert enclosed(mesh) == pytest.approx(2, abs=0.2)
+    assert trimesh.Trimesh(*mesh, process=False).body_count == 2
+
+
+def test_places_are_half_voxels():
+    assert places_of(np.array([0, 5 * 7 * 3 - 1]), (1, 2, 3)).tolist() == [[0, 0, 0], [3, 2, 1]]
