@@ -77,6 +77,11 @@ class RunFolder:
         """The zarr v3 group with fragments, affinities and segmentation."""
         return self.path / "data.zarr"
 
+    @property
+    def precomputed(self) -> Path:
+        """The export for neuroglancer, unless it was asked for elsewhere."""
+        return self.path / "precomputed"
+
     def journal(self, stage: str) -> Path:
         """Folder of the journal of a stage."""
         return self.path / "journal" / stage

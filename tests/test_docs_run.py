@@ -38,6 +38,7 @@ IN_ORDER = (
     "docs/your-data.md",
     "docs/watching.md",
     "docs/stitching.md",
+    "docs/shapes.md",
     "docs/open-in.md",
 )
 AFTER_THE_README = "docs/runs.md"  # goes on with its run

@@ -30,6 +30,7 @@ _MADE = re.compile(
             r"notify/(sent\.json|webhook|\.lock(\.owner)?)",
             r"logs/([^/]+/)*[^/]+\.(log|out|err)(\.\d+)?",
             r"baselines/watershed-[0-9a-f]{8}/.+",
+            r"precomputed/.+",
             _LEFTOVER,
         )
     )

@@ -11,11 +11,10 @@ segment or `surface.MOST_FACES`, whichever is smaller, not by the volume.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from agq.blockwise.stitch.steps import Progress, Task, Workers, digest
 from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Triple, triple
-from agq.reading import read_file
+from agq.reading import parse_json, read_file
 
 FOLDER = "mesh"
 """In the export; its ``info`` names it."""
@@ -134,6 +133,7 @@ def export_meshes(plan: Plan, client: Client, *, on_progress: Progress | None = 
     InputError
         If the export cannot be written to.
     """
+    plan = replace(plan, out=plan.out.opened())
     workers = Workers(client, plan.out.place, on_progress)
     _begin(plan)
     shards = 2**plan.shard_bits
@@ -144,9 +144,7 @@ def export_meshes(plan: Plan, client: Client, *, on_progress: Progress | None = 
         _run(workers, "surfaces", plan, [Surfaces(b, plan) for b in _batches(workers, missing)])
         _run(workers, "meshes", plan, [Meshes(b, plan) for b in _batches(workers, todo)])
         plan.out.write(f"{FOLDER}/info", info(plan.shard_bits))
-    described = json.loads(plan.out.read("info") or b"{}")
-    if described.get("mesh") != FOLDER:
-        plan.out.write("info", json.dumps({**described, "mesh": FOLDER}).encode())
+    plan.out.refer("mesh", FOLDER)
     shutil.rmtree(plan.surfaces, ignore_errors=True)
     return len(todo)
 
@@ -168,7 +166,7 @@ def _run(workers: Workers, step: str, plan: Plan, tasks: Sequence[Task]) -> None
 
 def _begin(plan: Plan) -> None:
     """Drop meshes that were made in another way."""
-    mark = json.loads(plan.out.read(MARK) or b"{}")
+    mark = parse_json(plan.out.read(MARK) or b"{}")
     key = digest([mark.get("key"), plan.scale.key, plan.keep, list(plan.block), _VERSION])
     record = plan.out.work / "meshes.json"
     if record.is_file() and read_file(record) == key.encode():

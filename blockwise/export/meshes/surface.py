@@ -11,9 +11,10 @@ A simplified mesh is taken only if it is closed, encloses the volume of the voxe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fast_simplification
 import numpy as np
@@ -40,6 +41,8 @@ _FEWEST = 60
 _FACTORS = (1, 2, 4)
 _APART = 0.05
 """Voxels by which vertices at the same place are moved apart."""
+
+_one_at_a_time = threading.Lock()  # the library keeps the mesh it works on in one global place
 
 Floats = npt.NDArray[np.float64]
 Faces = npt.NDArray[np.int64]
@@ -94,13 +97,11 @@ def merge_large(fragments: Iterable[Fragment], shape: Sequence[int], keep: float
     for part in fragments:
         places = places_of(part.vertices, shape)
         if len(part.faces) > _FEWEST:
-            part_places, part_faces = fast_simplification.simplify(
-                places, part.faces.astype(np.int32), target_reduction=1 - keep, preserve_border=True
-            )
+            part_places, part_faces = _simplified(places, part.faces, keep, preserve_border=True)
         else:
-            part_places, part_faces = places, part.faces
+            part_places, part_faces = places, part.faces.astype(np.int64)
         vertices.append(part_places)
-        faces.append(part_faces.astype(np.int64) + n)
+        faces.append(part_faces + n)
         n += len(part_places)
     known, places_in = np.unique(np.concatenate(vertices), axis=0, return_inverse=True)
     return Mesh(known, _sorted(places_in.reshape(-1)[np.concatenate(faces)]))
@@ -129,10 +130,7 @@ def simplify(mesh: Mesh, voxels: int, resolution: Sequence[float], keep: float) 
             target = max(_FEWEST, int(keep * factor * len(mesh.faces)))
             if target >= len(mesh.faces):
                 break
-            found = fast_simplification.simplify(
-                full, mesh.faces.astype(np.int32), target_count=target
-            )
-            simple = _separated(found[0], found[1].astype(np.int64))
+            simple = _separated(*_simplified(full, mesh.faces, target / len(mesh.faces)))
             if simple is None:
                 continue
             moved = _with_volume(Mesh(simple.vertices / size, simple.faces), voxels)
@@ -140,6 +138,16 @@ def simplify(mesh: Mesh, voxels: int, resolution: Sequence[float], keep: float) 
             if error <= VOLUME_ERROR and tree.query(moved.vertices)[0].max() <= MOST_OFF:
                 return moved
     return _with_volume(mesh, voxels)
+
+
+def _simplified(
+    vertices: Floats, faces: npt.NDArray[Any], keep: float, **options: Any
+) -> tuple[Floats, Faces]:
+    with _one_at_a_time:
+        found = fast_simplification.simplify(
+            vertices, faces.astype(np.int32), target_reduction=1 - keep, **options
+        )
+    return np.array(found[0]), np.array(found[1], np.int64)
 
 
 def enclosed(mesh: Mesh) -> float:

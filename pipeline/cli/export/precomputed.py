@@ -18,8 +18,13 @@ def precomputed(
         str, typer.Argument(help="Run folder (its segmentation), path or path::dataset.")
     ],
     out: Annotated[
-        str, typer.Argument(help="Folder to write, or s3://bucket/prefix, gs://bucket/prefix.")
-    ],
+        str | None,
+        typer.Argument(
+            help="Folder to write, or s3://bucket/prefix, gs://bucket/prefix; default: precomputed "
+            "in the run folder, where the viewer finds it.",
+            show_default=False,
+        ),
+    ] = None,
     image: Annotated[
         bool, typer.Option("--image", help="Grey values (raw encoding) instead of labels.")
     ] = False,
@@ -27,6 +32,18 @@ def precomputed(
     unsharded: Annotated[
         bool, typer.Option("--unsharded", help="One file for each chunk, for older readers.")
     ] = False,
+    with_meshes: Annotated[
+        bool, typer.Option("--meshes", help="Also a mesh of each segment, for the 3-D view.")
+    ] = False,
+    level_of_meshes: Annotated[
+        int | None,
+        typer.Option(
+            "--mesh-level",
+            min=0,
+            help="Level to make meshes of; default: the finest with voxels of at least 16 nm.",
+            show_default=False,
+        ),
+    ] = None,
     with_properties: Annotated[
         bool,
         typer.Option(
@@ -35,6 +52,7 @@ def precomputed(
             "segment_properties/segments.parquet.",
         ),
     ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Meshes and properties.")] = False,
     least_voxels: Annotated[
         int,
         typer.Option(
@@ -74,11 +92,13 @@ def precomputed(
 
     Stopped anywhere, the same command goes on there.
     """
+    from agq.blockwise.export.meshes.run import Plan, export_meshes, mesh_level
     from agq.blockwise.export.target import Target
     from agq.blockwise.export.volume import export_precomputed, plan_export
     from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.settings import DaskSettings
     from agq.blockwise.stitch.superblocks import StitchFiles
+    from agq.pipeline.folder import RunFolder
     from agq.pipeline.status.progress import RunProgress
 
     options: dict[str, Any] = {"kind": "raw" if image else "labels", "unit": unit}
@@ -87,9 +107,17 @@ def precomputed(
     if offset is not None:
         options["offset"] = parse_triple("--offset", offset)
     levels, version = _levels(source, options)
-    if work is None and version:
-        work = Path(source) / "exports"
+    if version:
+        work = work or Path(source) / "exports"
+        out = out or str(RunFolder(Path(source)).precomputed)
+    if out is None:
+        raise InputError(f"{source} is not a run folder: name OUT too, the folder to write")
     target = Target.of(out, work)
+    with_meshes, with_properties = with_meshes or everything, with_properties or everything
+    if image and (with_meshes or with_properties):
+        raise InputError(
+            "--meshes, --properties, --all: grey values have no segments; leave out --image"
+        )
     for note in levels[0].notes:
         say(f"agq: {note}", err=True)
     scales = plan_export(
@@ -112,8 +140,11 @@ def precomputed(
                 f"  this scale appears {by(scale.shift)} nm too low: its offset is not a whole "
                 "number of voxels"
             )
-    if image and with_properties:
-        raise InputError("--properties: grey values have no segments; leave out --image")
+    meshed = mesh_level(scales) if level_of_meshes is None else level_of_meshes
+    if meshed >= len(scales):
+        raise InputError(f"--mesh-level {meshed}: the levels are 0 to {len(scales) - 1}")
+    if with_meshes:
+        say(f"meshes of {scales[meshed].key}")
     if dry_run:
         return
     with dask_client(DaskSettings(workers=workers)) as client, RunProgress(None) as progress:
@@ -126,6 +157,10 @@ def precomputed(
             overwrite=overwrite,
             on_progress=progress.step,
         )
+        if with_meshes:
+            written += export_meshes(
+                Plan(levels[meshed], scales[meshed], target), client, on_progress=progress.step
+            )
         if with_properties:
             from agq.blockwise.export.properties import export_properties
 

@@ -15,8 +15,8 @@ from agq.blockwise.export.target import Target
 from agq.blockwise.export.volume import export_precomputed, plan_export
 from agq.blockwise.volumes.create import create_array
 from agq.blockwise.volumes.open import open_levels
-from tests.blockwise.export.meshes.test_surface import cells, surface_distance
 from tests.helpers.fragments import folder_bytes
+from tests.helpers.meshes import cells, surface_distance
 from tests.helpers.readers import read_with
 
 SIZE, OFFSET = (24, 8, 10), (48, -16, 30)
@@ -116,8 +116,7 @@ def test_stopped_and_continued_and_made_anew_in_another_way(source, tmp_path, cl
             export_meshes(plan, client, on_progress=stop)
         assert "mesh" not in json.loads((tmp_path / step / "info").read_text())
         assert 0 < export_meshes(plan, client) <= 2**plan.shard_bits
-        for found in (folder_bytes(tmp_path / "whole" / "mesh"),):
-            assert found == folder_bytes(tmp_path / step / "mesh")
+        assert folder_bytes(tmp_path / "whole" / "mesh") == folder_bytes(tmp_path / step / "mesh")
 
     coarser = Plan(plan.volume, plan.scale, plan.out, block=plan.block, keep=0.05)
     assert export_meshes(coarser, client) == 2**plan.shard_bits
