@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
 from agq.blockwise.blocks.label_pairs import MaskAgreement, PairTable
+from agq.blockwise.storage.frames import decompressed
 from agq.errors import DamagedError, InputError, repairable
 from agq.reading import NotAFileError, parse_json, read_file
 
@@ -249,7 +250,7 @@ class SidecarFile:
             at = 0
             wanted = [_form(*described_array) for described_array in described]
             total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in wanted)
-            raw = _decompressed(self._data[offset : offset + size], total)
+            raw = decompressed(self._data[offset : offset + size], total)
             for array, dtype, shape in wanted:
                 count = math.prod(shape)
                 values = np.frombuffer(raw, dtype, count, at) if count else np.zeros(0, dtype)
@@ -273,28 +274,6 @@ def _form(name: str, dtype: str, shape: list[int]) -> tuple[str, np.dtype[Any], 
     if found is None or len(shape) != ndim or any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"{name} is {dtype} of shape {shape}")
     return name, found, tuple(shape)
-
-
-def _decompressed(data: bytes, size: int) -> bytes:
-    """Decode a frame that has a number of bytes then: it may claim any."""
-    if size > _MOST_BYTES:
-        raise ValueError(f"a frame of {size} bytes, and {_MOST_BYTES} are the most")
-    if not data or not size:
-        if len(data) or size:
-            raise ValueError(f"a frame of {len(data)} bytes for {size}")
-        return b""
-    # zstd takes the length that a frame claims to have before it looks at its contents.
-    if _claimed(data) != size:
-        raise ValueError(f"a frame of other than {size} bytes")
-    return bytes(zstd.decompress(data))
-
-
-def _claimed(data: bytes) -> int:
-    """Return the length that the head of a zstd frame says it has when it is decoded (RFC 8878)."""
-    descriptor = data[4]
-    width = ((descriptor >> 5) & 1, 2, 4, 8)[descriptor >> 6]
-    start = 5 + (not (descriptor >> 5) & 1) + (0, 1, 2, 4)[descriptor & 3]
-    return int.from_bytes(data[start : start + width], "little") + 256 * (width == 2)
 
 
 def _require_forms(arrays: Mapping[str, NDArray]) -> None:

@@ -6,8 +6,10 @@ Steps, each with a key made from all that its output depends on, skipped if that
    ``classes``: voxels of each class in their fragments (``classes/``);
 2. ``agglomerate``: exact agglomeration, superblocks joined two by two (``agglomeration/``);
 3. ``lut``: segments of the dendrogram cut at the margin, up and down the same tree (``lut/``);
-4. ``relabel``: ``data.zarr/segmentation/s0``, by batches of blocks, journalled by block;
-5. ``pyramid``: ``s1``, ``s2``, ... and the OME-NGFF metadata, journalled by chunk.
+4. ``relabel``: ``data.zarr/segmentation/s0`` and the levels over it that fit into boxes of blocks,
+   box by box, journalled by block;
+5. ``pyramid``: the other levels, each made of the one below, journalled by file; the OME-NGFF
+   metadata.
 
 No process holds the whole graph or the whole id map. The result depends on fragments, evidence and
 thresholds alone, not on superblocks or workers. After a crash anywhere, running again ends in the
@@ -17,9 +19,11 @@ same bytes.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +44,8 @@ from agq.blockwise.stitch.classes import ClassRule, Count
 from agq.blockwise.stitch.cluster import LazyClient
 from agq.blockwise.stitch.contacts import Collect
 from agq.blockwise.stitch.merge.agglomeration import Merge
-from agq.blockwise.stitch.output.pyramid import (
-    Coarsen,
-    Pyramid,
-    coarse_chunks,
-    plan_levels,
-)
-from agq.blockwise.stitch.output.relabel import Relabel
+from agq.blockwise.stitch.output.boxes import Coarsen, Relabel
+from agq.blockwise.stitch.output.pyramid import Pass, Pyramid
 from agq.blockwise.stitch.segments import Cut, Map, Resolve, WriteSegments
 from agq.blockwise.stitch.settings import HALF_UNITS, Downsampling, MergeSettings, Thresholds
 from agq.blockwise.stitch.steps import Progress, Step, StitchError, Task, Workers, digest
@@ -62,7 +61,7 @@ from agq.blockwise.storage.files import make_folder, require_folder, write_atomi
 from agq.blockwise.volumes.content import read_content
 from agq.blockwise.volumes.create import open_array
 from agq.blockwise.volumes.open import open_volume
-from agq.blockwise.volumes.triples import Triple, checked_triple
+from agq.blockwise.volumes.triples import Triple, checked_triple, triple
 from agq.errors import DamagedError, InputError, repairable
 from agq.reading import read_record
 from agq.tables import Tabled
@@ -71,7 +70,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 ALGORITHM_VERSION = 3
-"""Raised whenever the same evidence would give another segmentation or other bytes."""
+"""Raised whenever the same evidence would give another segmentation."""
+
+_LAYOUT = 2
+"""Raised whenever the same segmentation would lie in other files: 1 was a chunk a file."""
 
 _TASKS_PER_CORE = 8
 """Of each level: enough to keep workers busy to the end, few enough for the scheduler."""
@@ -325,14 +327,8 @@ class _Stitch:
         self.files = StitchFiles(spec.run_dir)
         self.container = spec.run_dir / "data.zarr"
         self.journals = spec.run_dir / "journal"
-        grid = self.grid
-        self.pyramid = Pyramid(
-            self.container,
-            _SEGMENTATION,
-            plan_levels(grid.volume_shape, grid.write_shape, grid.voxel_size, spec.levels),
-            grid.write_shape,
-            grid.offset,
-            self._fragments_unit(),
+        self.pyramid = Pyramid.planned(
+            self.container, _SEGMENTATION, self.grid, self._fragments_unit(), spec.levels
         )
         self.report = StitchReport()
         self.leaf_shape: Triple = (1, 1, 1)
@@ -351,8 +347,7 @@ class _Stitch:
         # What follows does not depend on the superblocks.
         rule = [*thresholds.half_units, thresholds.margin_half_units, *classes]
         key = digest(key, spec.evidence, rule, spec.min_contact, spec.segment_ids, spec.min_size)
-        key = self._relabel(key)
-        self._coarsen(numbers, key)
+        self._write(numbers, digest(key, _LAYOUT))
         return self.report
 
     def _fragments_unit(self) -> str:
@@ -526,93 +521,134 @@ class _Stitch:
         report.merges = report.fragments - report.segments - report.small_segments
         report.end(step)
 
-    def _relabel(self, key: str) -> str:
-        """Write the full resolution; return the key of the step."""
-        folder = self.journals / "relabel"
-        # The coarse levels are made of this one, so what says they are done goes with it.
-        outputs = [self.container / _SEGMENTATION, folder, self.journals / "pyramid"]
+    def _write(self, numbers: NDArray[np.int64], key: str) -> None:
+        """Write all levels of the segmentation of some blocks, and their metadata."""
+        relabelled, coarse = self.journals / "relabel", self.journals / "pyramid"
+        group, pyramid, how = self.container / _SEGMENTATION, self.pyramid, self.spec.downsampling
+        self._note_layout(group)
+        # The coarse levels are made of the full one, so what says they are done goes with it.
+        outputs = [group, relabelled, coarse]
         step = Step(self.workers, "relabel", key, outputs, later=["pyramid"])
-        if step.finished() is None:
-            self.pyramid.create(slice(1))
-            make_folder(folder)
-            make_folder(self.journals / "pyramid")
-            journal = Journal(folder)
-            done = journal.done(self.grid.n_blocks)
-            total = sum(len(blocks) for _, blocks in self.leaves)
-            size = max(1, min(self.spec.batch_blocks, -(-total // (8 * self.workers.cores))))
-            tasks = []
-            for leaf, blocks in self.leaves:
-                todo = [number for number in blocks if not done[number]]
-                tasks += [
-                    Relabel(
-                        todo[at : at + size],
-                        container=self.container,
-                        source=_FRAGMENTS,
-                        target=self.pyramid.array(0),
-                        lut_file=self.files.map(leaf),
-                        journal=folder,
-                        grid=self.grid,
-                        revision=journal.revision,
-                    )
-                    for at in range(0, len(todo), size)
-                ]
-            self._run_journalled("relabel", tasks, total, folder)
-            self.workers.end_journal(folder)
-            step.finish({}, [self.container / self.pyramid.array(0) / _METADATA])
+        done = step.finished() is not None
+        arrays = {level.name for level in pyramid.levels[1:]} | {p.name for p in group.glob("s*")}
+        outputs = [group / name for name in sorted(arrays - {pyramid.levels[0].name})]
+        above = Step(
+            self.workers, "pyramid", digest(key, len(pyramid.levels), how), [*outputs, coarse]
+        )
+        above_done = above.finished() is not None
+        if not done:
+            pyramid.create(slice(None))
+            make_folder(relabelled)
+            make_folder(coarse)
+            self._relabel(relabelled)
+            step.finish({}, [self.container / pyramid.array(0) / _METADATA])
         self.report.end(step)
-        return step.key
-
-    def _coarsen(self, numbers: NDArray[np.int64], key: str) -> None:
-        """Write the coarse levels over some blocks, and the metadata of all."""
-        group, folder = self.container / _SEGMENTATION, self.journals / "pyramid"
-        levels, how = self.pyramid.levels, self.spec.downsampling
-        arrays = {level.name for level in levels[1:]} | {path.name for path in group.glob("s*")}
-        outputs = [group / name for name in sorted(arrays - {levels[0].name})]
-        key = digest(key, len(levels), how)
-        step = Step(self.workers, "pyramid", key, [*outputs, folder])
-        if step.finished() is None:
-            self.pyramid.create(slice(1, None))
-            make_folder(folder)
-            indices = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1)
-            for i in range(1, len(levels)):
-                indices, numbers = self._coarsen_level(i, indices, numbers, folder)
-            self.workers.end_journal(folder)
-            self.pyramid.write_metadata(how)
-            metadata = [self.pyramid.array(i) for i in range(1, len(levels))]
+        above.begun = time.monotonic()
+        if not above_done:
+            pyramid.create(slice(1, None))
+            make_folder(coarse)
+            chunks = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1)
+            for made in pyramid.passes:
+                chunks = self._coarsen(made, chunks)
+            self.workers.end_journal(coarse)
+            pyramid.write_metadata(how)
+            metadata = [pyramid.array(i) for i in range(1, len(pyramid.levels))]
             places = [self.container, group, *(self.container / name for name in metadata)]
-            step.finish({}, [place / _METADATA for place in places])
-        self.report.levels = len(levels)
-        self.report.end(step)
+            above.finish({}, [place / _METADATA for place in places])
+        self.report.levels = len(pyramid.levels)
+        self.report.end(above)
 
-    def _coarsen_level(
-        self, i: int, fine: NDArray[np.int64], fine_numbers: NDArray[np.int64], folder: Path
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Write a level over some chunks of the finer one; return its chunks and their numbers."""
-        pyramid, how = self.pyramid, self.spec.downsampling
-        digests = self._digests("relabel" if i == 1 else "pyramid", fine_numbers)
-        indices, chunk = coarse_chunks(fine, pyramid.levels[i].step)
-        numbers = pyramid.numbers(i, indices)
-        sources: dict[int, list[tuple[list[int], int]]] = {n: [] for n in numbers.tolist()}
-        for number, index, recorded in zip(
-            numbers[chunk].tolist(), fine.tolist(), digests.tolist(), strict=True
-        ):
-            sources[number].append((index, recorded))
+    def _note_layout(self, group: Path) -> None:
+        """Say that a segmentation of a former release is written anew."""
+        with suppress(InputError):
+            if open_array(self.container, self.pyramid.array(0), "r").shards is None:
+                self.note(
+                    f"{group}: a former release wrote it, a file for each block; it is written"
+                    " anew in shards, with the same labels"
+                )
+
+    def _relabel(self, folder: Path) -> None:
+        """Write the full resolution and the levels that are made with it."""
         journal = Journal(folder)
-        done = journal.done(pyramid.first(len(pyramid.levels)))
-        todo = np.flatnonzero(~done[numbers]).tolist()
-        tasks = []
-        for batch in self.workers.batches(todo, self.spec.batch_blocks, share=4):
-            chunks = [(int(numbers[place]), indices[place].tolist()) for place in batch]
-            made_of = {number: sources[number] for number, _ in chunks}
-            tasks.append(Coarsen(chunks, pyramid, i, how, folder, made_of, journal.revision))
-        self._run_journalled(f"pyramid {pyramid.levels[i].name}", tasks, len(indices), folder)
-        return indices, numbers
+        done = journal.done(self.grid.n_blocks)
+        box = np.array(self.pyramid.passes[0].box)
+        numbers = np.sort(np.concatenate([np.array(b, np.int64) for _, b in self.leaves]))
+        index = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1) // box
+        places, which = np.unique(index, axis=0, return_inverse=True)
+        order = np.argsort(which.reshape(-1), kind="stable")
+        held = np.split(numbers[order], np.cumsum(np.bincount(which.reshape(-1)))[:-1])
+        items = [
+            (triple(place), blocks.tolist())
+            for place, blocks in zip(places, held, strict=True)
+            if not done[blocks].all()
+        ]
+        most = max(1, self.spec.batch_blocks // math.prod(self.pyramid.passes[0].box))
+        tasks = [
+            Relabel(
+                batch,
+                *self._boxes(),
+                run_dir=self.run_dir,
+                source=_FRAGMENTS,
+                leaf_shape=self.leaf_shape,
+                grid=self.grid,
+            )
+            for batch in self.workers.batches(items, most, share=8)
+        ]
+        self._run_journalled("relabel", tasks, len(numbers), folder)
+        self.workers.end_journal(folder)
 
-    def _digests(self, stage: str, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Return the digests of what the journal of a stage records of chunks that are done."""
+    def _boxes(self) -> tuple[Pyramid, Downsampling, Path, tuple[int, int]]:
+        """Return what all tasks that write the segmentation are given."""
+        relabel, pyramid = (Journal(self.journals / s).revision for s in ("relabel", "pyramid"))
+        return self.pyramid, self.spec.downsampling, self.journals, (relabel, pyramid)
+
+    def _coarsen(self, made: Pass, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Write the levels of a pass over some chunks of its base; return those of its last."""
+        pyramid, folder = self.pyramid, self.journals / "pyramid"
+        levels = range(made.base + 1, made.last + 1)
+        if not levels:
+            return chunks
+        done = Journal(folder).done(pyramid.first(len(pyramid.levels)))
+        places = np.unique(chunks // np.array(made.box), axis=0)
+        whole = np.all([done[pyramid.numbers(level, places)] for level in levels], axis=0)
+        todo = [triple(place) for place in places[~whole]]
+        sources = self._sources(made, chunks) if todo else {}
+        tasks = [
+            Coarsen(
+                batch, *self._boxes(), made=made, sources={place: sources[place] for place in batch}
+            )
+            for batch in self.workers.batches(todo, self.spec.batch_blocks, share=4)
+        ]
+        names = "-".join(dict.fromkeys(pyramid.levels[n].name for n in (levels[0], levels[-1])))
+        self._run_journalled(f"pyramid {names}", tasks, len(places), folder)
+        return np.unique(chunks // np.array(pyramid.covered(made.last, made.base)), axis=0)
+
+    def _sources(
+        self, made: Pass, chunks: NDArray[np.int64]
+    ) -> dict[Triple, list[tuple[Triple, int]]]:
+        """Return, by box of a pass, the files of its base level with their recorded digests."""
+        pyramid, box, shard = self.pyramid, np.array(made.box), self.pyramid.shard(made.base)
+        rows = np.unique(np.concatenate((chunks // box, chunks // np.array(shard)), axis=1), axis=0)
+        if made.base:
+            numbers = pyramid.numbers(made.base, rows[:, 3:])
+            recorded = self._digests("pyramid")
+        else:
+            # All blocks of a file have its checksum.
+            of_file, first = np.unique(chunks // np.array(shard), axis=0, return_index=True)
+            known = dict(zip(map(tuple, of_file.tolist()), chunks[first].tolist(), strict=True))
+            indices = np.array([known[tuple(row)] for row in rows[:, 3:].tolist()])
+            numbers = np.ravel_multi_index(tuple(indices.T), self.grid.shape)
+            recorded = self._digests("relabel")
+        sources: dict[Triple, list[tuple[Triple, int]]] = {}
+        for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
+            source = triple(row[3:]), recorded.get(number, 0)
+            sources.setdefault(triple(row[:3]), []).append(source)
+        return sources
+
+    def _digests(self, stage: str) -> dict[int, int]:
+        """Return the digests of what the journal of a stage records of files that are done."""
         rows = Journal(self.journals / stage).rows
-        recorded = dict(zip(rows["block"].tolist(), rows["digest"].tolist(), strict=True))
-        return np.array([recorded.get(number, 0) for number in numbers.tolist()], np.uint64)
+        return dict(zip(rows["block"].tolist(), rows["digest"].tolist(), strict=True))
 
     def _split_and_run(self, name: str, task: SuperblockTask) -> list[Any]:
         return self.workers.run(name, task.split(_TASKS_PER_CORE * self.workers.cores))

@@ -12,7 +12,6 @@ import numpy as np
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.writer import take_back
-from agq.blockwise.stitch.output.pyramid import coarse_chunks
 from agq.blockwise.stitch.steps import Step
 from agq.blockwise.verify.report import Problem
 from agq.blockwise.verify.stitched import TABLES, pyramid_of
@@ -41,7 +40,9 @@ def repair(folder: Path, grid: BlockGrid, problems: Sequence[Problem]) -> dict[s
     """
     taken: Counter[str] = Counter()
     blocks = {p.block for p in problems if p.kind in _OUTPUTS}
-    relabelled = blocks | {p.block for p in problems if p.kind == "segmentation"}
+    relabelled = _whole_files(
+        folder, grid, blocks | {p.block for p in problems if p.kind == "segmentation"}
+    )
     chunks = {p.block for p in problems if p.kind == "pyramid"}
     journals = folder / "journal"
     taken["blocks"] = take_back(journals / "predict", _numbers(blocks), _REASON)
@@ -63,18 +64,33 @@ def _numbers(numbers: set[int | None]) -> np.ndarray:
     return np.array(sorted(n for n in numbers if n is not None), np.int64)
 
 
+def _whole_files(folder: Path, grid: BlockGrid, blocks: set[int | None]) -> set[int | None]:
+    """Return the blocks that share a file of the segmentation with some."""
+    if not blocks:
+        return blocks
+    pyramid = pyramid_of(folder, grid)
+    index = np.array([grid.index(n) for n in _numbers(blocks).tolist()], np.int64)
+    files = pyramid.shards_of(0, index)
+    return {
+        int(np.ravel_multi_index(chunk, grid.shape))
+        for place in files.tolist()
+        for chunk in pyramid.chunks_of(0, place)
+    }
+
+
 def _above(folder: Path, grid: BlockGrid, blocks: np.ndarray, chunks: np.ndarray) -> np.ndarray:
-    """Return the numbers of chunks of the pyramid, and of all above them and above some blocks."""
+    """Return the numbers of files of the pyramid, and of all above them and above some blocks."""
     pyramid = pyramid_of(folder, grid)
     by_level: list[list[np.ndarray]] = [[] for _ in pyramid.levels]
-    by_level[0] = [np.array(grid.index(number)) for number in blocks.tolist()]
-    for level, index in pyramid.places(chunks):
-        by_level[level].append(np.array(index))
+    if len(blocks):
+        index = np.stack(np.unravel_index(blocks, grid.shape), axis=1)
+        by_level[0] = list(pyramid.shards_of(0, index))
+    for level, place in pyramid.places(chunks):
+        by_level[level].append(np.array(place))
     numbers = [chunks]
     for level in range(1, len(pyramid.levels)):
         if by_level[level - 1]:
-            fine = np.stack(by_level[level - 1])
-            above, _ = coarse_chunks(fine, pyramid.levels[level].step)
+            above = pyramid.above(level - 1, np.unique(by_level[level - 1], axis=0))
             by_level[level] += list(above)
             numbers.append(pyramid.numbers(level, above))
     return np.unique(np.concatenate(numbers))

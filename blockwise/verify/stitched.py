@@ -1,7 +1,8 @@
 """Compares what a stitch has written with its records: tables, chunks, metadata of arrays."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import numpy as np
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
-from agq.blockwise.stitch.output.pyramid import Pyramid, chunk_problem, plan_levels
+from agq.blockwise.stitch.output.pyramid import Pyramid, shard_problem
 from agq.blockwise.stitch.steps import Step
 from agq.blockwise.storage.arrays import load_arrays
 from agq.blockwise.storage.files import file_checksum
 from agq.blockwise.verify.report import Kind, Problem
+from agq.blockwise.volumes.create import open_array
+from agq.blockwise.volumes.triples import triple
 from agq.errors import DamagedError, InputError
 
 STEPS = ("contacts", "classes", "agglomerate", "lut", "relabel", "pyramid")
@@ -51,7 +54,7 @@ class WrittenFile:
         """Say what is wrong with it; its contents are read only if asked for."""
         file = folder / self.path
         if isinstance(self.recorded, int) and contents:
-            return chunk_problem(file, self.recorded)
+            return shard_problem(file, self.recorded)
         if not file.exists():
             # A coarse chunk of background has no file, and no one says here which those are.
             return None if self.kind == "pyramid" else "file is missing"
@@ -69,9 +72,12 @@ class WrittenFile:
 
 
 def pyramid_of(folder: Path, grid: BlockGrid) -> Pyramid:
-    """Return the chunks of the segmentation's levels, however many of these were made."""
-    levels = plan_levels(grid.volume_shape, grid.write_shape, grid.voxel_size)
-    return Pyramid(folder / "data.zarr", "segmentation", levels, grid.write_shape, grid.offset)
+    """Return the files of the segmentation's levels, however many of these were made."""
+    pyramid = Pyramid.planned(folder / "data.zarr", "segmentation", grid)
+    with suppress(InputError):
+        if open_array(pyramid.container, pyramid.array(0), "r").shards is None:
+            return replace(pyramid, passes=())
+    return pyramid
 
 
 def damaged_markers(folder: Path) -> dict[str, Problem]:
@@ -110,19 +116,24 @@ def _tables(folder: Path, step: str) -> Iterator[WrittenFile]:
 
 
 def _chunks(folder: Path, grid: BlockGrid) -> Iterator[WrittenFile]:
-    """Yield the chunks of the segmentation that the journals know."""
+    """Yield the files of the segmentation that the journals know."""
     pyramid = pyramid_of(folder, grid)
     stages: list[tuple[str, Kind]] = [("relabel", "segmentation"), ("pyramid", "pyramid")]
     for stage, kind in stages:
         rows = Journal(folder / "journal" / stage).rows
         rows = rows[rows["rank"] == BlockState.DONE]
+        rows = rows[np.argsort(rows["block"])]
         numbers = rows["block"].astype(np.int64)
         if stage == "relabel":
-            places = [(0, grid.index(number)) for number in numbers.tolist()]
+            # The blocks of one file all have its checksum: the first stands for them.
+            index = np.stack(np.unravel_index(numbers, grid.shape), axis=1)
+            files, first = np.unique(index // np.array(pyramid.shard(0)), axis=0, return_index=True)
+            rows, numbers = rows[first], numbers[first]
+            places = [(0, triple(place)) for place in files]
         else:
             places = pyramid.places(numbers)
-        for number, digest, (level, index) in zip(
+        for number, digest, (level, place) in zip(
             numbers.tolist(), rows["digest"].tolist(), places, strict=True
         ):
-            path = f"data.zarr/{pyramid.array(level)}/c/{'/'.join(map(str, index))}"
+            path = f"data.zarr/{pyramid.array(level)}/c/{'/'.join(map(str, place))}"
             yield WrittenFile(kind, path, digest or None, number)

@@ -1,7 +1,8 @@
 """Arrays for results: create them, and write whole chunks durably.
 
 Outputs are zarr v3, zstd without shuffle (which hides the runs of equal labels: measured 2 to 3
-times larger), never sharded while blocks are written: a chunk, and a shard, has exactly one writer.
+times larger), never sharded while blocks are written: a chunk, and a shard, has exactly one writer
+(`volumes.shards` writes those).
 """
 
 import asyncio
@@ -19,16 +20,21 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from agq.blockwise.storage.files import Unsynced
+from agq.blockwise.volumes.shards import LEVEL, ChunkFiles
 from agq.errors import DamagedError, InputError, RunGoneError
 from agq.stores import RegularFiles
 
 # Without this zarr leaves chunks of zeros out, and a missing chunk could also be one never done.
 _CONFIG: Any = {"write_empty_chunks": True}
-_LEVEL = 3
 
 
 class _StandingFolder(RegularFiles):
     """A folder that writers do not make anew if it is moved away or deleted meanwhile."""
+
+    async def _open(self, *, mode: Any = None) -> None:
+        if not self.root.is_dir():  # zarr makes it, and all folders above it
+            raise FileNotFoundError(f"{self.root} does not exist")
+        await super()._open(mode=mode)
 
     async def set(self, key: str, value: Buffer) -> None:
         await asyncio.to_thread(self.set_sync, key, value)
@@ -66,6 +72,7 @@ def create_array(
     voxel_size: Sequence[int],
     offset: Sequence[int] = (0, 0, 0),
     unit: str = "nm",
+    shards: Sequence[int] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> "zarr.Array[Any]":
     """Create a zarr v3 array that `funlib.persistence.open_ds` reads, or reopen the same one.
@@ -84,6 +91,8 @@ def create_array(
         World units per voxel and place of the first voxel, (z, y, x).
     unit
         World unit of voxel size and offset.
+    shards
+        Voxels of a file of several chunks, a multiple of these; None: a chunk is a file.
     attributes
         More attributes to store; not compared when the array exists.
 
@@ -95,8 +104,8 @@ def create_array(
     Raises
     ------
     InputError
-        If an array of that name exists with another shape, chunks, dtype, voxel size, offset or
-        unit.
+        If an array of that name exists with another shape, chunks, shards, dtype, voxel size,
+        offset or unit.
     """
     if len(shape) != len(chunks):
         raise ValueError(f"shape {shape} and chunks {chunks} differ in length")
@@ -105,6 +114,7 @@ def create_array(
         "shape": tuple(int(n) for n in shape),
         "chunks": tuple(int(n) for n in chunks),
         "dtype": np.dtype(dtype),
+        "shards": None if shards is None else tuple(int(n) for n in shards),
     }
     axes = ("c^", "z", "y", "x")[-len(shape) :]
     stored: dict[str, Any] = {
@@ -123,7 +133,7 @@ def create_array(
         name=name,
         **layout,
         filters=None,
-        compressors=zarr.codecs.ZstdCodec(level=_LEVEL),
+        compressors=zarr.codecs.ZstdCodec(level=LEVEL),
         fill_value=0,
         zarr_format=3,
         attributes={**stored, **(attributes or {})},
@@ -188,7 +198,8 @@ def _reopen(folder: Path, name: str, wanted: Mapping[str, Any]) -> "zarr.Array[A
     existing = {
         **array.attrs,
         "shape": array.shape,
-        "chunks": array.shards or array.chunks,
+        "chunks": array.chunks,
+        "shards": array.shards,
         "dtype": np.dtype(array.dtype),
     }
     for key, value in wanted.items():
@@ -240,13 +251,15 @@ def open_array(container: str | Path, name: str, mode: Any = "r+") -> "zarr.Arra
     store = _StandingFolder(Path(container), read_only=mode == "r")
     try:
         array = zarr.open_array(store=store, path=name, mode=mode, zarr_format=3)
-    except (FileNotFoundError, zarr.errors.BaseZarrError) as error:
-        raise InputError(f"{Path(container) / name}: there is no such array yet") from error
+    except (FileNotFoundError, zarr.errors.BaseZarrError):
+        array = None
     except OSError:
         raise
     except Exception as error:  # of whatever type zarr raises over malformed metadata
         file = Path(container) / name / "zarr.json"
         raise DamagedError(f"{file}: file is damaged ({error})") from None
+    if array is None:  # with zarr's error behind it, this one could not be sent by dask
+        raise InputError(f"{Path(container) / name}: there is no such array yet")
     return array.with_config(_CONFIG)
 
 
@@ -270,11 +283,8 @@ def chunk_box(
 
 
 def chunk_file(array: "zarr.Array[Any]", index: Sequence[int]) -> Path:
-    """Return the file that holds a chunk of an array in a local folder."""
-    store = array.store_path.store
-    assert isinstance(store, LocalStore)
-    key = array.metadata.encode_chunk_key(tuple(int(i) for i in index))
-    return Path(store.root) / array.store_path.path / key
+    """Return the file of an array in a local folder that holds a chunk, alone or in a shard."""
+    return ChunkFiles(array).file(index)
 
 
 def read_chunk(array: "zarr.Array[Any]", index: Sequence[int]) -> npt.NDArray[Any]:
@@ -287,16 +297,13 @@ def read_chunk(array: "zarr.Array[Any]", index: Sequence[int]) -> npt.NDArray[An
     IndexError
         If the array has no such chunk.
     """
-    start, stop = chunk_box(array, index)
-    file = chunk_file(array, index)
-    if not file.exists():
-        raise DamagedError(f"{file}: file is missing")
-    try:
-        return np.asarray(array[tuple(slice(b, e) for b, e in zip(start, stop, strict=True))])
-    except OSError:
-        raise
-    except Exception as error:  # of whatever type the codec raises
-        raise DamagedError(f"{file}: file is damaged ({error})") from None
+    files = ChunkFiles(array)
+    data = files.read(index)
+    if data is None:
+        file = files.file(index)
+        what = "chunk is missing" if files.sharded and file.exists() else "file is missing"
+        raise DamagedError(f"{file}: {what}")
+    return data
 
 
 def write_chunk(
@@ -323,10 +330,13 @@ def write_chunk(
     Raises
     ------
     ValueError
-        If shape or dtype of the data are not those of the chunk: numpy would broadcast or wrap.
+        If shape or dtype of the data are not those of the chunk: numpy would broadcast or wrap; or
+        if the array is sharded: two writers of a shard would lose chunks.
     IndexError
         If the array has no such chunk.
     """
+    if array.shards is not None:
+        raise ValueError(f"{array.name} is sharded: its chunks are not written one by one")
     start, stop = chunk_box(array, chunk_index)
     expected = tuple(e - b for b, e in zip(start, stop, strict=True))
     if data.shape != expected or data.dtype != array.dtype:

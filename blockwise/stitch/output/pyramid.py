@@ -14,15 +14,19 @@ world offset plus half the growth of the voxel, ``(f - 1) / 2 * voxel_size``: th
 they are when a viewer changes level. The arrays' own ``offset`` attribute (funlib.persistence)
 means the *corner* of the first voxel and is the same at every level.
 
-A chunk of a coarse level has the shape of a chunk of the fine one and one writer.
+**Files.** A chunk of a coarse level has the shape of a chunk of the fine one. The chunks of a box
+lie in one file, a shard. The levels are made in passes (:func:`plan_passes`): a pass takes boxes of
+chunks of a level, small enough for one task, and makes the shards of some levels that lie over
+each, one shard a level. So a shard has one writer. Passes depend on the volume alone, never on the
+workers.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +35,15 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.records import sums_digest
-from agq.blockwise.journal.writer import run_journalled
-from agq.blockwise.stitch.output.relabel import SEGMENTATION
 from agq.blockwise.stitch.settings import Downsampling
-from agq.blockwise.stitch.steps import Task
-from agq.blockwise.storage.files import Unsynced, file_checksum
-from agq.blockwise.volumes.create import (
-    chunk_box,
-    chunk_file,
-    create_array,
-    ome_attributes,
-    open_array,
-    write_chunk,
-)
+from agq.blockwise.storage.files import file_checksum
+from agq.blockwise.volumes.create import create_array, ome_attributes
 from agq.blockwise.volumes.triples import Triple, triple
-from agq.errors import repairable
+
+SEGMENTATION = "segmentation"
+"""What the journal's checksum of a shard of the segmentation is named."""
 
 _DESCRIPTIONS: dict[Downsampling, str] = {
     "majority": "most frequent label of the window; ties to foreground, then to the smallest id",
@@ -54,6 +51,15 @@ _DESCRIPTIONS: dict[Downsampling, str] = {
 }
 
 _NONE = np.uint64(0)
+
+_BOXES = 16
+"""Boxes that a pass has at least, so that workers of small volumes have something to do."""
+
+_FEWEST, _MOST = 8, 64
+"""Chunks of a box: at least one coarse chunk's, and not more than are quickly made again."""
+
+_MOST_VOXELS = 2**28
+"""Of a box of more chunks than the fewest."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,58 @@ def plan_levels(
     return levels
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Levels that are made together, box by box.
+
+    Attributes
+    ----------
+    base, last
+        Levels ``base + 1`` to ``last`` are made of level ``base``; the first pass makes that too.
+    box
+        Chunks of level ``base`` on each axis that a box has; a multiple of what one chunk of level
+        ``last`` covers.
+    """
+
+    base: int
+    last: int
+    box: Triple
+
+
+def plan_passes(
+    shape: Sequence[int], chunks: Sequence[int], voxel_size: Sequence[int]
+) -> list[Pass]:
+    """Return the passes that make all levels of a volume; parameters as of `plan_levels`."""
+    levels = plan_levels(shape, chunks, voxel_size)
+    passes: list[Pass] = []
+    while not passes or passes[-1].last < len(levels) - 1:
+        base = last = passes[-1].last if passes else 0
+        grid = [-(-n // c) for n, c in zip(levels[base].shape, chunks, strict=True)]
+        most = min(_MOST, math.prod(grid) // _BOXES, _MOST_VOXELS // math.prod(chunks))
+        most = max(_FEWEST, most)
+
+        def held(box: Sequence[int], grid: Sequence[int] = grid) -> int:
+            return math.prod(min(n, side) for n, side in zip(grid, box, strict=True))
+
+        box = (1, 1, 1)
+        for level in levels[base + 1 :]:
+            wider = triple(b * f for b, f in zip(box, level.step, strict=True))
+            if held(wider) > most:
+                break
+            box, last = wider, last + 1
+        while growing := [d for d in range(3) if box[d] < grid[d]]:
+            axis = min(growing, key=box.__getitem__)
+            wider = triple(n << (d == axis) for d, n in enumerate(box))
+            if held(wider) > most:
+                break
+            box = wider
+        passes.append(Pass(base, last, box))
+    return passes
+
+
 @numba.njit(cache=True, nogil=True)
 def _mode(fine, step, out):  # type: ignore[no-untyped-def]
-    window = np.empty(8, np.uint64)
+    window = np.empty(8, fine.dtype)
     for z in range(out.shape[0]):
         for y in range(out.shape[1]):
             for x in range(out.shape[2]):
@@ -148,14 +203,14 @@ def _mode(fine, step, out):  # type: ignore[no-untyped-def]
 
 
 def downsample(
-    labels: NDArray[np.uint64], step: Sequence[int], how: Downsampling = "majority"
-) -> NDArray[np.uint64]:
+    labels: NDArray[Any], step: Sequence[int], how: Downsampling = "majority"
+) -> NDArray[Any]:
     """Return one label of each window (see the module).
 
     Parameters
     ----------
     labels
-        uint64, (z, y, x).
+        uint64 or uint32, (z, y, x); so is the result.
     step
         Window in voxels, each 1 or 2; windows at the end are clipped.
     how
@@ -163,27 +218,9 @@ def downsample(
     """
     if how == "stride":
         return np.ascontiguousarray(labels[tuple(slice(None, None, n) for n in step)])
-    out = np.empty([-(-n // f) for n, f in zip(labels.shape, step, strict=True)], np.uint64)
+    out = np.empty([-(-n // f) for n, f in zip(labels.shape, step, strict=True)], labels.dtype)
     _mode(np.ascontiguousarray(labels), triple(step), out)
     return out
-
-
-def coarse_chunks(
-    fine: NDArray[np.int64], step: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the chunks of the next level that cover some chunks of this one.
-
-    Chunks have the same shape in voxels at both levels.
-
-    Returns
-    -------
-    chunks
-        Their indices, (n, 3).
-    cover
-        Of each of the fine chunks, the place in this list of the one that covers it.
-    """
-    chunks, cover = np.unique(fine // np.asarray(step), axis=0, return_inverse=True)
-    return chunks, cover.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -202,6 +239,8 @@ class Pyramid:
         World position of the corner of the first voxel.
     unit
         World unit.
+    passes
+        As planned by :func:`plan_passes`; empty: a chunk is a file, as in former releases.
     """
 
     container: Path
@@ -210,6 +249,27 @@ class Pyramid:
     chunks: Sequence[int]
     offset: Sequence[int]
     unit: str = "nm"
+    passes: Sequence[Pass] = ()
+
+    @classmethod
+    def planned(
+        cls,
+        container: Path,
+        group: str,
+        grid: BlockGrid,
+        unit: str = "nm",
+        max_levels: int | None = None,
+    ) -> Pyramid:
+        """Plan the pyramid of a volume whose blocks are its chunks; see `plan_levels`."""
+        volume = grid.volume_shape, grid.write_shape, grid.voxel_size
+        levels = plan_levels(*volume, max_levels)
+        top = len(levels) - 1
+        passes = [
+            Pass(made.base, min(made.last, top), made.box)
+            for made in plan_passes(*volume)
+            if made.base < max(top, 1)
+        ]
+        return cls(container, group, levels, grid.write_shape, grid.offset, unit, passes)
 
     def array(self, level: int) -> str:
         """Return the name of a level's array in the container."""
@@ -217,12 +277,15 @@ class Pyramid:
 
     def create(self, levels: slice) -> None:
         """Create the arrays of some levels, or check those that exist."""
-        for level in self.levels[levels]:
+        for number in range(len(self.levels))[levels]:
+            level = self.levels[number]
+            shard = [n * c for n, c in zip(self.shard(number), self.chunks, strict=True)]
             create_array(
                 self.container,
                 f"{self.group}/{level.name}",
                 shape=level.shape,
                 chunks=self.chunks,
+                shards=shard if self.passes else None,
                 dtype=np.uint64,
                 voxel_size=level.voxel_size,
                 offset=self.offset,
@@ -234,23 +297,63 @@ class Pyramid:
         shape = self.levels[level].shape
         return triple(-(-n // c) for n, c in zip(shape, self.chunks, strict=True))
 
-    def first(self, level: int) -> int:
-        """Return the number in the journal of a level's first chunk: all count, from ``s1`` on."""
-        return sum(math.prod(self.grid(i)) for i in range(1, level))
+    def maker(self, level: int) -> Pass:
+        """Return the pass that makes a level."""
+        return next(p for p in self.passes if level <= p.last)
 
-    def numbers(self, level: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the numbers in the journal of chunks of a level, given by their indices (n, 3)."""
-        places = np.ravel_multi_index(tuple(indices.T), self.grid(level))
-        return self.first(level) + places.astype(np.int64)
+    def covered(self, level: int, base: int) -> Triple:
+        """Return the chunks of a finer level that a chunk of a level covers on each axis."""
+        factors = zip(self.levels[level].factor, self.levels[base].factor, strict=True)
+        return triple(a // b for a, b in factors)
+
+    def shard(self, level: int) -> Triple:
+        """Return the chunks in a file of a level on each axis."""
+        if not self.passes:
+            return 1, 1, 1
+        made = self.maker(level)
+        return triple(n // c for n, c in zip(made.box, self.covered(level, made.base), strict=True))
+
+    def shards(self, level: int) -> Triple:
+        """Return the files of a level on each axis."""
+        return triple(-(-n // s) for n, s in zip(self.grid(level), self.shard(level), strict=True))
+
+    def first(self, level: int) -> int:
+        """Return the number in the journal of a level's first file: all count, from ``s1`` on."""
+        return sum(math.prod(self.shards(i)) for i in range(1, level))
+
+    def numbers(self, level: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers in the journal of files of a level, given by their places (n, 3)."""
+        flat = np.ravel_multi_index(tuple(places.T), self.shards(level))
+        return self.first(level) + flat.astype(np.int64)
 
     def places(self, numbers: NDArray[np.int64]) -> list[tuple[int, Triple]]:
-        """Return level and index of chunks, given by their numbers in the journal."""
+        """Return level and place of files, given by their numbers in the journal."""
         firsts = np.array([self.first(level) for level in range(1, len(self.levels) + 1)])
         levels = np.searchsorted(firsts, numbers, side="right")
         return [
-            (level, triple(np.unravel_index(number - firsts[level - 1], self.grid(level))))
+            (level, triple(np.unravel_index(number - firsts[level - 1], self.shards(level))))
             for level, number in zip(levels.tolist(), numbers.tolist(), strict=True)
         ]
+
+    def shards_of(self, level: int, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the places, (n, 3), of the files that hold some chunks of a level, once each."""
+        return np.unique(chunks // np.array(self.shard(level)), axis=0)
+
+    def chunks_of(self, level: int, place: Sequence[int]) -> Iterator[Triple]:
+        """Yield the chunks that a file of a level may hold."""
+        for chunk in itertools.product(
+            *(
+                range(p * s, min((p + 1) * s, n))
+                for p, s, n in zip(place, self.shard(level), self.grid(level), strict=True)
+            )
+        ):
+            yield triple(chunk)
+
+    def above(self, level: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the places of the files of the next level that some files of a level go into."""
+        step = np.array(self.levels[level + 1].step)
+        fine = [chunk for place in places.tolist() for chunk in self.chunks_of(level, place)]
+        return self.shards_of(level + 1, np.array(fine, np.int64).reshape(-1, 3) // step)
 
     def write_metadata(self, how: Downsampling = "majority") -> None:
         """Write the OME-NGFF 0.5 ``multiscales`` and ``image-label`` metadata of the group."""
@@ -279,92 +382,28 @@ class Pyramid:
         return described | {"image-label": {}}
 
 
-def chunk_sums(file: Path) -> dict[str, str]:
-    """Return what the journal records of a chunk of the segmentation: the checksum of its file.
+def shard_sums(checksum: str | None) -> dict[str, str]:
+    """Return what the journal records of a file of the segmentation.
 
-    A chunk without a file reads as background, and that is recorded too.
+    Without a file (and a checksum) its voxels read as background, and that is recorded too.
     """
-    try:
-        return {SEGMENTATION: file_checksum(file)}
-    except FileNotFoundError:
-        return {SEGMENTATION: "background"}
+    return {SEGMENTATION: checksum or "background"}
 
 
-def chunk_problem(file: Path, digest: int) -> str | None:
-    """Say what is wrong with a chunk of the segmentation.
+def shard_problem(file: Path, digest: int) -> str | None:
+    """Say what is wrong with a file of the segmentation.
 
     Parameters
     ----------
     file
-        Of the chunk.
+        The file.
     digest
         Of its checksums in the journal, as `sums_digest`; 0: none were recorded.
     """
-    sums = chunk_sums(file)
-    if digest in (0, sums_digest(sums)):
+    try:
+        found = file_checksum(file)
+    except FileNotFoundError:
+        found = None
+    if digest in (0, sums_digest(shard_sums(found))):
         return None
-    lost = sums[SEGMENTATION] == "background"
-    return "file is missing" if lost else "file is not the one that was written"
-
-
-@dataclass(frozen=True)
-class Coarsen(Task):
-    """Write some chunks of a coarse level, given by number in the journal and index.
-
-    Attributes
-    ----------
-    pyramid, level
-        Levels, and the place of the coarse one among them.
-    how
-        Label that is taken of a window.
-    journal
-        Folder of the stage's journal.
-    sources
-        By number: chunks of the finer level that a chunk is made of, each with the digest of its
-        checksum in the journal (0: not recorded).
-    revision
-        Of the journal (`JournalWriter.revision`).
-    """
-
-    items: Sequence[tuple[int, Sequence[int]]]
-    pyramid: Pyramid
-    level: int
-    how: Downsampling
-    journal: Path
-    sources: Mapping[int, Sequence[tuple[Sequence[int], int]]] = field(default_factory=dict)
-    revision: int = 0
-
-    def run(self) -> int:
-        """Return how many chunks failed."""
-        container, step = self.pyramid.container, self.pyramid.levels[self.level].step
-        source = open_array(container, self.pyramid.array(self.level - 1), "r")
-        target = open_array(container, self.pyramid.array(self.level))
-        indices = dict(self.items)
-
-        def work(number: int, unsynced: Unsynced) -> tuple[int, dict[str, str]]:
-            for fine_chunk, digest in self.sources.get(number, ()):
-                file = chunk_file(source, fine_chunk)
-                if problem := chunk_problem(file, digest):
-                    raise repairable(f"{file}: {problem}", container.parent)
-            start, stop = chunk_box(target, indices[number])
-            labels = np.empty([b - a for a, b in zip(start, stop, strict=True)], np.uint64)
-            # One fine chunk at a time: memory holds two chunks, not nine.
-            cuts = [
-                sorted({a, b, *(-(-k // f) for k in range((a * f // c + 1) * c, b * f, c))})
-                for a, b, f, c in zip(start, stop, step, source.chunks, strict=True)
-            ]
-            for part in itertools.product(*(itertools.pairwise(ends) for ends in cuts)):
-                fine = tuple(
-                    slice(a * f, min(b * f, n))
-                    for (a, b), f, n in zip(part, step, source.shape, strict=True)
-                )
-                inside = tuple(slice(a - o, b - o) for (a, b), o in zip(part, start, strict=True))
-                labels[inside] = downsample(np.asarray(source[fine]), step, self.how)
-            # A chunk of background reads as background without a file.
-            if labels.any():
-                write_chunk(target, indices[number], labels, unsynced)
-            else:
-                chunk_file(target, indices[number]).unlink(missing_ok=True)
-            return labels.size, chunk_sums(chunk_file(target, indices[number]))
-
-        return run_journalled(self.journal, indices, work, self.revision)
+    return "file is missing" if found is None else "file is not the one that was written"

@@ -1,4 +1,4 @@
-"""Id map stored by block, and the blockwise pass that applies it to the fragments.
+"""Id map stored by block, and how it is applied to the fragments of one.
 
 The map is dense by local label: entry ``label - 1`` of a block's slice is the segment id of its
 local label ``label`` (0 where the label does not exist). Each leaf superblock has a file of its
@@ -7,8 +7,6 @@ own, so no process ever holds the map of the volume.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numba
@@ -16,15 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
-from agq.blockwise.journal.writer import run_journalled
-from agq.blockwise.stitch.steps import Task
 from agq.blockwise.storage.arrays import load_arrays
-from agq.blockwise.storage.files import Unsynced, file_checksum
-from agq.blockwise.volumes.create import chunk_file, open_array, read_chunk, write_chunk
-from agq.errors import DamagedError, InputError, repairable
-
-SEGMENTATION = "segmentation"
-"""What the journal's checksum of a chunk's file is named."""
+from agq.errors import DamagedError, InputError
 
 _BITS = np.uint64(LOCAL_BITS)
 _MASK = np.uint64(2**LOCAL_BITS - 1)
@@ -185,7 +176,7 @@ def relabel_block(
     lut: NDArray[np.uint64],
     voxels: NDArray[np.int64] | None = None,
     *,
-    in_place: bool = False,
+    out: NDArray[np.uint64] | None = None,
 ) -> NDArray[np.uint64]:
     """Return the segment ids of a block's fragments.
 
@@ -197,9 +188,9 @@ def relabel_block(
         Segment ids of its local labels 1, 2, ...
     voxels
         Voxels that each of these labels must have; None: not checked.
-    in_place
-        Write them over the fragments, if those lie in C order: new memory takes longer to get than
-        to fill.
+    out
+        Contiguous memory for the result, which may be the fragments': new memory takes longer to
+        get than to fill.
 
     Raises
     ------
@@ -208,7 +199,8 @@ def relabel_block(
     """
     fragments = np.ascontiguousarray(fragments)
     counts = np.zeros(len(lut), np.int64)
-    out = fragments if in_place else np.empty_like(fragments)
+    if out is None:
+        out = np.empty_like(fragments)
     flat = fragments.reshape(-1)
     lut = np.ascontiguousarray(lut)
     unknown = int(_apply(flat, np.uint64(number), lut, out.reshape(-1), counts))
@@ -224,50 +216,3 @@ def relabel_block(
             f" {voxels[label]}: the fragments are not those that were stitched"
         )
     return out
-
-
-@dataclass(frozen=True)
-class Relabel(Task):
-    """Relabel some blocks, by one part of the id map.
-
-    A block that fails is recorded with its traceback and does not stop the others.
-
-    Attributes
-    ----------
-    container, source, target
-        Zarr container, and the arrays of fragments and segments in it; chunk = block.
-    lut_file, journal
-        File of the :class:`BlockLut`, and folder of the stage's journal.
-    grid
-        Blocks of the whole volume.
-    revision
-        Of the journal (`JournalWriter.revision`).
-    """
-
-    items: Sequence[int]
-    container: Path
-    source: str
-    target: str
-    lut_file: Path
-    journal: Path
-    grid: BlockGrid
-    revision: int = 0
-
-    def run(self) -> int:
-        """Return how many blocks failed."""
-        lut = BlockLut.open(self.lut_file)
-        fragments = open_array(self.container, self.source, "r")
-        segments = open_array(self.container, self.target)
-
-        def work(number: int, unsynced: Unsynced) -> tuple[int, dict[str, str]]:
-            index = self.grid.index(number)
-            segment_ids, voxels = lut.block(number), lut.block_voxels(number)
-            try:
-                labels = read_chunk(fragments, index)
-                labels = relabel_block(labels, number, segment_ids, voxels, in_place=True)
-            except DamagedError as error:
-                raise repairable(error, self.container.parent) from None
-            write_chunk(segments, index, labels, unsynced)
-            return labels.size, {SEGMENTATION: file_checksum(chunk_file(segments, index))}
-
-        return run_journalled(self.journal, self.items, work, self.revision)

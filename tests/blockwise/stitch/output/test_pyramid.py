@@ -10,15 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ome_zarr_models.v05 import ImageLabel
 
+from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
-from agq.blockwise.stitch.output.pyramid import (
-    Coarsen,
-    Pyramid,
-    coarse_chunks,
-    downsample,
-    plan_levels,
-)
-from agq.blockwise.volumes.create import create_array, open_array
+from agq.blockwise.stitch.output.boxes import Coarsen
+from agq.blockwise.stitch.output.pyramid import Pyramid, downsample, plan_levels, plan_passes
+from agq.blockwise.volumes.create import open_array
 from agq.blockwise.volumes.open import open_volume
 from tests.helpers.stitch_runs import PLAIN_DOWNSAMPLE
 
@@ -78,55 +74,91 @@ def test_levels_end_for_any_shape(shape):
 CHUNKS, SIZE, OFFSET = (3, 5, 4), (30, 6, 6), (60, -12, 18)
 
 
-def build(folder, volume, chosen=None, how="majority"):
-    """Write a pyramid as the stitch does; `chosen` selects the chunks of s0 that have data."""
-    levels = plan_levels(volume.shape, CHUNKS, SIZE)
-    pyramid = Pyramid(folder, "segmentation", levels, CHUNKS, OFFSET)
+GRID = BlockGrid(volume_shape=(10, 23, 17), write_shape=CHUNKS, voxel_size=SIZE, offset=OFFSET)
+
+
+def planned(folder, grid=GRID):
+    return Pyramid.planned(folder, "segmentation", grid)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [
+        ((400, 4000, 4000), (16, 256, 256)),
+        ((100, 1, 7000), (16, 16, 16)),
+        ((30, 300, 300), (2, 3, 5)),
+        ((5, 5, 5), (9, 9, 9)),
+        ((4000, 4000, 4000), (500, 500, 500)),
+    ],
+)
+def test_passes_make_every_level_once_in_whole_files(shape, chunks):
+    levels, passes = plan_levels(shape, chunks, SIZE), plan_passes(shape, chunks, SIZE)
+    assert [made.base for made in passes] == [0, *(made.last for made in passes[:-1])]
+    assert passes[-1].last == len(levels) - 1
+    grid = BlockGrid(volume_shape=shape, write_shape=chunks, voxel_size=SIZE)
+    pyramid = planned(Path(), grid)
+    for made in passes:
+        held = [min(b, n) for b, n in zip(made.box, pyramid.grid(made.base), strict=True)]
+        assert np.prod(held) <= max(8, min(64, np.prod(pyramid.grid(made.base)) // 16))
+        for level in range(made.base, made.last + 1):
+            covered = pyramid.covered(level, made.base)
+            assert all(b % c == 0 for b, c in zip(made.box, covered, strict=True))
+            if level:
+                assert (
+                    pyramid.maker(level)
+                    is pyramid.passes[passes.index(made) - (level == made.base)]
+                )
+    numbers = np.arange(pyramid.first(len(levels)))
+    for number, (level, place) in zip(numbers, pyramid.places(numbers), strict=True):
+        assert pyramid.numbers(level, np.array([place])).tolist() == [number]
+
+
+def build(folder, volume, chosen=None, how="majority", pyramid=None):
+    """Write the levels over s0 as the stitch does; `chosen` selects the chunks with data."""
+    pyramid = pyramid or planned(folder)
     pyramid.create(slice(None))
     open_array(folder, "segmentation/s0")[:] = volume
-    grid = [-(-n // c) for n, c in zip(volume.shape, CHUNKS, strict=True)]
-    indices = np.array(list(np.ndindex(*grid)) if chosen is None else chosen)
-    numbers = []
-    for i, level in enumerate(levels[1:], 1):
-        indices, _ = coarse_chunks(indices, level.step)
-        named = pyramid.numbers(i, indices).tolist()
-        numbers += named
-        chunks = list(zip(named, indices.tolist(), strict=True))
-        failed = Coarsen(chunks, pyramid, i, how, folder / "journal").run()
-        assert failed == 0
+    (folder / "journal/pyramid").mkdir(parents=True)
+    chunks = np.array(list(np.ndindex(*GRID.shape)) if chosen is None else chosen)
+    for made in pyramid.passes:
+        places = [tuple(p) for p in np.unique(chunks // np.array(made.box), axis=0).tolist()]
+        task = Coarsen(places, pyramid, how, folder / "journal", (0, 0), made=made)
+        assert task.run() == 0
+        chunks = np.unique(chunks // np.array(pyramid.covered(made.last, made.base)), axis=0)
     pyramid.write_metadata(how)
-    return levels, numbers
+    return pyramid
 
 
 @pytest.mark.parametrize("how", sorted(PLAIN_DOWNSAMPLE))
-def test_chunks_give_the_levels_of_the_whole_volume(tmp_path, how):
+def test_boxes_give_the_levels_of_the_whole_volume(tmp_path, how):
+    """Also where windows cross from one chunk into the next: the sides of these are odd."""
     rng = np.random.default_rng(0)
-    volume = rng.integers(0, 3, (10, 23, 17)).astype(np.uint64)
-    levels, numbers = build(tmp_path, volume, how=how)
-    assert sorted(numbers) == list(
-        range(Pyramid(tmp_path, "", levels, CHUNKS, OFFSET).first(len(levels)))
-    )
-    assert Journal(tmp_path / "journal").done(len(numbers)).all()
-    for level in levels[1:]:
+    volume = rng.integers(0, 3, GRID.volume_shape).astype(np.uint64)
+    pyramid = build(tmp_path, volume, how=how)
+    assert len(pyramid.passes) > 1
+    files = pyramid.first(len(pyramid.levels))
+    assert Journal(tmp_path / "journal/pyramid").done(files).all()
+    for level in pyramid.levels[1:]:
         volume = PLAIN_DOWNSAMPLE[how](volume, level.step)
         assert np.array_equal(open_array(tmp_path, f"segmentation/{level.name}", "r")[:], volume)
 
 
-def test_only_chunks_over_data_are_written(tmp_path):
-    volume = np.zeros((10, 23, 17), np.uint64)
+def test_only_files_over_data_are_written(tmp_path):
+    volume = np.zeros(GRID.volume_shape, np.uint64)
     volume[3:6, 5:10, 4:8] = 8
-    levels, numbers = build(tmp_path, volume, chosen=[(1, 1, 1)])
-    assert len(numbers) == len(levels) - 1
-    for level in levels[1:]:
+    pyramid = build(tmp_path, volume, chosen=[(1, 1, 1)])
+    for level in pyramid.levels[1:]:
         volume = PLAIN_DOWNSAMPLE["majority"](volume, level.step)
         assert np.array_equal(open_array(tmp_path, f"segmentation/{level.name}", "r")[:], volume)
+        files = [p for p in (tmp_path / "segmentation" / level.name).rglob("*") if p.is_file()]
+        assert len(files) == 1 + volume.any()
 
 
 @pytest.mark.parametrize("how", sorted(PLAIN_DOWNSAMPLE))
 def test_metadata_is_valid_and_in_place(tmp_path, how):
     volume = np.zeros((10, 23, 17), np.uint64)
     volume[5, 11, 9] = 4
-    levels, _ = build(tmp_path, volume, how=how)
+    levels = build(tmp_path, volume, how=how).levels
     with warnings.catch_warnings():
         # funlib.persistence 0.7 defines a pydantic model in a deprecated way when imported.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -175,18 +207,21 @@ def test_metadata_of_one_level():
     ]
 
 
-def test_damaged_chunk_fails_alone(tmp_path):
-    levels = plan_levels((6, 10, 16), CHUNKS, SIZE, 2)
-    pyramid = Pyramid(tmp_path, "segmentation", levels, CHUNKS, OFFSET)
+def test_a_damaged_chunk_fails_its_box_alone(tmp_path):
+    volume = np.full(GRID.volume_shape, 5, np.uint64)
+    pyramid = planned(tmp_path)
     pyramid.create(slice(None))
-    fine = create_array(
-        tmp_path, "segmentation/s0", shape=levels[0].shape, chunks=CHUNKS, dtype=np.uint64,
-        voxel_size=SIZE, offset=OFFSET,
-    )  # fmt: skip
-    fine[:] = 5
+    open_array(tmp_path, "segmentation/s0")[:] = volume
+    files = pyramid.shards(0)
+    assert np.prod(files) > 2
     (tmp_path / "segmentation" / "s0" / "c" / "0" / "0" / "0").write_bytes(b"damaged")
-    chunks = [(0, (0, 0, 0)), (1, (0, 0, 1))]
-    failed = Coarsen(chunks, pyramid, 1, "majority", tmp_path / "journal").run()
-    assert failed == 1
-    assert [record.block for record in Journal(tmp_path / "journal").failed()] == [0]
-    assert (open_array(tmp_path, "segmentation/s1", "r")[:3, :, 4:] == 5).all()
+    (tmp_path / "journal/pyramid").mkdir(parents=True)
+    made, places = pyramid.passes[0], [(0, 0, 0), (0, 0, 1)]
+    task = Coarsen(places, pyramid, "majority", tmp_path / "journal", (0, 0), made=made)
+    assert task.run() == 1
+    journal = Journal(tmp_path / "journal/pyramid")
+    assert [record.block for record in journal.failed()] == [0]
+    assert journal.counts()["done"] == made.last - made.base
+    width = pyramid.shard(1)[2] * CHUNKS[2]
+    written = open_array(tmp_path, "segmentation/s1", "r")[:]
+    assert (written[: CHUNKS[0], : CHUNKS[1], width : width + 1] == 5).all()

@@ -6,16 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
-from agq.blockwise.journal.reader import Journal
 from agq.blockwise.stitch.output.relabel import (
     BlockLut,
-    Relabel,
     relabel_block,
 )
 from agq.blockwise.storage.arrays import save_arrays
-from agq.blockwise.volumes.create import create_array, open_array
 from agq.errors import InputError
-from tests.helpers.fragments import GRID
 
 
 def fragment(number: int, label: int) -> int:
@@ -70,43 +66,3 @@ def test_relabel_block():
         ids[3, 4, 5] = foreign
         with pytest.raises(InputError, match=f"{foreign} is not in the id map"):
             relabel_block(ids, number, lut)
-
-
-def test_batch_records_what_failed_and_goes_on(tmp_path):
-    options = {
-        "shape": GRID.volume_shape,
-        "chunks": GRID.write_shape,
-        "dtype": np.uint64,
-        "voxel_size": GRID.voxel_size,
-    }
-    fragments = create_array(tmp_path / "c", "fragments", **options)
-    create_array(tmp_path / "c", "segmentation/s0", **options)
-    for number in (0, 1, 2):
-        start, stop = GRID.write_box(number)
-        fragments[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = fragment(
-            number, 1
-        )
-    ids = np.array([fragment(0, 1), fragment(2, 1)], np.uint64)
-    lut = BlockLut.build(np.arange(GRID.n_blocks), ids, np.ones(2, np.uint64))
-    save_arrays(tmp_path / "lut.npz", lut.arrays())
-    failed = Relabel(
-        [0, 1, 2],
-        tmp_path / "c",
-        "fragments",
-        "segmentation/s0",
-        tmp_path / "lut.npz",
-        tmp_path / "journal",
-        GRID,
-    ).run()
-    assert failed == 1
-    journal = Journal(tmp_path / "journal")
-    assert np.flatnonzero(journal.done(GRID.n_blocks)).tolist() == [0, 2]
-    (record,) = journal.failed()
-    assert record.block == 1
-    assert "not in the id map" in (record.reason or "")
-    assert "Traceback" in (record.error or "")
-    written = open_array(tmp_path / "c", "segmentation/s0", "r")[:]
-    for number, value in ((0, 1), (1, 0), (2, 1)):
-        start, stop = GRID.write_box(number)
-        inside = written[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
-        assert (inside == value).all()
