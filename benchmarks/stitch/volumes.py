@@ -20,10 +20,11 @@ from agq.blockwise.blocks.sidecar import Sidecar, SidecarFile, build_sidecar, si
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.cluster import dask_client
-from agq.blockwise.stitch.run import StitchReport, StitchSpec, run_stitch
+from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.create import create_array, open_array, write_chunk
+from agq.blockwise.volumes.shards import ChunkFiles
 
 BLOCK = (16, 256, 256)
 PATTERNS = 7
@@ -143,11 +144,6 @@ def warm_up(client: Client, folder: Path) -> None:
         plain_copy(client, run_dir, small)
 
 
-def stitch_seconds(report: StitchReport) -> float:
-    """Return the seconds of the stitch without its pyramid."""
-    return sum(report.seconds[name] for name in STEPS)
-
-
 class CpuTime:
     """CPU seconds of workers, scheduler and client by step of a stitch."""
 
@@ -169,6 +165,33 @@ class CpuTime:
             self._step, self._begun = name, now
 
 
+def parts(folder: Path, grid: BlockGrid) -> dict[str, float]:
+    """Return the CPU seconds of what cannot be left out, for all blocks, on one core."""
+    source = ChunkFiles(open_array(folder / "data.zarr", "fragments", "r"))
+    target = ChunkFiles(open_array(folder / "data.zarr", "segmentation/s0"))
+    raw, seconds = np.empty(source.chunks, np.uint64), {"read": 0.0, "encode": 0.0, "write": 0.0}
+    scratch = folder / "scratch"
+    numbers = range(0, grid.n_blocks, max(1, grid.n_blocks // 50))
+    for number in numbers:
+        marks = [time.process_time()]
+        labels = source.read(grid.index(number), raw)
+        marks.append(time.process_time())
+        data = target.encode(labels)
+        marks.append(time.process_time())
+        scratch.write_bytes(data)
+        marks.append(time.process_time())
+        for name, begun, ended in zip(seconds, marks, marks[1:], strict=False):
+            seconds[name] += ended - begun
+    scratch.unlink()
+    return {name: spent * grid.n_blocks / len(numbers) for name, spent in seconds.items()}
+
+
+def count_files(folder: Path) -> int:
+    """Return the files of a run."""
+    made = ("data.zarr", "sidecars", "contacts", "agglomeration", "lut", "journal", "stitch")
+    return sum(p.is_file() for name in made for p in (folder / name).rglob("*"))
+
+
 def volume(blocks: Sequence[int], workers: int | None, folder: Path) -> None:
     """Print the time of each step of a stitch, and of plain copies before and after it."""
     grid = made_grid(blocks)
@@ -178,28 +201,44 @@ def volume(blocks: Sequence[int], workers: int | None, folder: Path) -> None:
         cpu = CpuTime(client)
         cpu("copy")
         copied = [plain_copy(client, folder, grid)]
-        spec = StitchSpec(run_dir=folder, grid=grid.to_dict())
+        spec = StitchSpec(run_dir=folder, grid=grid.to_dict(), levels=1)
         report = run_stitch(spec, client, cpu)
+        wall, alone = dict(report.seconds), dict(cpu.seconds)
+        for gone in ("data.zarr/segmentation", "data.zarr/copy"):
+            shutil.rmtree(folder / gone)
         cpu("copy")
-        shutil.rmtree(folder / "data.zarr" / "copy")
         copied.append(plain_copy(client, folder, grid))
+        report = run_stitch(spec.model_copy(update={"levels": None}), client, cpu)
         cpu("")
-        cores = len(client.ncores())
+        shutil.rmtree(folder / "data.zarr" / "copy")
+        cores, files = len(client.ncores()), count_files(folder)
     voxels = int(np.prod(grid.volume_shape)) / 1e6
     print(
         f"{voxels:.0f} Mvoxel, {grid.n_blocks} blocks, {report.fragments} fragments,"
         f" {report.contacts} contacts, {report.segments} segments, {cores} workers;"
         f" copies took {copied[0]:.2f} and {copied[1]:.2f} s"
     )
-    wall = {"plain copy": sum(copied) / 2, **report.seconds, "stitch": stitch_seconds(report)}
-    used = cpu.seconds | {"plain copy": cpu.seconds["copy"] / 2}
-    used["stitch"] = sum(used[name] for name in STEPS)
+    used = {name: alone[name] for name in STEPS}
+    used["plain copy"] = cpu.seconds["copy"] / 2
+    used["stitch"] = sum(alone[name] for name in STEPS)
+    used["relabel+"] = sum(cpu.seconds.get(n, 0.0) for n in ("relabel", "pyramid"))
+    used["relabel+"] -= alone["relabel"] + alone.get("pyramid", 0.0)
+    used["with pyramid"] = used["stitch"] - used["relabel"] + used["relabel+"]
+    wall["relabel+"] = report.seconds["relabel"] + report.seconds["pyramid"]
+    wall |= {"plain copy": sum(copied) / 2, "stitch": sum(wall[name] for name in STEPS)}
+    wall["with pyramid"] = wall["stitch"] - wall["relabel"] + wall["relabel+"]
     print(f"{'step':>12} {'s':>8} {'Mvoxel/s':>9} {'of copy':>8} {'CPU s':>8} {'of copy':>8}")
-    for name, seconds in wall.items():
+    for name, spent in used.items():
+        seconds = wall[name]
         print(
             f"{name:>12} {seconds:8.2f} {voxels / seconds:9.1f} {seconds / wall['plain copy']:8.2f}"
-            f" {used[name]:8.2f} {used[name] / used['plain copy']:8.2f}"
+            f" {spent:8.2f} {spent / used['plain copy']:8.2f}"
         )
+    shares = parts(folder, grid)
+    shares["labels, Python"] = used["relabel"] - sum(shares.values())
+    told = ", ".join(f"{name} {v / used['relabel']:.0%}" for name, v in shares.items())
+    print(f"of relabel: {told}")
+    print(f"{files} files, {files / grid.n_blocks:.2f} a block")
 
 
 SUPERBLOCK = (4, 4, 4)

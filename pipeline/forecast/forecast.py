@@ -8,12 +8,13 @@ time for 17 Mvoxel of labels. What a timed block wrote takes the place of the si
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.stitch.output.pyramid import plan_levels
+from agq.blockwise.stitch.output.pyramid import Pyramid
 from agq.blockwise.stitch.superblocks import leaf_shape
 from agq.blockwise.storage.files import format_bytes
 from agq.pipeline.forecast.timing import Timing
@@ -223,18 +224,16 @@ def disk_bytes(work: Work) -> dict[str, int]:
 def _files(work: Work, means: Means) -> dict[str, int]:
     """Count files by kind of output."""
     grid, blocks = work.grid, work.blocks
-    levels = plan_levels(grid.volume_shape, grid.write_shape, grid.voxel_size, work.levels)
-    coarse = sum(
-        math.prod(-(-n // c) for n, c in zip(level.shape, grid.write_shape, strict=True))
-        for level in levels[1:]
-    )
+    pyramid = Pyramid.planned(Path(), "", grid, max_levels=work.levels)
+    levels = pyramid.levels
+    share = blocks / grid.n_blocks
+    shards = [math.ceil(share * math.prod(pyramid.shards(i))) for i in range(len(levels))]
     leaf = leaf_shape(grid.shape, max(blocks, 1), means.cores, 512)
     leaves = min(blocks, math.prod(-(-n // side) for n, side in zip(grid.shape, leaf, strict=True)))
     files = {"fragments": blocks, "sidecars": blocks}
     if work.affinities:
         files["affinities"] = blocks
-    files["segmentation"] = blocks
-    files["pyramid"] = math.ceil(coarse * blocks / grid.n_blocks)
+    files["segmentation"], files["pyramid"] = shards[0], sum(shards[1:])
     # Contacts, merges by level, and the id map, of each leaf.
     files["tables"] = math.ceil(3.3 * leaves) + 6
     # A journal and a log of each process; metadata of arrays, records, checksums of tables.

@@ -50,8 +50,6 @@ _DESCRIPTIONS: dict[Downsampling, str] = {
     "stride": "first voxel of the window",
 }
 
-_NONE = np.uint64(0)
-
 _BOXES = 16
 """Boxes that a pass has at least, so that workers of small volumes have something to do."""
 
@@ -178,27 +176,44 @@ def plan_passes(
 @numba.njit(cache=True, nogil=True)
 def _mode(fine, step, out):  # type: ignore[no-untyped-def]
     window = np.empty(8, fine.dtype)
+    depth, height, width = fine.shape
+    # Most windows are whole and of one label: these are told by few comparisons, without a loop.
+    squares = step[1] == 2 and step[2] == 2
     for z in range(out.shape[0]):
+        first, last = z * step[0], min((z + 1) * step[0], depth) - 1
         for y in range(out.shape[1]):
+            j = y * step[1]
+            whole = width // 2 if squares and j + 1 < height else 0
             for x in range(out.shape[2]):
-                n, same = 0, True
-                for i in range(z * step[0], min((z + 1) * step[0], fine.shape[0])):
-                    for j in range(y * step[1], min((y + 1) * step[1], fine.shape[1])):
-                        for k in range(x * step[2], min((x + 1) * step[2], fine.shape[2])):
-                            window[n] = fine[i, j, k]
-                            same = same and window[n] == window[0]
+                k = x * step[2]
+                label = fine[first, j, k]
+                if x < whole and (
+                    label == fine[first, j, k + 1]
+                    and label == fine[first, j + 1, k]
+                    and label == fine[first, j + 1, k + 1]
+                    and label == fine[last, j, k]
+                    and label == fine[last, j, k + 1]
+                    and label == fine[last, j + 1, k]
+                    and label == fine[last, j + 1, k + 1]
+                ):
+                    out[z, y, x] = label
+                    continue
+                n = 0
+                for a in range(first, last + 1):
+                    for b in range(j, min(j + step[1], height)):
+                        for c in range(k, min(k + step[2], width)):
+                            window[n] = fine[a, b, c]
                             n += 1
                 best, votes = window[0], 0
-                if not same:
-                    for a in range(n):
-                        count = 0
-                        for b in range(n):
-                            count += window[a] == window[b]
-                        label = window[a]
-                        if count > votes or (
-                            count == votes and label != _NONE and (best == _NONE or label < best)
-                        ):
-                            best, votes = label, count
+                for a in range(n):
+                    count = 0
+                    for b in range(n):
+                        count += window[a] == window[b]
+                    label = window[a]
+                    if count > votes or (
+                        count == votes and label != 0 and (best == 0 or label < best)
+                    ):
+                        best, votes = label, count
                 out[z, y, x] = best
 
 

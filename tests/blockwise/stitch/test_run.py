@@ -1,6 +1,9 @@
 """The whole stitch: against whole arrays, any batches and workers, resumed, and refused."""
 
+import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +16,17 @@ from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch import run as stitch
 from agq.blockwise.stitch.cluster import dask_client
+from agq.blockwise.stitch.output.pyramid import Pyramid
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings, Thresholds
-from agq.blockwise.stitch.steps import StitchError
-from agq.blockwise.volumes.create import chunk_file, open_array
+from agq.blockwise.stitch.steps import Step, StitchError
+from agq.blockwise.storage.files import file_checksum
+from agq.blockwise.verify.check import verify
+from agq.blockwise.volumes.create import chunk_box, chunk_file, open_array, write_chunk
 from agq.blockwise.volumes.shards import ChunkFiles
 from agq.errors import InputError, RunGoneError
 from agq.pipeline.export.stitched import version_of
-from tests.helpers.fragments import GRID, Run, make_run, same_partition, write_run
+from tests.helpers.fragments import GRID, Run, box, make_run, same_partition, write_run
 from tests.helpers.stitch_runs import (
     STEPS,
     expected_segments,
@@ -313,4 +319,50 @@ def test_stopped_in_any_step(run, run_dir, client, undisturbed, step):
     run_stitch(run.spec(run_dir), client, lambda name, done, _: first.setdefault(name, done))
     if step in ("relabel", "pyramid s1"):
         assert first[step] > 0
+    assert results(run_dir) == undisturbed
+
+
+def test_a_stitch_of_a_former_release_is_read_checked_and_written_anew(
+    run, run_dir, client, undisturbed
+):
+    """It had a file for each chunk, and a line for each in its journals."""
+    run_stitch(run.spec(run_dir), client)
+    container, pyramid = run_dir / "data.zarr", Pyramid.planned(Path(), "segmentation", GRID)
+    former = replace(pyramid, container=container, passes=())
+    labels = [segmentation(run_dir, level) for level in range(len(former.levels))]
+    for stage in ("relabel", "pyramid"):
+        shutil.rmtree(run_dir / "journal" / stage)
+    shutil.rmtree(container / "segmentation")
+    former.create(slice(None))
+    former.write_metadata()
+    for level, values in enumerate(labels):
+        array, records = open_array(container, former.array(level)), []
+        for index in np.ndindex(*former.grid(level)):
+            start, stop = chunk_box(array, index)
+            write_chunk(array, index, values[box(start, stop)])
+            number = int(former.numbers(level, np.array([index]))[0]) if level else 0
+            sums = {"segmentation": file_checksum(chunk_file(array, index))}
+            number = number if level else int(np.ravel_multi_index(index, GRID.shape))
+            records.append(BlockRecord(number, "done", sums=sums))
+        stage = "pyramid" if level else "relabel"
+        with JournalWriter(run_dir / "journal" / stage, WorkerInfo("w", "here", 1)) as journal:
+            journal.finish_many(records)
+    for step in ("relabel", "pyramid"):
+        marker = run_dir / "stitch" / f"{step}.json"
+        marker.write_text(json.dumps({**Step.read(run_dir, step), "key": "former"}))
+        marker.with_suffix(".sums").unlink()
+    assert version_of(run_dir) == "former"
+    assert np.array_equal(segmentation(run_dir), expected_segments(run))
+    report = verify(run_dir, GRID, affinities=False)
+    assert report.problems == []
+    assert report.checked["segmentation"] == GRID.n_blocks
+    flipped = chunk_file(open_array(container, "segmentation/s0"), (1, 1, 1))
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"!")
+    assert [p.path for p in verify(run_dir, GRID, affinities=False).problems] == [
+        "data.zarr/segmentation/s0/c/1/1/1"
+    ]
+    notes: list[str] = []
+    again = run_stitch(run.spec(run_dir), client, on_note=notes.append)
+    assert again.reused == STEPS[:3]
+    assert any("former release" in note for note in notes)
     assert results(run_dir) == undisturbed

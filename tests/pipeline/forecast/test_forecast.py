@@ -35,7 +35,7 @@ def test_hours_money_and_wall_time_follow_from_blocks_and_workers():
     assert expected.seconds["predict"] == 102 * 2 + 30  # 810 blocks in rounds of 8
     assert list(expected.seconds) == ["predict", "stitch", "pyramid", "evaluate"]
     assert 90e6 < expected.disk_bytes["fragments"] < 100e6
-    assert expected.files["fragments"] == expected.files["segmentation"] == 900
+    assert expected.files["fragments"] == 900 > 20 * expected.files["segmentation"]
     assert "affinities" not in expected.files
     more = forecast(work, Means(8, gpus=True, cores=16), None)
     assert (more.cost, more.worker_hours, "predict" in more.seconds) == (None, None, False)
