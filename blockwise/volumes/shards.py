@@ -236,7 +236,7 @@ def _status(stream: Any) -> tuple[int, int]:
 
 def _is_plain(array: "zarr.Array[Any]") -> bool:
     """Whether chunks are stored as `volumes.create.create_array` has them: bytes, then zstd."""
-    codecs = getattr(array.metadata, "codecs", ())  # zarr 2 has none
+    codecs: Any = getattr(array.metadata, "codecs", ())  # zarr 2 has none
     if array.shards is not None:
         (outer,) = codecs
         if not isinstance(outer, ShardingCodec) or outer.index_location.value != "end":
