@@ -23,8 +23,8 @@ from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.blockwise.storage.files import write_atomic
+from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.volumes.create import create_array, open_array, write_chunk
-from agq.blockwise.volumes.shards import ChunkFiles
 
 BLOCK = (16, 256, 256)
 PATTERNS = 7

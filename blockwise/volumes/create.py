@@ -2,7 +2,7 @@
 
 Outputs are zarr v3, zstd without shuffle (which hides the runs of equal labels: measured 2 to 3
 times larger), never sharded while blocks are written: a chunk, and a shard, has exactly one writer
-(`volumes.shards` writes those).
+(`storage.shards` writes those).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from agq.blockwise.storage.files import Unsynced
-from agq.blockwise.volumes.shards import LEVEL, ChunkFiles
+from agq.blockwise.storage.shards import LEVEL, ChunkFiles
 from agq.errors import DamagedError, InputError, RunGoneError
 from agq.stores import RegularFiles
 

@@ -39,8 +39,8 @@ from agq.blockwise.stitch.settings import Downsampling
 from agq.blockwise.stitch.steps import Task
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock
 from agq.blockwise.storage.files import FATAL_ERRNOS, Unsynced
+from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.volumes.create import open_array
-from agq.blockwise.volumes.shards import ChunkFiles
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import DamagedError, repairable
 

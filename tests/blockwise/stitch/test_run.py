@@ -21,9 +21,9 @@ from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings, Thresholds
 from agq.blockwise.stitch.steps import Step, StitchError
 from agq.blockwise.storage.files import file_checksum
+from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.verify.check import verify
 from agq.blockwise.volumes.create import chunk_box, chunk_file, open_array, write_chunk
-from agq.blockwise.volumes.shards import ChunkFiles
 from agq.errors import InputError, RunGoneError
 from agq.pipeline.export.stitched import version_of
 from tests.helpers.fragments import GRID, Run, box, make_run, same_partition, write_run

@@ -7,8 +7,8 @@ import pytest
 import tensorstore
 import zarr
 
+from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.volumes.create import create_array, open_array, read_chunk, write_chunk
-from agq.blockwise.volumes.shards import ChunkFiles
 from agq.errors import DamagedError
 
 SHAPE, CHUNKS, SHARD = (5, 9, 7), (2, 3, 2), (1, 2, 3)
