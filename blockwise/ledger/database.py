@@ -100,6 +100,9 @@ class Ledger:
             socketTimeoutMS=4 * milliseconds,
             wTimeoutMS=4 * milliseconds,
             appname="agq",
+            # One record that another program has spoiled must not hide all others.
+            datetime_conversion="DATETIME_AUTO",
+            unicode_decode_error_handler="replace",
             **durable,
         )
 

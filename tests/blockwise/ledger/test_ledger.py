@@ -350,6 +350,14 @@ def test_refused_documents_are_counted_and_do_not_stop_the_rest(ledger, tmp_path
     assert sorted(in_ledger(ledger, "r")) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
 
 
+def test_a_record_that_python_cannot_hold_hides_no_other(ledger):
+    # The test server refuses such records; MongoDB stores them.
+    year_300_000 = bson.datetime_ms.DatetimeMS(2**53)
+    data = bson.encode({"at": year_300_000, "note": "aXXa"}).replace(b"aXXa", b"a\xff\xfea")
+    found = bson.decode(data, ledger.runs.codec_options)
+    assert found == {"at": year_300_000, "note": "a\ufffd\ufffda"}
+
+
 def test_validators_refuse_what_no_client_should_write(ledger):
     ledger.blocks.drop()
     ledger._prepared = False
