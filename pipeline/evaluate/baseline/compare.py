@@ -206,7 +206,7 @@ def compare(
         chosen.append(best(points, search.criterion))
         if tuned is None:
             curves += points
-    min_size = _stitch_settings(run).min_size
+    min_size = stitch_settings(run).min_size
     final = [_scored(agq, _labels(run.container, "segmentation", truth), truth, options)]
     for item in chosen:
         waiting.doing(f"writing and scoring the volume, {_SHORT[item.method]}")
@@ -238,10 +238,11 @@ def run_kinds(run: RunFolder) -> Kinds | None:
     """Return which fragments of a stitched run may not merge; None without classes."""
     if not (run.record()["config"].get("input") or {}).get("classes"):
         return None
-    return read_kinds(run.path, _stitch_settings(run))
+    return read_kinds(run.path, stitch_settings(run))
 
 
-def _stitch_settings(run: RunFolder) -> StitchSettings:
+def stitch_settings(run: RunFolder) -> StitchSettings:
+    """Return the settings of the stitch that a run records."""
     recorded = run.record()["config"].get("stitch") or {}
     return StitchSettings.from_values(recorded, f"{run.record_path}: config.stitch")
 
@@ -249,7 +250,7 @@ def _stitch_settings(run: RunFolder) -> StitchSettings:
 def _agq(run: RunFolder, truth: Volume, options: CountOptions) -> Point:
     """Score the run's own segments."""
     evidence = read_evidence(run.path)
-    stitch = _stitch_settings(run)
+    stitch = stitch_settings(run)
     setting = {"across": stitch.across, "within": stitch.within}
     thresholds = Thresholds(across=setting["across"], within=setting["within"])
     kinds = run_kinds(run)

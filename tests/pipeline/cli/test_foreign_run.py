@@ -26,7 +26,7 @@ from agq.blockwise.predict.spec import PredictSpec
 from agq.blockwise.volumes.create import create_array
 from agq.errors import InputError
 from agq.owners import TRUSTED_VARIABLE, stranger
-from agq.pipeline.cli.score import truth_of
+from agq.pipeline.cli.score.score import truth_of
 from agq.pipeline.config.recorded import read_target
 from agq.pipeline.config.schema import DEFAULT_FACTORY, load_config, masked, parse_config
 from agq.pipeline.dashboard.runs import Runs

@@ -12,7 +12,7 @@ from PIL import Image
 
 from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
-from agq.pipeline.cli.score import sweep
+from agq.pipeline.cli.score.score import sweep
 from agq.pipeline.evaluate.scores import Scores
 from agq.pipeline.evaluate.sweep import MOST_ROUNDS, Point, Search, search_pairs
 from agq.pipeline.folder import RunFolder

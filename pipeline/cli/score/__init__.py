@@ -1,0 +1,1 @@
+"""Commands that compare with a truth, and that look for errors without one."""

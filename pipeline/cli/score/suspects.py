@@ -1,0 +1,73 @@
+"""The command `agq suspects`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agq import waiting
+from agq.pipeline.cli.arguments import AsJson, RunDir
+from agq.pipeline.cli.score.score import Truth, truth_of
+from agq.pipeline.config.recorded import require_own_folder
+from agq.pipeline.folder import RunFolder
+from agq.plain_text import say
+from agq.terminal import console
+
+out = console()
+
+
+def suspects(
+    run_dir: RunDir,
+    top: Annotated[int, typer.Option(min=1, help="How many to list at most.")] = 100,
+    least: Annotated[
+        int, typer.Option(min=1, help="Voxels that a mistake must concern at least.")
+    ] = 500,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            readable=False,
+            help="Coefficients of probabilities; default: suspects/model.json of the run, or those "
+            "of the release.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Fit the coefficients to the truth, and keep them."),
+    ] = False,
+    truth: Truth = None,
+    show: Annotated[int, typer.Option(min=0, help="How many to print.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List where a stitched run is probably wrong, without any truth."""
+    from agq.pipeline.status.progress import step_progress
+    from agq.pipeline.suspects import find, outputs
+    from agq.pipeline.suspects.model import DEFAULT, Model
+
+    run = RunFolder(run_dir)
+    run.record()
+    require_own_folder(run.path)
+    folder = run.path / outputs.FOLDER
+    kept = folder / "model.json"
+    if calibrate or truth is not None:
+        waiting.doing("fitting probabilities to the truth")
+        chosen = find.calibrate(run, truth_of(run, truth), least=least)
+        chosen.save(kept)
+    elif model is not None:
+        chosen = Model.load(model)
+    else:
+        chosen = Model.load(kept) if kept.exists() else DEFAULT
+    with step_progress("suspects") as step:
+        listed = find.find_suspects(run, chosen, top=top, least=least, on_progress=step)
+    files = outputs.write_tables(folder, listed, run.path.name)
+    if as_json:
+        rows = [suspect.row(rank) for rank, suspect in enumerate(listed, 1)]
+        say(json.dumps({"model": chosen.source, "suspects": rows}, indent=1))
+        return
+    title = f"{run.path.name}: the first {min(show, len(listed))} of {len(listed)} suspects"
+    out.print(outputs.suspects_table(listed[:show], title))
+    out.print(f"Probabilities fitted on: {chosen.source}")
+    out.print(f"wrote {', '.join(str(path) for path in files)}")
+    if listed:
+        z, y, x = listed[0].voxel
+        out.print(f"Look at the first: agq view {run_dir} --at {z},{y},{x}")

@@ -1,0 +1,1 @@
+"""Where a segmentation is probably wrong, without any ground truth."""
