@@ -11,7 +11,6 @@ first; the Parquet file beside it holds all.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ from agq.blockwise.export.rows import (
 )
 from agq.blockwise.export.target import Target
 from agq.blockwise.stitch.steps import Progress, Task, Workers
-from agq.blockwise.storage.arrays import map_array, save_array
 from agq.blockwise.storage.files import atomic_file, make_folder
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
@@ -62,7 +60,6 @@ _MEASURED = np.dtype(
         ("faces", np.int64, 3),
     ]
 )
-_CABLE = np.dtype([("segment", np.uint64), ("cable_um", np.float64)])
 
 _SCHEMA = pa.schema(
     [
@@ -111,7 +108,7 @@ def export_properties(
     client: Client,
     *,
     segments: Path | None = None,
-    cable: Path | None = None,
+    cable: tuple[Path, int] | None = None,
     least_voxels: int = LEAST_VOXELS,
     on_progress: Progress | None = None,
 ) -> PropertiesReport:
@@ -130,7 +127,7 @@ def export_properties(
     segments
         Table of segments of a stitch, which knows their fragments.
     cable
-        npy file of cable lengths: rows ``segment`` and ``cable_um``, sorted.
+        Folder and number of the tables of cable lengths: rows ``segment`` and ``cable_um``.
     least_voxels
         Segments of fewer voxels are in the table only.
     on_progress
@@ -138,6 +135,7 @@ def export_properties(
     """
     target = target.opened()
     workers = Workers(client, target.place, on_progress)
+    workers.wait_for_stragglers()
     box = _box(volume)
     grid = triple(-(-n // b) for n, b in zip(volume.shape, box, strict=True))
     batches = batches_of(math.prod(grid))
@@ -279,7 +277,7 @@ class Merge(Task):
     parts: int
     merged: Path
     segments: Path | None
-    cable: Path | None
+    cable: tuple[Path, int] | None
 
     def run(self) -> None:
         """Write the table of each range."""
@@ -297,7 +295,7 @@ class Merge(Task):
             }
             table = pa.table(columns)
             table = table.append_column("fragments", _fragments(self.segments, rows, span))
-            table = table.append_column("cable_um", _cable(self.cable, rows))
+            table = table.append_column("cable_um", _cable(self.cable, rows, span))
             with atomic_file(self.merged / f"{number:06d}.parquet") as file:
                 pq.write_table(table, file, compression="zstd")
 
@@ -317,10 +315,10 @@ def _fragments(file: Path | None, rows: Rows, span: Span) -> pa.Array:
     )
 
 
-def _cable(file: Path | None, rows: Rows) -> pa.Array:
-    if file is None:
+def _cable(tables: tuple[Path, int] | None, rows: Rows, span: Span) -> pa.Array:
+    if tables is None:
         return pa.nulls(len(rows), pa.float64())
-    known = map_array(file)
+    known = read_span(*tables, span)
     return _matched(rows["segment"], known["segment"], known["cable_um"], pa.float64())
 
 
@@ -360,7 +358,7 @@ def _write(
             largest = pa.concat_tables([largest, large]).sort_by(order)[:MOST_SEGMENTS]
     target.write_file(f"{FOLDER}/segments.parquet", local)
     info = {"@type": "neuroglancer_segment_properties", "inline": _inline(largest)}
-    target.write(f"{FOLDER}/info", json.dumps(info, separators=(",", ":")).encode())
+    target.write_json(f"{FOLDER}/info", info)
     target.refer(FOLDER, FOLDER)
     return PropertiesReport(count, largest.num_rows)
 
@@ -385,10 +383,3 @@ def _inline(table: pa.Table) -> dict[str, Any]:
             }
         )
     return {"ids": [str(s) for s in table["segment"].to_pylist()], "properties": properties}
-
-
-def write_cable(file: Path, segments: Any, micrometres: Any) -> None:
-    """Write the cable lengths of segments, sorted, for `export_properties`."""
-    rows = np.zeros(len(segments), _CABLE)
-    rows["segment"], rows["cable_um"] = segments, micrometres
-    save_array(file, rows)

@@ -119,6 +119,10 @@ class Target:
         else:
             self._ask(lambda store: store.write(key, data).result())
 
+    def write_json(self, key: str, document: Any) -> None:
+        """Write a JSON document, without spaces."""
+        self.write(key, json.dumps(document, separators=(",", ":")).encode())
+
     def write_file(self, key: str, file: Path) -> None:
         """Move a file of the working folder into the target, or upload it in pieces."""
         if isinstance(self.location, LocalLocation):
@@ -132,7 +136,7 @@ class Target:
     def refer(self, name: str, folder: str) -> None:
         """Say in the ``info`` of the volume where properties, meshes or skeletons are."""
         info = parse_json(self.read("info") or b"{}")
-        self.write("info", json.dumps({**info, name: folder}).encode())
+        self.write_json("info", {**info, name: folder})
 
     def opened(self) -> Target:
         """Return the target with its working folder; its mark must be there."""

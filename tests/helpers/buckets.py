@@ -1,5 +1,6 @@
 """An S3 server on loopback with one bucket, ``em-data``, named in the environment."""
 
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ class Bucket:
     def __init__(self, endpoint: str) -> None:
         import boto3
 
+        # Servers of one process share what they hold.
+        urllib.request.urlopen(f"{endpoint}/moto-api/reset", data=b"").close()
         self.client: Any = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
         self.client.create_bucket(Bucket="em-data")
 

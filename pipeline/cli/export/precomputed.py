@@ -44,6 +44,26 @@ def precomputed(
             show_default=False,
         ),
     ] = None,
+    with_skeletons: Annotated[
+        bool, typer.Option("--skeletons", help="Also the centre lines of each segment.")
+    ] = False,
+    level_of_skeletons: Annotated[
+        int | None,
+        typer.Option(
+            "--skeleton-level",
+            min=0,
+            help="Level to trace; default: the one with voxels nearest to 32 nm.",
+            show_default=False,
+        ),
+    ] = None,
+    swc: Annotated[
+        Path | None,
+        typer.Option(
+            readable=False,
+            help="Local folder for the skeletons as SWC files, in nanometres.",
+            show_default=False,
+        ),
+    ] = None,
     with_properties: Annotated[
         bool,
         typer.Option(
@@ -52,11 +72,15 @@ def precomputed(
             "segment_properties/segments.parquet.",
         ),
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Meshes and properties.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Meshes, skeletons, properties.")
+    ] = False,
     least_voxels: Annotated[
         int,
         typer.Option(
-            min=0, help="Voxels of the smallest segment that neuroglancer gets properties of."
+            min=0,
+            help="Voxels of the smallest segment with a skeleton, and with properties in "
+            "neuroglancer.",
         ),
     ] = 1000,
     voxel_size: VoxelSize = None,
@@ -114,9 +138,11 @@ def precomputed(
         raise InputError(f"{source} is not a run folder: name OUT too, the folder to write")
     target = Target.of(out, work)
     with_meshes, with_properties = with_meshes or everything, with_properties or everything
-    if image and (with_meshes or with_properties):
+    with_skeletons = with_skeletons or everything or swc is not None
+    if image and (with_meshes or with_skeletons or with_properties):
         raise InputError(
-            "--meshes, --properties, --all: grey values have no segments; leave out --image"
+            "--meshes, --skeletons, --properties, --all: grey values have no segments; leave out"
+            " --image"
         )
     for note in levels[0].notes:
         say(f"agq: {note}", err=True)
@@ -143,6 +169,10 @@ def precomputed(
     meshed = mesh_level(scales) if level_of_meshes is None else level_of_meshes
     if meshed >= len(scales):
         raise InputError(f"--mesh-level {meshed}: the levels are 0 to {len(scales) - 1}")
+    if level_of_skeletons is not None and level_of_skeletons >= len(scales):
+        raise InputError(
+            f"--skeleton-level {level_of_skeletons}: the levels are 0 to {len(scales) - 1}"
+        )
     if with_meshes:
         say(f"meshes of {scales[meshed].key}")
     if dry_run:
@@ -161,6 +191,18 @@ def precomputed(
             written += export_meshes(
                 Plan(levels[meshed], scales[meshed], target), client, on_progress=progress.step
             )
+        if with_skeletons:
+            from agq.blockwise.export.skeletons.run import export_skeletons
+
+            skeletons = export_skeletons(
+                levels,
+                target,
+                client,
+                level=level_of_skeletons,
+                least_voxels=least_voxels,
+                swc_folder=None if swc is None else swc.absolute(),
+                on_progress=progress.step,
+            )
         if with_properties:
             from agq.blockwise.export.properties import export_properties
 
@@ -169,6 +211,7 @@ def precomputed(
                 target,
                 client,
                 segments=StitchFiles(Path(source)).segments if version else None,
+                cable=skeletons.cable if with_skeletons else None,
                 least_voxels=least_voxels,
                 on_progress=progress.step,
             )
@@ -176,6 +219,12 @@ def precomputed(
         raise InputError(f"{source} was stitched anew meanwhile; export it again with --overwrite")
     state = "wrote" if written else "complete already:"
     serve = "serve the folder over http and open precomputed://ADDRESS"
+    if with_skeletons:
+        say(
+            f"skeletons of {scales[skeletons.level].key}: {skeletons.skeletons:,} of"
+            f" {skeletons.cable_um:,.1f} um in all; {skeletons.small:,} segments are too small"
+            f" (--least-voxels {least_voxels})"
+        )
     if with_properties:
         say(
             f"segment_properties: {properties.segments:,} segments in segments.parquet,"

@@ -1,0 +1,1 @@
+"""Skeletons of segments: traced window by window, joined segment by segment."""

@@ -1,0 +1,222 @@
+"""Trace the centre lines of all segments in a window (TEASAR, Sato et al. 2000).
+
+1. Every connected part of a segment has a root: a voxel as far as possible from some other one.
+2. The tree of cheapest paths from the roots keeps to the middle: a step costs its length over the
+   fourth power of the distance to the surface.
+3. The voxel farthest from its root that no path has covered yet gets a path, until all are covered.
+   A path covers balls of `SCALE` times the distance to the surface and `CONSTANT_NM` around it.
+
+A window is the box that it is for, its core, and a margin around it. Of two windows that share a
+border, each sees what surrounds it, so both find the same line there, voxel for voxel where the
+margin is wide enough. A window answers for the edges that touch its core.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import Any
+
+import cc3d
+import numba
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from agq.blockwise.export.properties import compacted
+from agq.blockwise.volumes.triples import Triple
+
+SCALE = 1.5
+"""A path covers so many times the distance to the surface around it."""
+
+CONSTANT_NM = 250.0
+"""And so much more."""
+
+_POWER = 4
+_SPACING = 0.2
+"""Part of the radius of a ball after which the next one follows along a path."""
+
+Index = npt.NDArray[np.int64]
+
+
+def trace(
+    labels: npt.NDArray[Any],
+    low: Triple,
+    high: Triple,
+    size: tuple[float, float, float],
+) -> tuple[npt.NDArray[np.uint64], Index, Index, npt.NDArray[np.float32]]:
+    """Trace the segments of a window.
+
+    Parameters
+    ----------
+    labels
+        (z, y, x) integers; 0 is background.
+    low, high
+        First voxel of the core in the window, and one past its last.
+    size
+        Nanometres of a voxel, (z, y, x).
+
+    Returns
+    -------
+    tuple
+        Segment of each edge that touches the core (n,), its two voxels (n, 3) in the window, and
+        the nanometres from these to the surface (n, 2).
+    """
+    ids, compact = compacted(labels)
+    radius = _radius(compact, size)
+    parts = cc3d.connected_components(
+        np.where(ids[compact] == 0, 0, compact + 1), connectivity=26
+    ).astype(np.int32)
+    core = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    wanted = np.zeros(int(parts.max()) + 1, bool)
+    wanted[parts[core]] = True
+    wanted[0] = False
+    # A frame of background: no step leaves the array.
+    parts = np.pad(np.where(wanted[parts], parts, 0), 1)
+    flat, distance = parts.reshape(-1), np.pad(radius, 1).reshape(-1)
+    inside = np.flatnonzero(flat)
+    nothing = np.zeros((0, 3), np.int64)
+    if not len(inside):
+        return np.zeros(0, np.uint64), nothing, nothing, np.zeros((0, 2), np.float32)
+    offsets, steps = _neighbours(parts.shape, size)
+    previous = np.full(flat.size, -1, np.int64)
+    by_length = np.zeros(0)
+    first = inside[np.unique(flat[inside], return_index=True)[1]]
+    far = _cheapest(flat, offsets, steps, by_length, first, previous)
+    roots = _farthest(flat, inside, far)
+    far = _cheapest(flat, offsets, steps, by_length, roots, previous)
+    order = inside[np.argsort(-far[inside], kind="stable")]
+    cost = (np.maximum(distance, min(size) / 2) / min(size)) ** -_POWER
+    previous[:] = -1
+    _cheapest(flat, offsets, steps, cost, roots, previous)
+    used = _paths(flat, np.array(parts.shape), order, previous, distance, np.array(size))
+    a = np.flatnonzero(used & (previous >= 0))
+    b = previous[a]
+    ends = [np.stack(np.unravel_index(n, parts.shape), 1) - 1 for n in (a, b)]
+    touching = np.zeros(len(a), bool)
+    for end in ends:
+        touching |= ((end >= low) & (end < high)).all(1)
+    a, b, ends = a[touching], b[touching], [end[touching] for end in ends]
+    segments = ids[np.pad(compact, 1).reshape(-1)[a]]
+    radii = np.stack([distance[a], distance[b]], 1).astype(np.float32)
+    return segments, ends[0], ends[1], radii
+
+
+def _radius(
+    compact: npt.NDArray[np.int32], size: tuple[float, float, float]
+) -> npt.NDArray[np.float64]:
+    """Return the nanometres from each voxel to the surface of its segment.
+
+    The end of the array is no surface.
+    """
+    surface = np.zeros(compact.shape, bool)
+    for axis in range(3):
+        low = [slice(None)] * 3
+        high = [slice(None)] * 3
+        low[axis], high[axis] = slice(None, -1), slice(1, None)
+        differ = compact[tuple(low)] != compact[tuple(high)]
+        surface[tuple(low)] |= differ
+        surface[tuple(high)] |= differ
+    if not surface.any():
+        return np.full(compact.shape, min(n * s for n, s in zip(compact.shape, size, strict=True)))
+    return np.asarray(ndimage.distance_transform_edt(~surface, sampling=size)) + min(size) / 2
+
+
+def _neighbours(
+    shape: tuple[int, ...], size: tuple[float, float, float]
+) -> tuple[Index, npt.NDArray[np.float64]]:
+    """Return the 26 neighbours as differences of flat places, and how far they are."""
+    steps = np.array([s for s in np.ndindex(3, 3, 3) if s != (1, 1, 1)]) - 1
+    strides = np.array([shape[1] * shape[2], shape[2], 1])
+    return steps @ strides, np.linalg.norm(steps * size, axis=1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _cheapest(
+    parts: npt.NDArray[np.int32],
+    offsets: Index,
+    steps: npt.NDArray[np.float64],
+    cost: npt.NDArray[np.float64],
+    sources: Index,
+    previous: Index,
+) -> npt.NDArray[np.float64]:  # pragma: no cover (compiled)
+    """Return what the cheapest path from a source to each voxel costs (Dijkstra)."""
+    total = np.full(parts.size, np.inf)
+    heap = [(0.0, sources[0])]
+    for source in sources:
+        total[source] = 0.0
+        heappush(heap, (0.0, source))
+    while heap:
+        spent, here = heappop(heap)
+        if spent > total[here]:
+            continue
+        for k in range(len(offsets)):
+            there = here + offsets[k]
+            if parts[there] != parts[here]:
+                continue
+            step = steps[k]
+            if len(cost):
+                step *= cost[there]
+            if spent + step < total[there]:
+                total[there] = spent + step
+                previous[there] = here
+                heappush(heap, (spent + step, there))
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _farthest(
+    parts: npt.NDArray[np.int32], inside: Index, total: npt.NDArray[np.float64]
+) -> Index:  # pragma: no cover (compiled)
+    """Return the first of the farthest voxels of each part."""
+    best = np.full(parts.max() + 1, -1, np.int64)
+    for voxel in inside:
+        part = parts[voxel]
+        if best[part] < 0 or total[voxel] > total[best[part]]:
+            best[part] = voxel
+    return best[best >= 0]
+
+
+@numba.njit(cache=True, nogil=True)
+def _paths(
+    parts: npt.NDArray[np.int32],
+    shape: Index,
+    order: Index,
+    previous: Index,
+    distance: npt.NDArray[np.float64],
+    size: npt.NDArray[np.float64],
+) -> npt.NDArray[np.bool_]:  # pragma: no cover (compiled)
+    """Return the voxels of the paths that cover all parts."""
+    used = np.zeros(parts.size, np.bool_)
+    covered = np.zeros(parts.size, np.bool_)
+    row, plane = shape[2], shape[1] * shape[2]
+    for tip in order:
+        if covered[tip]:
+            continue
+        here, walked, ball = tip, 0.0, 0.0
+        while not used[here]:
+            used[here] = True
+            z, y, x = here // plane, here // row % shape[1], here % row
+            reach = SCALE * distance[here] + CONSTANT_NM
+            if walked >= _SPACING * min(reach, ball):
+                walked, ball = 0.0, reach
+                dz, dy, dx = int(reach / size[0]), int(reach / size[1]), int(reach / size[2])
+                for k in range(max(z - dz, 0), min(z + dz + 1, shape[0])):
+                    for j in range(max(y - dy, 0), min(y + dy + 1, shape[1])):
+                        rest = reach**2 - ((k - z) * size[0]) ** 2 - ((j - y) * size[1]) ** 2
+                        if rest < 0:
+                            continue
+                        wide = min(dx, int(np.sqrt(rest) / size[2]))
+                        at = k * plane + j * row
+                        for i in range(at + max(x - wide, 0), at + min(x + wide + 1, row)):
+                            if parts[i] == parts[here]:
+                                covered[i] = True
+            above = previous[here]
+            if above < 0:
+                break
+            walked += np.sqrt(
+                ((above // plane - z) * size[0]) ** 2
+                + ((above // row % shape[1] - y) * size[1]) ** 2
+                + ((above % row - x) * size[2]) ** 2
+            )
+            here = above
+    return used
