@@ -366,7 +366,7 @@ def _claim(
                 )
     # A version stands for the content.
     content = None if version else read_content(levels[0]).model_dump(mode="json")
-    record = {"key": key, "source": levels[0].name, "content": content}
+    record = {"key": key, "source": levels[0].name, "content": content, "version": version}
     return out.marked(recorded, record)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,12 @@ from agq.blockwise.volumes.triples import commas
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.view.meshes import largest_segments, meshes_of
 
 _MAX_LEVELS = 20
+
+_SHOWN = 40
+"""Segments in the 3-D view at first."""
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +40,10 @@ class Layer:
         World units, (z, y, x).
     visible
         Whether it is switched on at first.
+    meshes
+        Folder of meshes of the segments, in neuroglancer's format.
+    shown
+        Segments in the 3-D view at first, if there are meshes.
     """
 
     name: str
@@ -45,6 +53,8 @@ class Layer:
     offset: Coordinate
     unit: str = "nm"
     visible: bool = True
+    meshes: Path | None = None
+    shown: tuple[int, ...] = ()
 
 
 class LazyVolume:
@@ -205,6 +215,12 @@ def config_layers(config: Config) -> list[Layer]:
     """
     run = RunFolder(Path(config.run_dir))
     layers = run_layers(run.container, config.input.unit)
+    if meshes := meshes_of(run.path):
+        shown = tuple(largest_segments(run.path, _SHOWN))
+        layers = [
+            replace(layer, meshes=meshes, shown=shown) if layer.name == "segmentation" else layer
+            for layer in layers
+        ]
     for name, make in (("raw", _raw_layers), ("truth", _truth_layers)):
         try:
             found = make(config, run)

@@ -7,10 +7,12 @@ under any host name.
 
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import neuroglancer
 import tornado.httputil
+import tornado.web
 
 from agq.errors import InputError
 from agq.pipeline.web import BoundedServer, host_names
@@ -39,11 +41,38 @@ def require_server(host: str, port: int) -> None:
         raise InputError(f"--port {port} cannot be used ({error}); try another") from error
 
 
+def serve_folder(viewer: Any, folder: Path) -> str:
+    """Serve the files of a folder to those who know the viewer; return its address."""
+    server = neuroglancer.server.global_server
+    server.folders[viewer.token] = folder
+    return f"{server.server_url}/folder/{viewer.token}"
+
+
+class _Folder(tornado.web.StaticFileHandler):
+    """Files of the folder of a viewer; neuroglancer asks for ranges of them."""
+
+    def initialize(self, server: Any) -> None:  # type: ignore[override]
+        super().initialize(path="")
+        self._server = server
+
+    async def get(self, token: str, path: str, include_body: bool = True) -> None:  # type: ignore[override]
+        if token not in self._server.viewers or token not in self._server.folders:
+            raise tornado.web.HTTPError(404)
+        self.root = str(self._server.folders[token])
+        await super().get(path, include_body)
+
+    def set_extra_headers(self, path: str) -> None:
+        # The page may have been opened under another name of this machine.
+        self.set_header("Access-Control-Allow-Origin", "*")
+
+
 class _Server(neuroglancer.server.Server):
     """Refuses a request that names no viewer before anything else."""
 
     def _attempt_to_start_server(self) -> None:
         super()._attempt_to_start_server()
+        self.folders: dict[str, Path] = {}
+        self.app.add_handlers(".*", [(r"/folder/([^/]+)/(.+)", _Folder, {"server": self})])
         unbounded = self.http_server
         listening = [one.dup() for one in unbounded._sockets.values()]
         unbounded.stop()

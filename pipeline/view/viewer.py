@@ -24,7 +24,7 @@ from agq.plain_text import say
 try:
     import neuroglancer
 
-    from agq.pipeline.view.server import require_server
+    from agq.pipeline.view.server import require_server, serve_folder
 except ImportError:
     raise InputError(
         "agq view needs neuroglancer; install it with: pip install 'agq-pipeline[view]'"
@@ -86,8 +86,12 @@ def build_viewer(
     require_server(host, port)
     # Its volumes are those of this process: the browser needs no credentials of the user.
     viewer = neuroglancer.Viewer(allow_credentials=False)
+    drawn = []
+    for layer in layers:
+        meshes = None if layer.meshes is None else serve_folder(viewer, layer.meshes)
+        drawn.append((layer, _served(layer, meshes)))
     with viewer.txn() as state:
-        fill_state(state, [(layer, _served(layer)) for layer in layers], marks, at)
+        fill_state(state, drawn, marks, at)
     return viewer
 
 
@@ -192,7 +196,9 @@ def layer_transform(layer: Layer, *, sized: bool = False) -> Any:
 def drawn_layer(layer: Layer, source: Any) -> Any:
     """Return neuroglancer's layer: an image, colours or segments."""
     if layer.kind == "segmentation":
-        return neuroglancer.SegmentationLayer(source=source)
+        # Sections show the segments that are not in the 3-D view too.
+        chosen = {"segments": layer.shown, "not_selected_alpha": 0.5} if layer.shown else {}
+        return neuroglancer.SegmentationLayer(source=source, **chosen)
     if layer.kind == "affinities":
         return neuroglancer.ImageLayer(source=source, shader=_AFFINITY_SHADER, opacity=0.5)
     return neuroglancer.ImageLayer(
@@ -263,8 +269,11 @@ class _ServedVolume(neuroglancer.LocalVolume):
         return volume.get_encoded_subvolume(data_format, start, end, rest)
 
 
-def _served(layer: Layer) -> Any:
-    """Return a layer whose voxels this process serves."""
+def _served(layer: Layer, meshes: str | None) -> Any:
+    """Return a layer whose voxels this process serves, and meshes of an address."""
     volume = _ServedVolume(layer)
     source = neuroglancer.LayerDataSource(url=volume, transform=layer_transform(layer))
-    return drawn_layer(layer, source)
+    if meshes is None:
+        return drawn_layer(layer, source)
+    source.subsources["meshes"] = False
+    return drawn_layer(layer, [source, neuroglancer.LayerDataSource(url=f"precomputed://{meshes}")])

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,32 @@ def test_large_volumes_refuse_meshes_before_reading(
     monkeypatch.setattr(view, "MESH_VOXELS", 10)
     with pytest.raises(urllib.error.HTTPError, match="405"):
         get(address)
+
+
+def test_meshes_are_served_to_those_who_know_the_viewer(layers: list[Layer], tmp_path) -> None:
+    folder = tmp_path / "mesh"
+    folder.mkdir()
+    (folder / "info").write_bytes(b"0123456789")
+    (tmp_path / "secret").write_text("no")
+    viewer = build_viewer([layers[0], replace(layers[3], meshes=folder, shown=(5,))])
+    layer = viewer.state.to_json()["layers"][1]
+    volume, meshes = layer["source"]
+    assert volume["subsources"] == {"meshes": {"enabled": False}}
+    assert layer["segments"] == ["5"]
+    address = meshes["url"].removeprefix("precomputed://")
+    assert get(f"{address}/info") == b"0123456789"
+    part = urllib.request.Request(f"{address}/info", headers={"Range": "bytes=2-4"})
+    with urllib.request.urlopen(part, timeout=20) as answer:
+        assert answer.read() == b"234"
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    token = address.rsplit("/", 1)[1]
+    for wrong in (
+        f"{address}/../secret",
+        f"{address}/%2e%2e/secret",
+        address.replace(token, "x") + "/info",
+    ):
+        with pytest.raises(urllib.error.HTTPError, match="40"):
+            get(wrong)
 
 
 def test_a_run_that_has_only_begun(folder: Path) -> None:
@@ -397,3 +424,23 @@ def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[Layer]) 
     assert np.ptp(first) > 30
     assert np.ptp(second) > 30
     assert np.abs(first - second).max() > 30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+def test_a_real_browser_shows_meshes(tmp_path: Path, layers: list[Layer]) -> None:
+    # The format wants whole voxels; this volume begins a sixth of one further on.
+    placed: Any = {"shape": SHAPE, "chunks": SHAPE, **PLACE, "offset": (60, 12, -6)}
+    plain = create_array(tmp_path / "plain.zarr", "s", dtype=np.uint64, **placed)
+    fill(plain, open_array(tmp_path / "data.zarr", "segmentation/s0", "r")[:])
+    export = ["export", "precomputed", f"{tmp_path / 'plain.zarr'}::s", str(tmp_path / "www")]
+    subprocess.run([*AGQ, *export, "--meshes"], check=True, timeout=120, capture_output=True)
+    meshes = tmp_path / "www" / "mesh"
+    viewer = build_viewer([replace(layers[3], meshes=meshes, shown=(5,))])
+    with viewer.txn() as state:
+        state.show_slices = False
+        state.layers[0].layer.segment_colors = {5: "#ff0000"}
+    lower_left = screenshot(viewer, tmp_path)[300:, :400]
+    red, green, blue = lower_left.transpose(2, 0, 1)
+    # Lines of axes and borders are thin.
+    assert ((red > 60) & (red > 2 * green) & (red > 2 * blue)).mean() > 0.02
