@@ -4,8 +4,8 @@ Without: the run folder holds a compacted journal of ``--blocks`` blocks, as `ag
 when it starts and ends, and ``--late`` lines written since. With: the database holds the run's
 totals of as many blocks, a thousand workers, and ``--documents`` block records, a part of them
 failed (SecantusDB, which stands in for MongoDB in tests, takes a few thousand a second, so not all
-10^7; what a status asks for does not depend on their number, see docs/ledger.md). The whole command
-is timed, from its start; the bar is 1 s. ``--uri`` names another server.
+10^7; what a status asks for does not depend on their number, see blockwise/ledger/schema.py). The
+whole command is timed, from its start; the bar is 1 s. ``--uri`` names another server.
 """
 
 import argparse

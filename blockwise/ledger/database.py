@@ -9,7 +9,7 @@ from newer, so that a write sent twice, late or in another order changes nothing
 - a worker document only by one made from at least as many journal bytes;
 - the totals of a stage likewise.
 
-Collections, fields and indexes: ``docs/ledger.md``.
+Collections, fields and indexes: `ledger.schema`.
 """
 
 import atexit
