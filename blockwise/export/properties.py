@@ -35,7 +35,7 @@ from agq.blockwise.export.rows import (
     write_part,
 )
 from agq.blockwise.export.target import Target
-from agq.blockwise.stitch.steps import Progress, Task, Workers
+from agq.blockwise.stitch.steps import Progress, Task, Workers, digest
 from agq.blockwise.storage.files import atomic_file, make_folder
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
@@ -139,7 +139,7 @@ def export_properties(
     box = _box(volume)
     grid = triple(-(-n // b) for n, b in zip(volume.shape, box, strict=True))
     batches = batches_of(math.prod(grid))
-    folder = make_folder(target.work / "properties")
+    folder = make_folder(target.work / f"properties-{digest(box, len(batches))[:8]}")
     todo = [i for i in range(len(batches)) if not part(folder, i).exists()]
     tasks = [Measure(batches[i], i, volume, box, grid, folder) for i in todo]
     boxes = math.prod(grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ FOLDER = "skeletons"
 VOXEL_NM = 32.0
 """The level whose voxels are nearest to this is traced."""
 
-CORE_NM = 5000.0
+CORE_NM = 4000.0
 """Side of the core of a window."""
 
 MARGIN_NM = 1200.0
@@ -72,6 +73,8 @@ class SkeletonsReport:
         Length of all.
     cable
         Folder and number of the tables of lengths, for `export_properties`.
+    written
+        Ranges of segments written now; 0 if all were there.
     """
 
     level: int
@@ -79,6 +82,7 @@ class SkeletonsReport:
     small: int
     cable_um: float
     cable: tuple[Path, int]
+    written: int
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,9 @@ def export_skeletons(
     spans = _aligned(spans_of(sizes, len(batches)), ids_of_shard(sharding) if sharding else 1)
     made = work / f"joined-{digest(least, str(swc_folder))[:8]}"
     if not made.exists():
+        # Those of other settings: first what says that they are done.
+        for other in target.work.glob("skeletons-*/joined-*"):
+            shutil.rmtree(other)
         target.remove(FOLDER)
     make_folder(made)
     order = (windows, edges, sizes, len(batches), made, target, sharding, least, swc_folder)
@@ -214,6 +221,7 @@ def export_skeletons(
         sum(int(np.count_nonzero(t["cable_um"] == 0)) for t in tables),
         sum(float(t["cable_um"].sum()) for t in tables),
         (made, len(spans)),
+        len(left),
     )
 
 

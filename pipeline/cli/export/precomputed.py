@@ -125,6 +125,13 @@ def precomputed(
     from agq.pipeline.folder import RunFolder
     from agq.pipeline.status.progress import RunProgress
 
+    with_meshes, with_properties = with_meshes or everything, with_properties or everything
+    with_skeletons = with_skeletons or everything or swc is not None
+    if image and (with_meshes or with_skeletons or with_properties):
+        raise InputError(
+            "--meshes, --skeletons, --properties, --all: grey values have no segments; leave out"
+            " --image"
+        )
     options: dict[str, Any] = {"kind": "raw" if image else "labels", "unit": unit}
     if voxel_size is not None:
         options["voxel_size"] = parse_triple("--voxel-size", voxel_size, least=1)
@@ -137,13 +144,6 @@ def precomputed(
     if out is None:
         raise InputError(f"{source} is not a run folder: name OUT too, the folder to write")
     target = Target.of(out, work)
-    with_meshes, with_properties = with_meshes or everything, with_properties or everything
-    with_skeletons = with_skeletons or everything or swc is not None
-    if image and (with_meshes or with_skeletons or with_properties):
-        raise InputError(
-            "--meshes, --skeletons, --properties, --all: grey values have no segments; leave out"
-            " --image"
-        )
     for note in levels[0].notes:
         say(f"agq: {note}", err=True)
     scales = plan_export(
@@ -203,6 +203,7 @@ def precomputed(
                 swc_folder=None if swc is None else swc.absolute(),
                 on_progress=progress.step,
             )
+            written += skeletons.written
         if with_properties:
             from agq.blockwise.export.properties import export_properties
 

@@ -122,7 +122,7 @@ def test_stopped_anywhere_it_goes_on(tmp_path, client, monkeypatch):
     monkeypatch.setattr(properties, "measure", counted)
     export_properties(levels[0], target, client)
     # The first of the batches were kept.
-    assert 0 < len(again) < len(list((target.work / "properties").glob("*.npy")))
+    assert 0 < len(again) < len(list(target.work.glob("properties-*/*.npy")))
     table = pq.read_table(tmp_path / "out" / "segment_properties" / "segments.parquet")
     assert table["voxels"].to_pylist() == [n[0] for n in expected(data).values()]
     assert table["fragments"].null_count == table.num_rows

@@ -150,6 +150,10 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(levels, client, tmp_path,
             export_skeletons(levels, outs[1], client, core_nm=1500)
         monkeypatch.undo()
     export_skeletons(levels, outs[1], client, core_nm=1500)
+    # Others in between leave nothing behind, and it is done again.
+    assert export_skeletons(levels, outs[1], client, core_nm=1500).written == 0
+    export_skeletons(levels, outs[1], client, core_nm=1500, least_voxels=10**9)
+    assert export_skeletons(levels, outs[1], client, core_nm=1500).written > 0
     one, other = (folder_bytes(Path(out.text) / "skeletons") for out in outs)
     assert one == other
     assert len(one) > 1
