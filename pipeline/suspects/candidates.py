@@ -113,9 +113,11 @@ class Finder:
     voxels: int
     fragments: dict[int, NDArray[np.uint64]] = field(default_factory=dict)
     """By part, the fragments in the order of `Cuts`; filled if asked for."""
+    trees: list[NDArray[np.uint64]] = field(default_factory=list)
+    """Contacts (fragment, fragment) of the trees of each part; filled if asked for."""
 
     def cuts(
-        self, value: Callable[[Candidates], NDArray[np.float64]], *, keep_fragments: bool = False
+        self, value: Callable[[Candidates], NDArray[np.float64]], *, keep_trees: bool = False
     ) -> list[Candidates]:
         """Return the cuts of each part that differ, those of the highest value of their like."""
         found = []
@@ -124,8 +126,10 @@ class Finder:
             if not len(nodes):
                 continue
             cuts = find_cuts(nodes, part.inside)
-            if keep_fragments:
+            if keep_trees:
+                contacts = part.inside[cuts.contact]
                 self.fragments[number] = cuts.fragments
+                self.trees.append(np.stack((contacts["u"], contacts["v"]), axis=1))
             made = self._of_cuts(cuts, part.inside, number)
             found.append(made.take(distinct(made, value(made))))
         return found

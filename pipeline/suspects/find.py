@@ -157,24 +157,23 @@ def calibrate(run: RunFolder, truth: Volume, *, least: int = LEAST_VOXELS, **opt
         If there are too few candidates or errors.
     """
     with finder(run, least) as found:
-        tables = [*found.cuts(weakest, keep_fragments=True), *found.pairs()]
+        tables = [*found.cuts(weakest, keep_trees=True), *found.pairs()]
     judge = Truth.of(found.fragments, all_owners(run), fragment_counts(run, truth, **options))
     kinds = {}
     for kind in FEATURES:
-        judged = [(t, *judge.wrong(t)) for t in tables if t.kind == kind]
+        judged = [(t, judge.worth(t) > 0) for t in tables if t.kind == kind]
+        none = np.zeros(0)
         features = np.concatenate(
-            [
-                np.zeros((0, len(FEATURES[kind]))),
-                *(table.features[known] for table, _, known in judged),
-            ]
+            [np.zeros((0, len(FEATURES[kind]))), *(table.features for table, _ in judged)]
         )
-        wrong = np.concatenate([np.zeros(0, bool), *(bad[known] for _, bad, known in judged)])
+        wrong = np.concatenate([none > 0, *(bad for _, bad in judged)])
+        gain = np.concatenate([none, *(table.gain for table, _ in judged)])
         if min(wrong.sum(), (~wrong).sum()) < LEAST:
             raise InputError(
                 f"--calibrate: the truth shows {int(wrong.sum())} errors of kind {kind} among "
                 f"{len(wrong)} candidates; at least {LEAST} are needed, and as many that are none"
             )
-        kinds[kind] = Logistic.fit(features, wrong)
+        kinds[kind] = Logistic.fit(features, wrong, gain)
     return Model(kinds, f"{run.path.name}, {truth.name}")
 
 

@@ -1,25 +1,26 @@
 """What a truth says of candidates, and what mending them is worth.
 
-A cut is a true error if the truth objects that most voxels of its two sides have differ; a pair of
-segments is one if they are the same. The oracle goes through a list, mends what is a true error
-and leaves the rest: it parts or joins fragments, and scores are counted again from the same table
-of fragments and truth.
+A candidate is a true error if mending it lowers the variation of information. The oracle goes
+through a list, mends what is a true error and leaves the rest: it parts or joins fragments, and
+scores are counted again from the same table of fragments and truth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from scipy.special import xlogy
 
 from agq.blockwise.stitch.merge.agglomeration import positions
 from agq.pipeline.evaluate.contingency import BlockCounts, Contingency
 from agq.pipeline.evaluate.scores import Scores
-from agq.pipeline.suspects.candidates import MERGE, Candidates
+from agq.pipeline.suspects.candidates import MERGE, Candidates, Finder
 
 
 @dataclass(frozen=True)
@@ -75,38 +76,43 @@ class Truth:
             table,
         )
 
-    def wrong(self, candidates: Candidates) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Tell which candidates are true errors, and of which the truth knows both sides."""
+    def worth(self, candidates: Candidates) -> NDArray[np.float64]:
+        """Return by how many bits mending each candidate alone lowers the variation of information.
+
+        A candidate is a true error if that is more than 0.
+        """
         if candidates.kind == MERGE:
-            both = np.array([self._sides(row) for row in candidates.rows]).reshape(-1, 2)
-            return self._judged(both[:, 0] != both[:, 1], both)
-        ids, index = np.unique(self.segments, return_inverse=True)
-        pick = csr_array((np.ones(len(index)), (index, np.arange(len(index)))))
-        main = _majority((pick @ self.counts).tocsr())
-        both = np.stack([main[positions(ids, candidates.rows[end])] for end in ("a", "b")], axis=1)
-        return self._judged(both[:, 0] == both[:, 1], both)
+            sides = [self._sides(row) for row in candidates.rows]
+        else:
+            ids, index = np.unique(self.segments, return_inverse=True)
+            pick = csr_array((np.ones(len(index), np.int64), (index, np.arange(len(index)))))
+            whole = (pick @ self.counts).tocsr()
+            a, b = (positions(ids, candidates.rows[end]).tolist() for end in ("a", "b"))
+            sides = [(_row(whole, i), _row(whole, j)) for i, j in zip(a, b, strict=True)]
+        # Parting x and y takes what joining them has added to H(truth | segment), and adds to
+        # H(segment | truth) what parting each object does; joining does the reverse.
+        bits = [_joined(x.sum(), y.sum()) - 2 * _joined(x, y) for x, y in sides]
+        sign = 1 if candidates.kind == MERGE else -1
+        return sign * np.array(bits).reshape(-1) / max(self.table.total, 1)
 
-    @staticmethod
-    def _judged(
-        wrong: NDArray[np.bool_], objects: NDArray[np.int64]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        known: NDArray[np.bool_] = np.all(objects >= 0, axis=1)
-        return known & wrong, known
-
-    def _sides(self, row: NDArray) -> tuple[int, int]:
-        """Return the object that most voxels of each side of a cut have; -1 for none."""
+    def _sides(self, row: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the voxels of each object on both sides of a cut."""
         at = self.starts[int(row["part"])]
         begin, end, first, last = (at + int(row[n]) for n in ("begin", "end", "first", "last"))
-        inner = self.counts[begin:end].sum(axis=0)
-        outer = self.counts[first:last].sum(axis=0) - inner
-        one, other = (int(side.argmax()) if side.any() else -1 for side in (inner, outer))
-        return one, other
+        inner = np.asarray(self.counts[begin:end].sum(axis=0))
+        return inner, np.asarray(self.counts[first:last].sum(axis=0)) - inner
 
 
-def _majority(counts: csr_array) -> NDArray[np.int64]:
-    """Return the column of the largest entry of each row; -1 for a row without any."""
-    filled = np.diff(counts.indptr) > 0
-    return np.where(filled, np.asarray(counts.argmax(axis=1)).reshape(-1), -1)
+def _row(counts: csr_array, row: int) -> NDArray[np.int64]:
+    dense = np.zeros(counts.shape[1], np.int64)
+    span = slice(counts.indptr[row], counts.indptr[row + 1])
+    dense[counts.indices[span]] = counts.data[span]
+    return dense
+
+
+def _joined(x: Any, y: Any) -> float:
+    """Return the sum of n log n of sums less those of the parts."""
+    return float(np.sum(xlogy(x + y, x + y) - xlogy(x, x) - xlogy(y, y)) / np.log(2))
 
 
 @dataclass
@@ -124,21 +130,26 @@ class Oracle:
     truth: Truth
     edges: NDArray[np.uint64]
 
-    def curve(self, fixes: Iterable[tuple[str, int, int]]) -> list[float]:
+    def curve(self, fixes: Iterable[tuple[str, int, int] | None]) -> list[float]:
         """Return the variation of information before and after each fix.
 
-        Each is the kind, and the fragments to part or to join.
+        Each is the kind, and the fragments to part or to join; None for what is left as it is. A
+        fix that would not lower it any more, after those before it, is left too.
         """
         ids = np.unique(np.concatenate([self.truth.table.segment, self.edges.reshape(-1)]))
-        edges = {(int(u), int(v)) for u, v in self.edges}
+        edges = {(int(min(pair)), int(max(pair))) for pair in self.edges}
         values = [self._score(ids, edges)]
-        for kind, u, v in fixes:
-            pair = (min(u, v), max(u, v))
-            if kind == MERGE:
-                edges.discard(pair)
-            else:
-                edges.add(pair)
-            values.append(self._score(ids, edges))
+        for fix in fixes:
+            if fix is None:
+                values.append(values[-1])
+                continue
+            kind, u, v = fix
+            pair = {(min(u, v), max(u, v))}
+            mended = edges - pair if kind == MERGE else edges | pair
+            value = self._score(ids, mended)
+            if value < values[-1]:
+                edges = mended
+            values.append(min(value, values[-1]))
         return values
 
     def _score(self, ids: NDArray[np.uint64], edges: set[tuple[int, int]]) -> float:
@@ -150,6 +161,24 @@ class Oracle:
         segments[ids == 0] = 0
         scores = Scores.of(self.truth.table.with_segments(ids, segments))
         return float("nan") if scores is None else scores.voi_sum
+
+
+def forest(
+    found: Finder, owners: tuple[NDArray[np.uint64], NDArray[np.uint64]]
+) -> NDArray[np.uint64]:
+    """Return contacts that hold all segments of a run together, (n, 2).
+
+    `found` has kept its trees. The fragments of segments that it leaves out are held by pairs that
+    need not touch.
+    """
+    known = np.concatenate([np.zeros(0, np.uint64), *found.fragments.values()])
+    ids, segments = owners
+    rest = (segments != 0) & ~np.isin(ids, known)
+    ids, segments = ids[rest], segments[rest]
+    order = np.argsort(segments, kind="stable")
+    same = segments[order][1:] == segments[order][:-1]
+    chains = np.stack((ids[order][:-1][same], ids[order][1:][same]), axis=1)
+    return np.concatenate([np.zeros((0, 2), np.uint64), *found.trees, chains])
 
 
 def ranked(

@@ -42,7 +42,8 @@ def suspects(
     """List where a stitched run is probably wrong, without any truth."""
     from agq.pipeline.status.progress import step_progress
     from agq.pipeline.suspects import find, outputs
-    from agq.pipeline.suspects.model import DEFAULT, Model
+    from agq.pipeline.suspects.coefficients import DEFAULT
+    from agq.pipeline.suspects.model import Model
 
     run = RunFolder(run_dir)
     run.record()

@@ -12,7 +12,8 @@ from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.suspects.candidates import FEATURES, MERGE, SPLIT, Candidates, distinct, gains
-from agq.pipeline.suspects.model import DEFAULT, Logistic, Model
+from agq.pipeline.suspects.coefficients import DEFAULT
+from agq.pipeline.suspects.model import Logistic, Model
 from tests.helpers.runs import agq, blobs, make_config
 
 
@@ -39,7 +40,7 @@ def test_suspects_are_listed_where_they_are(stitched: Path) -> None:
     with (stitched / "suspects" / "webknossos.csv").open() as file:
         tasks = [row[4:7] for row in csv.reader(file)]
     assert tasks == [[str(row[axis]) for axis in "xyz"] for row in rows]
-    values = [row["probability"] ** 2 * row["bits"] for row in rows]
+    values = [row["probability"] ** 4 * row["bits"] for row in rows]
     assert values == sorted(values, reverse=True) or np.allclose(
         values, sorted(values, reverse=True), rtol=1e-2
     )
@@ -76,7 +77,7 @@ def test_a_fit_finds_the_odds(tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     features = random.normal(size=(4000, len(FEATURES[MERGE])))
     wrong = random.random(4000) < 1 / (1 + np.exp(-(2 * features[:, 0] - 1)))
-    fitted = Logistic.fit(features, wrong)
+    fitted = Logistic.fit(features, wrong, np.ones(4000))
     probability = fitted.probability(features)
     likely = probability > 0.5
     assert abs(probability[likely].mean() - wrong[likely].mean()) < 0.05
