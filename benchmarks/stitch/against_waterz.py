@@ -11,7 +11,8 @@ from memory import peak_mib
 from volumes import STEPS, CpuTime, make_array, warm_up
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.blocks.packs import sidecar_path
+from agq.blockwise.blocks.sidecar import build_sidecar
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.cluster import dask_client

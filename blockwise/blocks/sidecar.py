@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
 from agq.blockwise.blocks.label_pairs import MaskAgreement, PairTable
+from agq.blockwise.blocks.packs import sidecar_bytes, sidecar_file, sidecar_path
 from agq.blockwise.storage.frames import decompressed
 from agq.errors import DamagedError, InputError, repairable
-from agq.reading import NotAFileError, parse_json, read_file
+from agq.reading import NotAFileError, parse_json
 
 if TYPE_CHECKING:
     from agq.blockwise.blocks.grid import BlockGrid
@@ -69,9 +70,6 @@ _FORMS: dict[str, tuple[tuple[np.dtype[Any], ...], str, int]] = {
     "after_labels": (_LABELS, "after_labels", 2),
     "before_labels": (_LABELS, "before_labels", 2),
 }
-# Bytes of a file, and of a frame when it is decoded.
-_MOST_BYTES = 2**30
-
 # An array that has another name in the file.
 _STORED = {"original_labels": "names"}
 _ATTRIBUTES = {stored: attribute for attribute, stored in _STORED.items()}
@@ -293,11 +291,6 @@ def _damaged(error: object) -> DamagedError:
     return DamagedError(f"sidecar is damaged ({error})")
 
 
-def sidecar_path(run_dir: Path, number: int) -> Path:
-    """Return the path of a block's sidecar; at most 1000 files share a folder."""
-    return Path(run_dir) / "sidecars" / f"{number // 1000:07d}" / f"{number}.agqs"
-
-
 def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
     """Open the sidecar of a block.
 
@@ -308,7 +301,7 @@ def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
     """
     path = sidecar_path(run_dir, number)
     try:
-        file = SidecarFile(read_file(path, most=_MOST_BYTES))
+        file = SidecarFile(sidecar_bytes(run_dir, number))
     except FileNotFoundError:
         if path.with_suffix(".npz").exists():
             raise InputError(
@@ -317,7 +310,9 @@ def open_sidecar(run_dir: Path, number: int) -> SidecarFile:
             ) from None
         raise repairable(f"{path}: sidecar of block {number} is missing", run_dir) from None
     except DamagedError as error:
-        raise repairable(f"{path}: {error}", run_dir) from None
+        named = str(error).startswith(str(run_dir))
+        held = sidecar_file(run_dir, number)
+        raise repairable(error if named else f"{held}: {error}", run_dir) from None
     except NotAFileError as error:
         raise repairable(error, run_dir) from None
     except InputError as error:

@@ -20,7 +20,8 @@ import zarr
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import MaskAgreement
-from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.blocks.packs import sidecar_path
+from agq.blockwise.blocks.sidecar import build_sidecar
 from agq.blockwise.storage.files import checksum, require_folder, write_atomic
 from agq.blockwise.volumes.create import (
     chunk_file,

@@ -30,7 +30,9 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.blocks.label_pairs import PairColumns, PairTable
+from agq.blockwise.blocks.packs import pack_sidecars
 from agq.blockwise.blocks.sidecar import SidecarFile, open_sidecar
+from agq.blockwise.stitch.steps import Task
 from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTask
 from agq.blockwise.storage.arrays import (
     Boxes,
@@ -360,6 +362,17 @@ class Collect(SuperblockTask):
             fragments += len(columns.pop("nodes.sizes"))
             contacts += sum(len(column) for column in columns.values())
         return fragments, contacts
+
+
+@dataclass(frozen=True)
+class PackSidecars(Task):
+    """Pack the sidecars in some folders, whose evidence is collected."""
+
+    items: Sequence[Path]
+
+    def run(self) -> int:
+        """Return how many sidecars were packed."""
+        return sum(map(pack_sidecars, self.items))
 
 
 def read_evidence(run_dir: Path) -> Evidence:

@@ -42,7 +42,7 @@ from agq.blockwise.journal.records import BlockState
 from agq.blockwise.stitch import contacts as contacts_module
 from agq.blockwise.stitch.classes import ClassRule, Count
 from agq.blockwise.stitch.cluster import LazyClient
-from agq.blockwise.stitch.contacts import Collect
+from agq.blockwise.stitch.contacts import Collect, PackSidecars
 from agq.blockwise.stitch.merge.agglomeration import Merge
 from agq.blockwise.stitch.output.boxes import Coarsen, Relabel
 from agq.blockwise.stitch.output.pyramid import Pass, Pyramid
@@ -407,9 +407,16 @@ class _Stitch:
             fragments, contacts = (sum(column) for column in zip((0, 0), *counts, strict=True))
             result = {"fragments": fragments, "contacts": contacts}
             step.finish(result, [files.contacts])
+        self._pack_sidecars()
         self.report.fragments, self.report.contacts = result["fragments"], result["contacts"]
         self.report.end(step)
         return step.key
+
+    def _pack_sidecars(self) -> None:
+        """Pack what has been collected: a file for each block is the largest part of a run's."""
+        folders = sorted((self.run_dir / "sidecars").glob("[0-9]*/"))
+        batches = self.workers.batches(folders, 1, share=1)
+        self.workers.run("contacts packed", [PackSidecars(batch) for batch in batches])
 
     def _count_classes(self, blocks: str) -> list[Any]:
         """Count classes by fragment; return what decides which may merge, [] without classes."""

@@ -9,10 +9,10 @@ import numpy as np
 import zarr
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.sidecar import sidecar_path
+from agq.blockwise.blocks.packs import sidecar_bytes, sidecar_file
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState, sums_digest
-from agq.blockwise.storage.files import checksum, file_checksum
+from agq.blockwise.storage.files import checksum
 from agq.blockwise.verify.report import Check, Kind, Problem
 from agq.blockwise.volumes.create import chunk_file, open_array, read_chunk
 from agq.errors import DamagedError, InputError
@@ -104,7 +104,7 @@ class BlockOutputs:
 
     def _files(self, number: int) -> dict[str, Path]:
         index = self.grid.index(number)
-        files = {"sidecar": sidecar_path(self.folder, number)}
+        files = {"sidecar": sidecar_file(self.folder, number)}
         for name, array in self.arrays.items():
             files[name] = chunk_file(array, (*[0] * (array.ndim - 3), *index))
         return files
@@ -113,10 +113,11 @@ class BlockOutputs:
         try:
             if file.stat().st_size == 0:
                 raise DamagedError(f"{file}: file is empty")
+            if name == "sidecar":
+                data = sidecar_bytes(self.folder, number)
+                return checksum(data) if contents else ""
             if not contents:
                 return ""
-            if name == "sidecar":
-                return file_checksum(file)
         except FileNotFoundError:
             raise DamagedError(f"{file}: file is missing") from None
         except NotAFileError as error:

@@ -13,6 +13,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from agq.blockwise.blocks import packs
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.stitch.output.pyramid import Pyramid
 from agq.blockwise.stitch.superblocks import leaf_shape
@@ -230,7 +231,7 @@ def _files(work: Work, means: Means) -> dict[str, int]:
     shards = [math.ceil(share * math.prod(pyramid.shards(i))) for i in range(len(levels))]
     leaf = leaf_shape(grid.shape, max(blocks, 1), means.cores, 512)
     leaves = min(blocks, math.prod(-(-n // side) for n, side in zip(grid.shape, leaf, strict=True)))
-    files = {"fragments": blocks, "sidecars": blocks}
+    files = {"fragments": blocks, "sidecars": math.ceil(blocks / packs.BLOCKS)}
     if work.affinities:
         files["affinities"] = blocks
     files["segmentation"], files["pyramid"] = shards[0], sum(shards[1:])

@@ -20,7 +20,7 @@ _MADE = re.compile(
             r"report\.html|baseline\.png",
             r"data\.zarr/((fragments|affinities|segmentation(/s\d+)?)/)?zarr\.json",
             rf"data\.zarr/(fragments|affinities|segmentation/s\d+)/{_CHUNK}",
-            r"sidecars/\d+/\d+\.(agqs|npz)",
+            r"sidecars/(\d+\.agqp|\d+/\d+\.(agqs|npz))",
             r"journal/(predict|relabel|pyramid)/([^/]+\.jsonl|compact\.npz)",
             r"contacts/(layout\.json|present\.npy)",
             rf"(contacts|classes|agglomeration|lut/cut|lut/names)/\d+/{_TABLE}",

@@ -9,7 +9,8 @@ import numpy as np
 from scipy.ndimage import zoom
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.sidecar import Sidecar, build_sidecar, sidecar_path
+from agq.blockwise.blocks.packs import sidecar_path
+from agq.blockwise.blocks.sidecar import Sidecar, build_sidecar
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.run import StitchSpec

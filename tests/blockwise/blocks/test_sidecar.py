@@ -14,10 +14,10 @@ from numcodecs import zstd
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import PairTable
+from agq.blockwise.blocks.packs import sidecar_path
 from agq.blockwise.blocks.sidecar import (
     build_sidecar,
     open_sidecar,
-    sidecar_path,
 )
 from agq.errors import InputError
 from tests.helpers.fuzz import attack, odd_bytes, odd_document, require_one_line

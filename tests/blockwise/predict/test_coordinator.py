@@ -11,7 +11,8 @@ import pytest
 import zarr
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.sidecar import build_sidecar, sidecar_path
+from agq.blockwise.blocks.packs import sidecar_path
+from agq.blockwise.blocks.sidecar import build_sidecar
 from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import this_worker
 from agq.blockwise.journal.snapshot import open_snapshot

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from agq.blockwise.blocks.grid import BlockGrid
-from agq.blockwise.blocks.sidecar import sidecar_path
+from agq.blockwise.blocks.packs import sidecar_path
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.writer import JournalWriter

@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq.blockwise.blocks.sidecar import sidecar_path
+from agq.blockwise.blocks.packs import pack_path, pack_sidecars, sidecar_bytes, sidecar_path
 from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.run import StitchError, run_stitch
+from agq.blockwise.storage.files import checksum, write_atomic
 from agq.blockwise.verify.check import verify
 from agq.blockwise.verify.repair import repair
 from agq.blockwise.volumes.create import open_array
 from agq.errors import InputError
-from tests.helpers.fragments import GRID, folder_bytes, write_run
+from tests.helpers.fragments import GRID, box, folder_bytes, write_run
 
 TABLES = ("contacts/", "agglomeration/", "lut/", "data.zarr/segmentation")
 
@@ -66,6 +69,9 @@ def stitched(run, client, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stitched") / "run"
     write_run(run, folder)
     run_stitch(run.spec(folder, superblock=(1, 2, 2)), client)
+    for number in run.sidecars:  # as they are before they are packed
+        write_atomic(sidecar_path(folder, number), sidecar_bytes(folder, number))
+    pack_path(folder, 0).unlink()
     return folder
 
 
@@ -142,6 +148,32 @@ def test_blocks_are_named_and_taken_back_with_what_was_made_of_them(copy, run, d
     for stage in ("predict", "relabel"):
         assert Journal(copy / "journal" / stage).ranks(np.array([first, second])).tolist() == [0, 0]
     assert check(copy).problems == [], "what is not done cannot be damaged"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_packed_sidecars_are_checked_and_made_again(copy, run, client, damage):
+    before, pack = made(copy), pack_path(copy, 0)
+    assert pack_sidecars(sidecar_path(copy, 0).parent) == len(run.sidecars)
+    assert not sidecar_path(copy, 0).parent.exists()
+    report = check(copy)
+    assert (report.problems, report.checked["sidecars"]) == ([], len(run.sidecars))
+    damage(pack)
+    problems = check(copy).problems
+    assert {p.kind for p in problems} == {"sidecars"}
+    assert len(problems) == (1 if damage is flip else len(run.sidecars))
+    repair(copy, GRID, problems)
+    with JournalWriter(copy / "journal/predict", WorkerInfo("again", "here", 1)) as journal:
+        journal.revision = Journal(copy / "journal/predict").revision
+        for number in (p.block for p in problems):
+            data = run.sidecars[number].to_bytes()
+            write_atomic(sidecar_path(copy, number), data)
+            ids = open_array(copy / "data.zarr", "fragments")[box(*GRID.write_box(number))]
+            sums = {"fragments": checksum(ids), "sidecar": checksum(data)}
+            journal.finish(BlockRecord(number, "done", sums=sums))
+    assert check(copy).problems == []
+    run_stitch(run.spec(copy, superblock=(1, 2, 2)), client)
+    assert made(copy) == before
+    assert check(copy).problems == []
 
 
 def test_metadata_of_fragments_must_fit_the_grid(copy):
