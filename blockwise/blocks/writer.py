@@ -20,6 +20,7 @@ import zarr
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.label_pairs import MaskAgreement
+from agq.blockwise.blocks.pack_arrays import is_packed, require_unpacked
 from agq.blockwise.blocks.packs import sidecar_path
 from agq.blockwise.blocks.sidecar import build_sidecar
 from agq.blockwise.storage.files import checksum, require_folder, write_atomic
@@ -74,6 +75,8 @@ class BlockWriter:
         }
         container = folder / _CONTAINER
         try:
+            if is_packed(folder):  # finished; more blocks are refused when they are opened
+                return cls(folder, grid, open_array(container, "fragments", "r"))
             fragments = create_array(container, "fragments", dtype=np.uint64, **layout)
             kept = create_affinities(container, "affinities", **layout) if affinities else None
         except DamagedError as error:
@@ -87,8 +90,9 @@ class BlockWriter:
         Raises
         ------
         InputError
-            If one is missing, or does not fit the grid.
+            If one is missing, packed, or does not fit the grid.
         """
+        require_unpacked(folder)
         container = folder / _CONTAINER
         kept = open_array(container, "affinities") if affinities else None
         writer = cls(folder, grid, open_array(container, "fragments"), kept)

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.blocks.pack_arrays import is_packed
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord, BlockState, this_worker
@@ -250,7 +251,7 @@ class _Run:
         self._journal.refresh()
         workers = self._journal.workers.values()
         blocks = {block for worker in workers for block in (*worker.current, *worker.left)}
-        if blocks:
+        if blocks and not is_packed(Path(self.spec.run_dir)):
             writer = BlockWriter.open(
                 Path(self.spec.run_dir), self.grid, affinities=self.spec.affinities
             )

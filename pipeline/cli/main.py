@@ -37,6 +37,7 @@ COMMANDS: Final = {
     "stitch": "agq.pipeline.cli.stitch:stitch",
     "plan": "agq.pipeline.cli.run:plan",
     "verify": "agq.pipeline.cli.verify:verify",
+    "pack": "agq.pipeline.cli.verify:pack",
     "status": "agq.pipeline.cli.watch:status",
     "watch": "agq.pipeline.cli.watch:watch",
     "metrics": "agq.pipeline.cli.watch:metrics",

@@ -1,4 +1,4 @@
-"""The command `agq verify`."""
+"""The commands `agq verify` and `agq pack`."""
 
 import json
 from pathlib import Path
@@ -45,3 +45,22 @@ def verify(
             out.print(f"Take it back: agq verify {run_dir} --repair", markup=False)
     if report.problems:
         raise typer.Exit(EXIT_FAILED)
+
+
+def pack(
+    run_dir: Annotated[
+        Path,
+        typer.Argument(help="Run folder, finished.", show_default=False),
+    ],
+    undo: Annotated[
+        bool,
+        typer.Option("--undo", help="Back to a file a block, so that blocks can be predicted."),
+    ] = False,
+) -> None:
+    """Put the fragments and affinities of a finished run into few files; nothing else changes."""
+    from agq.pipeline.run.pack import pack_run
+    from agq.pipeline.status.progress import step_progress
+
+    with step_progress("pack") as tell:
+        pack_run(run_dir, undo=undo, on_progress=tell)
+    out.print(f"{run_dir}: {'unpacked' if undo else 'packed'}", markup=False)

@@ -20,6 +20,7 @@ _MADE = re.compile(
             r"report\.html|baseline\.png",
             r"data\.zarr/((fragments|affinities|segmentation(/s\d+)?)/)?zarr\.json",
             rf"data\.zarr/(fragments|affinities|segmentation/s\d+)/{_CHUNK}",
+            r"data\.zarr/(fragments|affinities)/\d+(/\d+)+",
             r"sidecars/(\d+\.agqp|\d+/\d+\.(agqs|npz))",
             r"journal/(predict|relabel|pyramid)/([^/]+\.jsonl|compact\.npz)",
             r"contacts/(layout\.json|present\.npy)",

@@ -20,6 +20,7 @@ from distributed import Client
 from agq import waiting
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.mask import mask_blocks
+from agq.blockwise.blocks.pack_arrays import require_unpacked
 from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import BlockRecord, BlockState, this_worker
@@ -148,6 +149,7 @@ def predict(
     if concerned := apply_mask(prepared):
         session.progress.note(f"input.mask has changed: {concerned:,} blocks are chosen anew")
     if again is not None:
+        require_unpacked(prepared.run.path)
         take_back(folder, again, "asked for")
     journal = Journal(folder)
     journal.refresh()
@@ -157,6 +159,8 @@ def predict(
         todo = np.intersect1d(todo, again)
     if only_failed:
         todo = np.intersect1d(todo, [record.block for record in journal.failed()])
+    if todo.size:
+        require_unpacked(prepared.run.path)
     total = int(prepared.selected.size)
     started = time.time()
     with session.stage("predict", total) as record:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from agq.blockwise.blocks.packs import sidecar_bytes, sidecar_path
 from agq.blockwise.blocks.sidecar import AxisPlanes, Sidecar, SidecarFile, open_sidecar
+from agq.blockwise.storage.files import write_atomic
 
 FRAMES = ("low", "high", "outer")
 
@@ -23,3 +25,11 @@ def _whole(file: SidecarFile) -> Sidecar:
         for axis in range(3)
     )
     return Sidecar(number=file.number, planes=(z, y, x), **file.frame("tables"))
+
+
+def unpack_sidecars(run_dir: Path, numbers) -> None:
+    """Lay sidecars out as they are before the stitch packs them."""
+    for number in numbers:
+        write_atomic(sidecar_path(run_dir, number), sidecar_bytes(run_dir, number))
+    for pack in (run_dir / "sidecars").glob("*.agqp"):
+        pack.unlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq.blockwise.blocks.packs import pack_path, pack_sidecars, sidecar_bytes, sidecar_path
+from agq.blockwise.blocks.packs import pack_path, pack_sidecars, sidecar_path
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.writer import JournalWriter
@@ -21,6 +21,7 @@ from agq.blockwise.verify.repair import repair
 from agq.blockwise.volumes.create import open_array
 from agq.errors import InputError
 from tests.helpers.fragments import GRID, box, folder_bytes, write_run
+from tests.helpers.sidecars import unpack_sidecars
 
 TABLES = ("contacts/", "agglomeration/", "lut/", "data.zarr/segmentation")
 
@@ -69,9 +70,7 @@ def stitched(run, client, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stitched") / "run"
     write_run(run, folder)
     run_stitch(run.spec(folder, superblock=(1, 2, 2)), client)
-    for number in run.sidecars:  # as they are before they are packed
-        write_atomic(sidecar_path(folder, number), sidecar_bytes(folder, number))
-    pack_path(folder, 0).unlink()
+    unpack_sidecars(folder, run.sidecars)
     return folder
 
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockState
 from agq.errors import InputError
 from agq.pipeline.api import Run, stitch_fragments
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.run.verify import verify_run
 from agq.pipeline.status.monitor import load_status
 from tests.helpers.runs import agq, make_config, results
+from tests.helpers.sidecars import unpack_sidecars
 
 DAMAGED = {
     "fragments": "data.zarr/fragments/c/0/0/1",
@@ -30,6 +32,8 @@ DAMAGED = {
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     Run(make_config(folder, output={"affinities": True})).run()
+    done = Journal(folder / "run/journal/predict").rows
+    unpack_sidecars(folder / "run", done["block"][done["rank"] == BlockState.DONE].tolist())
     return folder
 
 
@@ -118,13 +122,38 @@ def test_a_stitch_of_fragments_of_another_model_too(tmp_path):
 
     stitch()
     before = results(out)
-    for path in ("data.zarr/fragments/c/0/0/0", "sidecars/0000000/0.agqs", "lut/smallest.npy"):
+    for path in ("data.zarr/fragments/c/0/0/0", "sidecars/0000000.agqp", "lut/smallest.npy"):
         damage(out / path, "cut")
     report = verify_run(out, repair=True)
     assert {p.kind for p in report.problems} == {"fragments", "sidecars", "tables"}
     stitch()
     assert results(out) == before
     assert verify_run(out).problems == []
+
+
+def test_a_packed_run_goes_on_and_refuses_blocks(place):
+    run, before = place / "run", results(place / "run")
+    job = Run(make_config(place, output={"affinities": True}))
+    with RunFolder(run).lock():
+        assert "another agq process" in agq("pack", run).stderr
+    packed = agq("pack", run)
+    assert packed.returncode == 0, packed.stderr
+    for name in ("fragments", "affinities"):
+        assert not (run / "data.zarr" / name / "c").exists()
+    assert verify_run(run).problems == []
+    report = job.run()
+    assert (report.predict.blocks, results(run)) == (0, before)
+
+    damage(run / "data.zarr/fragments/0/0/0", "cut")
+    assert verify_run(run, repair=True).taken_back["blocks"] > 0
+    with pytest.raises(InputError, match="agq pack .* --undo"):
+        job.run()
+    undone = agq("pack", run, "--undo")
+    assert undone.returncode == 0, undone.stderr
+    job.run()
+    assert results(run) == before
+    RunFolder(run).update_stage("stitch", state="stopped")
+    assert "not finished" in agq("pack", run).stderr
 
 
 def test_bad_input_is_one_line(tmp_path):
