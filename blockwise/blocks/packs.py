@@ -113,6 +113,17 @@ def pack_sidecars(folder: Path) -> int:
     return len(own)
 
 
+def remove_unreadable(pack: Path) -> None:
+    """Remove a pack of which no sidecar can be read any more: the next one is made without it."""
+    try:
+        with open_file(pack) as stream:
+            _rows_of(pack, stream)
+    except DamagedError:
+        pack.unlink()
+    except FileNotFoundError:
+        pass
+
+
 def _write(pack: Path, own: Mapping[int, Path]) -> None:
     with ExitStack() as opened:
         stream, before = None, np.empty((0, 4), np.uint64)

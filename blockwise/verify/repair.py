@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from agq.blockwise.blocks.grid import BlockGrid
+from agq.blockwise.blocks.packs import remove_unreadable
 from agq.blockwise.journal.writer import take_back
 from agq.blockwise.stitch.steps import Step
 from agq.blockwise.verify.report import Problem
@@ -53,6 +54,8 @@ def repair(folder: Path, grid: BlockGrid, problems: Sequence[Problem]) -> dict[s
         numbers = _above(folder, grid, _numbers(relabelled), _numbers(chunks))
         taken["pyramid"] = take_back(journals / "pyramid", numbers, _REASON)
         Step.take_back(folder, "pyramid")
+    for path in {p.path for p in problems if p.path.endswith(".agqp")}:
+        remove_unreadable(folder / path)
     for problem in problems:
         if problem.kind in ("tables", "metadata"):
             taken["files"] += 1

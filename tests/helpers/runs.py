@@ -10,6 +10,9 @@ import numpy as np
 import yaml
 from scipy import ndimage
 
+from agq.blockwise.blocks.packs import sidecar_bytes
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.records import BlockState
 from agq.blockwise.volumes.create import create_array
 from agq.blockwise.volumes.open import open_volume
 from tests.helpers import ROOT
@@ -109,8 +112,11 @@ def results(run_dir: Path) -> dict[str, bytes]:
 
     The id map says the same as the segmentation, in files that follow the workers.
     """
-    kept = {}
-    for part in ("data.zarr", "sidecars", "lut"):
+    rows = Journal(run_dir / "journal" / "predict").rows
+    done = rows["block"][rows["rank"] == BlockState.DONE].tolist()
+    # Packed or not.
+    kept = {f"sidecars/{number}": sidecar_bytes(run_dir, number) for number in sorted(done)}
+    for part in ("data.zarr", "lut"):
         for file in sorted((run_dir / part).rglob("*")):
             if file.is_file() and file.parent.name != "map":
                 kept[str(file.relative_to(run_dir))] = file.read_bytes()
