@@ -58,7 +58,7 @@ def pack(
     ] = False,
 ) -> None:
     """Put the fragments and affinities of a finished run into few files; nothing else changes."""
-    from agq.pipeline.run.pack import pack_run
+    from agq.pipeline.run.verify import pack_run
     from agq.pipeline.status.progress import step_progress
 
     with step_progress("pack") as tell:
