@@ -39,6 +39,7 @@ IN_ORDER = (
     "docs/watching.md",
     "docs/stitching.md",
     "docs/shapes.md",
+    "docs/graph.md",
     "docs/open-in.md",
 )
 AFTER_THE_README = "docs/runs.md"  # goes on with its run

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.stitch.contacts import PARTS, ContactTable, NodeTable, load_contacts
 from agq.blockwise.stitch.merge.agglomeration import score_contacts
 from agq.blockwise.stitch.output.relabel import BlockLut
@@ -176,7 +175,7 @@ class SegmentEvidence:
             if files.evidence(home).exists():
                 tables.append(NodeTable.load(files.evidence(home), "nodes"))
                 lut = BlockLut.open(files.map(home))
-                segments.append(owners(lut, tables[-1].ids))
+                segments.append(lut.segments_of(tables[-1].ids))
         own = np.zeros(len(tables[0]), NODE)
         own["segment"], own["id"] = segments[0], tables[0].ids
         own["voxels"], own["box"] = tables[0].sizes, tables[0].boxes
@@ -205,13 +204,6 @@ class SegmentEvidence:
             np.add.at(self.segments.contacts, end[known], rows["denominator"][known])
         between = rows[~same & (ends[0] >= 0) & (ends[1] >= 0)]
         self._parts[2].add(between, between["a"])
-
-
-def owners(lut: BlockLut, ids: Ids) -> Ids:
-    """Return the segment of each fragment; 0 for none."""
-    numbers, local = BlockGrid.split_ids(ids)
-    owners: Ids = lut.segments[lut.offsets[np.searchsorted(lut.blocks, numbers)] + local - 1]
-    return owners
 
 
 def _segments(files: StitchFiles, least: int) -> Segments:

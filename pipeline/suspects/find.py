@@ -21,7 +21,7 @@ from agq.errors import InputError
 from agq.pipeline.evaluate.baseline.compare import fragment_counts, stitch_settings
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.suspects.candidates import FEATURES, MERGE, Candidates, Finder
-from agq.pipeline.suspects.evidence import SegmentEvidence, owners
+from agq.pipeline.suspects.evidence import SegmentEvidence
 from agq.pipeline.suspects.model import LEAST, Logistic, Model
 from agq.pipeline.suspects.oracle import Truth
 
@@ -183,7 +183,7 @@ def all_owners(run: RunFolder) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     ids, segments = [], []
     for path in sorted(files.contacts.glob("0/*.npz")):
         ids.append(NodeTable.load(path, "nodes").ids)
-        segments.append(owners(BlockLut.open(files.lut / "map" / path.name), ids[-1]))
+        segments.append(BlockLut.open(files.lut / "map" / path.name).segments_of(ids[-1]))
     order = np.argsort(np.concatenate(ids), kind="stable")
     return np.concatenate(ids)[order], np.concatenate(segments)[order]
 

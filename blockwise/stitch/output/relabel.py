@@ -107,6 +107,12 @@ class BlockLut:
         """Return how many voxels these labels must have, if that is known; errors as `block`."""
         return None if self.voxels is None else np.asarray(self.voxels[self._slice(number)])
 
+    def segments_of(self, ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return the segments of fragments that the map holds; 0 for none."""
+        numbers, local = BlockGrid.split_ids(ids)
+        row = self.offsets[np.searchsorted(self.blocks, numbers)] + local - 1
+        return np.asarray(self.segments[row])
+
     def _slice(self, number: int) -> slice:
         """Return the entries of a block.
 

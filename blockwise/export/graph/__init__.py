@@ -1,0 +1,1 @@
+"""The graph that a stitch decided on, for proofreading."""
