@@ -116,6 +116,8 @@ def elsewhere(page: str, line: str) -> str | None:
         return ELSEWHERE[page, line]
     if page == "docs/other-schedulers.md":
         return JOIN + "test_workers_that_join_make_the_same_bytes_though_one_is_killed"
+    if page == "docs/suspects.md" and line.startswith("agq calibrate"):
+        return "tests/pipeline/evaluate/test_calibrate.py::test_settings_are_chosen_and_written"
     if page == "docs/suspects.md":
         return "tests/pipeline/suspects/test_suspects.py::test_suspects_are_listed_where_they_are"
     if page == "docs/containers.md":

@@ -49,6 +49,7 @@ COMMANDS: Final = {
     "evaluate": "agq.pipeline.cli.score.score:evaluate",
     "skeletons": "agq.pipeline.cli.score.score:skeletons",
     "sweep": "agq.pipeline.cli.score.score:sweep",
+    "calibrate": "agq.pipeline.cli.score.calibrate:calibrate",
     "suspects": "agq.pipeline.cli.score.suspects:suspects",
     "baseline": "agq.pipeline.cli.score.score:baseline_app",
     "submit": "agq.pipeline.cli.slurm:submit",

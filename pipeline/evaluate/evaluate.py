@@ -41,6 +41,10 @@ from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, scores_
 _FILL_NANOMETRES = 150.0
 
 
+class NothingScoredError(InputError):
+    """The truth has no labelled voxel where it overlaps the segmentation."""
+
+
 @dataclass(frozen=True)
 class Counted:
     """Contingency tables of two volumes over the window that both have.
@@ -111,7 +115,7 @@ def count(segmentation: Volume, truth: Volume, **options: Unpack[CountOptions]) 
             on_progress(done, len(blocks))
     total = BlockCounts.merge([total, *gathered])
     if total.scored == 0:
-        raise InputError(
+        raise NothingScoredError(
             f"{truth.name}: no labelled voxel where it overlaps {segmentation.name}; "
             "nothing can be scored"
         )

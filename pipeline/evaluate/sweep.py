@@ -111,16 +111,26 @@ def two_thresholds(
     across: Iterable[float],
     within: Iterable[float],
     kinds: Kinds | None = None,
+    base: Thresholds | None = None,
 ) -> list[Point]:
-    """Agglomerate evidence with every pair of thresholds and score each."""
+    """Agglomerate evidence with every pair of thresholds and score each.
+
+    What else contacts must show is taken from `base`, but for its margin.
+    """
     points = []
     for w in within:
         for a in across:
-            thresholds = Thresholds(across=a, within=w)
+            thresholds = thresholds_of(base, across=a, within=w)
             result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds)
             setting = {"across": a, "within": w}
             points.append(point(method, setting, counts, result.ids, result.representatives))
     return points
+
+
+def thresholds_of(base: Thresholds | None, **values: Any) -> Thresholds:
+    """Return the thresholds of some settings with other values, without a margin."""
+    fields = {} if base is None else {n: getattr(base, n) for n in Thresholds.model_fields}
+    return Thresholds(**{**fields, "margin": 0.0, **values})
 
 
 MOST_ROUNDS: Final = 4

@@ -1,10 +1,11 @@
-"""Boxes and points over the volumes of a viewer: block borders, failed blocks, worst errors."""
+"""Boxes and points over the volumes of a viewer: block borders, failed blocks, errors, suspects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
@@ -18,6 +19,9 @@ MAX_BOXES: Final = 2000
 state of a viewer as a whole."""
 
 MAX_POINTS: Final = 1000
+
+SUSPECTS: Final = "suspects/suspects.parquet"
+"""Table of `agq suspects` in a run folder."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,29 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
                 corner = [w / v + 0.5 for w, v in zip(part["at"], grid.voxel_size, strict=True)]
                 items.append((f"{text}, {place}", (tuple(corner),)))
         marks.append(Marks(name, colour, size, tuple(items[:MAX_POINTS])))
+    marks += _suspects(run, grid, size, unit)
     return [layer for layer in marks if layer.items]
+
+
+def _suspects(run: RunFolder, grid: BlockGrid, size: tuple[float, ...], unit: str) -> list[Marks]:
+    """Mark what `agq suspects` has listed, a layer for each kind."""
+    path = run.path / SUSPECTS
+    if not path.is_file():
+        return []
+    rows = pq.read_table(path).slice(0, MAX_POINTS).to_pylist()
+    corner = [o / v + 0.5 for o, v in zip(grid.offset, grid.voxel_size, strict=True)]
+    layers = []
+    for kind, colour in (("merge", "#ff9a4d"), ("split", "#4dffd2")):
+        items = []
+        for row in rows:
+            if row["kind"] == kind:
+                voxel = [row[axis] for axis in "zyx"]
+                place = show_voxel(voxel, grid.voxel_size, unit, grid.offset)
+                text = f"{row['rank']}: p {row['probability']:.2f}, {row['why']}, {place}"
+                at = tuple(c + v for c, v in zip(corner, voxel, strict=True))
+                items.append((text, (at,)))
+        layers.append(Marks(f"suspect {kind}s", colour, size, tuple(items)))
+    return layers
 
 
 def _blocks(grid: BlockGrid, size: tuple[float, ...], at: Sequence[int] | None) -> Marks:

@@ -78,7 +78,7 @@ def truth_of(run: RunFolder, location: str | None) -> "Volume":
     return truth.crop(world_roi(roi_box(config.input.roi, grid), grid))
 
 
-def _labels(run: RunFolder, text: str | None) -> tuple[int, ...]:
+def labels_to_ignore(run: RunFolder, text: str | None) -> tuple[int, ...]:
     """Return the labels not to score: those asked for, or those of a run's configuration."""
     if text is None:
         recorded = run.record()["config"].get("evaluate") if run.exists() else None
@@ -140,7 +140,7 @@ def evaluate(
     waiting.doing("opening the volumes")
     trees = None if skeletons is None else read_skeletons(skeletons)
     labels, truth = _volumes(run, segmentation, groundtruth)
-    ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
+    ignore = BorderRule(ignore_border, border_3d, labels_to_ignore(run, ignore_labels))
     with step_progress("evaluate") as step:
         report = scoring.evaluate(labels, truth, ignore=ignore, worst=worst, on_progress=step)
     plain = report.to_dict()
@@ -255,7 +255,7 @@ def watershed(
     )
     run = RunFolder(run_dir)
     require_own_folder(run.path)
-    ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
+    ignore = BorderRule(ignore_border, border_3d, labels_to_ignore(run, ignore_labels))
     with run.lock(), dask_client() as client, RunProgress(run.path) as progress:
         labels = truth_of(run, truth)
         report = compare(run, labels, client, search, ignore=ignore, on_progress=progress.step)
@@ -291,7 +291,11 @@ def sweep(
     from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.contacts import read_evidence
     from agq.blockwise.storage.files import write_atomic
-    from agq.pipeline.evaluate.baseline.compare import fragment_counts, run_kinds
+    from agq.pipeline.evaluate.baseline.compare import (
+        fragment_counts,
+        run_kinds,
+        stitch_settings,
+    )
     from agq.pipeline.evaluate.contingency import BorderRule
     from agq.pipeline.evaluate.sweep import MOST_ROUNDS, points_table, search_pairs, two_thresholds
 
@@ -302,12 +306,13 @@ def sweep(
     labels = truth_of(run, truth)
     evidence = read_evidence(run.path)
     with dask_client() as client:
-        ignore = BorderRule(ignore_border, border_3d, _labels(run, ignore_labels))
+        ignore = BorderRule(ignore_border, border_3d, labels_to_ignore(run, ignore_labels))
         waiting.doing("counting fragments against the truth")
         counts = fragment_counts(run, labels, client=client, ignore=ignore)
     waiting.doing("scoring pairs of thresholds")
-    pairs = _numbers("--across", across), _numbers("--within", within)
-    score = partial(two_thresholds, "AGQ", counts, evidence, kinds=run_kinds(run))
+    pairs = numbers_of("--across", across), numbers_of("--within", within)
+    base = stitch_settings(run)
+    score = partial(two_thresholds, "AGQ", counts, evidence, kinds=run_kinds(run), base=base)
     found = search_pairs(score, *pairs, by, MOST_ROUNDS if widen else 0)
     apply = _apply(run, found.best.setting)
     report = found.to_dict() | {"apply": apply}
@@ -343,9 +348,10 @@ def _apply(run: RunFolder, setting: dict[str, float]) -> str:
     return shlex.join(words)
 
 
-def _numbers(name: str, text: str) -> list[float]:
+def numbers_of(name: str, text: str) -> tuple[float, ...]:
+    """Read thresholds with commas between."""
     try:
-        values = [float(part) for part in text.split(",")]
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{name} {text}: expected numbers with commas between") from None
     if not all(0 <= value <= 1 for value in values):

@@ -27,7 +27,7 @@ from agq.blockwise.stitch.classes import Kinds, read_kinds
 from agq.blockwise.stitch.contacts import Evidence, collect, read_evidence
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
-from agq.blockwise.stitch.settings import StitchSettings, Thresholds
+from agq.blockwise.stitch.settings import StitchSettings
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import DamagedError, InputError
@@ -35,7 +35,15 @@ from agq.pipeline.evaluate.baseline.quantile import quantile_segments, write_joi
 from agq.pipeline.evaluate.baseline.watershed import WatershedRun, WatershedSettings, make_fragments
 from agq.pipeline.evaluate.contingency import BlockCounts, BorderRule
 from agq.pipeline.evaluate.evaluate import CountOptions, count, evaluate
-from agq.pipeline.evaluate.sweep import Criterion, Point, best, one_threshold, point, points_table
+from agq.pipeline.evaluate.sweep import (
+    Criterion,
+    Point,
+    best,
+    one_threshold,
+    point,
+    points_table,
+    thresholds_of,
+)
 from agq.pipeline.folder import RunFolder
 from agq.reading import read_record
 from agq.tables import Tabled
@@ -252,7 +260,7 @@ def _agq(run: RunFolder, truth: Volume, options: CountOptions) -> Point:
     evidence = read_evidence(run.path)
     stitch = stitch_settings(run)
     setting = {"across": stitch.across, "within": stitch.within}
-    thresholds = Thresholds(across=setting["across"], within=setting["within"])
+    thresholds = thresholds_of(stitch, **setting)
     kinds = run_kinds(run)
     result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds)
     counts = fragment_counts(run, truth, **options)

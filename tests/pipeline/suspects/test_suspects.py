@@ -14,6 +14,7 @@ from agq.pipeline.folder import RunFolder
 from agq.pipeline.suspects.candidates import FEATURES, MERGE, SPLIT, Candidates, distinct, gains
 from agq.pipeline.suspects.coefficients import DEFAULT
 from agq.pipeline.suspects.model import Logistic, Model
+from agq.pipeline.view.marks import run_marks
 from tests.helpers.runs import agq, blobs, make_config
 
 
@@ -55,6 +56,11 @@ def test_suspects_are_listed_where_they_are(stitched: Path) -> None:
         assert int(fragments.read(at, past)[0, 0, 0]) == row["fragment"]
         assert int(segments.read(at, past)[0, 0, 0]) in (row["segment"], row["other_segment"])
         assert (row["segment"] == row["other_segment"]) == (row["kind"] == MERGE)
+    marks = {mark.name: mark for mark in run_marks(RunFolder(stitched), "nm")}
+    shown = [marks[f"suspect {kind}s"].items for kind in {row["kind"] for row in rows}]
+    assert sum(map(len, shown)) == len(rows)
+    first = marks[f"suspect {rows[0]['kind']}s"].items[0]
+    assert first[1] == (tuple(rows[0][axis] + 0.5 for axis in "zyx"),)
     pairs = [(row["segment"], row["other_segment"]) for row in rows if row["kind"] == SPLIT]
     assert len(set(pairs)) == len(pairs), "one pair of segments is listed once"
 
