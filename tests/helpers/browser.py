@@ -74,10 +74,31 @@ def screenshot(viewer: Any, tmp_path: Path) -> np.ndarray:
 
 
 class _Readable(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, for pages of any origin, as a lab's web server would give them."""
+    """Files of a folder and parts of them, for pages of any origin, as a lab's web server would."""
+
+    def do_GET(self) -> None:
+        file, wanted = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if wanted is None or not file.is_file():
+            super().do_GET()
+            return
+        data = file.read_bytes()
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start = int(first) if first else max(0, len(data) - int(last))
+        part = data[start : int(last) + 1 if first and last else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def do_OPTIONS(self) -> None:
+        self.send_response(204)
+        self.send_header("Access-Control-Allow-Headers", "Range")
+        self.end_headers()
 
     def end_headers(self) -> None:
         self.send_header("Access-Control-Allow-Origin", "*")
+        self.send_header("Access-Control-Expose-Headers", "Content-Range")
         super().end_headers()
 
     def log_message(self, *_: Any) -> None:
