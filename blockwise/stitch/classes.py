@@ -28,7 +28,7 @@ from agq.blockwise.blocks.label_pairs import PairTable
 from agq.blockwise.blocks.overlay import read_overlay
 from agq.blockwise.stitch.contacts import NodeTable
 from agq.blockwise.stitch.merge.kernel import TABLED, may_join_each
-from agq.blockwise.stitch.settings import MergeSettings
+from agq.blockwise.stitch.settings import MergeSettings, exact
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
 from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays
 from agq.blockwise.volumes.create import open_array, read_chunk
@@ -145,7 +145,8 @@ class ClassRule:
         return len(np.unique(rows.fragments[~allowed]))
 
     def _enough(self, counts: ClassCounts) -> ClassCounts:
-        return counts.take(counts.voxels > self.share * counts.sizes)
+        share = exact(self.share)
+        return counts.take(counts.voxels * share.denominator > counts.sizes * share.numerator)
 
 
 def read_kinds(run_dir: Path, settings: MergeSettings) -> Kinds:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ from agq.blockwise.stitch.merge.agglomeration import Merge
 from agq.blockwise.stitch.output.boxes import Coarsen, Relabel
 from agq.blockwise.stitch.output.pyramid import Pass, Pyramid
 from agq.blockwise.stitch.segments import Cut, Map, Resolve, WriteSegments
-from agq.blockwise.stitch.settings import HALF_UNITS, Downsampling, MergeSettings, Thresholds
+from agq.blockwise.stitch.settings import Downsampling, MergeSettings, Thresholds, exact
 from agq.blockwise.stitch.steps import Progress, Step, StitchError, Task, Workers, digest
 from agq.blockwise.stitch.superblocks import (
     Family,
@@ -69,7 +70,7 @@ from agq.tables import Tabled
 if TYPE_CHECKING:
     from rich.text import Text
 
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 """Raised whenever the same evidence would give another segmentation."""
 
 _LAYOUT = 2
@@ -345,7 +346,7 @@ class _Stitch:
         classes = self._count_classes(blocks)
         self._number(*self._agglomerate(digest(contacts, *classes) if classes else contacts))
         # What follows does not depend on the superblocks.
-        rule = [*thresholds.half_units, thresholds.margin_half_units, *classes]
+        rule = [*map(str, thresholds.exact), *classes]
         key = digest(key, spec.evidence, rule, spec.min_contact, spec.segment_ids, spec.min_size)
         self._write(numbers, digest(key, _LAYOUT))
         return self.report
@@ -450,25 +451,30 @@ class _Stitch:
             return checked_triple("superblock", begun.get("shape", ()), 1)
         return leaf_shape(self.grid.shape, blocks, self.workers.cores, self.spec.batch_blocks)
 
-    def _agglomerate(self, key: str) -> tuple[str, int]:
+    def _agglomerate(self, key: str) -> tuple[str, Fraction]:
         """Merge down to the lowest margin in use.
 
         Returns
         -------
         str
             Key of the step.
-        int
-            Half units by which the margin of this stitch lies above that one.
+        Fraction
+            By how much the margin of this stitch lies above that one, in the units of the scores.
         """
         spec, files = self.spec, self.files
         thresholds = spec.thresholds()
-        key = digest(key, spec.evidence, thresholds.half_units, spec.min_contact)
-        wanted = thresholds.margin_half_units
+        *rule, wanted = thresholds.exact
+        key = digest(key, spec.evidence, [*map(str, rule)], spec.min_contact)
         before = Step.read(self.run_dir, "agglomerate")
-        floor = before.get("result", {}).get("floor", wanted + 1)
-        if floor > wanted or before["key"] != digest(key, floor):
-            floor = min(wanted, spec.thresholds(spec.margin_floor).margin_half_units)
-        step = Step(self.workers, "agglomerate", digest(key, floor), [files.agglomeration])
+        stored = before.get("result", {}).get("floor")
+        if stored is not None and before["key"] == digest(key, stored):
+            floor = Fraction(stored)
+        else:
+            floor = wanted + 1
+        if floor > wanted:
+            floor = min(wanted, exact(spec.thresholds(spec.margin_floor).margin))
+        at_floor = spec.thresholds(float(floor))
+        step = Step(self.workers, "agglomerate", digest(key, str(floor)), [files.agglomeration])
         result = step.finished()
         if result is not None:
             if wanted > floor:
@@ -486,7 +492,7 @@ class _Stitch:
                 for file in (files.evidence(leaf), files.classes(leaf))[: 1 + bool(spec.classes)]:
                     if not file.exists():
                         raise repairable(f"{file}: file is missing", self.run_dir)
-            at_floor, counts = spec.thresholds(floor / HALF_UNITS), np.zeros(3, np.int64)
+            counts = np.zeros(3, np.int64)
             for i, level in enumerate(self.levels, 1):
                 merge = Merge(level, self.run_dir, at_floor, spec.class_rule())
                 counts += sum(self._split_and_run(f"agglomerate {i}/{len(self.levels)}", merge))
@@ -494,18 +500,20 @@ class _Stitch:
             for graph in files.agglomeration.glob("*/*.graph.npz"):
                 graph.unlink()
             counted = {"classes": counts.tolist()} if spec.classes else {}
-            result = step.finish({"floor": floor, "rule": key, **counted}, [files.agglomeration])
+            result = step.finish(
+                {"floor": str(floor), "rule": key, **counted}, [files.agglomeration]
+            )
         report = self.report
         report.classed, report.several_classes, report.forbidden_contacts = result.get(
             "classes", (0, 0, 0)
         )
         self.report.end(step)
-        return step.key, wanted - floor
+        return step.key, (wanted - floor) * at_floor.units
 
-    def _number(self, key: str, margin: int) -> None:
+    def _number(self, key: str, margin: Fraction) -> None:
         """Give numbers to the segments and write the id map."""
         spec, files = self.spec, self.files
-        key = digest(key, margin, spec.segment_ids, spec.min_size)
+        key = digest(key, str(margin), spec.segment_ids, spec.min_size)
         step = Step(self.workers, "lut", key, [files.lut])
         result = step.finished()
         if result is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,8 @@ def join_clusters(
 class Cut(SuperblockTask):
     """Write the clusters of superblocks; their children's must exist."""
 
-    margin: int
-    """Half units by which thresholds lie above those of the agglomeration."""
+    margin: Fraction
+    """By how much thresholds lie above those of the agglomeration, in the units of its scores."""
 
     def run(self) -> None:
         """Write ``of``, the cluster of each that entered, the clusters, and which go ``up``."""

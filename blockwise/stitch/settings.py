@@ -1,5 +1,7 @@
 """The settings of the stitch."""
 
+import math
+from fractions import Fraction as Exact
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -8,6 +10,9 @@ from agq.settings import File, Settings, Size
 
 HALF_UNITS = 510
 """Half units in an affinity of 1."""
+
+DECIMALS = 6
+"""Decimals of thresholds and shares that count; they bound the unit that scores are whole in."""
 
 EvidenceKind = Literal["affinity", "overlap", "both"]
 """What speaks for a merge across a border: affinities, overlapping labels, or both."""
@@ -24,6 +29,11 @@ MOST_TABLED = 63
 Class = Annotated[int, Field(ge=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MarginOfScore = Annotated[float, Field(ge=-1, le=1)]
+
+
+def exact(value: float) -> Exact:
+    """Return the decimal number that a user wrote, as a fraction; rounded to `DECIMALS`."""
+    return Exact(f"{value:.{DECIMALS}f}")
 
 
 class DaskSettings(Settings):
@@ -59,11 +69,12 @@ class DaskSettings(Settings):
 
 
 class Thresholds(Settings):
-    """What contacts must show to speak for a merge."""
+    """What contacts must show to speak for a merge; six decimals count, exactly."""
 
     across: Fraction = 0.7
     """Affinity that a contact across a block border must exceed to count for a merge (published:
-    0.7). A run takes what the checkpoint recommends where it is not set."""
+    0.7): at a mean of exactly this it does not. A run takes what the checkpoint recommends where it
+    is not set."""
 
     within: Fraction = 1.0
     """The same for contacts inside a block; at 1.0 (published) they only veto. A run takes what the
@@ -75,7 +86,8 @@ class Thresholds(Settings):
     overlap is below `overlap` only vetoes, like one inside a block."""
 
     overlap: Fraction = 0.5
-    """Intersection over union that labels of two blocks must exceed (`overlap` and `both`)."""
+    """Intersection over union that labels of two blocks must exceed (`overlap`) or reach
+    (`both`)."""
 
     min_contact: NonNegativeInt = 0
     """Border contacts of fewer touching voxel pairs are left out."""
@@ -85,17 +97,23 @@ class Thresholds(Settings):
     merges again, in seconds, instead of merging anew."""
 
     @property
-    def half_units(self) -> tuple[int, int, int]:
-        """Thresholds across, within and overlap as integers in 1/510 (0.7 is exactly 357)."""
-        across, within, overlap = (
-            round(value * HALF_UNITS) for value in (self.across, self.within, self.overlap)
-        )
-        return across, within, overlap
+    def exact(self) -> tuple[Exact, Exact, Exact, Exact]:
+        """Thresholds across, within and overlap, and the margin, as the user wrote them."""
+        return exact(self.across), exact(self.within), exact(self.overlap), exact(self.margin)
 
     @property
-    def margin_half_units(self) -> int:
-        """The margin in 1/510."""
-        return round(self.margin * HALF_UNITS)
+    def units(self) -> int:
+        """Units in an affinity of 1: the smallest that make thresholds and margin whole.
+
+        A multiple of `HALF_UNITS`, at most 51 million (`DECIMALS`).
+        """
+        return math.lcm(HALF_UNITS, *(value.denominator for value in self.exact))
+
+    @property
+    def in_units(self) -> tuple[int, int, int, int]:
+        """Thresholds across, within and overlap, and the margin, in `units` (0.7: 357 of 510)."""
+        across, within, overlap, margin = (int(value * self.units) for value in self.exact)
+        return across, within, overlap, margin
 
 
 class MergeSettings(Thresholds):

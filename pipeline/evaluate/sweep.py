@@ -18,7 +18,7 @@ from agq.blockwise.stitch.classes import Kinds
 from agq.blockwise.stitch.contacts import Evidence
 from agq.blockwise.stitch.merge.agglomeration import Agglomeration, agglomerate, positions
 from agq.blockwise.stitch.merge.kernel import connected_components
-from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds
+from agq.blockwise.stitch.settings import Thresholds, exact
 from agq.pipeline.evaluate.contingency import BlockCounts
 from agq.pipeline.evaluate.scores import LEGEND, SHORT, Scores, scores_of
 from agq.terminal import WholeTable
@@ -246,7 +246,7 @@ def cut(whole: Agglomeration, lowest: Thresholds, threshold: float) -> Ids:
 
     `lowest` is the threshold that the whole was made at, the same for both classes of contacts.
     """
-    raised = round(threshold * HALF_UNITS) - lowest.half_units[0]
+    raised = (exact(threshold) - exact(lowest.across)) * lowest.units
     merges, ids = whole.merges.above(raised), whole.ids
     roots = connected_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
     return ids[roots]

@@ -9,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.stitch.settings import HALF_UNITS
 from agq.pipeline.suspects.cuts import Cuts, find_cuts
 from agq.pipeline.suspects.evidence import SegmentEvidence, Segments
 
@@ -141,7 +140,7 @@ class Finder:
         # Best score of each segment, and the best without the pair that has it.
         best = np.full((len(segments.ids), 2), -np.inf)
         for table in tables:
-            strength = _strength(table)
+            strength = _strength(table, self.evidence.thresholds.units)
             for end in ("a", "b"):
                 raise_best(best, segments.rows(table[end]), strength)
         return [self._of_pairs(table, segments, best) for table in tables]
@@ -166,12 +165,13 @@ class Finder:
         rows["sides"], rows["part"] = np.sort(sides, axis=1), part
         for name in ("span", "begin", "end", "first", "last"):
             rows[name] = getattr(cuts, name)[keep]
+        units = self.evidence.thresholds.units
         order = np.argsort(sides, axis=1, kind="stable")
         boxes = np.take_along_axis(cuts.boxes[keep], order[..., None], axis=1)
         features = np.stack(
             (
-                _affinity(cuts.numerator[keep], cuts.denominator[keep]),
-                _affinity(cuts.merge_numerator[keep], cuts.merge_denominator[keep]),
+                _affinity(cuts.numerator[keep], cuts.denominator[keep], units),
+                _affinity(cuts.merge_numerator[keep], cuts.merge_denominator[keep], units),
                 np.log(cuts.denominator[keep]),
                 *np.log(rows["sides"]).T,
                 np.log(cuts.pairs[keep]),
@@ -189,7 +189,8 @@ class Finder:
         swap = voxels[:, 0] > voxels[:, 1]
         place[swap] = place[swap, ::-1]
         voxels = np.sort(voxels, axis=1)
-        strength = _strength(table)
+        units = self.evidence.thresholds.units
+        strength = _strength(table, units)
         other = best[place]  # (n, side, best and second)
         rival = np.where(other[..., 0] == strength[:, None], other[..., 1], other[..., 0])
         ahead = strength[:, None] - np.maximum(rival, -1.0)
@@ -200,7 +201,7 @@ class Finder:
         contacts = table["denominator"]
         features = np.stack(
             (
-                _affinity(table["numerator"], contacts),
+                _affinity(table["numerator"], contacts, units),
                 np.log(contacts),
                 *np.log(voxels).T,
                 contacts / np.maximum(segments.contacts[place[:, 0]], 1),
@@ -212,13 +213,13 @@ class Finder:
         return Candidates(SPLIT, rows, features, gains(voxels, self.voxels))
 
 
-def _affinity(numerator: Any, denominator: Any) -> NDArray[np.float64]:
-    score: NDArray[np.float64] = numerator / denominator / HALF_UNITS
+def _affinity(numerator: Any, denominator: Any, units: int) -> NDArray[np.float64]:
+    score: NDArray[np.float64] = numerator / denominator / units
     return score
 
 
-def _strength(table: NDArray) -> NDArray[np.float64]:
-    return _affinity(table["numerator"], table["denominator"] + _PRIOR)
+def _strength(table: NDArray, units: int) -> NDArray[np.float64]:
+    return _affinity(table["numerator"], table["denominator"] + _PRIOR, units)
 
 
 def raise_best(

@@ -7,8 +7,10 @@ positions are found block by block. They do not depend on superblocks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from agq.blockwise.export.graph.tables import RECORD, SCHEMAS, Table
 from agq.blockwise.stitch.contacts import PARTS, ContactTable, NodeTable, load_contacts
 from agq.blockwise.stitch.merge.agglomeration import MergeTable, ScoreTable, scores
 from agq.blockwise.stitch.output.relabel import BlockLut
-from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds
+from agq.blockwise.stitch.settings import Thresholds, exact
 from agq.blockwise.stitch.steps import Progress, Step, Task, Workers, digest
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTree
 from agq.blockwise.storage.arrays import Numbers, load_arrays, map_array
@@ -87,18 +89,22 @@ def export_graph(
     step = Step.read(run_dir, "lut")
     if not step.get("done"):
         raise InputError(f"{run_dir}: not stitched to the end; run `agq stitch {run_dir}` first")
-    floor = int(Step.read(run_dir, "agglomerate")["result"]["floor"])
+    floor = Fraction(Step.read(run_dir, "agglomerate")["result"]["floor"])
+    stored = thresholds.model_copy(update={"margin": float(floor)}).units
     shape = checked_triple("shape", read_record(files.contacts / "layout.json")["shape"], 1)
     present = np.flatnonzero(map_array(files.present)).astype(np.int64)
     chosen = grid.select(*roi) if roi else present
+    units = math.lcm(stored, thresholds.units)
     record = {"grid": grid.to_dict(), "unit": unit, "roi": roi, "key": digest(step["key"], shape)}
+    record["units"] = units
     _require_same(out, record)
     tree = SuperblockTree(grid.shape, shape)
     leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(present)]
     kept = set(np.intersect1d(chosen, present).tolist())
     places = [leaf for leaf, _ in leaves]
     places += [parent for level in tree.levels(places) for parent in level]
-    work = _Work(run_dir, out, grid, thresholds, thresholds.margin_half_units - floor)
+    raised = exact(thresholds.margin) - floor
+    work = _Work(run_dir, out, grid, thresholds, units, units // stored, int(raised * units))
     items = [(leaf, [n for n in blocks if n in kept]) for leaf, blocks in leaves]
     tasks: list[Task] = [WriteLeaf([item], work, bool(roi), chosen) for item in items if item[1]]
     tasks += [WriteMerges([place], work) for place in places]
@@ -123,12 +129,18 @@ def _require_same(out: Path, record: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What all tasks are given; `margin` is that of the stitch above the stored merges."""
+    """What all tasks are given.
+
+    Scores are written in `units`, those of the stored merges multiplied by `scale`; `margin` is
+    that of the stitch above them, in `units`.
+    """
 
     run_dir: Path
     out: Path
     grid: BlockGrid
     thresholds: Thresholds
+    units: int
+    scale: int
     margin: int
 
     def path(self, table: Table, superblock: Superblock) -> Path:
@@ -162,15 +174,16 @@ class WriteMerges(Task):
             rows = self.work.rows("merges", place)
             if rows < 0:
                 arrays = load_arrays(StitchFiles(self.work.run_dir).merges(place), "merges.")
-                merges = MergeTable.of_arrays("merges", arrays).above(self.work.margin)
-                over = merges.numerator - self.work.margin * merges.denominator
-                rows = self.work.write("merges", place, _scored(merges, over))
+                work, stored = self.work, MergeTable.of_arrays("merges", arrays)
+                merges = stored.above(Fraction(work.margin, work.scale))
+                over = merges.numerator * work.scale - work.margin * merges.denominator
+                rows = work.write("merges", place, _scored(merges, over, work.units))
             total += rows
         return 0, 0, total
 
 
-def _scored(table: ScoreTable, numerator: Numbers) -> list[NDArray]:
-    score = numerator / table.denominator / HALF_UNITS
+def _scored(table: ScoreTable, numerator: Numbers, units: int) -> list[NDArray]:
+    score = numerator / table.denominator / units
     return [table.u, table.v, numerator, table.denominator, score]
 
 
@@ -223,6 +236,7 @@ class WriteLeaf(Task):
             points[begin:last] = found_points + start
             _fill(found, contacts, window, core, np.array(start), work.grid)
         numerator, denominator = scores(contacts, work.thresholds)
+        numerator *= work.units // work.thresholds.units
         keep = denominator > 0
         contacts, found = contacts.take(keep), found[keep]
         scored = ScoreTable(contacts.u, contacts.v, numerator[keep], denominator[keep])
@@ -231,7 +245,7 @@ class WriteLeaf(Task):
         places = np.concatenate((found[:, 2:], found[:, 2:] * size + offset), axis=1)
         masked = [pa.array(column, mask=none) for column in places.T]
         rows = [nodes.ids, lut.segments_of(nodes.ids), nodes.sizes, *nodes.boxes.T, *points.T]
-        edges = [*_scored(scored, scored.numerator), found[:, 0], found[:, 1], *masked]
+        edges = [*_scored(scored, numerator[keep], work.units), found[:, 0], found[:, 1], *masked]
         return [work.write("fragments", leaf, rows), work.write("edges", leaf, edges)]
 
 

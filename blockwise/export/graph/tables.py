@@ -7,9 +7,9 @@
     OUT/edges/0-Z-Y-X.parquet         contacts whose first fragment lies in it
     OUT/merges/L-Z-Y-X.parquet        merges that superblock of level L decided, best first
 
-Scores are fractions: ``numerator / denominator`` in half units (1/510 of an affinity), relative to
-the thresholds of the stitch; ``score`` is the same as affinity. Voxels are those of the volume,
-(z, y, x); world positions are of their lower corners.
+Scores are fractions relative to the thresholds of the stitch: ``numerator / denominator``, of which
+`units` of the record are an affinity of 1; ``score`` is the same as affinity. Voxels are those of
+the volume, (z, y, x); world positions are of their lower corners.
 """
 
 from __future__ import annotations

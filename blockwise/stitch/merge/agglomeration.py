@@ -41,6 +41,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -50,9 +51,12 @@ from numpy.typing import NDArray
 from agq.blockwise.stitch.classes import ClassCounts, ClassRule, Kinds
 from agq.blockwise.stitch.contacts import ContactTable, load_contacts, merge_contacts
 from agq.blockwise.stitch.merge.kernel import (
+    LARGEST_SUM,
+    TOO_LARGE,
     Contraction,
     agglomerate_edges,
     connected_components,
+    exceed,
     pooled_edges,
     raise_reach,
     split_edges,
@@ -84,8 +88,8 @@ class ScoreTable(Columns):
     u, v
         Fragment ids, ``u < v``.
     numerator, denominator
-        Score as an exact fraction in half units, denominator positive: affinity above threshold is
-        ``numerator / denominator / 510``.
+        Score as an exact fraction in `Thresholds.units`, denominator positive: affinity above
+        threshold is ``numerator / denominator / units``.
     """
 
     u: Ids
@@ -97,21 +101,35 @@ class ScoreTable(Columns):
 def scores(
     contacts: ContactTable, thresholds: Thresholds
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the score of every contact row as numerator (half units) and denominator.
+    """Return the score of every contact row as numerator (`Thresholds.units`) and denominator.
 
     Rows with denominator 0 are left out of the graph: they hold no evidence of the chosen kind. For
     the evidence ``both``, the margin raises the thresholds of affinities, not that of overlaps. A
     contact is complete in one face, so ``min_contact`` is exact; on pooled edges it would not be.
+
+    No product overflows: with ``S`` the largest sum of affinities and ``C`` the largest count, a
+    union is at most ``2 C``, a denominator ``3 C``, and every threshold and the margin ``units``.
+    So no numerator, nor a term of it, exceeds ``2 S units / 510 + 6 C units``, which is checked.
+
+    Raises
+    ------
+    InputError
+        If scores could overflow int64.
     """
-    across, within, overlap = thresholds.half_units
-    margin, rows = thresholds.margin_half_units, contacts
+    across, within, overlap, margin = thresholds.in_units
+    units, rows = thresholds.units, contacts
+    scale = units // HALF_UNITS
+    sums = largest(rows.across_sum, rows.within_sum)
+    counts = largest(rows.across_count, rows.within_count, rows.overlap, rows.size_u, rows.size_v)
+    if 2 * sums * scale + 6 * counts * units >= LARGEST_SUM:
+        raise InputError(TOO_LARGE)
     weight = rows.across_count
-    value = rows.across_sum - across * weight
+    value = scale * rows.across_sum - across * weight
     if thresholds.evidence != "affinity":
         union = rows.size_u + rows.size_v - rows.overlap
-        agreement = HALF_UNITS * rows.overlap - overlap * union
+        agreement = units * rows.overlap - overlap * union
         if thresholds.evidence == "both":
-            value = np.where(agreement < 0, rows.across_sum - within * weight, value)
+            value = np.where(agreement < 0, scale * rows.across_sum - within * weight, value)
         else:
             value, weight = agreement, union
     if thresholds.min_contact > 0:
@@ -120,11 +138,16 @@ def scores(
     # Pieces of one fragment belong together, even against the evidence.
     same = rows.across_sum > HALF_UNITS * rows.across_count
     if bool(same.any()):
-        value = np.where(same, rows.across_sum, value)
+        value = np.where(same, scale * rows.across_sum, value)
         weight = np.where(same, rows.across_count, weight)
-    numerator = value + rows.within_sum - within * rows.within_count
+    numerator = value + scale * rows.within_sum - within * rows.within_count
     denominator = weight + rows.within_count
     return numerator - margin * denominator, denominator
+
+
+def largest(*columns: NDArray[np.int64]) -> int:
+    """Return the largest magnitude in some columns, as a number that does not overflow."""
+    return max(abs(int(end)) for c in columns for end in (c.min(initial=0), c.max(initial=0)))
 
 
 def score_contacts(contacts: ContactTable, thresholds: Thresholds) -> ScoreTable:
@@ -141,13 +164,16 @@ class MergeTable(ScoreTable):
     Ids are the smallest fragment ids of the two clusters; ``u`` is that of the merged one.
     """
 
-    def above(self, margin: int) -> MergeTable:
-        """Return the merges that remain if every threshold rises by ``margin`` half units.
+    def above(self, margin: Fraction) -> MergeTable:
+        """Return the merges that remain if every threshold rises by ``margin``, not negative.
+
+        The margin is in the units of the scores, and need not be whole.
 
         Raising all thresholds alike lowers every score by the same amount, so the order stays and
         the dendrogram is cut higher.
         """
-        return self.take(self.numerator > margin * self.denominator)
+        exact = margin.numerator, margin.denominator
+        return self.take(exceed(self.numerator, self.denominator, *exact))
 
 
 @dataclass(frozen=True)
@@ -159,7 +185,7 @@ class EdgeTable(Columns):
     ends
         Rows of both ends in the list of nodes.
     numerator, denominator
-        Score as an exact fraction in half units, denominator positive.
+        Score as an exact fraction in `Thresholds.units`, denominator positive.
     keys
         Smallest original edge pooled in this one: what orders equal scores.
     """

@@ -29,13 +29,21 @@ from numpy.typing import NDArray
 from agq.errors import InputError
 
 _EXACT_FLOAT = 2**52
-_LARGEST_SUM = 2**62
 _EXACT_PRODUCT = 2**31
 _ABSENT = -1
 _DEAD = -2
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 EMPTY = -1
+
+LARGEST_SUM = 2**62
+"""What sums over all edges of a graph stay below."""
+
+TOO_LARGE = (
+    "contact graph: the sums of all contacts do not fit in 64 bits; thresholds and margins of fewer"
+    " decimals make them smaller"
+)
+"""What is said of a graph whose sums do not."""
 
 TABLED = np.uint64(2**63)
 """Set in the kind of a cluster whose other bits are classes of the table of pairs that may merge;
@@ -238,6 +246,15 @@ def compare_fractions(n1, d1, n2, d2):  # type: ignore[no-untyped-def]
         # r1 / d1 > r2 / d2 exactly if d1 / r1 < d2 / r2.
         n1, d1, n2, d2 = d1, r1, d2, r2
         sign = -sign
+
+
+@numba.njit(cache=True, nogil=True)
+def exceed(num, den, numerator, denominator):  # type: ignore[no-untyped-def]
+    """Return, for fractions of int64 that are not negative, whether each is above one of them."""
+    above = np.empty(num.size, np.bool_)
+    for i in range(num.size):
+        above[i] = compare_fractions(num[i], den[i], numerator, denominator) > 0
+    return above
 
 
 @numba.njit(cache=True, nogil=True)
@@ -497,8 +514,8 @@ class Contraction:
 def _bound(numerator: NDArray[np.int64], denominator: NDArray[np.int64]) -> float:
     """Return what no sum over some of the edges exceeds; refuse what could overflow."""
     bound = float(_weight(numerator, denominator))
-    if bound >= _LARGEST_SUM:
-        raise InputError("contact graph: the sums of all contacts do not fit in 64 bits")
+    if bound >= LARGEST_SUM:
+        raise InputError(TOO_LARGE)
     return bound
 
 

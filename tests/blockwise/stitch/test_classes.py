@@ -157,6 +157,9 @@ def test_the_class_of_a_fragment():
     most = ClassRule(0.4, ())
     assert most.kinds(counts).ids.tolist() == [9]
     assert most.several(counts) == 0
+    one = np.array([1], np.uint64)
+    exactly = ClassCounts(one, one, np.array([57]), np.array([100]))
+    assert not len(ClassRule(0.57, ()).kinds(exactly).ids)  # 0.57 * 100 is below 57 as a float
     ids = np.array([5, 6, 7, 9], np.uint64)
     assert kinds.allow(ids[[0, 0, 0, 2]], ids[[1, 2, 3, 3]]).tolist() == [True, False, False, True]
 

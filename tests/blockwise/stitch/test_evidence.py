@@ -1,6 +1,7 @@
 """Overlap evidence and margins."""
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -88,7 +89,9 @@ def test_what_each_kind_of_evidence_counts():
     assert score(touching) == ((450 - 357) * 8, 8)
     assert score(touching, evidence="overlap", overlap=0.4) == (510 * 3 - 204 * 6, 6)
     assert score(touching, evidence="both", overlap=0.5) == ((450 - 357) * 8, 8)  # not below
-    assert score(touching, evidence="both", overlap=0.51) == ((450 - 510) * 8, 8)  # a veto
+    assert score(touching, evidence="overlap", overlap=0.5) == (0, 6)  # must exceed
+    veto = score(touching, evidence="both", overlap=0.500001)
+    assert Fraction(*veto) / Thresholds(overlap=0.500001).units == Fraction(450 - 510, 510)
     inside = one(within=(400 * 5, 5))
     for kind in ("affinity", "overlap", "both"):
         assert score(inside, evidence=kind) == ((400 - 510) * 5, 5)
@@ -109,6 +112,7 @@ def test_margins_move_all_thresholds():
     contact = one(across=(450 * 8, 8), within=(300, 1))
     n, d = score(contact)
     assert score(contact, margin=0.1) == (n - 51 * d, d)
+    assert score(contact, margin=-0.25) == (2 * n + 255 * d, d)  # in 1/1020
     with pytest.raises(ValueError, match="margin"):
         Thresholds(margin=1.5)
     with pytest.raises(ValueError, match="min_contact"):
@@ -165,7 +169,7 @@ def test_a_larger_margin_cuts_the_stored_merges(tmp_path, client):
     assert np.array_equal(segmentation(tmp_path), expected_segments(run, Thresholds(margin=-0.2)))
 
 
-@pytest.mark.parametrize("margin", [0.1, 0.25])
+@pytest.mark.parametrize("margin", [0.1, 0.123457])
 def test_a_cut_has_the_bytes_of_a_run_from_the_start(tmp_path, client, margin):
     """Also with a rule of which one part moves: overlaps, small contacts, ids and sizes."""
     run = make_run(GRID, seed=5, noise=0.6)

@@ -129,7 +129,8 @@ def test_order_of_rows_changes_nothing():
 
 def test_published_rule():
     """Labels of one block never merge directly; inside a block affinities veto, strictly."""
-    assert Thresholds().half_units[:2] == (357, 510)
+    assert Thresholds().units == 510
+    assert Thresholds().in_units[:2] == (357, 510)
     ids = np.array([1, 2, 3], np.uint64)
 
     def segments(*rows):
@@ -142,6 +143,55 @@ def test_published_rule():
     join = (1, 2, 510 * 5, 5, 0, 0)
     assert segments(join, (1, 3, 408 * 10, 10, 0, 0), (2, 3, 0, 0, 408 * 5, 5)) == 2
     assert segments(join, (1, 3, 408 * 10 + 1, 10, 0, 0), (2, 3, 0, 0, 408 * 5, 5)) == 1
+
+
+def decimals(low: int = 0, high: int = 10**6):
+    return st.one_of(
+        st.sampled_from([0.0, 0.35, 0.7, 0.75, 0.999999]),
+        st.integers(low, high).map(lambda n: n / 10**6),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(graphs(), decimals(), decimals(), decimals(0, 500000), decimals(0, 300000))
+def test_thresholds_are_the_decimals_written(graph, across, within, margin, more):
+    """Every mean against the decimal text of a threshold, in fractions; and a cut at any margin."""
+    nodes, rows = graph
+    written = [Fraction(str(value)) for value in (across, within, margin)]
+    plain = [
+        (u, v, Fraction(a, 510) - written[0] * n + Fraction(w, 510) - written[1] * m, n + m)
+        for u, v, a, n, w, m in rows
+    ]
+    rule = Thresholds(across=across, within=within, margin=margin)
+    floor = [(u, v, score - written[2] * weight, weight) for u, v, score, weight in plain]
+    result = check_against_reference(nodes, rows, rule)
+    got = dict(zip(result.ids.tolist(), result.representatives.tolist(), strict=True))
+    expected, merges = greedy(nodes, floor)
+    assert got == expected
+    scored = [(u, v, Fraction(n, d * rule.units)) for u, v, n, d in merge_rows(result.merges)]
+    assert scored == [(u, v, Fraction(n) / d) for u, v, n, d in merges]
+    raised = Fraction(str(more))
+    kept = result.merges.above(raised * rule.units)
+    assert len(kept) == sum(score > raised for *_, score in scored)
+
+
+@pytest.mark.parametrize("threshold", ["0.75", "0.35", "0.1", "0.123456", "1"])
+def test_a_mean_of_exactly_the_threshold_does_not_merge(threshold):
+    count = 10**6
+    at = Fraction(threshold) * 510 * count
+    assert at.denominator == 1
+    for kind, rule in {"across": {"within": 1.0}, "within": {"across": 1.0}}.items():
+        for more, merged in ((0, 0), (1, 1)):
+            row = (
+                (int(at) + more, count, 0, 0) if kind == "across" else (0, 0, int(at) + more, count)
+            )
+            if int(at) + more > 510 * count:
+                continue
+            rule = rule | {kind: float(threshold)}
+            result = agglomerate(
+                np.array([1, 2], np.uint64), table([(1, 2, *row)]), Thresholds(**rule)
+            )
+            assert len(result.merges) == merged, (kind, more)
 
 
 def test_isolated_nodes_and_empty_graphs():
@@ -166,3 +216,7 @@ def test_bad_graphs_are_refused():
         Thresholds(across=1.5)
     with pytest.raises(InputError, match="64 bits"):
         agglomerate(ids, table([(1, 2, 2**62 + 2**61, 1, 0, 0)]), Thresholds())
+    pairs = [(1, 2, 400 * 10**12, 10**12, 0, 0)]
+    assert len(agglomerate(ids, table(pairs), Thresholds(across=0.75)).merges) == 1
+    with pytest.raises(InputError, match="64 bits; thresholds and margins of fewer decimals"):
+        agglomerate(ids, table(pairs), Thresholds(across=0.123456))
