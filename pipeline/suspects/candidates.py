@@ -155,8 +155,14 @@ class Finder:
         return np.column_stack((ends, (ends >= 2).all(axis=1), beside))
 
     def _of_cuts(self, cuts: Cuts, inside: NDArray, part: int) -> Candidates:
-        """Return the cuts that leave enough on both sides."""
-        keep = np.flatnonzero(cuts.sides.min(axis=1) >= self.evidence.least)
+        """Return the cuts that leave enough on both sides.
+
+        Pieces of one imported fragment belong together by its name (`contacts.SAME`): no affinity
+        reaches the score of their merge.
+        """
+        by_name = _affinity(cuts.merge_numerator, cuts.merge_denominator) > 1
+        enough = cuts.sides.min(axis=1) >= self.evidence.least
+        keep = np.flatnonzero(enough & ~by_name)
         rows = np.zeros(len(keep), ROW)
         contact = inside[cuts.contact[keep]]
         for name in ("a", "b", "u", "v", "box"):

@@ -55,6 +55,9 @@ WORK = {
     "sweep": ((RUN, "--across", "0.5", "--within", "0.5"), "0.5"),
     "stitch": ((RUN, "--threshold", "0.6"), "2"),
     "export": (("precomputed", RUN, "OUT/precomputed"), "wrote"),
+    "suspects": ((RUN,), "the first 3 of 3 suspects"),
+    "calibrate": ((RUN,), "held"),
+    "pack": ((RUN,), "packed"),
     "ledger": (("sync", RUN), "delivered"),
 }
 """Commands, their arguments, and a word of what they say."""
