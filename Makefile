@@ -47,6 +47,7 @@ $(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 demo: $(VENV)/.installed
 	$(BIN)/agq synthetic $(DEMO)-input.zarr --shape 40,768,768 --seed 7
 	$(BIN)/agq run configs/demo.yaml --overwrite
+	$(BIN)/agq export precomputed $(DEMO) --meshes
 	$(BIN)/agq suspects $(DEMO) --show 5
 	@echo
 	@echo "Picture: $(DEMO)/demo.png    Viewer: $(BIN)/agq view $(DEMO)"

@@ -160,7 +160,8 @@ class Finder:
         Pieces of one imported fragment belong together by its name (`contacts.SAME`): no affinity
         reaches the score of their merge.
         """
-        by_name = _affinity(cuts.merge_numerator, cuts.merge_denominator) > 1
+        units = self.evidence.thresholds.units
+        by_name = _affinity(cuts.merge_numerator, cuts.merge_denominator, units) > 1
         enough = cuts.sides.min(axis=1) >= self.evidence.least
         keep = np.flatnonzero(enough & ~by_name)
         rows = np.zeros(len(keep), ROW)
@@ -171,7 +172,6 @@ class Finder:
         rows["sides"], rows["part"] = np.sort(sides, axis=1), part
         for name in ("span", "begin", "end", "first", "last"):
             rows[name] = getattr(cuts, name)[keep]
-        units = self.evidence.thresholds.units
         order = np.argsort(sides, axis=1, kind="stable")
         boxes = np.take_along_axis(cuts.boxes[keep], order[..., None], axis=1)
         features = np.stack(

@@ -95,8 +95,8 @@ def export_graph(
     present = np.flatnonzero(map_array(files.present)).astype(np.int64)
     chosen = grid.select(*roi) if roi else present
     units = math.lcm(stored, thresholds.units)
-    record = {"grid": grid.to_dict(), "unit": unit, "roi": roi, "key": digest(step["key"], shape)}
-    record["units"] = units
+    record: dict[str, Any] = {"grid": grid.to_dict(), "unit": unit, "roi": roi, "units": units}
+    record["key"] = digest(step["key"], shape)
     _require_same(out, record)
     tree = SuperblockTree(grid.shape, shape)
     leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(present)]
