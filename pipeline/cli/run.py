@@ -110,10 +110,16 @@ def worker(
         typer.Option(min=0, help="Seconds to wait for a run and its coordinator, or the next one."),
     ] = 900,
     grace_s: Annotated[
-        float, typer.Option(min=0, help="Seconds to finish blocks after SIGTERM or Ctrl-C.")
+        float,
+        typer.Option(min=0, help="Seconds to finish blocks after SIGTERM, SIGUSR2 or Ctrl-C."),
     ] = 5,
 ) -> None:
-    """Join a running prediction from any machine that sees its folder."""
+    """Join a running prediction from any machine that sees its folder.
+
+    Exit status: 0, the prediction has ended or the next coordinator did not come; 1, none came at
+    all; 2, no run there, files of somebody else, or a coordinator out of reach; 130, 140 or 143,
+    told to leave before the end (start it again); others, it cannot work on this machine.
+    """
     from agq.credentials import log_to_stderr
     from agq.pipeline.slurm.join import join
 
