@@ -83,7 +83,8 @@ class Thresholds(Settings):
     evidence: EvidenceKind = "affinity"
     """What speaks for a merge across a border: `affinity` (published); `overlap`: how well the
     labels of two blocks agree where both predicted; `both`: affinities, but a contact whose own
-    overlap is below `overlap` only vetoes, like one inside a block."""
+    overlap is below `overlap` only vetoes, like one inside a block. Overlaps need blocks that
+    overlap (`blocks.before`, `blocks.after`)."""
 
     overlap: Fraction = 0.5
     """Intersection over union that labels of two blocks must exceed (`overlap`) or reach
