@@ -132,7 +132,7 @@ class Calibration(Tabled):
         )
         rows = {"chosen": self.best, "run": self.before, "best held out": self.best_held_out}
         for name, trial in rows.items():
-            values = [f"{value:g}" for value in trial.setting.values()]
+            values = [f"{value:.12g}" for value in trial.setting.values()]
             halves = [f"{a:.4f} + {b:.4f}" for a, b in (trial.chosen_on, trial.held_out)]
             table.add_row(name, *values, *halves)
         return table

@@ -21,6 +21,7 @@ from agq.pipeline.api import RunReport
 from agq.pipeline.evaluate.baseline.compare import METHODS, BaselineReport
 from agq.pipeline.evaluate.baseline.watershed import WatershedSettings
 from agq.pipeline.evaluate.block_scores import BlockReport, BlockScore
+from agq.pipeline.evaluate.calibrate import Calibration, Trial
 from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, Scores
 from agq.pipeline.evaluate.sweep import Point, points_table
 from agq.pipeline.run.chosen_blocks import ChosenBlocks
@@ -104,6 +105,13 @@ def baseline() -> tuple[object, list[str]]:
     return report.table(), said
 
 
+def calibration() -> tuple[object, list[str]]:
+    setting = {"across": 0.55, "within": 0.575, "min_contact": 123, "min_size": 12_345_678}
+    trial = Trial(setting, (0.5432, 0.2345), (0.5678, 0.3456), ((0.5, 0.25), (0.75, 0.5)))
+    report = Calibration("one", 2.0, trial, trial, trial, 16)
+    return report.table(), ["0.55", "0.575", "123", "12345678", "0.5432", "0.3456", "16"]
+
+
 def blocks() -> tuple[object, list[str]]:
     place = (1000, 25_600, 51_200), (30_015, 153_603, 307_203)
     score = BlockScore(123_456, *place, 10, SCORES, SCORES)
@@ -165,6 +173,7 @@ CASES = {
     EvaluationReport: evaluation,
     BaselineReport: baseline,
     BlockReport: blocks,
+    Calibration: calibration,
     StitchReport: stitch,
     RunReport: whole_run,
     Plan: plan,

@@ -87,7 +87,7 @@ def calibrate(
     chosen = choose(
         run.path.name, evidence, counts, settings, grid, price=merge_price, kinds=run_kinds(run)
     )
-    values = {f"stitch.{name}": f"{value:g}" for name, value in chosen.best.setting.items()}
+    values = {f"stitch.{name}": f"{value:.12g}" for name, value in chosen.best.setting.items()}
     words = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
     margin = ["--margin", "0"] if settings.margin else []
     apply = shlex.join(["agq", "stitch", str(run_dir), *words, *margin])
