@@ -275,7 +275,7 @@ def test_the_readme_runs_as_written(folder: Path) -> None:
         for line in commands(kind, body) if kind == "sh" else ():
             run(line, folder, variables)
     assert (folder / "runs" / "my-volume" / "report.html").is_file()
-    assert (folder / "www" / "my-volume" / "info").is_file()
+    assert (folder / "runs" / "my-volume" / "precomputed" / "info").is_file()
     assert (folder / "runs" / "joined" / "lut" / "segments.parquet").is_file()
 
 
@@ -382,7 +382,7 @@ def test_make_demo(tmp_path: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     recipe = makefile.partition("\ndemo:")[2].partition("\n\n")[0]
     lines = [line.strip() for line in recipe.splitlines()[1:] if "$(BIN)/agq" in line[:12]]
-    assert [line.split()[1] for line in lines] == ["synthetic", "run"]
+    assert [line.split()[1] for line in lines] == ["synthetic", "run", "export", "suspects"]
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
     (tools.parent / ".installed").write_text("")
@@ -397,6 +397,8 @@ def test_make_demo(tmp_path: Path) -> None:
     assert "Picture: runs/demo/demo.png" in said
     assert (tmp_path / "runs" / "demo" / "demo.png").is_file()
     assert (tmp_path / "runs" / "demo" / "evaluation.json").is_file()
+    assert (tmp_path / "runs" / "demo" / "precomputed" / "mesh" / "info").is_file()
+    assert (tmp_path / "runs" / "demo" / "suspects" / "suspects.csv").is_file()
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")

@@ -41,9 +41,14 @@ def require_server(host: str, port: int) -> None:
         raise InputError(f"--port {port} cannot be used ({error}); try another") from error
 
 
-def serve_folder(viewer: Any, folder: Path) -> str:
-    """Serve the files of a folder to those who know the viewer; return its address."""
+def serve_folder(viewer: Any, folder: Path) -> str | None:
+    """Serve the files of a folder to those who know the viewer; return its address.
+
+    None where a program started a server of neuroglancer's before: it has no files to give.
+    """
     server = neuroglancer.server.global_server
+    if not isinstance(server, _Server):
+        return None
     server.folders[viewer.token] = folder
     return f"{server.server_url}/folder/{viewer.token}"
 

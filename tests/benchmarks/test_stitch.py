@@ -24,7 +24,7 @@ def test_tables(tmp_path):
     assert re.search(r"^ +1 +1 .* 0 +0$", done.stdout, re.MULTILINE), "root hands nothing up"
     assert re.search(r"^ +all .* \d+ merges, peak RSS 0\.\d+ GiB$", done.stdout, re.MULTILINE)
     steps = re.findall(r"^ +([a-z ]+?)(?: +[\d.]+){5}$", done.stdout, re.MULTILINE)
-    assert steps == [
-        "plain copy", "contacts", "agglomerate", "lut", "relabel", "pyramid", "stitch",
-    ]  # fmt: skip
+    assert steps == ["contacts", "agglomerate", "lut", "relabel", "plain copy", "stitch"]
+    assert re.search(r"^with pyramid(?: +[\d.]+){5}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^\d+ files, [\d.]+ a block$", done.stdout, re.MULTILINE)
     assert not any(tmp_path.iterdir())

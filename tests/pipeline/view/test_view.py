@@ -429,6 +429,8 @@ def test_a_real_browser_shows_the_segments(tmp_path: Path, layers: list[Layer]) 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
 def test_a_real_browser_shows_meshes(tmp_path: Path, layers: list[Layer]) -> None:
+    # Another test of this process may have started a server of neuroglancer's.
+    neuroglancer.server.stop()
     # The format wants whole voxels; this volume begins a sixth of one further on.
     placed: Any = {"shape": SHAPE, "chunks": SHAPE, **PLACE, "offset": (60, 12, -6)}
     plain = create_array(tmp_path / "plain.zarr", "s", dtype=np.uint64, **placed)
