@@ -83,7 +83,7 @@ def export_graph(
     Raises
     ------
     InputError
-        If the folder holds another export, or the run is not stitched.
+        If the folder holds another export, the ROI no block, or the run is not stitched.
     """
     files = StitchFiles(run_dir)
     step = Step.read(run_dir, "lut")
@@ -94,6 +94,8 @@ def export_graph(
     shape = checked_triple("shape", read_record(files.contacts / "layout.json")["shape"], 1)
     present = np.flatnonzero(map_array(files.present)).astype(np.int64)
     chosen = grid.select(*roi) if roi else present
+    if roi and not len(chosen):
+        raise InputError("graph: the ROI holds no block of the volume")
     units = math.lcm(stored, thresholds.units)
     record: dict[str, Any] = {"grid": grid.to_dict(), "unit": unit, "roi": roi, "units": units}
     record["key"] = digest(step["key"], shape)

@@ -134,6 +134,14 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(stitched, client, tmp_pat
     assert folder_bytes(tmp_path / "again") == folder_bytes(out)
 
 
+def test_a_roi_without_blocks_is_refused_before_anything_is_written(stitched, client, tmp_path):
+    folder = stitched[0][0]
+    for roi in (((900, 0, 0), (950, 4, 4)), ((4, 0, 0), (4, 4, 4))):
+        with pytest.raises(InputError, match="the ROI holds no block of the volume"):
+            export_graph(folder, tmp_path / "none", GRID, Thresholds(), client, roi=roi)
+    assert not (tmp_path / "none").exists()
+
+
 def test_another_export_is_not_written_over(stitched, client, tmp_path):
     folder, out, _ = stitched[0]
     with pytest.raises(InputError, match="another stitch or ROI"):
