@@ -54,7 +54,7 @@ KEEP = 0.1
 _BLOCK = (128, 128, 128)
 _SHARD_VOXELS = 2**24
 _BATCH = 16
-_VERSION = 1
+_VERSION = 2
 
 
 def mesh_level(scales: Sequence[Scale]) -> int:
@@ -258,11 +258,11 @@ def _mesh(plan: Plan, rows: list[tuple[int, int]]) -> tuple[bytes, bytes]:
         mesh = surface.merge_large(fragments(), plan.volume.shape, part)
         keep = plan.keep / part
     resolution = scale.resolution[::-1]
-    simple = surface.simplify(mesh, voxels, resolution, keep)
+    levels = surface.simplify(mesh, voxels, resolution, keep)
     place = [
         o * r + s for o, r, s in zip(scale.voxel_offset, scale.resolution, scale.shift, strict=True)
     ]
-    return encode(simple, resolution, place[::-1])
+    return encode(levels, resolution, place[::-1])
 
 
 def _voxels(labels: npt.NDArray[Any]) -> dict[int, int]:
