@@ -86,6 +86,7 @@ def joined(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
 def test_meshes_hold_the_bars_whatever_the_blocks(labels, source, tmp_path, client, monkeypatch):
     monkeypatch.setattr(run_module, "_SHARD_VOXELS", 2**16)
     monkeypatch.setattr(surface, "ROOT_FACES", 150)
+    monkeypatch.setattr(run_module, "GROUP", 7)
     seen: dict[str, int] = {}
     plan = exported(source, tmp_path / "a", client, block=(12, 14, 13))
     assert np.prod(plan.grid) >= 100
@@ -94,6 +95,7 @@ def test_meshes_hold_the_bars_whatever_the_blocks(labels, source, tmp_path, clie
     )
     assert shards == 2**plan.shard_bits == seen["meshes"] > 2
     assert seen["surfaces"] == np.prod(plan.grid)
+    assert seen["mesh index"] == plan.groups > 10
     assert export_meshes(plan, client) == 0
     assert not plan.surfaces.exists()
 
