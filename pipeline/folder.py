@@ -39,6 +39,8 @@ EARLIER_FRAGMENTS = "settings.json"
 _LOCK = ".lock"
 TIMING = "timing.json"
 """How long a block takes, as a plan has measured it (`forecast.timing`)."""
+EDITS = "edits.csv"
+"""Copy of the edits that the stitch applies."""
 KEPT = (_LOCK, f"{_LOCK}.owner", "imported", "slurm", "notify", TIMING)
 """What may be in the folder before the run's record is, and stays when the run is deleted: its
 lock, image files made into zarr, what a submission has prepared (jobs, whom to tell), and what a

@@ -84,6 +84,11 @@ class Kinds:
         allowed: NDArray[np.bool_] = may_join_each(self.of(u), self.of(v), self.bars)
         return allowed
 
+    def join(self, one: int, other: int) -> bool:
+        """Return whether clusters of two kinds may merge."""
+        a, b = (np.array([kind], np.uint64) for kind in (one, other))
+        return bool(may_join_each(a, b, self.bars)[0])
+
 
 @dataclass(frozen=True)
 class ClassRule:

@@ -18,6 +18,7 @@ same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -44,6 +45,14 @@ from agq.blockwise.stitch import contacts as contacts_module
 from agq.blockwise.stitch.classes import ClassRule, Count
 from agq.blockwise.stitch.cluster import LazyClient
 from agq.blockwise.stitch.contacts import Collect, PackSidecars
+from agq.blockwise.stitch.edits import (
+    Constraints,
+    Edit,
+    constrain,
+    find_fragments,
+    read_edits,
+    require_classes,
+)
 from agq.blockwise.stitch.merge.agglomeration import Merge
 from agq.blockwise.stitch.output.boxes import Coarsen, Relabel
 from agq.blockwise.stitch.output.pyramid import Pass, Pyramid
@@ -64,7 +73,7 @@ from agq.blockwise.volumes.create import open_array
 from agq.blockwise.volumes.open import open_volume
 from agq.blockwise.volumes.triples import Triple, checked_triple, triple
 from agq.errors import DamagedError, InputError, repairable
-from agq.reading import read_record
+from agq.reading import read_file, read_record
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
@@ -152,6 +161,8 @@ class StitchReport(Tabled):
     classed, several_classes, forbidden_contacts
         With `input.classes`: fragments with a class; those that hold several which may not merge;
         contacts between fragments whose classes may not merge.
+    edits
+        With `stitch.edits`: ``sha256`` of the file, its ``merges`` and ``splits``.
     small_segments, small_voxels
         Segments below ``min_size``, now background.
     largest
@@ -172,6 +183,7 @@ class StitchReport(Tabled):
     classed: int = 0
     several_classes: int = 0
     forbidden_contacts: int = 0
+    edits: dict[str, Any] | None = None
     merges: int = 0
     segments: int = 0
     small_segments: int = 0
@@ -203,6 +215,10 @@ class StitchReport(Tabled):
                 ("fragments with a class", f"{self.classed:,}{several}"),
                 ("contacts kept apart", f"{self.forbidden_contacts:,} by their classes"),
             ]
+        if self.edits:
+            counts = [(self.edits[name], name) for name in ("merges", "splits")]
+            told = (f"{count:,} {name[: -1 if count == 1 else None]}" for count, name in counts)
+            rows.append(("edits", ", ".join(told)))
         if self.small_segments:
             small = f"{self.small_segments:,} of {self.small_voxels:,} voxels, now background"
             rows.append(("small segments", small))
@@ -332,6 +348,8 @@ class _Stitch:
             self.container, _SEGMENTATION, self.grid, self._fragments_unit(), spec.levels
         )
         self.report = StitchReport()
+        self.edits: list[Edit] = []
+        self.constraints: Constraints | None = None
         self.leaf_shape: Triple = (1, 1, 1)
         self.leaves: list[Family] = []
         self.levels: list[list[Family]] = []
@@ -341,12 +359,14 @@ class _Stitch:
         thresholds = spec.thresholds()
         self.workers.wait_for_stragglers()
         numbers, blocks = self._blocks()
+        edits = self._read_edits(numbers)
         key = digest(blocks, spec.evidence != "affinity")
         contacts = self._collect(numbers, key)
         classes = self._count_classes(blocks)
-        self._number(*self._agglomerate(digest(contacts, *classes) if classes else contacts))
+        decided = [*classes, *edits]
+        self._number(*self._agglomerate(digest(contacts, *decided) if decided else contacts))
         # What follows does not depend on the superblocks.
-        rule = [*map(str, thresholds.exact), *classes]
+        rule = [*map(str, thresholds.exact), *decided]
         key = digest(key, spec.evidence, rule, spec.min_contact, spec.segment_ids, spec.min_size)
         self._write(numbers, digest(key, _LAYOUT))
         return self.report
@@ -378,6 +398,26 @@ class _Stitch:
             numbers.tobytes(),
             np.ascontiguousarray(sums).tobytes(),
         )
+
+    def _read_edits(self, numbers: NDArray[np.int64]) -> list[str]:
+        """Find what edits ask for; return what differs for other edits, [] if there is nothing."""
+        path = self.spec.edits
+        if path is None:
+            return []
+        edits = read_edits(path)
+        unit = self._fragments_unit()
+        self.edits = find_fragments(path, edits, self.container, self.grid, numbers, unit)
+        constraints = constrain(path, self.edits)
+        merges = sum(edit.merges for edit in edits)
+        self.report.edits = {
+            "sha256": hashlib.sha256(read_file(path)).hexdigest(),
+            "merges": merges,
+            "splits": len(edits) - merges,
+        }
+        if not constraints:
+            return []
+        self.constraints = constraints
+        return [constraints.key]
 
     def _collect(self, numbers: NDArray[np.int64], key: str) -> str:
         """Find the evidence; return the key of the step."""
@@ -492,9 +532,11 @@ class _Stitch:
                 for file in (files.evidence(leaf), files.classes(leaf))[: 1 + bool(spec.classes)]:
                     if not file.exists():
                         raise repairable(f"{file}: file is missing", self.run_dir)
+            self._save_constraints()
             counts = np.zeros(3, np.int64)
             for i, level in enumerate(self.levels, 1):
-                merge = Merge(level, self.run_dir, at_floor, spec.class_rule())
+                edits = self.constraints is not None
+                merge = Merge(level, self.run_dir, at_floor, spec.class_rule(), edits)
                 counts += sum(self._split_and_run(f"agglomerate {i}/{len(self.levels)}", merge))
             # Only the merges are the result.
             for graph in files.agglomeration.glob("*/*.graph.npz"):
@@ -509,6 +551,17 @@ class _Stitch:
         )
         self.report.end(step)
         return step.key, (wanted - floor) * at_floor.units
+
+    def _save_constraints(self) -> None:
+        """Write what edits ask for, where the tasks find it."""
+        files, rule = self.files, self.spec.class_rule()
+        if self.constraints is None:
+            return
+        if rule is not None:
+            leaves = (files.classes(leaf) for leaf, _ in self.leaves)
+            assert self.spec.edits is not None
+            require_classes(self.spec.edits, self.edits, rule.read(leaves))
+        files.save(files.edits, self.constraints.arrays("edits"))
 
     def _number(self, key: str, margin: Fraction) -> None:
         """Give numbers to the segments and write the id map."""

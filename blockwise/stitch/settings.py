@@ -135,6 +135,10 @@ class MergeSettings(Thresholds):
     classes_may_merge: tuple[tuple[Class, Class], ...] = ()
     """Pairs of classes that may merge; all others never do."""
 
+    edits: File | None = None
+    """Merges and splits from proofreading, a CSV file (`agq stitch RUN --edits FILE`). It is copied
+    into the run folder, and the copy counts from then on."""
+
     segment_ids: SegmentIds = "consecutive"
     """Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
 

@@ -11,6 +11,7 @@ the run folder:
     contacts/0/Z-Y-X.npz        fragments and contacts of a leaf
     classes/0/Z-Y-X.npz         voxels of each class in fragments of a leaf; not always
     agglomeration/L/Z-Y-X.npz   merges of a superblock, and the nodes it hands up
+    agglomeration/edits.npz     fragments that edits join or keep apart; not always
     agglomeration/L/Z-Y-X.graph.npz  its residual graph; removed when the root is done
     lut/cut/L/Z-Y-X.npz         clusters of a superblock at the margin in use
     lut/names/L/Z-Y-X.npz       segments that its clusters belong to in the end
@@ -150,6 +151,7 @@ class StitchFiles:
         self.present = self.contacts / "present.npy"
         self.counts = self.run_dir / "classes"
         self.agglomeration = self.run_dir / "agglomeration"
+        self.edits = self.agglomeration / "edits.npz"
         self.lut = self.run_dir / "lut"
         self.smallest = self.lut / "smallest.npy"
         self.segments = self.lut / "segments.parquet"

@@ -1,5 +1,6 @@
 """The command `agq stitch`: a run again, or fragments and affinities of another model."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,6 +41,15 @@ Margin = Annotated[
         " merges are cut again, in seconds; below it, fragments are merged anew."
     ),
 ]
+Edits = Annotated[
+    Path | None,
+    _option(
+        readable=False,
+        help="CSV of merges and splits from proofreading (columns kind, a, b); kept by later"
+        " stitches. An end is a fragment id or a point in world units, z y x.",
+    ),
+]
+NoEdits = Annotated[bool, typer.Option("--no-edits", help="Drop the edits of an earlier stitch.")]
 FragmentsArray = Annotated[
     str | None,
     _option(
@@ -76,6 +86,8 @@ def stitch(
     target: Stitched = None,
     allow_missing: AllowMissing = False,
     margin: Margin = None,
+    edits: Edits = None,
+    no_edits: NoEdits = False,
     fragments: FragmentsArray = None,
     affinities: AffinitiesArray = None,
     output: Output = None,
@@ -102,6 +114,12 @@ def stitch(
     if threshold is not None:
         # Before what --set says, so that --set may tell the two apart.
         changes[:0] = [f"stitch.across={threshold}", f"stitch.within={threshold}"]
+    if edits is not None and no_edits:
+        raise InputError("stitch: --edits and --no-edits exclude each other")
+    if edits is not None:
+        changes.append(f"stitch.edits={json.dumps(str(edits))}")
+    if no_edits:
+        changes.append("stitch.edits=null")
     bars: Literal["bars", "steps"] = "steps" if verbose else "bars"
     reading = {"--voxel-size": voxel_size, "--unit": unit, "--channels": channels}
     if fragments is None and affinities is None and output is None:

@@ -25,6 +25,7 @@ _MADE = re.compile(
             r"journal/(predict|relabel|pyramid)/([^/]+\.jsonl|compact\.npz)",
             r"contacts/(layout\.json|present\.npy)",
             rf"(contacts|classes|agglomeration|lut/cut|lut/names)/\d+/{_TABLE}",
+            r"agglomeration/edits\.npz|edits\.csv",
             rf"lut/map/{_TABLE}|lut/(smallest\.npy|segments\.parquet)",
             r"stitch/(contacts|classes|agglomerate|lut|relabel|pyramid)\.(json|sums)",
             r"retries/predict/\d+",

@@ -33,6 +33,7 @@ from agq.blockwise.predict.coordinator import (
 )
 from agq.blockwise.predict.settings import AttemptSettings
 from agq.blockwise.stitch.cluster import lazy_client
+from agq.blockwise.stitch.edits import MOST_BYTES, read_edits
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, run_stitch
 from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import disk_usage, write_atomic
@@ -42,6 +43,7 @@ from agq.errors import InputError, RunStoppedError
 from agq.pipeline.config.schema import DEFAULT_FACTORY
 from agq.pipeline.evaluate.plausibility import assess
 from agq.pipeline.evaluate.scores import EvaluationReport
+from agq.pipeline.folder import EDITS
 from agq.pipeline.forecast.forecast import ASSUMED, Forecast, Means, forecast, gpu_seconds
 from agq.pipeline.forecast.timing import Timing, timing_key
 from agq.pipeline.run.fragments import import_missing
@@ -51,6 +53,7 @@ from agq.pipeline.run.masks import apply_mask, require_applied
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.session import Session
 from agq.pipeline.slurm.settings import SlurmSettings
+from agq.reading import read_file
 
 _logger = logging.getLogger(__name__)
 
@@ -451,7 +454,7 @@ def stitch(
     prepared = session.prepared
     require_applied(prepared)
     config = prepared.config
-    section = config.stitch
+    section = config.stitch.model_copy(update={"edits": keep_edits(prepared)})
     spec = stitch_spec(
         section,
         config.pyramid,
@@ -479,6 +482,27 @@ def stitch(
     usage = disk_usage(prepared.run.path, without=("imported",), most_s=_COUNT_S)
     session.update_stage("stitch", disk=usage._asdict())
     return report
+
+
+def keep_edits(prepared: Prepared) -> Path | None:
+    """Copy the edits of the stitch into the run folder, whose record names the copy from then on.
+
+    Raises
+    ------
+    InputError
+        If they cannot be read.
+    """
+    given = prepared.config.stitch.edits
+    if given is None:
+        return None
+    read_edits(given)
+    kept = prepared.run.path / EDITS
+    if given != kept:
+        write_atomic(kept, read_file(given, most=MOST_BYTES))
+        config = prepared.run.record()["config"]
+        config["stitch"]["edits"] = str(kept)
+        prepared.run.update(config=config)
+    return kept
 
 
 def segmentation(prepared: Prepared) -> Volume:

@@ -3,11 +3,9 @@
 A browser reads the arrays itself, so a web server or bucket that allows it (CORS) must serve them.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import neuroglancer
 
@@ -15,7 +13,7 @@ from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.view.layers import Layer, config_layers, showing
+from agq.pipeline.view.layers import Layer, config_layers
 from agq.pipeline.view.marks import run_marks
 from agq.pipeline.view.viewer import drawn_layer, fill_state, layer_transform
 
@@ -23,20 +21,15 @@ _SCHEMES = ("http://", "https://", "s3://", "gs://")
 _DRIVERS = {"zarr3": "zarr3", "zarr2": "zarr2", "n5": "n5", "precomputed": "precomputed"}
 
 
-Spot = tuple[Sequence[int] | None, Sequence[int]]
-"""Voxel (z, y, x) to start at, by default the middle, and segments to show first."""
-
-
-def portable_states(
+def portable_state(
     config: Config,
     base_url: str,
-    spots: Iterable[Spot],
     *,
     raw_url: str | None = None,
     segmentation_url: str | None = None,
-    marked: bool = True,
-) -> list[dict[str, Any]]:
-    """Return a state that any neuroglancer can load for each spot.
+    at: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Return a state that any neuroglancer can load.
 
     Parameters
     ----------
@@ -48,13 +41,13 @@ def portable_states(
     segmentation_url
         Address of the output of `agq export precomputed`, instead of the segmentation in the run
         folder: ``[precomputed://]address``.
-    marked
-        With borders of blocks, failed blocks, worst errors and suspects.
+    at
+        Voxel (z, y, x) to start at; the middle by default.
 
     Returns
     -------
-    list of dict
-        The states. Their sources are zarr v3 arrays; the raw volume keeps its own format.
+    dict
+        The state. Its sources are zarr v3 arrays; the raw volume keeps its own format.
 
     Raises
     ------
@@ -75,26 +68,10 @@ def portable_states(
     if segmentation_url is not None:
         address = segmentation_url.removeprefix("precomputed://")
         urls["segmentation"] = f"precomputed://{_address('--segmentation-url', address)}"
-    states = []
-    for at, segments in spots:
-        state = neuroglancer.ViewerState()
-        drawn = [(one, _layer(one, urls[one.name])) for one in showing(layers, segments)]
-        fill_state(state, drawn, run_marks(run, layers[0].unit, at) if marked else (), at)
-        states.append(dict(state.to_json()))
-    return states
-
-
-def link_to(site: str, state: dict[str, Any]) -> str:
-    """Return the address of a state in a neuroglancer that somebody serves.
-
-    Raises
-    ------
-    InputError
-        If the site is no address.
-    """
-    if not site.startswith(("http://", "https://")):
-        raise InputError(f"--neuroglancer {site}: give an address that begins with https://")
-    return f"{site.rstrip('/')}/#!{quote(json.dumps(state, separators=(',', ':')))}"
+    state = neuroglancer.ViewerState()
+    drawn = [(layer, _layer(layer, urls[layer.name])) for layer in layers]
+    fill_state(state, drawn, run_marks(run, layers[0].unit, at), at)
+    return dict(state.to_json())
 
 
 def _layer(layer: Layer, url: str | None) -> Any:

@@ -28,13 +28,19 @@ def greedy(
     rows: Iterable[Row],
     classes: Mapping[int, int] | None = None,
     may_merge: Collection[tuple[int, int]] = (),
+    together: Collection[tuple[int, int]] = (),
+    apart: Collection[tuple[int, int]] = (),
 ) -> tuple[dict[int, int], list[Row]]:
     """Return node -> smallest node of its cluster, and the merges in order.
 
     Each merge is searched among all edges. Nodes of different classes, 0 aside, are never in one
-    cluster, unless they are one of the pairs that may merge.
+    cluster, unless they are one of the pairs that may merge. Pairs ``together`` are in one cluster
+    from the outset (no merge is listed for it), and pairs ``apart`` never.
     """
     cluster = {node: node for node in nodes}
+    for u, v in together:
+        low, high = sorted((cluster[u], cluster[v]))
+        cluster = {node: low if root == high else root for node, root in cluster.items()}
     rows = list(rows)
 
     def forbidden(one: set[int], other: set[int]) -> bool:
@@ -57,11 +63,14 @@ def greedy(
             entry[0] += numerator
             entry[1] += denominator
             entry[2] = min(entry[2], (u, v))
+        kept_apart = {tuple(sorted((cluster[u], cluster[v]))) for u, v in apart}
         best = min(
             (
                 (-Fraction(numerator, denominator), tie, pair)
                 for pair, (numerator, denominator, tie) in pooled.items()
-                if numerator > 0 and not forbidden(held[pair[0]], held[pair[1]])
+                if numerator > 0
+                and pair not in kept_apart
+                and not forbidden(held[pair[0]], held[pair[1]])
             ),
             default=None,
         )

@@ -120,7 +120,10 @@ def blocks() -> tuple[object, list[str]]:
 
 
 def stitch() -> tuple[object, list[str]]:
-    report = StitchReport(largest=[{"id": 5, "voxels": 10**9, "fragments": 2}])
+    report = StitchReport(
+        edits={"sha256": "", "merges": 1, "splits": 2},
+        largest=[{"id": 5, "voxels": 10**9, "fragments": 2}],
+    )
     path = Path("/a/folder/whose/name/is/longer/than/narrow/terminals/one/data.zarr/segmentation")
     said = ["Stitch of one", "5: 1,000,000,000 voxels, 2 fragments", str(path)]
     return report.table(path), said

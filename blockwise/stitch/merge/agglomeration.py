@@ -32,6 +32,13 @@ is a property of their fragments, and merges only take pairs away. So a pair tha
 no score, and pooling still never gives a better one; merges outside leave a node fewer edges, and
 its reach a bound.
 
+**Edits** (:mod:`edits`) do not either. Fragments that must be together are one node from the
+outset, whose edges are pooled: a mediant again. A superblock that does not hold all of them cannot
+pool, so each of them waits there, and with it whatever likes it best; the first superblock that
+holds all makes them one. Parts that must stay apart have marks. A mark lies in one cluster, and a
+cluster has the marks of all its fragments, so wherever two clusters meet it is known whether they
+may merge: a property of their fragments again.
+
 :class:`Merge` is the step from one level of superblocks to the next, and :func:`agglomerate` the
 case of one part.
 """
@@ -49,9 +56,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.stitch.classes import ClassCounts, ClassRule, Kinds
-from agq.blockwise.stitch.contacts import ContactTable, load_contacts, merge_contacts
+from agq.blockwise.stitch.contacts import SAME, ContactTable, load_contacts, merge_contacts
+from agq.blockwise.stitch.edits import Constraints
 from agq.blockwise.stitch.merge.kernel import (
     LARGEST_SUM,
+    NO_PAIRS,
+    NO_ROWS,
     TOO_LARGE,
     Contraction,
     agglomerate_edges,
@@ -143,6 +153,14 @@ def scores(
     numerator = value + scale * rows.within_sum - within * rows.within_count
     denominator = weight + rows.within_count
     return numerator - margin * denominator, denominator
+
+
+def forced_score(thresholds: Thresholds) -> int:
+    """Return the numerator, over 1, of the scores of merges that edits ask for.
+
+    It is that of two pieces of one fragment, above any affinity and any margin.
+    """
+    return SAME * (thresholds.units // HALF_UNITS)
 
 
 def largest(*columns: NDArray[np.int64]) -> int:
@@ -250,7 +268,27 @@ class LowerFace(Columns):
         return cls(fragment, positions(ids, fragment), *best)
 
 
-Face = TypeVar("Face", UpperFace, LowerFace)
+@dataclass(frozen=True)
+class Tags(Columns):
+    """What edits say of nodes.
+
+    Attributes
+    ----------
+    node
+        Row of the node.
+    tag
+        What it has: a group of fragments, named by its smallest one.
+    """
+
+    node: Rows
+    tag: Ids
+
+    def on(self, row: NDArray[np.int32]) -> Tags:
+        """Return the same, with nodes in other rows."""
+        return replace(self, node=row[self.node])
+
+
+Face = TypeVar("Face", UpperFace, LowerFace, Tags)
 
 
 @dataclass(frozen=True)
@@ -267,6 +305,10 @@ class Graph:
         Faces on z, y, x.
     kinds
         Kind of each node (:mod:`classes`), uint64; of no nodes where there are no classes.
+    waiting
+        Nodes that wait for other members of their group.
+    marks
+        Marks of nodes.
     """
 
     nodes: NDArray[np.uint64]
@@ -274,6 +316,8 @@ class Graph:
     upper: tuple[UpperFace, UpperFace, UpperFace]
     lower: tuple[LowerFace, LowerFace, LowerFace]
     kinds: NDArray[np.uint64] = field(default_factory=lambda: _NONE)
+    waiting: Tags = field(default_factory=Tags.empty)
+    marks: Tags = field(default_factory=Tags.empty)
 
     @classmethod
     def of_fragments(
@@ -283,6 +327,7 @@ class Graph:
         above: Sequence[ScoreTable] = (),
         below: Sequence[ScoreTable] = (),
         kinds: NDArray[np.uint64] = _NONE,
+        edits: Constraints | None = None,
     ) -> Graph:
         """Return the graph of original fragments.
 
@@ -297,6 +342,8 @@ class Graph:
             inside). Empty: nothing lies outside.
         kinds
             Kind of each fragment; of none where there are no classes.
+        edits
+            What must be together, and what apart.
 
         Raises
         ------
@@ -310,7 +357,14 @@ class Graph:
         nothing = [ScoreTable.empty()] * 3
         z, y, x = (UpperFace.of_fragments(ids, scores) for scores in above or nothing)
         c, b, a = (LowerFace.of_fragments(ids, scores) for scores in below or nothing)
-        return cls(ids, edges, (z, y, x), (c, b, a), kinds)
+        tags = () if edits is None else (_tags(ids, *edits.groups), _tags(ids, *edits.marks))
+        return cls(ids, edges, (z, y, x), (c, b, a), kinds, *tags)
+
+
+def _tags(ids: Ids, fragments: Ids, tags: Ids) -> Tags:
+    """Return the tags of those fragments that are among the ascending ids."""
+    here = np.isin(fragments, ids)
+    return Tags(positions(ids, fragments[here]), tags[here])
 
 
 def positions(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -331,7 +385,12 @@ def positions(ids: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np
     return position.astype(np.int32)
 
 
-def contract(graph: Graph, bars: NDArray[np.uint64] = _NONE) -> tuple[MergeTable, Graph]:
+def contract(
+    graph: Graph,
+    bars: NDArray[np.uint64] = _NONE,
+    edits: Constraints | None = None,
+    forced: int = SAME,
+) -> tuple[MergeTable, Graph]:
     """Merge all that is certain in a part of the graph.
 
     The edges of the graph given are used up: their memory may be written to.
@@ -342,11 +401,15 @@ def contract(graph: Graph, bars: NDArray[np.uint64] = _NONE) -> tuple[MergeTable
         The part.
     bars
         Of `classes.Kinds`.
+    edits
+        What must be together, and what apart.
+    forced
+        Numerator of the scores of merges that edits ask for.
 
     Returns
     -------
     MergeTable
-        Merges made, best first.
+        Merges made: those that edits ask for, then best first.
     Graph
         The residual: nodes that may merge with more knowledge, and the edges among them.
 
@@ -355,6 +418,7 @@ def contract(graph: Graph, bars: NDArray[np.uint64] = _NONE) -> tuple[MergeTable
     InputError
         If there are more than :data:`MAX_EDGES` edges, or sums do not fit in 64 bits.
     """
+    asked, graph = _contract_groups(graph, edits, forced)
     nodes, edges = graph.nodes, graph.edges
     reach = np.zeros(len(nodes), np.int64), np.ones(len(nodes), np.int64)
     for face in (*graph.upper, *graph.lower):
@@ -367,6 +431,7 @@ def contract(graph: Graph, bars: NDArray[np.uint64] = _NONE) -> tuple[MergeTable
     )
     alive = np.zeros(len(nodes), np.bool_)
     alive[component[reach[0] > 0]] = True
+    alive[component[graph.waiting.node]] = True
     inside, between = split_edges(
         component, alive, (edges.ends, edges.numerator, edges.denominator, edges.keys)
     )
@@ -376,7 +441,8 @@ def contract(graph: Graph, bars: NDArray[np.uint64] = _NONE) -> tuple[MergeTable
             f"contact graph: {most} edges are more than one process can hold ({MAX_EDGES}); set a"
             " smaller stitch.superblock"
         )
-    done = agglomerate_edges(*inside, *reach, graph.kinds, bars)
+    marked = (NO_ROWS, NO_PAIRS) if edits is None else _rivals(graph.marks, edits)
+    done = agglomerate_edges(*inside, *reach, graph.kinds, bars, graph.waiting.node, *marked)
     merges = MergeTable(
         nodes[done.merge_u], nodes[done.merge_v], done.merge_numerator, done.merge_denominator
     )
@@ -391,11 +457,52 @@ def contract(graph: Graph, bars: NDArray[np.uint64] = _NONE) -> tuple[MergeTable
     z, y, x = (_waiting(face, done, fresh) for face in graph.upper)
     left = replace(left, ends=fresh[left.ends])
     kinds = done.kinds[stays[: len(done.kinds)]]
-    return merges, Graph(nodes[stays], left, (z, y, x), (c, b, a), kinds)
+    tags = (_waiting(tags, done, fresh) for tags in (graph.waiting, graph.marks))
+    if len(asked):
+        merges = MergeTable.concatenate([asked, merges])
+    return merges, Graph(nodes[stays], left, (z, y, x), (c, b, a), kinds, *tags)
+
+
+def _contract_groups(
+    graph: Graph, edits: Constraints | None, forced: int
+) -> tuple[MergeTable, Graph]:
+    """Make one node of each group of which all members are here."""
+    waiting = graph.waiting
+    if edits is None or not len(waiting):
+        return MergeTable.empty(), graph
+    whole = edits.whole(waiting.tag)
+    ready = waiting.take(np.flatnonzero(whole))
+    ready = ready.take(np.lexsort((ready.node, ready.tag)))
+    first = np.unique(ready.tag, return_index=True)[1]
+    # Nodes are in the order of fragments: the first is the smallest.
+    into = np.repeat(ready.node[first], np.diff(np.append(first, len(ready))))
+    row = np.arange(len(graph.nodes), dtype=np.int32)
+    row[ready.node] = into
+    joins = ready.node != into
+    into, joined = into[joins], ready.node[joins]
+    ones = np.ones(len(joined), np.int64)
+    asked = MergeTable(graph.nodes[into], graph.nodes[joined], forced * ones, ones)
+    ends = row[graph.edges.ends]
+    edges = replace(graph.edges, ends=ends).take(ends[:, 0] != ends[:, 1])
+    kinds = graph.kinds.copy()
+    if len(kinds):
+        np.bitwise_or.at(kinds, into, kinds[joined])
+    z, y, x = (replace(face, node=row[face.node]) for face in graph.upper)
+    c, b, a = (replace(face, node=row[face.node]) for face in graph.lower)
+    rest = waiting.take(np.flatnonzero(~whole))
+    return asked, Graph(graph.nodes, edges, (z, y, x), (c, b, a), kinds, rest, graph.marks.on(row))
+
+
+def _rivals(marks: Tags, edits: Constraints) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the node of each mark that is here, and the pairs of marks that keep apart."""
+    marks = marks.take(np.argsort(marks.tag, kind="stable"))
+    pairs = edits.rivals
+    pairs = pairs[np.isin(pairs, marks.tag).all(axis=1)]
+    return marks.node, np.searchsorted(marks.tag, pairs).astype(np.int32)
 
 
 def _waiting(face: Face, done: Contraction, fresh: NDArray[np.int32]) -> Face:
-    """Return the rows of a face whose clusters wait, with their new rows among the nodes."""
+    """Return the rows whose clusters wait, with their new rows among the nodes."""
     face = face.take(done.waiting[face.node])
     return replace(face, node=fresh[done.cluster[face.node]])
 
@@ -444,7 +551,10 @@ def join(
     z, y, x = (UpperFace.concatenate(faces) for faces in upper)
     c, b, a = (_ascending(LowerFace.concatenate(faces)) for faces in lower)
     kinds = np.concatenate([graph.kinds for _, graph in children])
-    return Graph(every[order], edges, (z, y, x), (c, b, a), kinds[order[: len(kinds)]])
+    waiting = Tags.concatenate([graph.waiting.on(rows[child]) for child, graph in children])
+    marks = Tags.concatenate([graph.marks.on(rows[child]) for child, graph in children])
+    kinds = kinds[order[: len(kinds)]]
+    return Graph(every[order], edges, (z, y, x), (c, b, a), kinds, waiting, marks)
 
 
 def _edges(
@@ -510,6 +620,7 @@ def agglomerate(
     contacts: ContactTable,
     thresholds: Thresholds,
     kinds: Kinds | None = None,
+    edits: Constraints | None = None,
 ) -> Agglomeration:
     """Merge fragments best first while the score is positive.
 
@@ -523,6 +634,8 @@ def agglomerate(
         What they must show.
     kinds
         Which of them may not merge; None: all may.
+    edits
+        What must be together, and what apart.
 
     Raises
     ------
@@ -535,10 +648,9 @@ def agglomerate(
         raise InputError("fragment ids: they must be distinct and not 0 (background)")
     contacts = merge_contacts([contacts])
     table = score_contacts(contacts, thresholds)
-    if kinds is None:
-        merges, _ = contract(Graph.of_fragments(ids, table))
-    else:
-        merges, _ = contract(Graph.of_fragments(ids, table, kinds=kinds.of(ids)), kinds.bars)
+    own, bars = (_NONE, _NONE) if kinds is None else (kinds.of(ids), kinds.bars)
+    graph = Graph.of_fragments(ids, table, kinds=own, edits=edits)
+    merges, _ = contract(graph, bars, edits, forced_score(thresholds))
     roots = connected_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
     return Agglomeration(ids, ids[roots], merges)
 
@@ -551,10 +663,13 @@ class Merge(SuperblockTask):
     ----------
     classes
         Which fragments may not merge; None: all may.
+    edits
+        Whether there are edits, in the file of `StitchFiles`.
     """
 
     thresholds: Thresholds
     classes: ClassRule | None = None
+    edits: bool = False
 
     def run(self) -> NDArray[np.int64]:
         """Write the merges and the residual graph of each superblock.
@@ -567,27 +682,35 @@ class Merge(SuperblockTask):
         """
         files = StitchFiles(self.run_dir)
         counts = np.zeros(3, np.int64)
+        edits = Constraints.load(files.edits, "edits") if self.edits else None
         for superblock, children in self.items:
             if not files.merges(superblock).exists():
-                self._merge(files, superblock, children)
+                self._merge(files, superblock, children, edits)
             if self.classes is not None and superblock.level == 0:
                 counts += load_arrays(files.merges(superblock), "classes")["classes"]
         return counts
 
     def _merge(
-        self, files: StitchFiles, superblock: Superblock, children: Sequence[Superblock]
+        self,
+        files: StitchFiles,
+        superblock: Superblock,
+        children: Sequence[Superblock],
+        edits: Constraints | None,
     ) -> None:
         counted: dict[str, NDArray] = {}
         if superblock.level == 0:
-            graph, counts = _leaf_graph(files, superblock, self.thresholds, self.classes)
+            graph, counts = _leaf_graph(files, superblock, self.thresholds, self.classes, edits)
             if self.classes is not None:
                 counted = {"classes": counts}
         else:
-            graph = _join_children(files, children)
-        merges, residual = contract(graph, _NONE if self.classes is None else self.classes.bars)
+            graph = _join_children(files, children, edits=self.edits)
+        bars = _NONE if self.classes is None else self.classes.bars
+        merges, residual = contract(graph, bars, edits, forced_score(self.thresholds))
         arrays = residual.edges.arrays("edges") | {"nodes": residual.nodes}
         if self.classes is not None:
             arrays["kinds"] = residual.kinds
+        if edits is not None:
+            arrays |= residual.waiting.arrays("waiting") | residual.marks.arrays("marks")
         for axis in range(3):
             arrays |= residual.upper[axis].arrays(f"upper{axis}")
             arrays |= residual.lower[axis].arrays(f"lower{axis}")
@@ -598,7 +721,11 @@ class Merge(SuperblockTask):
 
 
 def _leaf_graph(
-    files: StitchFiles, leaf: Superblock, thresholds: Thresholds, classes: ClassRule | None
+    files: StitchFiles,
+    leaf: Superblock,
+    thresholds: Thresholds,
+    classes: ClassRule | None,
+    edits: Constraints | None,
 ) -> tuple[Graph, NDArray[np.int64]]:
     """Return the graph of a leaf and the counts of `Merge.run`.
 
@@ -627,10 +754,10 @@ def _leaf_graph(
     if classes is not None:
         voxels = ClassCounts.load(files.classes(leaf), "classes")
         counts[:2] = np.count_nonzero(kinds), classes.several(voxels)
-    return Graph.of_fragments(ids, inside, above, below, kinds), counts
+    return Graph.of_fragments(ids, inside, above, below, kinds, edits), counts
 
 
-def _join_children(files: StitchFiles, children: Sequence[Superblock]) -> Graph:
+def _join_children(files: StitchFiles, children: Sequence[Superblock], *, edits: bool) -> Graph:
     """Return the graph of a parent; edges are read column by column, so that memory holds one."""
 
     def column(child: Superblock, name: str) -> NDArray:
@@ -638,10 +765,14 @@ def _join_children(files: StitchFiles, children: Sequence[Superblock]) -> Graph:
 
     graphs = []
     for child in children:
-        arrays = load_arrays(files.graph(child), "nodes", "kinds", "upper", "lower")
+        parts = ("nodes", "kinds", "upper", "lower", "waiting", "marks")
+        arrays = load_arrays(files.graph(child), *parts)
         z, y, x = (UpperFace.of_arrays(f"upper{axis}", arrays) for axis in range(3))
         c, b, a = (LowerFace.of_arrays(f"lower{axis}", arrays) for axis in range(3))
         kinds = arrays.get("kinds", _NONE)
         graph = Graph(arrays["nodes"], EdgeTable.empty(), (z, y, x), (c, b, a), kinds)
+        if edits:
+            waiting, marks = (Tags.of_arrays(name, arrays) for name in ("waiting", "marks"))
+            graph = replace(graph, waiting=waiting, marks=marks)
         graphs.append((child, graph))
     return join(graphs, column)

@@ -9,6 +9,8 @@ into another and kills it. All arrays are allocated before the loop and never gr
 ones are dropped when their list is walked. Only positive edges are in the heap, with their score as
 a float beside them. An edge between kinds that may not merge is dropped when it is the best:
 whatever is pooled with it before may not merge either, as a cluster has the kinds of all its nodes.
+The same holds for marks: a cluster has those of all its nodes, as a linked list, and marks have
+rivals. Nodes may be frozen from the start.
 
 Live edges are found by the pair of nodes they join, in a hash whose slots hold rows: the pair
 itself is read from the edge's ends, so a slot takes four bytes. Code that changes the ends of a row
@@ -50,6 +52,9 @@ TABLED = np.uint64(2**63)
 other kinds are a class, or 0."""
 _NO_KIND = np.uint64(0)
 _ONE = np.uint64(1)
+
+NO_ROWS = np.zeros(0, np.int32)
+NO_PAIRS = np.zeros((0, 2), np.int32)
 
 EdgeColumns = tuple[NDArray, NDArray, NDArray, NDArray]
 """Ends int32 (n, 2), numerators and denominators int64, and keys uint64 (n, 2) of edges."""
@@ -341,6 +346,48 @@ def may_join_each(a, b, bars):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
+def _are_rivals(a, b, marks, parent, mark_node, starts, rivals):  # type: ignore[no-untyped-def]
+    """Whether a mark of one cluster has a rival in the other."""
+    head, _, following, count = marks
+    if count[a] > count[b]:
+        a, b = b, a
+    mark = head[a]
+    while mark >= 0:
+        for i in range(starts[mark], starts[mark + 1]):
+            if root_of(parent, mark_node[rivals[i]]) == b:
+                return True
+        mark = following[mark]
+    return False
+
+
+@numba.njit(cache=True, nogil=True)
+def _pin(marks, mark_node):  # type: ignore[no-untyped-def]
+    """Give every node the list of its marks."""
+    head, tail, following, count = marks
+    for mark in range(mark_node.size):
+        node = mark_node[mark]
+        following[mark] = head[node]
+        if head[node] < 0:
+            tail[node] = mark
+        head[node] = mark
+        count[node] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _hand_over(a, b, marks):  # type: ignore[no-untyped-def]
+    """Append the marks of a cluster to those of another."""
+    head, tail, following, count = marks
+    if head[a] < 0:
+        return
+    if head[b] < 0:
+        head[b] = head[a]
+    else:
+        following[tail[b]] = head[a]
+    tail[b] = tail[a]
+    count[b] += count[a]
+
+
+@numba.njit(cache=True, nogil=True)
 def _held_back(node, edge, num, den, reach_num, reach_den):  # type: ignore[no-untyped-def]
     """Whether a node has an edge to the outside that is as good, or may be."""
     return reach_num[node] > 0 and (
@@ -351,9 +398,10 @@ def _held_back(node, edge, num, den, reach_num, reach_den):  # type: ignore[no-u
 @numba.njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]
     ends, num, den, keys, floats, reach_num, reach_den, heap, fast, place, heads, nexts, degree,
-    slots, parent, smallest, frozen, merges, kinds, bars,
+    slots, parent, smallest, frozen, merges, kinds, bars, marks, mark_node, starts, rivals,
 ):  # fmt: skip
     size = 0
+    _pin(marks, mark_node)
     for edge in range(ends.shape[0]):
         place[edge] = _ABSENT
         a, b = ends[edge, 0], ends[edge, 1]
@@ -373,8 +421,10 @@ def _run(  # type: ignore[no-untyped-def]
         best = heap[0]
         size = _remove(heap, fast, place, size, best, num, den, keys, floats)
         a, b = ends[best, 0], ends[best, 1]
-        if kinds.size and not may_join(kinds[a], kinds[b], bars):
-            # Kinds only grow, so it may never merge; and its ends still have their best edge ahead.
+        if (kinds.size and not may_join(kinds[a], kinds[b], bars)) or (
+            mark_node.size and _are_rivals(a, b, marks, parent, mark_node, starts, rivals)
+        ):
+            # Both only grow, so it may never merge; and its ends still have their best edge ahead.
             delete(slots, ends, find(slots, ends, a, b))
             place[best] = _DEAD
             degree[a] -= 1
@@ -398,6 +448,8 @@ def _run(  # type: ignore[no-untyped-def]
         smallest[b] = low
         if kinds.size:
             kinds[b] |= kinds[a]
+        if mark_node.size:
+            _hand_over(a, b, marks)
         if compare_fractions(reach_num[a], reach_den[a], reach_num[b], reach_den[b]) > 0:
             reach_num[b], reach_den[b] = reach_num[a], reach_den[a]
         delete(slots, ends, find(slots, ends, a, b))
@@ -528,6 +580,9 @@ def agglomerate_edges(
     reach_denominator: NDArray[np.int64],
     kinds: NDArray[np.uint64],
     bars: NDArray[np.uint64],
+    frozen: NDArray[np.int32] = NO_ROWS,
+    mark_node: NDArray[np.int32] = NO_ROWS,
+    rivals: NDArray[np.int32] = NO_PAIRS,
 ) -> Contraction:
     """Agglomerate a graph between dense nodes, in the memory of its arrays.
 
@@ -545,6 +600,11 @@ def agglomerate_edges(
     kinds, bars
         Kind of each node, and the table of kinds that may merge (:mod:`merge.classes`); kinds of no
         nodes: all may.
+    frozen
+        Nodes that wait, whatever their edges.
+    mark_node, rivals
+        Node that has each mark, and pairs of marks that may not come into one cluster, int32
+        (n, 2).
 
     Raises
     ------
@@ -558,7 +618,18 @@ def agglomerate_edges(
     n_nodes, positive = len(reach_numerator), int(np.count_nonzero(num > 0))
     parent = np.arange(n_nodes, dtype=np.int32)
     smallest = np.arange(n_nodes, dtype=np.int32)
-    frozen = np.zeros(n_nodes, np.bool_)
+    waits = np.zeros(n_nodes, np.bool_)
+    waits[frozen] = True
+    both = np.concatenate((rivals, rivals[:, ::-1]))
+    both = both[np.argsort(both[:, 0], kind="stable")]
+    starts = np.searchsorted(both[:, 0], np.arange(len(mark_node) + 1))
+    marked = n_nodes if len(mark_node) else 0
+    marks = (
+        np.full(marked, -1, np.int32),
+        np.full(marked, -1, np.int32),
+        np.full(len(mark_node), -1, np.int32),
+        np.zeros(marked, np.int32),
+    )
     place = np.empty(rows, np.int32)
     merges = np.zeros((min(max(n_nodes - 1, 0), positive), 4), np.int64)
     kinds = kinds.copy()
@@ -579,13 +650,17 @@ def agglomerate_edges(
         slots,
         parent,
         smallest,
-        frozen,
+        waits,
         merges,
         kinds,
         bars,
+        marks,
+        mark_node,
+        starts,
+        np.ascontiguousarray(both[:, 1]),
     )
     cluster, waiting = np.empty(n_nodes, np.int32), np.empty(n_nodes, np.bool_)
-    _clusters(parent, smallest, frozen, reach_numerator, cluster, waiting)
+    _clusters(parent, smallest, waits, reach_numerator, cluster, waiting)
     return Contraction(
         cluster,
         waiting,

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
 from agq.blockwise.stitch.classes import ClassCounts, ClassRule
-from agq.blockwise.stitch.contacts import ContactTable, merge_contacts
+from agq.blockwise.stitch.contacts import SAME, ContactTable, merge_contacts
+from agq.blockwise.stitch.edits import Edit, constrain
 from agq.blockwise.stitch.merge.agglomeration import Graph, MergeTable, ScoreTable, contract, join
 from agq.blockwise.stitch.superblocks import Superblock, SuperblockTree
 from agq.errors import InputError
@@ -29,7 +31,7 @@ def score_table(rows) -> ScoreTable:
     )
 
 
-def leaf_graphs(grid_shape, leaf_shape, nodes, rows, kinds=None):
+def leaf_graphs(grid_shape, leaf_shape, nodes, rows, kinds=None, edits=None):
     """Cut a graph of fragments into leaves, as the stitch does from its contacts."""
     tree = SuperblockTree(grid_shape, leaf_shape)
 
@@ -58,14 +60,15 @@ def leaf_graphs(grid_shape, leaf_shape, nodes, rows, kinds=None):
             [score_table(face) for face in above],
             [score_table(face) for face in below],
             **({} if kinds is None else {"kinds": kinds.of(ids)}),
+            edits=edits,
         )
     return tree, graphs
 
 
-def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None, kinds=None):
+def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None, kinds=None, edits=None):
     """Agglomerate level by level; return node -> smallest of its cluster, and all merges."""
-    tree, entering = leaf_graphs(grid_shape, leaf_shape, nodes, rows, kinds)
-    bars = () if kinds is None else (kinds.bars,)
+    tree, entering = leaf_graphs(grid_shape, leaf_shape, nodes, rows, kinds, edits)
+    bars = np.zeros(0, np.uint64) if kinds is None else kinds.bars
     merges: list[MergeTable] = []
     levels = [{leaf: [] for leaf in entering}, *tree.levels(list(entering))]
     residual: dict = {}
@@ -78,7 +81,7 @@ def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None, kinds=None):
         for superblock in order:
             children = level[superblock]
             graph = join([(c, residual[c]) for c in children]) if children else entering[superblock]
-            made, above[superblock] = contract(graph, *bars)
+            made, above[superblock] = contract(graph, bars, edits)
             merges.append(made)
         residual = above
         sizes.append(sum(len(graph.nodes) for graph in residual.values()))
@@ -135,13 +138,17 @@ def classed_graphs(draw):
     return shape, leaf, nodes, rows, dict(zip(nodes, classes, strict=True)), draw(st.sets(pairs))
 
 
-def check_classes(case, random):
-    shape, leaf, nodes, rows, classes, may_merge = case
+def kinds_of(nodes, classes, may_merge):
     ids = np.array(sorted(nodes), np.uint64)
     ones = np.ones(len(ids), np.int64)
     known = np.array([classes[n] for n in ids.tolist()], np.uint64)
     counts = ClassCounts(ids, known, ones, ones).take(known > 0)
-    kinds = ClassRule(0, tuple(may_merge)).kinds(counts)
+    return ClassRule(0, tuple(may_merge)).kinds(counts)
+
+
+def check_classes(case, random):
+    shape, leaf, nodes, rows, classes, may_merge = case
+    kinds = kinds_of(nodes, classes, may_merge)
     expected, order = greedy(nodes, rows, classes, may_merge)
     # Contacts that may not merge are left out of the leaves, or found out on the way.
     if random.random() < 0.5:
@@ -163,6 +170,61 @@ def test_classes_never_merge_in_any_hierarchy_and_order(case, random):
 @given(classed_graphs(), st.randoms(use_true_random=False))
 def test_classes_never_merge_in_any_hierarchy_at_length(case, random):
     check_classes(case, random)
+
+
+@st.composite
+def edited_graphs(draw):
+    """Graphs with classes, and pairs of fragments that must be together or apart."""
+    shape, leaf, nodes, rows, classes, may_merge = draw(classed_graphs())
+    if draw(st.booleans()):
+        classes = dict.fromkeys(classes, 0)
+    if len(nodes) < 2:
+        return shape, leaf, nodes, rows, classes, may_merge, [], []
+    pair = st.lists(st.sampled_from(nodes), min_size=2, max_size=2, unique=True)
+    return shape, leaf, nodes, rows, classes, may_merge, *draw(possible_edits(pair, classes))
+
+
+@st.composite
+def possible_edits(draw, pair, classes):
+    """Pairs that do not contradict each other, nor the classes."""
+    group = {node: frozenset([node]) for node in classes}
+    together, apart = [], []
+    for merges, (u, v) in draw(st.lists(st.tuples(st.booleans(), pair), max_size=12)):
+        both = group[u] | group[v]
+        rivals = any({p, q} <= both for p, q in apart)
+        if merges and not rivals and len({classes[n] for n in both} - {0}) < 2:
+            group |= dict.fromkeys(both, both)
+            together.append((u, v))
+        elif not merges and group[u] != group[v]:
+            apart.append((u, v))
+    return together, apart
+
+
+def check_edits(case, random):
+    shape, leaf, nodes, rows, classes, may_merge, together, apart = case
+    edits = [Edit(i, True, pair, pair) for i, pair in enumerate(together)]
+    edits += [Edit(i, False, pair, pair) for i, pair in enumerate(apart)]
+    constraints = constrain(Path("edits.csv"), edits)
+    random.shuffle(edits)
+    assert constrain(Path("edits.csv"), edits).key == constraints.key
+    kinds = kinds_of(nodes, classes, may_merge)
+    expected, order = greedy(nodes, rows, classes, may_merge, together, apart)
+    found, merges = hierarchical(shape, leaf, nodes, rows, random.shuffle, kinds, constraints)
+    assert found == expected
+    assert sorted(m for m in merges if m[2:] != (SAME, 1)) == sorted(order)
+
+
+@settings(max_examples=300, deadline=None)
+@given(edited_graphs(), st.randoms(use_true_random=False))
+def test_edits_hold_in_any_hierarchy_and_order(case, random):
+    check_edits(case, random)
+
+
+@pytest.mark.slow
+@settings(max_examples=3_000, deadline=None)
+@given(edited_graphs(), st.randoms(use_true_random=False))
+def test_edits_hold_in_any_hierarchy_at_length(case, random):
+    check_edits(case, random)
 
 
 def test_a_chain_joins_the_class_that_it_likes_best():
