@@ -3,11 +3,15 @@
 Run ``python benchmarks/meshes.py --install``: that makes an environment of its own for igneous, in
 ``build/igneous``; without it only ours are made. Both take the same sharded volume, as many
 processes, tasks of the same size, one level of detail and shards, and cloud-volume reads both back.
-Seconds of igneous include the start of its two commands, ours not the start of the workers.
+They take turns in being first. Seconds of igneous include the start of its two commands, ours not
+the start of the workers.
+
+``--memory`` prints the peak memory of workers instead, at three sizes of volume.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial import cKDTree
+from stitch.memory import peak_mib
 
 from agq.blockwise.export.meshes.run import Plan, export_meshes
 from agq.blockwise.export.meshes.surface import Mesh, enclosed, is_closed
@@ -30,6 +35,7 @@ from agq.blockwise.volumes.open import open_levels
 
 ENVIRONMENT = Path("build/igneous")
 SIZE = (20, 16, 16)
+TILE = 128
 READ = """
 import json, sys
 import numpy as np
@@ -120,6 +126,41 @@ def bars(name: str, out: Path, labels: np.ndarray, folder: Path) -> None:
     )
 
 
+def memory(workers: int) -> None:
+    """Print the peak memory of workers for volumes of tiles of `TILE` voxels along each axis."""
+    # Workers look only in folders that are named: the function that they call is in this one.
+    named = os.environ.get("PYTHONPATH")
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, *([named] if named else [])])
+    tile = cells((TILE,) * 3, 0)
+    for tiles in (1, 2, 3):
+        shape = (tiles * TILE,) * 3
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            array = create_array(
+                folder / "in", "a", shape=shape, chunks=(64, 64, 64), dtype="uint64",
+                voxel_size=SIZE,
+            )  # fmt: skip
+            for number, index in enumerate(np.ndindex((tiles,) * 3)):
+                place = tuple(slice(i * TILE, (i + 1) * TILE) for i in index)
+                array[place] = tile + number * int(tile.max())
+            levels = open_levels(folder / "in", "a", kind="labels")
+            (scale,) = plan_export(levels)
+            with dask_client(DaskSettings(workers=workers)) as client:
+                export_precomputed(levels, [scale], folder / "out", client)
+            plan = Plan(levels[0], scale, Target.of(folder / "out"), block=(64, 64, 64))
+            with dask_client(DaskSettings(workers=workers)) as client:
+                start = time.perf_counter()
+                export_meshes(plan, client)
+                seconds = time.perf_counter() - start
+                peaks = client.run(peak_mib).values()
+        print(
+            f"{np.prod(shape) / 1e6:,.0f} Mvoxel in {np.prod(plan.grid)} blocks: largest worker"
+            f" {max(peaks):,.0f} MiB, {seconds:,.0f} s",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=256, help="voxels along each axis")
@@ -127,12 +168,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--install", action="store_true", help="make igneous' environment")
+    parser.add_argument("--memory", action="store_true", help="peak memory at three sizes")
     options = parser.parse_args()
+    if options.memory:
+        memory(options.workers)
+        return
     if options.install and not ENVIRONMENT.exists():
-        subprocess.run(["uv", "venv", "-q", "--python", sys.executable, ENVIRONMENT], check=True)
-        python = str(ENVIRONMENT / "bin" / "python")
-        packages = ["igneous-pipeline==4.37.0"]
-        subprocess.run(["uv", "pip", "install", "-q", "--python", python, *packages], check=True)
+        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
+        pip = [ENVIRONMENT / "bin" / "pip", "install", "-q"]
+        subprocess.run([*pip, "igneous-pipeline==4.37.0"], check=True)
     compared = (ENVIRONMENT / "bin" / "igneous").exists()
     if not compared:
         print(f"no igneous in {ENVIRONMENT}: --install makes it; nothing is compared")
@@ -148,8 +192,9 @@ def main() -> None:
         with dask_client(DaskSettings(workers=options.workers)) as client:
             export_precomputed(levels, [scale], folder / "plain", client)
         seconds: dict[str, list[float]] = {"ours": [], "igneous": []}
-        for _ in range(options.times):
-            for tool in ("ours", "igneous") if compared else ("ours",):
+        for turn in range(options.times):
+            tools = ("ours", "igneous") if compared else ("ours",)
+            for tool in tools if turn % 2 == 0 else tools[::-1]:
                 out = folder / tool
                 shutil.rmtree(out, ignore_errors=True)
                 shutil.copytree(folder / "plain", out)
@@ -168,7 +213,8 @@ def main() -> None:
                 )
         if compared:
             ratios = np.divide(seconds["igneous"], seconds["ours"])
-            print(f"ours is {np.median(ratios):.2f} times as fast (median of pairs)")
+            pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"ours is {np.median(ratios):.2f} times as fast (median of {pairs})")
             for tool in seconds:
                 bars(tool, folder / tool, labels, folder)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from agq import waiting
-from agq.blockwise.volumes.triples import Triple
+from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError
 from agq.owners import stranger
 from agq.pipeline.cli.arguments import Target, parse_triple, watched
@@ -23,6 +23,10 @@ def view(
     target: Target,
     port: Annotated[int, typer.Option(help="Port on the loopback interface; 0 takes any.")] = 0,
     at: Annotated[str | None, typer.Option(help="Voxel z,y,x to start at.")] = None,
+    suspect: Annotated[
+        int | None,
+        typer.Option(min=1, help="Start at this suspect of `agq suspects`, on its segments."),
+    ] = None,
     napari: Annotated[
         bool, typer.Option("--napari", help="Open a window of napari, where it is installed.")
     ] = False,
@@ -45,6 +49,15 @@ def view(
     position = None if at is None else parse_triple("--at", at)
     config = read_target(target)
     waiting.doing("opening the volumes")
+    segments: tuple[int, ...] = ()
+    if suspect is not None:
+        from agq.pipeline.suspects.listed import read_suspect
+
+        if at is not None:
+            raise InputError("--suspect says where to start: leave out --at")
+        row = read_suspect(Path(config.run_dir), suspect)
+        position = triple(row[axis] for axis in "zyx")
+        segments = (row["segment"], row["other_segment"])
     if napari:
         if print_state or port:
             raise InputError("--napari opens a window: leave out --port and --print-state")
@@ -52,16 +65,20 @@ def view(
 
         view_in_napari(config, at=position)
         return
-    from agq.pipeline.view.state import portable_state
+    from agq.pipeline.view.state import portable_states
     from agq.pipeline.view.viewer import view_run
 
     if not print_state:
-        view_run(config, port=port, at=position)
+        view_run(config, port=port, at=position, segments=segments)
         return
     if base_url is None:
         raise InputError("--print-state needs --base-url, the address that serves the run folder")
-    state = portable_state(
-        config, base_url, raw_url=raw_url, segmentation_url=segmentation_url, at=position
+    [state] = portable_states(
+        config,
+        base_url,
+        [(position, segments)],
+        raw_url=raw_url,
+        segmentation_url=segmentation_url,
     )
     say(json.dumps(state, indent=1))
 
@@ -116,10 +133,11 @@ def dashboard(
     # Kept here: the server forgets a viewer that is garbage-collected.
     viewers: deque[Any] = deque(maxlen=8)
 
-    def show(run_dir: Path, host: str, at: Triple) -> str:
+    def show(run_dir: Path, host: str, at: Triple, segments: tuple[int, ...]) -> str:
         from agq.pipeline.view.viewer import run_viewer
 
-        viewers.append(run_viewer(read_target(run_dir), port=viewer_port, at=at, host=host))
+        config = read_target(run_dir)
+        viewers.append(run_viewer(config, port=viewer_port, at=at, host=host, segments=segments))
         return str(viewers[-1])
 
     try:

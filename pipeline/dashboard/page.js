@@ -136,8 +136,9 @@ function showWorkers() {
 
 function command(at) { return `agq view ${run.run_dir} --at ${at.join(",")}`; }
 
-function look(at) {
-  return el("a", "open in the viewer", {href: `/view/${encodeURIComponent(shown)}?at=${at.join(",")}`, title: command(at), target: "_blank", rel: "noopener"});
+function look(at, segments = []) {
+  const chosen = segments.map((s) => `&segment=${s}`).join("");
+  return el("a", "open in the viewer", {href: `/view/${encodeURIComponent(shown)}?at=${at.join(",")}${chosen}`, title: command(at), target: "_blank", rel: "noopener"});
 }
 
 function logButton(worker, box) {
@@ -191,6 +192,22 @@ function scoreTable(scores) {
   return el("div", null, {class: "report"}, el("h3", "scores"), el("table", null, {}, el("thead", null, {}, head), el("tbody", null, {}, ...rows)));
 }
 
+async function showSuspects() {
+  const mark = run.suspects;
+  id("suspected").hidden = !mark;
+  if (!mark || id("suspects").dataset.mark === String(mark)) return;  // Pictures are loaded once.
+  id("suspects").dataset.mark = mark;
+  const rows = await (await get(api("/suspects"))).json();
+  id("suspected").hidden = !rows.length;
+  id("nsuspects").textContent = rows.length ? `${whole(rows.length)}, the largest expected error first; pictures: raw, now, mended` : "";
+  fill(id("suspects"), ...rows.map((row) => {
+    const at = [row.z, row.y, row.x], segments = row.kind === "merge" ? [row.segment] : [row.segment, row.other_segment];
+    const text = el("figcaption", null, {}, el("b", `${row.rank}. ${row.kind}`), document.createTextNode(` of ${segments.join(" and ")}: probability ${row.probability.toFixed(2)}, ${whole(row.voxels)} voxels; ${row.why}; ${at.join(", ")} `), look(at, segments));
+    const picture = row.drawn ? [el("img", null, {src: api("/suspect", {rank: row.rank, of: mark}), alt: `raw, now and mended at ${at.join(", ")}`, loading: "lazy"})] : [];
+    return el("figure", null, {}, ...picture, text);
+  }));
+}
+
 function showPicture() {
   const link = id("picture"), address = api("/picture", {of: run.picture || ""});
   link.hidden = !run.picture;
@@ -205,6 +222,7 @@ function showReport() {
   const finished = run.state === "done", before = id(finished ? "stages" : "settings");
   if (before.previousElementSibling !== id("results")) before.before(id("results"));
   showPicture();
+  showSuspects().catch(() => {});
   const parts = [];
   if (evaluation && Object.keys(evaluation.scores || {}).length) parts.push(scoreTable(evaluation.scores));
   if (look) parts.push(figures("is it plausible?", look.facts));

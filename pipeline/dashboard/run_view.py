@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +47,7 @@ from agq.pipeline.slurm.jobs import queue_status
 from agq.pipeline.status.failures import failure_of
 from agq.pipeline.status.monitor import Monitor
 from agq.pipeline.status.run_status import RunStatus, StageStatus
+from agq.pipeline.suspects.listed import TABLE, picture_of, read_suspects
 from agq.reading import read_file
 
 STAGE: Final = "predict"
@@ -155,7 +156,8 @@ class RunView:
                 "failures": failures,
                 "results": results(self._record),
                 "plausibility": plausible and plausible.to_dict(),
-                "picture": self._drawn(),
+                "picture": _written(self._pictures()),
+                "suspects": _written([self._run.path / TABLE] if self._here else []),
                 "settings": settings(self._record),
                 "here": self._here,
             }
@@ -225,7 +227,26 @@ class RunView:
 
     def picture(self) -> bytes | None:
         """Return the picture (png) that the run has drawn of its result; None without one."""
-        for file in self._pictures():
+        return self._png(self._pictures())
+
+    def suspects(self) -> list[dict[str, Any]]:
+        """Return the list of `agq suspects`, each with whether it was drawn; [] without one."""
+        if not self._here:
+            return []
+        found = []
+        for row in read_suspects(self._run.path):
+            # JavaScript's numbers hold 53 bits.
+            ids = {name: str(row[name]) for name in row if name.endswith(("segment", "fragment"))}
+            drawn = (self._run.path / picture_of(row["rank"])).is_file()
+            found.append(row | ids | {"drawn": drawn})
+        return found
+
+    def suspect(self, rank: int) -> bytes | None:
+        """Return the picture (png) of a suspect; None without one."""
+        return self._png([self._run.path / picture_of(rank)] if self._here else [])
+
+    def _png(self, files: Sequence[Path]) -> bytes | None:
+        for file in files:
             with suppress(OSError, InputError, ValueError):
                 data = read_file(file, most=_PICTURE_BYTES, within=self._run.path, follow=False)
                 if data.startswith(_PNG):
@@ -238,13 +259,6 @@ class RunView:
             return []
         names = dict.fromkeys((self._run.path.name, str(self._record.get("name"))))
         return [self._run.path / f"{name}.png" for name in names]
-
-    def _drawn(self) -> float | None:
-        """Return when the picture was drawn."""
-        for file in self._pictures():
-            with suppress(OSError, ValueError):
-                return file.lstat().st_mtime
-        return None
 
     def _open(self) -> None:
         """Read the journal once in the background: 10^6 lines without a snapshot take a while."""
@@ -330,6 +344,14 @@ class RunView:
         done = done[done["rank"] == BlockState.DONE]
         usual = float(np.median(done["finished"] - done["started"])) if done.size else 0.0
         return worker_rows(stage, begun, usual, now)
+
+
+def _written(files: Sequence[Path]) -> float | None:
+    """Return when the first of some files that is there was written."""
+    for file in files:
+        with suppress(OSError, ValueError):
+            return file.lstat().st_mtime
+    return None
 
 
 def _selected(grid: BlockGrid, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:

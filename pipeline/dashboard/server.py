@@ -25,6 +25,7 @@ import tornado.web
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.errors import InputError, machine_fault
 from agq.pipeline.dashboard.runs import Runs
+from agq.pipeline.suspects.listed import MOST
 from agq.pipeline.web import LOOPBACK, BoundedServer, host_names
 
 _logger = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ _HEADERS: Final = {
 _BACKLOG: Final = 1024
 _BY: Final = ("state", "seconds", "labels", "dropped")
 
-Viewer = Callable[[Path, str, Triple], str]
-"""Makes a viewer of a run folder, bound to a host, at a voxel, and returns its address."""
+Viewer = Callable[[Path, str, Triple, tuple[int, ...]], str]
+"""Makes a viewer of a run folder, bound to a host, at a voxel, on some segments, and returns its
+address."""
 
 
 class Dashboard:
@@ -100,6 +102,8 @@ class Dashboard:
                 (r"/api/run/([0-9A-Za-z_-]+)/block", _Block, shared),
                 (r"/api/run/([0-9A-Za-z_-]+)/log", _Log, shared),
                 (r"/api/run/([0-9A-Za-z_-]+)/picture", _Picture, shared),
+                (r"/api/run/([0-9A-Za-z_-]+)/suspects", _Suspects, shared),
+                (r"/api/run/([0-9A-Za-z_-]+)/suspect", _SuspectPicture, shared),
                 (r"/view/([0-9A-Za-z_-]+)", _View, shared),
                 *((f"/({name})", _Static, shared | {"path": str(_FILES)}) for name in _STATIC),
             ],
@@ -297,13 +301,34 @@ class _Picture(_Handler):
         await self.finish(png)
 
 
+class _Suspects(_Handler):
+    async def get(self, key: str) -> None:
+        await self.send_json(lambda: self.dashboard.runs.view(key).suspects())
+
+
+class _SuspectPicture(_Handler):
+    async def get(self, key: str) -> None:
+        rank = self.number("rank", MOST)
+        png = await self.answer(lambda: self.dashboard.runs.view(key).suspect(rank))
+        if png is None:
+            raise tornado.web.HTTPError(404, reason="No picture")
+        self.set_header("Content-Type", "image/png")
+        await self.finish(png)
+
+
 class _View(_Handler):
     async def get(self, key: str) -> None:
         at, make = self.position("at"), self.dashboard.viewer
+        try:
+            segments = tuple(int(n) for n in self.get_query_arguments("segment")[:2])
+        except ValueError:
+            raise tornado.web.HTTPError(400, reason="Bad segment") from None
         if make is None:
             raise tornado.web.HTTPError(404, reason="No viewer here: run agq view")
         host = self.dashboard.host
-        address = await self.answer(lambda: make(self.dashboard.runs.view(key).path, host, at))
+        address = await self.answer(
+            lambda: make(self.dashboard.runs.view(key).path, host, at, segments)
+        )
         # The browser may reach this machine by another name (a tunnel, a cluster's login node).
         place = urlsplit(address)
         self.redirect(place._replace(netloc=f"{self.request.host_name}:{place.port}").geturl())

@@ -29,7 +29,13 @@ _STITCH_STEP: Final = re.compile(rf"({'|'.join(_STITCH)})(?: (\d+)/(\d+))?")
 _STAGES: Final = {"relabel": "write", "contrast": "grey values"}
 """What a user calls other steps."""
 
-_ITEMS: Final = {"import": "sections", "verify": "files", "export": "chunks"}
+_ITEMS: Final = {
+    "import": "sections",
+    "verify": "files",
+    "export": "chunks",
+    "suspects": "superblocks",
+    "pictures": "pictures",
+}
 """What stages count, if not blocks."""
 
 _SUMMED: Final = ("pyramid", "export")

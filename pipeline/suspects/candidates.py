@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -131,6 +131,19 @@ class Finder:
                 self.trees.append(np.stack((contacts["u"], contacts["v"]), axis=1))
             made = self._of_cuts(cuts, part.inside, number)
             found.append(made.take(distinct(made, value(made))))
+        return found
+
+    def sides(self, rows: Sequence[NDArray]) -> list[NDArray[np.uint64]]:
+        """Return the fragments of one side of each cut, ascending."""
+        found = [np.zeros(0, np.uint64)] * len(rows)
+        wanted = {int(row["part"]) for row in rows}
+        for number, part in enumerate(self.evidence.parts()) if wanted else ():
+            if number in wanted:
+                nodes = part.nodes[np.argsort(part.nodes["id"], kind="stable")]
+                fragments = find_cuts(nodes, part.inside).fragments
+                for k, row in enumerate(rows):
+                    if row["part"] == number:
+                        found[k] = np.sort(fragments[row["begin"] : row["end"]])
         return found
 
     def pairs(self) -> list[Candidates]:

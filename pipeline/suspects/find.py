@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,10 @@ class Suspect:
         Where: voxel of the volume, and world units, (z, y, x).
     why
         What speaks for it, in words.
+    axis
+        Along which both sides touch there, 0 to 2.
+    side
+        Of a merge, the fragments of one side, ascending; filled for those that are drawn.
     """
 
     kind: str
@@ -64,6 +68,8 @@ class Suspect:
     voxel: Triple
     world: Triple
     why: str
+    axis: int
+    side: NDArray[np.uint64] | None = field(default=None, compare=False, repr=False)
 
     def row(self, rank: int) -> dict[str, Any]:
         """Return it as a flat row of a table."""
@@ -106,6 +112,7 @@ def find_suspects(
     *,
     top: int = 100,
     least: int = LEAST_VOXELS,
+    drawn: int = 0,
     on_progress: Progress | None = None,
 ) -> list[Suspect]:
     """List where a stitched run is probably wrong, the largest expected error first.
@@ -118,6 +125,8 @@ def find_suspects(
         How many to list at most.
     least
         Voxels of the smaller side.
+    drawn
+        How many get their `Suspect.side`.
     on_progress
         Called with leaves read and leaves in all.
 
@@ -128,16 +137,19 @@ def find_suspects(
     """
     with finder(run, least, on_progress) as found:
         tables = [best(t, model, top) for t in (*found.cuts(model.value), *found.pairs())]
-    values = np.concatenate([np.zeros(0), *(model.value(table) for table in tables)])
-    places = [(table, row) for table in tables for row in range(len(table.rows))]
-    order = np.argsort(-values, kind="stable")[:top]
+        values = np.concatenate([np.zeros(0), *(model.value(table) for table in tables)])
+        places = [(table, row) for table in tables for row in range(len(table.rows))]
+        order = np.argsort(-values, kind="stable")[:top]
+        chosen = [table.take(slice(row, row + 1)) for table, row in (places[k] for k in order)]
+        sides = found.sides([one.rows[0] for one in chosen[:drawn] if one.kind == MERGE])
     grid, dropped = run.grid(), _dropped(run)
     fragments = open_volume(run.container, "fragments", level=0, kind="labels", unit=None)
     suspects = []
-    for k in order:
-        table, row = places[k]
-        one = table.take(slice(row, row + 1))
-        suspects.append(_suspect(one, float(model.probability(one)[0]), grid, dropped, fragments))
+    for rank, one in enumerate(chosen):
+        suspect = _suspect(one, float(model.probability(one)[0]), grid, dropped, fragments)
+        if rank < drawn and one.kind == MERGE:
+            suspect = replace(suspect, side=sides.pop(0))
+        suspects.append(suspect)
     return suspects
 
 
@@ -199,7 +211,7 @@ def _suspect(
 ) -> Suspect:
     row = one.rows[0]
     pair = int(row["u"]), int(row["v"])
-    voxel = _touching(fragments, pair, row["box"])
+    voxel, axis = _touching(fragments, pair, row["box"])
     features = dict(zip(FEATURES[one.kind], one.features[0].tolist(), strict=True))
     segments = (int(row["a"]),) if one.kind == MERGE else (int(row["a"]), int(row["b"]))
     return Suspect(
@@ -212,6 +224,7 @@ def _suspect(
         voxel=voxel,
         world=middle(voxel, grid.voxel_size, grid.offset),
         why=", ".join(_reasons(features, {n >> LOCAL_BITS for n in pair} & dropped)),
+        axis=axis,
     )
 
 
@@ -229,8 +242,10 @@ def _reasons(features: dict[str, float], dropped: set[int]) -> list[str]:
     return why
 
 
-def _touching(fragments: Volume, pair: tuple[int, int], box: NDArray[np.int64]) -> Triple:
-    """Return a voxel of the first fragment at which it touches the second.
+def _touching(
+    fragments: Volume, pair: tuple[int, int], box: NDArray[np.int64]
+) -> tuple[Triple, int]:
+    """Return a voxel of the first fragment at which it touches the second, and along which axis.
 
     It is the one nearest to the middle of all; the middle of the box where none is found.
     """
@@ -238,15 +253,17 @@ def _touching(fragments: Volume, pair: tuple[int, int], box: NDArray[np.int64]) 
     high = np.minimum(box[3:], fragments.shape)
     labels = fragments.read(low.tolist(), high.tolist())
     one, other = (labels == np.uint64(n) for n in pair)
-    beside = np.zeros_like(one)
+    beside = np.zeros((3, *one.shape), bool)
     for axis in range(3):
         ahead = [slice(None)] * 3
         behind = [slice(None)] * 3
         ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
-        beside[tuple(behind)] |= other[tuple(ahead)]
-        beside[tuple(ahead)] |= other[tuple(behind)]
-    places = np.argwhere(one & beside)
+        beside[axis][tuple(behind)] |= other[tuple(ahead)]
+        beside[axis][tuple(ahead)] |= other[tuple(behind)]
+    beside &= one
+    places = np.argwhere(beside.any(axis=0))
     if not len(places):
-        return triple((low + high) // 2)
-    nearest = np.argmin(np.abs(places - np.median(places, axis=0)).sum(axis=1))
-    return triple(low + places[nearest])
+        return triple((low + high) // 2), 2
+    nearest = places[np.argmin(np.abs(places - np.median(places, axis=0)).sum(axis=1))]
+    # A contact in the plane is looked at in the plane, as sections were imaged.
+    return triple(low + nearest), 2 - int(np.argmax(beside[(slice(None), *nearest)][::-1]))

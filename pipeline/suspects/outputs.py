@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,10 +14,8 @@ import pyarrow.parquet as pq
 from agq.blockwise.storage.files import atomic_file, make_folder, write_atomic
 from agq.blockwise.volumes.triples import commas
 from agq.pipeline.suspects.find import Suspect
+from agq.pipeline.suspects.listed import STITCH
 from agq.terminal import WholeTable
-
-FOLDER = "suspects"
-"""In the run folder."""
 
 _SCHEMA = pa.schema(
     [
@@ -29,6 +28,7 @@ _SCHEMA = pa.schema(
         *((f"{name}", pa.int64()) for name in ("voxels", "other_voxels", "z", "y", "x")),
         *((f"world_{axis}", pa.int64()) for axis in "zyx"),
         ("why", pa.string()),
+        ("link", pa.string()),
     ]
 )
 
@@ -56,7 +56,24 @@ def suspects_table(suspects: Sequence[Suspect], title: str) -> WholeTable:
     return table
 
 
-def write_tables(folder: Path, suspects: Sequence[Suspect], dataset: str) -> list[Path]:
+def rows_of(
+    suspects: Sequence[Suspect], links: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return flat rows, ranked from 1, each with the address of a viewer if there is one."""
+    given = links or [""] * len(suspects)
+    return [
+        suspect.row(rank) | {"link": link}
+        for rank, (suspect, link) in enumerate(zip(suspects, given, strict=True), 1)
+    ]
+
+
+def write_tables(
+    folder: Path,
+    suspects: Sequence[Suspect],
+    dataset: str,
+    stitch: str,
+    links: Sequence[str] | None = None,
+) -> list[Path]:
     """Write suspects.parquet, suspects.csv and webknossos.csv; return their paths.
 
     Parameters
@@ -65,14 +82,22 @@ def write_tables(folder: Path, suspects: Sequence[Suspect], dataset: str) -> lis
         Made if it is not there.
     dataset
         Name of the data set in WEBKNOSSOS.
+    stitch
+        Which one they are of (`agq.pipeline.stitched.version_of`).
+    links
+        Address of a viewer for each.
     """
     make_folder(folder)
-    rows = [suspect.row(rank) for rank, suspect in enumerate(suspects, 1)]
+    rows = rows_of(suspects, links)
     parquet, table, tasks = (
         folder / name for name in ("suspects.parquet", "suspects.csv", "webknossos.csv")
     )
     with atomic_file(parquet) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, compression="zstd")
+        pq.write_table(
+            pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({STITCH: stitch})),
+            file,
+            compression="zstd",
+        )
     text = io.StringIO()
     writer = csv.DictWriter(text, _SCHEMA.names, lineterminator="\n")
     writer.writeheader()

@@ -43,7 +43,7 @@ class Layer:
     meshes
         Folder of meshes of the segments, in neuroglancer's format.
     shown
-        Segments in the 3-D view at first, if there are meshes.
+        Segments that are selected at first.
     """
 
     name: str
@@ -173,6 +173,16 @@ def run_layers(container: Path, unit: str = "nm") -> list[Layer]:
                 volume_layer(name, volume, "segmentation", visible=shown, coarser=coarser)
             )
     return layers
+
+
+def showing(layers: Sequence[Layer], segments: Sequence[int]) -> list[Layer]:
+    """Return layers whose segmentation shows these segments first; unchanged if none are given."""
+    return [
+        replace(layer, shown=tuple(segments))
+        if segments and layer.name == "segmentation"
+        else layer
+        for layer in layers
+    ]
 
 
 def start_voxel(first: Layer, at: Sequence[int] | None) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.journal.reader import Journal
@@ -13,15 +12,13 @@ from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import show_voxel, voxel_at
 from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
+from agq.pipeline.suspects.listed import read_suspects
 
 MAX_BOXES: Final = 2000
 """Borders are drawn for this many blocks nearest to the start position: the browser loads the
 state of a viewer as a whole."""
 
 MAX_POINTS: Final = 1000
-
-SUSPECTS: Final = "suspects/suspects.parquet"
-"""Table of `agq suspects` in a run folder."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +74,7 @@ def run_marks(run: RunFolder, unit: str, at: Sequence[int] | None = None) -> lis
 
 def _suspects(run: RunFolder, grid: BlockGrid, size: tuple[float, ...], unit: str) -> list[Marks]:
     """Mark what `agq suspects` has listed, a layer for each kind."""
-    path = run.path / SUSPECTS
-    if not path.is_file():
-        return []
-    rows = pq.read_table(path).slice(0, MAX_POINTS).to_pylist()
+    rows = read_suspects(run.path)
     corner = [o / v + 0.5 for o, v in zip(grid.offset, grid.voxel_size, strict=True)]
     layers = []
     for kind, colour in (("merge", "#ff9a4d"), ("split", "#4dffd2")):

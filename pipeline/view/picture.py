@@ -97,7 +97,7 @@ def snapshot(
     palette = _palettes(images)
     figure, grid = _figure(list(volumes), planes)
     for axes_of_row, plane, row in zip(grid, planes, images, strict=True):
-        backdrop = _stretched(row["raw"] if "raw" in row else np.zeros_like(row[base_title]))
+        backdrop = stretched(row["raw"] if "raw" in row else np.zeros_like(row[base_title]))
         for axes, title in zip(axes_of_row, volumes, strict=True):
             image = backdrop
             if title != "raw":
@@ -117,7 +117,7 @@ def figure_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(titles: Sequence[str], planes: Sequence[_Plane]) -> tuple[Figure, Any]:
+def _figure(titles: Sequence[str], planes: Sequence[Plane]) -> tuple[Figure, Any]:
     """Make a figure with a row of axes for each plane and a column for each title."""
     ratios = [plane.height / plane.width for plane in planes]
     height = _PANEL_INCHES * sum(ratios) + 0.45
@@ -134,7 +134,7 @@ def _figure(titles: Sequence[str], planes: Sequence[_Plane]) -> tuple[Figure, An
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """A flat box of the world, one voxel thick on ``axis``."""
 
     roi: Roi
@@ -144,14 +144,17 @@ class _Plane:
 
     @property
     def height(self) -> int:
+        """World units along the rows."""
         return int(self.roi.shape[0 if self.axis == 1 else 1])
 
     @property
     def width(self) -> int:
+        """World units along the columns."""
         return int(self.roi.shape[2])
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top, as matplotlib takes them."""
         return (0.0, self.width, self.height, 0.0)
 
     def read(self, volume: Volume) -> npt.NDArray[Any]:
@@ -173,7 +176,7 @@ class _Plane:
 
 def _planes(
     base: Volume, segmentation: Volume, at: Sequence[int] | None, in_plane: int = MAX_IN_PLANE
-) -> list[_Plane]:
+) -> list[Plane]:
     size = base.voxel_size
     common = base.roi.intersect(segmentation.roi)
     if common.empty:
@@ -201,11 +204,11 @@ def _planes(
         corner[axis], end[axis] = int(middle[axis]), int(middle[axis]) + 1
         extent = Coordinate(end) - Coordinate(corner)
         roi = Roi(base.offset + Coordinate(corner) * size, extent * size)
-        planes.append(_Plane(roi, size, axis, name))
+        planes.append(Plane(roi, size, axis, name))
     return planes
 
 
-def _stretched(grey: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def stretched(grey: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return grey values between their 0.5 and 99.5 percentiles as RGB in [0, 1]."""
     values = np.nan_to_num(grey.astype(np.float64))
     low, high = np.percentile(values, (0.5, 99.5))
@@ -253,14 +256,14 @@ def _overlay(backdrop: Any, labels: npt.NDArray[Any], palette: dict[int, Any]) -
     return backdrop * (1 - opacity[..., None]) + colour * opacity[..., None]
 
 
-def _mark(axes: Axes, plane: _Plane, place: Coordinate) -> None:
+def _mark(axes: Axes, plane: Plane, place: Coordinate) -> None:
     """Circle a world position."""
     y, x = (place - plane.roi.begin)[0 if plane.axis == 1 else 1], (place - plane.roi.begin)[2]
     axes.plot([x], [y], "o", ms=11, mfc="none", mec="black", mew=2.6)
     axes.plot([x], [y], "o", ms=11, mfc="none", mec="white", mew=1.2)
 
 
-def _scale_bar(axes: Axes, plane: _Plane, unit: str) -> None:
+def _scale_bar(axes: Axes, plane: Plane, unit: str) -> None:
     """Draw a bar of a round length, about a fifth of the width, at the lower left."""
     per_micrometre = _UNITS_PER_MICROMETRE[unit]
     wanted = plane.width / 5 / per_micrometre

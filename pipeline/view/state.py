@@ -3,9 +3,11 @@
 A browser reads the arrays itself, so a web server or bucket that allows it (CORS) must serve them.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import neuroglancer
 
@@ -13,7 +15,7 @@ from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.view.layers import Layer, config_layers
+from agq.pipeline.view.layers import Layer, config_layers, showing
 from agq.pipeline.view.marks import run_marks
 from agq.pipeline.view.viewer import drawn_layer, fill_state, layer_transform
 
@@ -21,15 +23,20 @@ _SCHEMES = ("http://", "https://", "s3://", "gs://")
 _DRIVERS = {"zarr3": "zarr3", "zarr2": "zarr2", "n5": "n5", "precomputed": "precomputed"}
 
 
-def portable_state(
+Spot = tuple[Sequence[int] | None, Sequence[int]]
+"""Voxel (z, y, x) to start at, by default the middle, and segments to show first."""
+
+
+def portable_states(
     config: Config,
     base_url: str,
+    spots: Iterable[Spot],
     *,
     raw_url: str | None = None,
     segmentation_url: str | None = None,
-    at: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """Return a state that any neuroglancer can load.
+    marked: bool = True,
+) -> list[dict[str, Any]]:
+    """Return a state that any neuroglancer can load for each spot.
 
     Parameters
     ----------
@@ -41,13 +48,13 @@ def portable_state(
     segmentation_url
         Address of the output of `agq export precomputed`, instead of the segmentation in the run
         folder: ``[precomputed://]address``.
-    at
-        Voxel (z, y, x) to start at; the middle by default.
+    marked
+        With borders of blocks, failed blocks, worst errors and suspects.
 
     Returns
     -------
-    dict
-        The state. Its sources are zarr v3 arrays; the raw volume keeps its own format.
+    list of dict
+        The states. Their sources are zarr v3 arrays; the raw volume keeps its own format.
 
     Raises
     ------
@@ -68,10 +75,26 @@ def portable_state(
     if segmentation_url is not None:
         address = segmentation_url.removeprefix("precomputed://")
         urls["segmentation"] = f"precomputed://{_address('--segmentation-url', address)}"
-    state = neuroglancer.ViewerState()
-    drawn = [(layer, _layer(layer, urls[layer.name])) for layer in layers]
-    fill_state(state, drawn, run_marks(run, layers[0].unit, at), at)
-    return dict(state.to_json())
+    states = []
+    for at, segments in spots:
+        state = neuroglancer.ViewerState()
+        drawn = [(one, _layer(one, urls[one.name])) for one in showing(layers, segments)]
+        fill_state(state, drawn, run_marks(run, layers[0].unit, at) if marked else (), at)
+        states.append(dict(state.to_json()))
+    return states
+
+
+def link_to(site: str, state: dict[str, Any]) -> str:
+    """Return the address of a state in a neuroglancer that somebody serves.
+
+    Raises
+    ------
+    InputError
+        If the site is no address.
+    """
+    if not site.startswith(("http://", "https://")):
+        raise InputError(f"--neuroglancer {site}: give an address that begins with https://")
+    return f"{site.rstrip('/')}/#!{quote(json.dumps(state, separators=(',', ':')))}"
 
 
 def _layer(layer: Layer, url: str | None) -> Any:

@@ -17,7 +17,14 @@ from agq.blockwise.volumes.triples import show_voxel
 from agq.errors import InputError
 from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunFolder
-from agq.pipeline.view.layers import Layer, LazyVolume, config_layers, contrast, start_voxel
+from agq.pipeline.view.layers import (
+    Layer,
+    LazyVolume,
+    config_layers,
+    contrast,
+    showing,
+    start_voxel,
+)
 from agq.pipeline.view.marks import Marks, run_marks
 from agq.plain_text import say
 
@@ -131,17 +138,23 @@ def _start_view(state: Any, first: Layer, at: Sequence[int] | None) -> None:
     state.layout = "4panel"
 
 
-def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) -> None:
+def view_run(
+    config: Config,
+    *,
+    port: int = 0,
+    at: Sequence[int] | None = None,
+    segments: Sequence[int] = (),
+) -> None:
     """Show a run, with its ground truth if it has one, until interrupted; print the address.
 
-    `port` and `at` are as for `build_viewer`.
+    Parameters are those of `run_viewer`.
 
     Raises
     ------
     InputError
         If an input cannot be opened, or as for `build_viewer`.
     """
-    layers = config_layers(config)
+    layers = showing(config_layers(config), segments)
     viewer = _run_viewer(config, layers, port=port, at=at)
     first = layers[0]
     place = show_voxel(start_voxel(first, at), first.voxel_size, first.unit, first.offset)
@@ -158,13 +171,20 @@ def view_run(config: Config, *, port: int = 0, at: Sequence[int] | None = None) 
 
 
 def run_viewer(
-    config: Config, *, port: int = 0, at: Sequence[int] | None = None, host: str = LOOPBACK
+    config: Config,
+    *,
+    port: int = 0,
+    at: Sequence[int] | None = None,
+    host: str = LOOPBACK,
+    segments: Sequence[int] = (),
 ) -> Any:
     """Start a viewer of a run: its volumes, block borders, failed blocks and worst errors.
 
-    Parameters and errors are those of `build_viewer`.
+    `segments` are those that it shows first; other parameters, and errors, are those of
+    `build_viewer`.
     """
-    return _run_viewer(config, config_layers(config), port=port, at=at, host=host)
+    layers = showing(config_layers(config), segments)
+    return _run_viewer(config, layers, port=port, at=at, host=host)
 
 
 def _run_viewer(

@@ -1,17 +1,21 @@
-"""A real browser for tests: the system's chromium, headless; and a web server of files for it."""
+"""A real browser for tests, the system's chromium, headless; web servers of files and of runs."""
 
+import asyncio
 import functools
 import http.server
 import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from agq.pipeline.dashboard.runs import Runs
+from agq.pipeline.dashboard.server import Dashboard, serve
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -113,3 +117,32 @@ def file_server(folder: Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@contextmanager
+def serving(runs: Runs, **options: Any) -> Iterator[Dashboard]:
+    """Serve the page of runs in a thread of its own."""
+    ready = threading.Event()
+    made: dict[str, Any] = {}
+
+    async def main() -> None:
+        made["loop"], made["task"] = asyncio.get_running_loop(), asyncio.current_task()
+
+        def announce(page: Dashboard) -> None:
+            made["page"] = page
+            ready.set()
+
+        await serve(runs, announce=announce, **options)
+
+    def body() -> None:
+        with suppress(asyncio.CancelledError):
+            asyncio.run(main())
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield made["page"]
+    finally:
+        made["loop"].call_soon_threadsafe(made["task"].cancel)
+        thread.join(20)

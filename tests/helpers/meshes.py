@@ -1,5 +1,7 @@
 """Volumes of cells, their surfaces, and how far a mesh is off them."""
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial import cKDTree
@@ -26,10 +28,19 @@ def fragments_of(labels: np.ndarray, label: int) -> Fragment:
 
 def surface_distance(mesh: Mesh, inside: np.ndarray) -> np.ndarray:
     """Return how far each vertex is off the border of the voxels; in thirds, rounded down."""
+    return surface_distances(inside)(mesh)
+
+
+def surface_distances(inside: np.ndarray, most: int = 2) -> Callable[[Mesh], np.ndarray]:
+    """Return `surface_distance` for meshes with no vertex more than `most` voxels outside."""
     low = np.argwhere(inside).min(axis=0)
     high = np.argwhere(inside).max(axis=0) + 1
     cut = inside[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-    fine = np.pad(cut, 2).repeat(3, 0).repeat(3, 1).repeat(3, 2)
+    fine = np.pad(cut, most).repeat(3, 0).repeat(3, 1).repeat(3, 2)
     distance = np.maximum(distance_transform_edt(fine), distance_transform_edt(~fine)) - 1
-    places = np.floor((mesh.vertices[:, ::-1] - low + 2) * 3).astype(int)
-    return distance[tuple(places.T)] / 3
+
+    def of(mesh: Mesh) -> np.ndarray:
+        places = np.floor((mesh.vertices[:, ::-1] - low + most) * 3).astype(int)
+        return distance[tuple(places.T)] / 3
+
+    return of

@@ -1,4 +1,4 @@
-"""Meshes as neuroglancer reads them: Draco, a manifest for each segment, many in a shard.
+"""Meshes as neuroglancer reads them: levels of detail in cells of an octree, many in a shard.
 
 The formats are those of neuroglancer's precomputed meshes (``neuroglancer_multilod_draco``) and of
 its shards (``neuroglancer_uint64_sharded_v1``). tensorstore writes shards too, but has no room for
@@ -16,14 +16,14 @@ import DracoPy
 import numpy as np
 import numpy.typing as npt
 
+from agq.blockwise.export.meshes.octree import BITS, STEPS, Ints, Piece, pieces, z_order
 from agq.blockwise.export.meshes.surface import Mesh
 
-BITS = 16
-"""Of a coordinate within the box of a segment."""
-
 _MINISHARD_BITS = 6
-_STEPS = 2**BITS - 1
 _COMPRESSION = 7
+
+_NEAR = 0.02
+"""Voxels from a vertex to a border below which it is moved onto it; twice as many a level."""
 
 
 def sharding(shard_bits: int) -> dict[str, Any]:
@@ -61,42 +61,93 @@ def shard_name(shard: int, shard_bits: int) -> str:
     return f"{shard:0{-(-shard_bits // 4)}x}.shard"
 
 
-def encode(mesh: Mesh, resolution: Sequence[float], offset: Sequence[float]) -> tuple[bytes, bytes]:
-    """Return the Draco data of a mesh, and its manifest.
+def encode(
+    levels: Sequence[Mesh], resolution: Sequence[float], offset: Sequence[float]
+) -> tuple[bytes, bytes]:
+    """Return the Draco data of a segment, and its manifest.
+
+    The coarsest level is in one cell, a cube; a cell of a finer one has half the side. The scale of
+    a level is the side of its mean triangle.
 
     Parameters
     ----------
-    mesh
-        Vertices in voxels.
+    levels
+        Levels of detail, finest first; vertices in voxels.
     resolution, offset
         Nanometres of a voxel, and place of the volume's first corner, (x, y, z).
     """
-    places = mesh.vertices * np.asarray(resolution) + np.asarray(offset)
-    low = places.min(axis=0).astype("<f4")
-    # A little more than the box: single precision must not cut it.
-    extent = (np.maximum(places.max(axis=0) - low, min(resolution)) * (1 + 1e-6)).astype("<f4")
-    steps = np.rint((places - low) / extent * _STEPS).clip(0, _STEPS)
-    data = DracoPy.encode(
-        steps.astype(np.float32),
-        mesh.faces.astype(np.uint32),
-        quantization_bits=BITS,
-        quantization_range=_STEPS,
-        quantization_origin=np.zeros(3),
-        compression_level=_COMPRESSION,
+    places = [mesh.vertices * np.asarray(resolution) + np.asarray(offset) for mesh in levels]
+    low = np.min([p.min(axis=0) for p in places], axis=0).astype("<f4")
+    extent = max(float((p - low).max()) for p in places)
+    # Where rounding opens a cut surface, the segment gets fewer levels; one level is not cut.
+    for count in range(len(levels), 0, -1):
+        # A little more than the box: single precision must not cut it.
+        cell = np.float32(max(extent, min(resolution)) * (1 + 1e-6) / 2 ** (count - 1))
+        found = []
+        for level, (mesh, place) in enumerate(zip(levels[:count], places, strict=False)):
+            cells = 2 ** (count - 1 - level)
+            step = float(cell) * 2**level / STEPS
+            steps = np.rint((place - low) / step).astype(np.int64).clip(0, cells * STEPS)
+            near = int(_NEAR * 2**level * min(resolution) / step)
+            cut = pieces(steps, mesh.faces, cells, halves=level > 0, near=near)
+            if cut is None:
+                break
+            found.append(cut)
+        if len(found) == count:
+            break
+    scales = [_side(p, mesh.faces) for p, mesh in zip(places, levels[:count], strict=False)]
+    return _packed(found, cell, low, np.maximum.accumulate(scales))
+
+
+def _side(places: npt.NDArray[np.float64], faces: Ints) -> float:
+    """Return the side of an equilateral triangle that has the mean area of the faces."""
+    a, b, c = (places[faces[:, k]] for k in range(3))
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1).mean() / 2
+    return float(np.sqrt(area * 4 / np.sqrt(3)))
+
+
+def _packed(
+    levels: Sequence[Sequence[Piece]],
+    cell: np.float32,
+    low: npt.NDArray[np.float32],
+    scales: npt.NDArray[np.float64],
+) -> tuple[bytes, bytes]:
+    count = len(levels)
+    data, tables, fragments = bytearray(), [], []
+    finer = np.zeros((0, 3), np.int64)
+    for level in levels:
+        coded = {piece.cell: _draco(piece) for piece in level}
+        # Cells of the finer level lie in cells of this one, if only in empty ones.
+        cells = np.unique(np.concatenate([np.array(list(coded)), finer >> 1]), axis=0)
+        cells = cells[np.argsort(z_order(cells))]
+        parts = [coded.get((x, y, z), b"") for x, y, z in cells.tolist()]
+        tables.append(cells.T.astype("<u4").tobytes())
+        tables.append(np.array([len(part) for part in parts], "<u4").tobytes())
+        fragments.append(len(parts))
+        data += b"".join(parts)
+        finer = cells
+    head = [
+        np.full(3, cell, "<f4").tobytes(),
+        low.astype("<f4").tobytes(),
+        np.array([count], "<u4").tobytes(),
+        scales.astype("<f4").tobytes(),
+        np.zeros((count, 3), "<f4").tobytes(),
+        np.array(fragments, "<u4").tobytes(),
+    ]
+    return bytes(data), b"".join([*head, *tables])
+
+
+def _draco(piece: Piece) -> bytes:
+    return bytes(
+        DracoPy.encode(
+            piece.vertices.astype(np.float32),
+            piece.faces.astype(np.uint32),
+            quantization_bits=BITS,
+            quantization_range=STEPS,
+            quantization_origin=np.zeros(3),
+            compression_level=_COMPRESSION,
+        )
     )
-    manifest = b"".join(
-        [
-            extent.tobytes(),
-            low.tobytes(),
-            np.array([1], "<u4").tobytes(),
-            np.array([1], "<f4").tobytes(),
-            np.zeros(3, "<f4").tobytes(),
-            np.array([1], "<u4").tobytes(),
-            np.zeros(3, "<u4").tobytes(),
-            np.array([len(data)], "<u4").tobytes(),
-        ]
-    )
-    return data, manifest
 
 
 def pack_shard(meshes: dict[int, tuple[bytes, bytes]]) -> bytes:

@@ -71,6 +71,8 @@ class BlockFragments:
     ----------
     segments
         Labels that it holds, ascending.
+    voxels, faces
+        Voxels and triangles of each.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,24 +80,17 @@ class BlockFragments:
         n = int(self._data[0])
         self._table = np.array(self._data[1 : 1 + n * _COLUMNS]).reshape(n, _COLUMNS)
         self.segments = np.ascontiguousarray(self._table[:, 0]).view(np.uint64)
+        self.voxels, self.faces = self._table[:, 1], self._table[:, 3]
         self._vertices = 1 + n * _COLUMNS + np.append(0, np.cumsum(self._table[:, 2]))
-        self._faces = np.append(0, np.cumsum(3 * self._table[:, 3]))
-
-    def voxel_count(self, row: int) -> int:
-        """Return the voxels of the segment in this row of `segments`."""
-        return int(self._table[row, 1])
-
-    def face_count(self, row: int) -> int:
-        """Return the triangles of the segment in this row of `segments`."""
-        return int(self._table[row, 3])
+        self._places = np.append(0, np.cumsum(3 * self.faces))
 
     def read(self, row: int) -> Fragment:
         """Return the segment in this row of `segments`."""
         low, high = self._vertices[row : row + 2]
         faces = self._data[self._vertices[-1] :].view(np.uint32)
-        a, b = self._faces[row : row + 2]
+        a, b = self._places[row : row + 2]
         return Fragment(
-            int(self._table[row, 1]),
+            int(self.voxels[row]),
             np.array(self._data[low:high]),
             np.array(faces[a:b]).reshape(-1, 3),
         )

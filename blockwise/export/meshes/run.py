@@ -2,11 +2,12 @@
 
 1. **surfaces.** A task reads blocks and writes the triangles of each into one file in the export's
    working folder.
-2. **meshes.** A task owns shards. For each of their segments it reads the fragments, merges and
+2. **mesh index.** A task says of many blocks which segments they hold, by shard.
+3. **meshes.** A task owns shards. For each of their segments it reads the fragments, merges and
    simplifies them, one segment at a time.
 
-Both steps are journalled, by block and by shard. Memory is bounded by the block, and by the largest
-segment or `surface.MOST_FACES`, whichever is smaller, not by the volume.
+Surfaces and meshes are journalled, by block and by shard. Memory is bounded by the block, and by
+the largest segment or `surface.MOST_FACES`, whichever is smaller, not by the volume.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ from agq.blockwise.export.meshes.encode import (
     info,
     pack_shard,
     shard_name,
-    shard_of,
 )
 from agq.blockwise.export.meshes.fragments import BlockFragments, Fragment, write_fragments
+from agq.blockwise.export.meshes.index import (
+    GROUP,
+    Entries,
+    read_index,
+    segments_of,
+    write_index,
+)
 from agq.blockwise.export.target import MARK, Target, first_line
 from agq.blockwise.export.volume import ExportError, Scale
 from agq.blockwise.journal.reader import Journal
@@ -54,7 +61,7 @@ KEEP = 0.1
 _BLOCK = (128, 128, 128)
 _SHARD_VOXELS = 2**24
 _BATCH = 16
-_VERSION = 1
+_VERSION = 2
 
 
 def mesh_level(scales: Sequence[Scale]) -> int:
@@ -100,6 +107,15 @@ class Plan:
         """Folder of the fragments."""
         return self.out.work / "surfaces"
 
+    def index(self, group: int) -> Path:
+        """Return the table of `GROUP` blocks."""
+        return self.surfaces / "index" / f"{group}.npy"
+
+    @property
+    def groups(self) -> int:
+        """Tables in all."""
+        return -(-math.prod(self.grid) // GROUP)
+
     def journal(self, step: str) -> Path:
         """Return the folder of a step's journal."""
         return self.out.work / "journal" / step
@@ -142,6 +158,8 @@ def export_meshes(plan: Plan, client: Client, *, on_progress: Progress | None = 
         blocks = math.prod(plan.grid)
         missing = np.flatnonzero(~Journal(plan.journal("surfaces")).done(blocks)).tolist()
         _run(workers, "surfaces", plan, [Surfaces(b, plan) for b in _batches(workers, missing)])
+        groups = [n for n in range(plan.groups) if not plan.index(n).exists()]
+        workers.run("mesh index", [Index([n], plan) for n in groups], plan.groups - len(groups))
         _run(workers, "meshes", plan, [Meshes(b, plan) for b in _batches(workers, todo)])
         plan.out.write(f"{FOLDER}/info", info(plan.shard_bits))
     plan.out.refer("mesh", FOLDER)
@@ -211,6 +229,22 @@ class Surfaces(Task):
 
 
 @dataclass(frozen=True)
+class Index(Task):
+    """Write some tables of the index."""
+
+    items: Sequence[int]
+    plan: Plan
+
+    def run(self) -> None:
+        """Write them; a table that exists is whole."""
+        plan = self.plan
+        for group in self.items:
+            end = min((group + 1) * GROUP, math.prod(plan.grid))
+            blocks = [(n, plan.file(n)) for n in range(group * GROUP, end)]
+            write_index(plan.index(group), blocks, plan.shard_bits)
+
+
+@dataclass(frozen=True)
 class Meshes(Task):
     """Write some shards of meshes."""
 
@@ -220,16 +254,10 @@ class Meshes(Task):
     def run(self) -> int:
         """Return how many shards failed."""
         plan = self.plan
-        places: dict[int, dict[int, list[tuple[int, int]]]] = {n: {} for n in self.items}
-        for block in range(math.prod(plan.grid)):
-            segments = BlockFragments(plan.file(block)).segments
-            shards = shard_of(segments, plan.shard_bits)
-            for row in np.flatnonzero(np.isin(shards, self.items)).tolist():
-                of_shard = places[int(shards[row])]
-                of_shard.setdefault(int(segments[row]), []).append((block, row))
+        places = read_index(map(plan.index, range(plan.groups)), self.items)
 
         def work(shard: int, _unsynced: Unsynced) -> tuple[int, dict[str, str]]:
-            done = {segment: _mesh(plan, rows) for segment, rows in sorted(places[shard].items())}
+            done = {segment: _mesh(plan, rows) for segment, rows in segments_of(places[shard])}
             if done:
                 name = f"{FOLDER}/{shard_name(shard, plan.shard_bits)}"
                 plan.out.write(name, pack_shard(done))
@@ -238,16 +266,12 @@ class Meshes(Task):
         return run_journalled(plan.journal("meshes"), self.items, work)
 
 
-def _mesh(plan: Plan, rows: list[tuple[int, int]]) -> tuple[bytes, bytes]:
-    """Return the encoded mesh of a segment, given by its blocks and its rows in their files."""
-    voxels = faces = 0
-    for block, row in rows:
-        file = BlockFragments(plan.file(block))
-        voxels += file.voxel_count(row)
-        faces += file.face_count(row)
+def _mesh(plan: Plan, entries: Entries) -> tuple[bytes, bytes]:
+    """Return the encoded mesh of a segment, given by where its fragments are."""
+    voxels, faces = int(entries["voxels"].sum()), int(entries["faces"].sum())
 
     def fragments() -> Iterator[Fragment]:
-        for block, row in rows:
+        for block, row in zip(entries["block"].tolist(), entries["row"].tolist(), strict=True):
             yield BlockFragments(plan.file(block)).read(row)
 
     scale = plan.scale
@@ -258,11 +282,11 @@ def _mesh(plan: Plan, rows: list[tuple[int, int]]) -> tuple[bytes, bytes]:
         mesh = surface.merge_large(fragments(), plan.volume.shape, part)
         keep = plan.keep / part
     resolution = scale.resolution[::-1]
-    simple = surface.simplify(mesh, voxels, resolution, keep)
+    levels = surface.simplify(mesh, voxels, resolution, keep)
     place = [
         o * r + s for o, r, s in zip(scale.voxel_offset, scale.resolution, scale.shift, strict=True)
     ]
-    return encode(simple, resolution, place[::-1])
+    return encode(levels, resolution, place[::-1])
 
 
 def _voxels(labels: npt.NDArray[Any]) -> dict[int, int]:

@@ -6,7 +6,8 @@ exception, because it would not fit: each fragment is simplified first, with its
 are, so it stays closed, but other blocks give another mesh of it.
 
 A simplified mesh is taken only if it is closed, encloses the volume of the voxels within
-`VOLUME_ERROR`, and no vertex is more than `MOST_OFF` voxels from a vertex of the full one.
+`VOLUME_ERROR`, and no vertex is more than `MOST_OFF` voxels from a vertex of the full one. Each
+coarser level of detail may be twice as far off in both.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ MOST_OFF = 1.0
 
 _FEWEST = 60
 """Faces below which nothing is simplified."""
+
+COARSER = 4
+"""A level of detail has about so many times the faces of the next coarser one."""
+
+ROOT_FACES = 2**12
+"""A level of more faces has a coarser one."""
 
 _FACTORS = (1, 2, 4)
 _APART = 0.05
@@ -107,11 +114,12 @@ def merge_large(fragments: Iterable[Fragment], shape: Sequence[int], keep: float
     return Mesh(known, _sorted(places_in.reshape(-1)[np.concatenate(faces)]))
 
 
-def simplify(mesh: Mesh, voxels: int, resolution: Sequence[float], keep: float) -> Mesh:
-    """Return a mesh with about the share `keep` of the faces, or more where bounds ask for it.
+def simplify(mesh: Mesh, voxels: int, resolution: Sequence[float], keep: float) -> list[Mesh]:
+    """Return levels of detail: the finest has about the share `keep` of the faces of a mesh.
 
-    The result encloses the volume of the voxels: its vertices are moved along their normals by what
-    corners have lost, half a voxel at most.
+    A level has more faces where bounds ask for it; where it would have more than half of those of
+    the finer one, there is none. Each encloses the volume of the voxels: its vertices are moved
+    along their normals by what corners have lost, half a voxel at most.
 
     Parameters
     ----------
@@ -121,23 +129,42 @@ def simplify(mesh: Mesh, voxels: int, resolution: Sequence[float], keep: float) 
         Of the segment.
     resolution
         Length of a voxel along (x, y, z), in any unit: errors are weighed in it.
+    keep
+        Share of the faces to keep.
     """
     size = np.asarray(resolution, float) / min(resolution)
     tree = cKDTree(mesh.vertices)
-    full = mesh.vertices * size
-    if len(mesh.faces) > _FEWEST:
-        for factor in _FACTORS:
-            target = max(_FEWEST, int(keep * factor * len(mesh.faces)))
-            if target >= len(mesh.faces):
-                break
-            simple = _separated(*_simplified(full, mesh.faces, target / len(mesh.faces)))
-            if simple is None:
-                continue
-            moved = _with_volume(Mesh(simple.vertices / size, simple.faces), voxels)
-            error = abs(enclosed(moved) / voxels - 1)
-            if error <= VOLUME_ERROR and tree.query(moved.vertices)[0].max() <= MOST_OFF:
-                return moved
-    return _with_volume(mesh, voxels)
+    found: list[Mesh] = []
+    while not found or len(found[-1].faces) > ROOT_FACES:
+        finer = found[-1] if found else mesh
+        share = 1 / COARSER if found else keep
+        level = _bounded(finer, tree, voxels, size, share, 2 ** len(found))
+        if found and (level is None or 2 * len(level.faces) > len(finer.faces)):
+            break
+        found.append(_with_volume(mesh, voxels) if level is None else level)
+    return found
+
+
+def _bounded(
+    mesh: Mesh, tree: cKDTree, voxels: int, size: Floats, keep: float, slack: float
+) -> Mesh | None:
+    """Return a mesh with about the share `keep` of the faces; None if bounds forbid it."""
+    if len(mesh.faces) <= _FEWEST:
+        return None
+    for factor in _FACTORS:
+        target = max(_FEWEST, int(keep * factor * len(mesh.faces)))
+        if target >= len(mesh.faces):
+            break
+        share = target / len(mesh.faces)
+        simple = _separated(*_simplified(mesh.vertices * size, mesh.faces, share))
+        if simple is None:
+            continue
+        moved = _with_volume(Mesh(simple.vertices / size, simple.faces), voxels)
+        error = abs(enclosed(moved) / voxels - 1)
+        off = tree.query(moved.vertices)[0].max()
+        if error <= slack * VOLUME_ERROR and off <= slack * MOST_OFF:
+            return moved
+    return None
 
 
 def _simplified(
@@ -205,7 +232,7 @@ def _separated(vertices: Floats, faces: Faces) -> Mesh | None:
     that enclose the same wedge of the inside are joined, with a vertex of their own in its middle.
     Every vertex becomes one for each fan of faces around it; those at one place are moved apart.
     """
-    faces = _unfolded(faces)
+    faces = unfolded(faces)
     if len(faces) == 0:
         return None
     if not is_closed(faces):
@@ -233,7 +260,7 @@ def _separated(vertices: Floats, faces: Faces) -> Mesh | None:
     return Mesh(vertices[used], faces) if is_closed(faces) else None
 
 
-def _unfolded(faces: Faces) -> Faces:
+def unfolded(faces: Faces) -> Faces:
     """Return faces without those that have no area, or lie back to back on the same corners."""
     faces = faces[
         (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])

@@ -32,10 +32,10 @@ def graph(
     from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.settings import DaskSettings, Thresholds
     from agq.pipeline.evaluate.baseline.compare import stitch_settings
-    from agq.pipeline.export.stitched import version_of
     from agq.pipeline.folder import RunFolder
     from agq.pipeline.run.verify import require_segmentation
     from agq.pipeline.status.progress import RunProgress
+    from agq.pipeline.stitched import version_of
 
     run = RunFolder(run_dir)
     box = None if roi is None else parse_box("--roi", roi)

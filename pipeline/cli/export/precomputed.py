@@ -9,7 +9,7 @@ import typer
 from agq.errors import InputError
 from agq.pipeline.cli.arguments import parse_triple
 from agq.pipeline.cli.export.arguments import Unit, VoxelSize, by
-from agq.pipeline.export.stitched import version_of
+from agq.pipeline.stitched import version_of
 from agq.plain_text import say
 
 

@@ -25,7 +25,7 @@ from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.verify.check import verify
 from agq.blockwise.volumes.create import chunk_box, chunk_file, open_array, write_chunk
 from agq.errors import InputError, RunGoneError
-from agq.pipeline.export.stitched import version_of
+from agq.pipeline.stitched import version_of
 from tests.helpers.fragments import GRID, Run, box, make_run, same_partition, write_run
 from tests.helpers.stitch_runs import (
     STEPS,

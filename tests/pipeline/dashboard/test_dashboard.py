@@ -1,6 +1,5 @@
 """The web page: what its server answers, and what a real browser shows of it."""
 
-import asyncio
 import json
 import os
 import re
@@ -34,10 +33,10 @@ from agq.pipeline.dashboard import blockmap
 from agq.pipeline.dashboard.details import group_failures, history
 from agq.pipeline.dashboard.run_view import RunView
 from agq.pipeline.dashboard.runs import Runs
-from agq.pipeline.dashboard.server import Dashboard, serve
+from agq.pipeline.dashboard.server import Dashboard
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.run_status import Failure
-from tests.helpers.browser import browser_page
+from tests.helpers.browser import browser_page, serving
 from tests.helpers.runs import ROOT, agq, command, environment
 from tests.helpers.services import (
     free_port,
@@ -93,35 +92,6 @@ def run(tmp_path: Path) -> Iterator[RunFolder]:
         (folder.path / "logs" / "predict").mkdir(parents=True)
         (folder.path / "logs" / "predict" / "worker-0.log").write_text(f"the end {SCRIPT}")
         yield folder
-
-
-@contextmanager
-def serving(runs: Runs, **options: Any) -> Iterator[Dashboard]:
-    """Serve in a thread of its own."""
-    ready = threading.Event()
-    made: dict[str, Any] = {}
-
-    async def main() -> None:
-        made["loop"], made["task"] = asyncio.get_running_loop(), asyncio.current_task()
-
-        def announce(page: Dashboard) -> None:
-            made["page"] = page
-            ready.set()
-
-        await serve(runs, announce=announce, **options)
-
-    def body() -> None:
-        with suppress(asyncio.CancelledError):
-            asyncio.run(main())
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    assert ready.wait(20)
-    try:
-        yield made["page"]
-    finally:
-        made["loop"].call_soon_threadsafe(made["task"].cancel)
-        thread.join(20)
 
 
 def get(url: str, headers: dict[str, str] | None = None) -> tuple[int, bytes, Any]:
@@ -595,7 +565,9 @@ SHOT = os.environ.get("AGQ_SHOTS")
 def test_a_real_browser_shows_the_run_and_follows_it(run: RunFolder, tmp_path: Path) -> None:
     asked: list[tuple[Path, tuple[int, int, int]]] = []
 
-    def viewer(run_dir: Path, host: str, at: tuple[int, int, int]) -> str:
+    def viewer(
+        run_dir: Path, host: str, at: tuple[int, int, int], segments: tuple[int, ...]
+    ) -> str:
         asked.append((run_dir, at))
         return f"http://{host}:{page_port}/page.css"
 

@@ -2,19 +2,27 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.image import imread
 
 from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
+from agq.pipeline.dashboard.run_view import RunView
+from agq.pipeline.dashboard.runs import Runs
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.suspects.candidates import FEATURES, MERGE, SPLIT, Candidates, distinct, gains
 from agq.pipeline.suspects.coefficients import DEFAULT
+from agq.pipeline.suspects.listed import TABLE, read_suspects
 from agq.pipeline.suspects.model import Logistic, Model
 from agq.pipeline.view.marks import run_marks
+from tests.helpers.browser import browser_page, serving
 from tests.helpers.runs import agq, blobs, make_config
 
 
@@ -30,7 +38,9 @@ def stitched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_suspects_are_listed_where_they_are(stitched: Path) -> None:
-    done = agq("suspects", stitched, "--least", 10, "--top", 30, "--json")
+    base = "https://lab.example/run"
+    words = ("--least", 10, "--top", 30, "--pictures", 12, "--base-url", base)
+    done = agq("suspects", stitched, *words, "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["suspects"]
     assert rows
@@ -63,6 +73,120 @@ def test_suspects_are_listed_where_they_are(stitched: Path) -> None:
     assert first[1] == (tuple(rows[0][axis] + 0.5 for axis in "zyx"),)
     pairs = [(row["segment"], row["other_segment"]) for row in rows if row["kind"] == SPLIT]
     assert len(set(pairs)) == len(pairs), "one pair of segments is listed once"
+    for row in rows:
+        site, _, state = row["link"].partition("/#!")
+        assert site == "https://neuroglancer-demo.appspot.com"
+        shown = json.loads(unquote(state))
+        assert shown["position"] == [row[axis] + 0.5 for axis in "xyz"]
+        [layer] = [layer for layer in shown["layers"] if layer["name"] == "segmentation"]
+        assert layer["source"][0]["url"].startswith(f"zarr3://{base}/")
+        assert set(map(int, layer["segments"])) == {row["segment"], row["other_segment"]}
+
+
+@pytest.fixture
+def drawn(stitched: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Return the run, and its list with twelve pictures."""
+    words = ("--least", 10, "--top", 30, "--pictures", 12, "--json")
+    done = agq("suspects", stitched, *words)
+    assert done.returncode == 0, done.stderr
+    return stitched, json.loads(done.stdout)["suspects"]
+
+
+def pictures(run: Path) -> list[Path]:
+    return sorted((run / "suspects" / "pictures").iterdir())
+
+
+def panels(file: Path) -> list[np.ndarray]:
+    """Return raw, now and mended, uint8 (y, x, 3), of a picture."""
+    image = np.rint(255 * imread(file)[..., :3]).astype(np.uint8)
+    width = (image.shape[1] - 12) // 3
+    return [image[:, k * (width + 6) :][:, :width] for k in range(3)]
+
+
+def hues(panel: np.ndarray) -> set[str]:
+    """Return which of both colours a panel has."""
+    red, blue = panel[..., 0].astype(int), panel[..., 2].astype(int)
+    return {
+        *(["orange"] if (red - blue > 40).sum() > 10 else []),
+        *(["blue"] if (blue - red > 40).sum() > 10 else []),
+    }
+
+
+def test_pictures_show_both_sides_as_they_are_and_mended(
+    drawn: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    run, rows = drawn
+    files = pictures(run)
+    assert [file.name for file in files] == [f"{k:04}.png" for k in range(1, 13)]
+    for row, file in zip(rows, files, strict=False):
+        assert row["kind"] == MERGE
+        raw, now, mended = panels(file)
+        assert hues(raw) == set()
+        assert (hues(now), hues(mended)) == ({"orange"}, {"orange", "blue"}), row
+    again = [file.read_bytes() for file in files]
+    done = agq("suspects", run, "--least", 10, "--top", 30, "--pictures", 12)
+    assert (done.returncode, "12 pictures" in done.stdout) == (0, True)
+    assert [file.read_bytes() for file in files] == again
+    assert agq("suspects", run, "--least", 10, "--pictures", 2).returncode == 0
+    assert len(pictures(run)) == 2
+
+
+def test_the_page_has_the_list_and_its_pictures(drawn: tuple[Path, list[dict[str, Any]]]) -> None:
+    run, rows = drawn
+    view = RunView(run)
+    listed = view.suspects()
+    assert [row["segment"] for row in listed] == [str(row["segment"]) for row in rows]
+    assert [row["drawn"] for row in listed] == [k < 12 for k in range(len(rows))]
+    picture = view.suspect(1)
+    assert picture == (run / "suspects" / "pictures" / "0001.png").read_bytes()
+    assert view.suspect(13) is None
+    assert view.overview(None)["suspects"] == (run / TABLE).stat().st_mtime
+
+
+def test_a_list_of_another_stitch_is_not_shown(
+    drawn: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(drawn[0], run)
+    assert read_suspects(run)
+    [mark] = [m for m in run_marks(RunFolder(run), "nm") if m.name == "suspect merges"]
+    assert mark.items
+    words = ("--set", "stitch.across=0.95", "--set", "stitch.within=0.9")
+    assert agq("stitch", run, *words).returncode == 0
+    assert read_suspects(run) == []
+    assert RunView(run).suspects() == []
+    assert not [m for m in run_marks(RunFolder(run), "nm") if m.name.startswith("suspect")]
+    done = agq("view", run, "--suspect", 1, "--print-state", "--base-url", "http://a/run")
+    assert (done.returncode, "`agq suspects` lists them" in done.stderr) == (2, True)
+    assert agq("suspects", run, "--least", 100, "--pictures", 5).returncode == 0
+    assert {row["kind"] for row in read_suspects(run)} == {SPLIT}
+    shown = [panels(file) for file in pictures(run)]
+    assert [hues(raw) for raw, _, _ in shown] == [set()] * 5
+    assert [hues(mended) for _, _, mended in shown] == [{"orange"}] * 5
+    # Of a small side the plane may have only its border.
+    assert sum(hues(now) == {"orange", "blue"} for _, now, _ in shown) >= 3
+
+
+def test_a_viewer_starts_at_a_suspect(drawn: tuple[Path, list[dict[str, Any]]]) -> None:
+    run, rows = drawn
+    words = ("--print-state", "--base-url", "http://a/run")
+    done = agq("view", run, "--suspect", 2, *words)
+    assert done.returncode == 0, done.stderr
+    state = json.loads(done.stdout)
+    assert state["position"] == [rows[1][axis] + 0.5 for axis in "xyz"]
+    for words_wrong in (("--suspect", 31), ("--suspect", 1, "--at", "1,1,1")):
+        done = agq("view", run, *words_wrong, *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_damaged_list_is_one_line(
+    drawn: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(drawn[0], run)
+    (run / TABLE).write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="run `agq suspects` again"):
+        read_suspects(run)
 
 
 def test_input_that_cannot_be_used_is_one_line(stitched: Path, tmp_path: Path) -> None:
@@ -110,3 +234,33 @@ def test_gains_are_those_of_the_entropy() -> None:
     share = np.array([0.25, 0.75])
     assert np.isclose(gain[0], 0.4 * -(share * np.log2(share)).sum())
     assert np.isclose(gain[1], 0.002)
+
+
+@pytest.mark.slow
+def test_a_real_browser_shows_the_pictures_and_opens_the_viewer(
+    drawn: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    run, rows = drawn
+    asked = []
+
+    def viewer(
+        run_dir: Path, host: str, at: tuple[int, int, int], segments: tuple[int, ...]
+    ) -> str:
+        asked.append((run_dir, at, segments))
+        return f"http://{host}:{server.port}/page.css"
+
+    with serving(Runs([run]), viewer=viewer) as server, browser_page() as page:
+        page.goto(server.address)
+        page.wait_for_selector("#suspects figure")
+        assert page.locator("#suspects figure").count() == len(rows)
+        first = page.locator("#suspects figure").first
+        image = first.locator("img")
+        image.scroll_into_view_if_needed()
+        width = panels(pictures(run)[0])[0].shape[1]
+        page.wait_for_function("i => i.naturalWidth > 0", arg=image.element_handle())
+        assert image.evaluate("i => i.naturalWidth") == 3 * width + 12
+        assert first.inner_text().startswith("1. merge of 1: probability 0.99")
+        with page.expect_popup() as opened:
+            first.locator("a").click()
+        opened.value.wait_for_load_state()
+    assert asked == [(run, tuple(rows[0][axis] for axis in "zyx"), (rows[0]["segment"],))]

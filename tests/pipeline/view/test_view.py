@@ -338,7 +338,7 @@ def test_a_run_whose_inputs_are_gone_is_shown_without_them(config_file: Path) ->
     shutil.rmtree(config_file.parent / "in.zarr")
     names = [layer.name for layer in config_layers(config)]
     assert names == ["affinities", "fragments", "segmentation"]
-    state = view_state.portable_state(config, "http://host/run")
+    [state] = view_state.portable_states(config, "http://host/run", [(None, ())])
     assert [layer["name"] for layer in state["layers"]] == names
     shutil.rmtree(Path(config.run_dir) / "data.zarr")
     with pytest.raises(InputError, match=r"input\.raw: "):
@@ -394,9 +394,10 @@ def test_a_printed_state_shows_the_segments_by_their_address(
         export = ["export", "precomputed", f"{tmp_path / 'plain.zarr'}::s", str(tmp_path / "www")]
         subprocess.run([*AGQ, *export], check=True, timeout=120, capture_output=True)
     with file_server(tmp_path) as base:
-        state = view_state.portable_state(
+        [state] = view_state.portable_states(
             load_config(config_file),
             f"{base}/run",
+            [(None, ())],
             raw_url=f"{base}/in.zarr/raw/",
             segmentation_url=f"precomputed://{base}/www" if exported else None,
         )

@@ -1,5 +1,6 @@
-"""The cluster that tests of meshes share."""
+"""The cluster and the bucket that tests of meshes share."""
 
+from tests.helpers.buckets import s3
 from tests.helpers.stitch_runs import client
 
-__all__ = ["client"]
+__all__ = ["client", "s3"]

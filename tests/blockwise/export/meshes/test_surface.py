@@ -1,5 +1,7 @@
 """Surfaces: closed for all labels, the same for all blocks, simplified within bounds."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import trimesh
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from agq.blockwise.export.meshes import surface
 from agq.blockwise.export.meshes.cells import places_of
 from agq.blockwise.export.meshes.surface import enclosed, is_closed, merge, simplify
-from tests.helpers.meshes import cells, fragments_of, surface_distance
+from tests.helpers.meshes import cells, fragments_of, surface_distance, surface_distances
 
 
 @settings(max_examples=60, deadline=None)
@@ -41,7 +43,7 @@ def test_a_simplified_mesh_is_closed_and_holds_the_volume():
         if not part.voxels:
             continue
         full = merge([part], labels.shape)
-        mesh = simplify(full, part.voxels, size, 0.1)
+        (mesh,) = simplify(full, part.voxels, size, 0.1)
         before, after = before + len(full.faces), after + len(mesh.faces)
         assert is_closed(mesh.faces)
         assert enclosed(mesh) == pytest.approx(part.voxels, rel=0.02)
@@ -49,10 +51,24 @@ def test_a_simplified_mesh_is_closed_and_holds_the_volume():
     assert after < 0.2 * before
 
 
+def test_levels_are_coarser_and_coarser_within_bounds(monkeypatch):
+    monkeypatch.setattr(surface, "ROOT_FACES", 150)
+    labels = cells((30, 40, 40), 6, 0)
+    part = fragments_of(labels, 1)
+    levels = simplify(merge([part], labels.shape), part.voxels, (8.0, 8.0, 20.0), 0.1)
+    assert len(levels) > 2
+    off = surface_distances(labels == 1, most=8)
+    for level, (mesh, coarser) in enumerate(pairwise(levels)):
+        assert len(coarser.faces) < 0.5 * len(mesh.faces)
+        assert is_closed(coarser.faces)
+        assert enclosed(coarser) == pytest.approx(part.voxels, rel=0.04 * 2**level)
+        assert off(coarser).max() <= 2 ** (level + 1)
+
+
 def test_a_single_voxel_keeps_its_volume():
     labels = np.zeros((3, 3, 3), int)
     labels[1, 1, 1] = 1
-    mesh = simplify(merge([fragments_of(labels, 1)], labels.shape), 1, (8, 8, 40), 0.1)
+    (mesh,) = simplify(merge([fragments_of(labels, 1)], labels.shape), 1, (8, 8, 40), 0.1)
     assert enclosed(mesh) == pytest.approx(1, rel=0.02)
     assert is_closed(mesh.faces)
 
