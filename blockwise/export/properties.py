@@ -310,6 +310,7 @@ def _fragments(file: Path | None, rows: Rows, span: Span) -> pa.Array:
         columns=["segment", "fragments"],
         filters=[("segment", ">=", first), ("segment", "<=", last)],
     )
+    known = known.sort_by("segment")  # ids that stitches have kept come in any order
     return _matched(
         rows["segment"], known["segment"].to_numpy(), known["fragments"].to_numpy(), pa.int64()
     )

@@ -53,6 +53,7 @@ from agq.blockwise.stitch.edits import (
     read_edits,
     require_classes,
 )
+from agq.blockwise.stitch.kept_ids import Before, FindChanged, WriteChanged, largest_id
 from agq.blockwise.stitch.merge.agglomeration import Merge
 from agq.blockwise.stitch.output.boxes import Coarsen, Relabel
 from agq.blockwise.stitch.output.pyramid import Pass, Pyramid
@@ -163,6 +164,9 @@ class StitchReport(Tabled):
         contacts between fragments whose classes may not merge.
     edits
         With `stitch.edits`: ``sha256`` of the file, its ``merges`` and ``splits``.
+    ids
+        With ids that stay: how many segments ``kept`` theirs, how many have ``new`` ones, the
+        largest ever given (``most``), and what became of some that ``changed``.
     small_segments, small_voxels
         Segments below ``min_size``, now background.
     largest
@@ -186,6 +190,7 @@ class StitchReport(Tabled):
     edits: dict[str, Any] | None = None
     merges: int = 0
     segments: int = 0
+    ids: dict[str, Any] | None = None
     small_segments: int = 0
     small_voxels: int = 0
     largest: list[dict[str, int]] = field(default_factory=list)
@@ -219,6 +224,10 @@ class StitchReport(Tabled):
             counts = [(self.edits[name], name) for name in ("merges", "splits")]
             told = (f"{count:,} {name[: -1 if count == 1 else None]}" for count, name in counts)
             rows.append(("edits", ", ".join(told)))
+        if self.ids:
+            rows.append(("ids", f"{self.ids['kept']:,} as before, {self.ids['new']:,} new"))
+            if changed := self.ids.get("changed"):
+                rows.append(("changed ids", "\n".join(map(_told, changed))))
         if self.small_segments:
             small = f"{self.small_segments:,} of {self.small_voxels:,} voxels, now background"
             rows.append(("small segments", small))
@@ -242,6 +251,12 @@ class StitchReport(Tabled):
             rows.append(("segmentation", str(segmentation)))
             title += f" of {segmentation.parents[1].name}"
         return facts(title, rows)
+
+
+def _told(change: dict[str, Any]) -> str:
+    """Return what became of an id; 0 is background."""
+    more = ", ..." if change["into"] > len(change["after"]) else ""
+    return f"{change['before']} -> {', '.join(map(str, change['after']))}{more}"
 
 
 def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8], Journal]:
@@ -329,6 +344,11 @@ def run_stitch(
         raise
 
 
+def _of_ids(key: str, before: Before | None) -> str:
+    """Return the key of an id map whose ids may be those of another."""
+    return key if before is None else digest(key, before.key)
+
+
 class _Stitch:
     def __init__(
         self,
@@ -364,10 +384,13 @@ class _Stitch:
         contacts = self._collect(numbers, key)
         classes = self._count_classes(blocks)
         decided = [*classes, *edits]
-        self._number(*self._agglomerate(digest(contacts, *decided) if decided else contacts))
+        merges = self._agglomerate(digest(contacts, *decided) if decided else contacts)
+        before = self._number(blocks, *merges)
         # What follows does not depend on the superblocks.
         rule = [*map(str, thresholds.exact), *decided]
         key = digest(key, spec.evidence, rule, spec.min_contact, spec.segment_ids, spec.min_size)
+        if before is not None:
+            key = digest(key, before.key)
         self._write(numbers, digest(key, _LAYOUT))
         return self.report
 
@@ -563,31 +586,67 @@ class _Stitch:
             require_classes(self.spec.edits, self.edits, rule.read(leaves))
         files.save(files.edits, self.constraints.arrays("edits"))
 
-    def _number(self, key: str, margin: Fraction) -> None:
-        """Give numbers to the segments and write the id map."""
+    def _before(self, blocks: str, key: str) -> Before | None:
+        """Return the ids that stay, of the last stitch that differs from this one."""
+        if self.spec.segment_ids != "keep":
+            return None
+        files = self.files
+        kept, last = Before.read(files.before), Step.read(self.run_dir, "lut")
+        if last.get("key") == _of_ids(key, kept):
+            return kept
+        moving = Before.read(files.lut)
+        if moving is None and last.get("done") and files.segments.exists():
+            result, grid = last["result"], self.grid.shape
+            most = max(result.get("ids", {}).get("most", 0), largest_id(files.segments))
+            shape = checked_triple("superblock", result.get("leaf", self.leaf_shape), 1)
+            moving = Before(last["key"], most, result.get("blocks", ""), grid, shape)
+        if moving is None:
+            return kept
+        moving.move(files)
+        return moving
+
+    def _number(self, blocks: str, key: str, margin: Fraction) -> Before | None:
+        """Give numbers to the segments and write the id map; return those that stay."""
         spec, files = self.spec, self.files
         key = digest(key, str(margin), spec.segment_ids, spec.min_size)
-        step = Step(self.workers, "lut", key, [files.lut])
+        before = self._before(blocks, key)
+        same = before if before is not None and before.blocks == blocks else None
+        if before is not None and same is None:
+            self.note(
+                "stitch.segment_ids: the last stitch was of other blocks (or an earlier release"
+                " made it), so that no id is kept; all are new, above those before"
+            )
+        step = Step(self.workers, "lut", _of_ids(key, before), [files.lut])
         result = step.finished()
         if result is None:
             top = len(self.levels)
             for i, level in enumerate(self.levels, 1):
-                self._split_and_run(f"lut up {i}/{top}", Cut(level, self.run_dir, margin))
+                self._split_and_run(f"lut up {i}/{top}", Cut(level, self.run_dir, margin, same))
             for i, level in enumerate(reversed(self.levels), 1):
                 resolve = Resolve(level, self.run_dir, spec.min_size)
                 self._split_and_run(f"lut down {i}/{top}", resolve)
             leaves = [leaf for leaf, _ in self.leaves]
-            table = WriteSegments(leaves, self.run_dir, spec.segment_ids)
+            most = 0 if before is None else before.most
+            table = WriteSegments(
+                leaves, self.run_dir, spec.segment_ids, most=most, comparable=same is not None
+            )
             result = self.workers.run("lut segments", [table])[0]
             self._split_and_run("lut map", Map(self.leaves, self.run_dir, spec.segment_ids))
-            for folder in ("cut", "names"):
+            result |= {"blocks": blocks, "leaf": self.leaf_shape}
+            if same is not None:
+                self._split_and_run("lut changes", FindChanged(self.leaves, self.run_dir, same))
+                changed = WriteChanged(leaves, self.run_dir)
+                result["ids"]["changed"] = self.workers.run("lut changes", [changed])[0]
+            for folder in ("cut", "names", "changed"):
                 shutil.rmtree(files.lut / folder, ignore_errors=True)
             step.finish(result, [files.lut])
         report = self.report
         for name in ("segments", "small_segments", "small_voxels", "largest"):
             setattr(report, name, result[name])
+        report.ids = result.get("ids")
         report.merges = report.fragments - report.segments - report.small_segments
         report.end(step)
+        return before
 
     def _write(self, numbers: NDArray[np.int64], key: str) -> None:
         """Write all levels of the segmentation of some blocks, and their metadata."""

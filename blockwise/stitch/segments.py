@@ -14,6 +14,7 @@ rise, so a cluster that is cut in a superblock takes part in no merge further up
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from agq.blockwise.stitch.contacts import NodeTable
+from agq.blockwise.stitch.kept_ids import SEVERAL, Before, SegmentsBefore
 from agq.blockwise.stitch.merge.agglomeration import MergeTable, positions
 from agq.blockwise.stitch.merge.kernel import connected_components
 from agq.blockwise.stitch.output.relabel import BlockLut
@@ -69,12 +71,15 @@ class ClusterTable(Columns):
         Voxels and fragments of each.
     boxes
         Bounding box in voxels of the volume.
+    before
+        The id that all fragments had in the last stitch, or `kept_ids.SEVERAL`; 0: none.
     """
 
     ids: Ids
     voxels: Numbers
     fragments: Numbers
     boxes: Boxes
+    before: Ids
 
 
 def join_clusters(
@@ -95,9 +100,13 @@ def join_clusters(
     np.add.at(fragments, row, table.fragments)
     np.minimum.at(boxes[:, :3], row, table.boxes[:, :3])
     np.maximum.at(boxes[:, 3:], row, table.boxes[:, 3:])
+    low, high = joined.before.copy(), joined.before.copy()
+    np.minimum.at(low, row, table.before)
+    np.maximum.at(high, row, table.before)
+    before = np.where(low == high, low, SEVERAL)
     of = np.empty(len(row), np.int32)
     of[order] = row
-    return of, ClusterTable(joined.ids, voxels, fragments, boxes)
+    return of, ClusterTable(joined.ids, voxels, fragments, boxes, before)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,9 @@ class Cut(SuperblockTask):
 
     margin: Fraction
     """By how much thresholds lie above those of the agglomeration, in the units of its scores."""
+
+    before: Before | None = None
+    """The ids of the last stitch."""
 
     def run(self) -> None:
         """Write ``of``, the cluster of each that entered, the clusters, and which go ``up``."""
@@ -116,7 +128,10 @@ class Cut(SuperblockTask):
             if superblock.level == 0:
                 nodes = NodeTable.load(files.evidence(superblock), "nodes")
                 ones = np.ones(len(nodes), np.int64)
-                entering = ClusterTable(nodes.ids, nodes.sizes, ones, nodes.boxes)
+                before = np.zeros(len(nodes), np.uint64)
+                if self.before is not None:
+                    before = self.before.ids_of(files, nodes.ids)
+                entering = ClusterTable(nodes.ids, nodes.sizes, ones, nodes.boxes, before)
             else:
                 entering = ClusterTable.concatenate(
                     [_handed_up(files, child) for child in children]
@@ -210,6 +225,10 @@ class WriteSegments(Task):
     items: Sequence[Superblock]
     run_dir: Path
     segment_ids: SegmentIds
+    most: int = 0
+    """With ids that stay: the largest ever given."""
+    comparable: bool = False
+    """With ids that stay: whether there are segments of the same blocks to compare with."""
 
     def run(self) -> dict[str, Any]:
         """Return counts and the largest segments."""
@@ -221,14 +240,18 @@ class WriteSegments(Task):
             small += arrays["small"]
             count += len(arrays["segments.ids"])
         largest: list[tuple[int, int, int]] = []
+        before = SegmentsBefore(files.before / files.segments.name) if self.comparable else None
+        most, kept = self.most, 0
         require_folder(self.run_dir)
         with (
             atomic_file(files.smallest) as ids_file,
             atomic_file(files.segments) as table_file,
+            atomic_file(files.ids) if self.segment_ids == "keep" else nullcontext() as names,
             pq.ParquetWriter(table_file, _SCHEMA, compression="zstd") as writer,
         ):
             header = {"descr": "<u8", "fortran_order": False, "shape": (count,)}
-            np.lib.format.write_array_header_1_0(ids_file, header)
+            for file in filter(None, (ids_file, names)):
+                np.lib.format.write_array_header_1_0(file, header)
             waiting: list[pa.Table] = []
             done = 0
             for _, layer in groupby(sorted(self.items), lambda leaf: leaf.index[0]):
@@ -239,12 +262,23 @@ class WriteSegments(Task):
                 ids = segments.ids
                 if self.segment_ids == "consecutive":
                     ids = np.arange(done + 1, done + len(segments) + 1, dtype=np.uint64)
+                if names is not None:
+                    ids = np.zeros(len(segments), np.uint64)
+                    if before is not None:
+                        ids = before.keep(segments.ids, segments.before, segments.fragments)
+                    new = np.flatnonzero(ids == 0)
+                    kept += len(ids) - len(new)
+                    ids[new] = np.arange(most + 1, most + 1 + len(new), dtype=np.uint64)
+                    most += len(new)
+                    names.write(ids.tobytes())
                 done += len(segments)
                 largest = _largest(largest, ids, segments)
                 waiting.append(_arrow(ids, segments))
                 waiting = _flush(writer, waiting, _ROWS)
             _flush(writer, waiting, 1)
+        names_of = {"kept": kept, "new": count - kept, "most": most}
         return {
+            **({"ids": names_of} if self.segment_ids == "keep" else {}),
             "segments": count,
             "small_segments": int(small[0]),
             "small_voxels": int(small[1]),
@@ -299,11 +333,14 @@ class Map(SuperblockTask):
                 continue
             nodes = load_arrays(files.evidence(leaf), "nodes.ids", "nodes.sizes")
             segment = load_arrays(files.final(leaf), "segment")["segment"]
-            if self.segment_ids == "consecutive":
+            if self.segment_ids != "fragment":
                 distinct, back = np.unique(segment, return_inverse=True)
-                consecutive = (np.searchsorted(smallest, distinct) + 1).astype(np.uint64)
-                consecutive[distinct == 0] = 0
-                segment = consecutive[back]
+                known = distinct != 0
+                named = np.zeros(len(distinct), np.uint64)
+                row = np.searchsorted(smallest, distinct[known])
+                keep = self.segment_ids == "keep"
+                named[known] = map_array(files.ids)[row] if keep else row + 1
+                segment = named[back]
             ids, sizes = nodes["nodes.ids"], nodes["nodes.sizes"]
             lut = BlockLut.build(np.asarray(blocks, np.int64), ids, segment, sizes)
             files.save(files.map(leaf), lut.arrays())

@@ -17,8 +17,8 @@ DECIMALS = 6
 EvidenceKind = Literal["affinity", "overlap", "both"]
 """What speaks for a merge across a border: affinities, overlapping labels, or both."""
 
-SegmentIds = Literal["consecutive", "fragment"]
-"""Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
+SegmentIds = Literal["consecutive", "fragment", "keep"]
+"""Ids 1..n in the order of the smallest fragment id, that fragment id itself, or those before."""
 
 Downsampling = Literal["majority", "stride"]
 """Which label a coarse voxel takes: the most frequent one, or that of its first voxel."""
@@ -140,7 +140,9 @@ class MergeSettings(Thresholds):
     into the run folder, and the copy counts from then on."""
 
     segment_ids: SegmentIds = "consecutive"
-    """Ids 1..n in the order of the smallest fragment id, or that fragment id itself."""
+    """Ids 1..n in the order of the smallest fragment id (`consecutive`); that fragment id itself
+    (`fragment`); or (`keep`) those of the last stitch for segments of the same fragments, and new
+    ones above for others."""
 
     min_size: NonNegativeInt = 0
     """Segments with fewer voxels become background (counted in the report); 0 keeps all. A run

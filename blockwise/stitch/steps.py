@@ -371,6 +371,13 @@ class Step:
             return None
 
     @staticmethod
+    def forget(run_dir: Path, name: str) -> None:
+        """Let a step not be done, whatever it has made."""
+        marker = _marker(run_dir, name)
+        marker.unlink(missing_ok=True)
+        marker.with_suffix(_SUMS).unlink(missing_ok=True)
+
+    @staticmethod
     def take_back(run_dir: Path, name: str) -> None:
         """Let the next stitch do what is missing of a step; what it has made stays."""
         path = _marker(run_dir, name)

@@ -18,6 +18,10 @@ the run folder:
     lut/map/Z-Y-X.npz           segment ids of a leaf, by block
     lut/smallest.npy            smallest fragment of each segment, ascending
     lut/segments.parquet        table of segments
+    lut/ids.npy                 their ids, and
+    lut/changed_ids.parquet     which ids changed since the last stitch; not always
+    lut/changed/Z-Y-X.npz       the same of a leaf
+    lut-before/                 id map of the last stitch, whose ids stay; not always
 """
 
 from __future__ import annotations
@@ -155,6 +159,8 @@ class StitchFiles:
         self.lut = self.run_dir / "lut"
         self.smallest = self.lut / "smallest.npy"
         self.segments = self.lut / "segments.parquet"
+        self.ids = self.lut / "ids.npy"
+        self.before = self.run_dir / "lut-before"
 
     def save(self, path: Path, arrays: Mapping[str, NDArray]) -> None:
         """Write a table; a run folder that is not there is not made.
@@ -194,6 +200,10 @@ class StitchFiles:
     def map(self, leaf: Superblock) -> Path:
         """Segment ids of a leaf."""
         return self.lut / "map" / f"{leaf.name[2:]}.npz"
+
+    def changed(self, leaf: Superblock) -> Path:
+        """Ids that changed in a leaf."""
+        return self.lut / "changed" / f"{leaf.name[2:]}.npz"
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,13 @@ Edits = Annotated[
     ),
 ]
 NoEdits = Annotated[bool, typer.Option("--no-edits", help="Drop the edits of an earlier stitch.")]
+Ids = Annotated[
+    Literal["consecutive", "fragment", "keep"] | None,
+    _option(
+        help="keep: segments of the same fragments keep their ids, others get new ones above;"
+        " stays so for later stitches (stitch.segment_ids)."
+    ),
+]
 FragmentsArray = Annotated[
     str | None,
     _option(
@@ -88,6 +95,7 @@ def stitch(
     margin: Margin = None,
     edits: Edits = None,
     no_edits: NoEdits = False,
+    ids: Ids = None,
     fragments: FragmentsArray = None,
     affinities: AffinitiesArray = None,
     output: Output = None,
@@ -118,6 +126,8 @@ def stitch(
         raise InputError("stitch: --edits and --no-edits exclude each other")
     if edits is not None:
         changes.append(f"stitch.edits={json.dumps(str(edits))}")
+    if ids is not None:
+        changes.append(f"stitch.segment_ids={ids}")
     if no_edits:
         changes.append("stitch.edits=null")
     bars: Literal["bars", "steps"] = "steps" if verbose else "bars"

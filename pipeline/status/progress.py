@@ -20,7 +20,8 @@ from agq.terminal import console as plain_console
 _LINE_S = 10.0
 
 _STITCH: Final = (
-    *("contacts", "classes", "agglomerate", "lut up", "lut down", "lut segments", "lut map"),
+    *("contacts", "classes", "agglomerate"),
+    *("lut up", "lut down", "lut segments", "lut map", "lut changes"),
 )
 """Steps that are the stage `stitch` to a user, in their order."""
 

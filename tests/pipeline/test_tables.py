@@ -122,6 +122,12 @@ def blocks() -> tuple[object, list[str]]:
 def stitch() -> tuple[object, list[str]]:
     report = StitchReport(
         edits={"sha256": "", "merges": 1, "splits": 2},
+        ids={
+            "kept": 10**6,
+            "new": 2,
+            "most": 10**9,
+            "changed": [{"before": 10**12, "after": [10**9 - i for i in range(5)], "into": 7}],
+        },
         largest=[{"id": 5, "voxels": 10**9, "fragments": 2}],
     )
     path = Path("/a/folder/whose/name/is/longer/than/narrow/terminals/one/data.zarr/segmentation")

@@ -93,3 +93,18 @@ def test_edits_that_cannot_be_applied_are_one_line(run, tmp_path, main):
         assert "Traceback" not in error
     assert main("stitch", run, "--no-edits")[0] == 0
     assert segments(run) == [1, 1, 2, 2]
+
+
+def test_ids_stay(run, tmp_path, main):
+    file = edits_of(tmp_path, ("split", 1, 2))
+    code, text, _ = main("stitch", run, "--edits", file, "--ids", "keep")
+    assert code == 0
+    assert segments(run) == [3, 4, 2, 2]
+    assert "1 as before, 2 new" in text
+    assert "1 -> 3, 4" in text
+    # It is a setting of the run from then on.
+    assert main("stitch", run, "--no-edits")[0] == 0
+    assert segments(run) == [5, 5, 2, 2]
+    assert main("verify", run)[0] == 0
+    assert main("stitch", run, "--ids", "consecutive")[0] == 0
+    assert segments(run) == [1, 1, 2, 2]
