@@ -21,11 +21,11 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
-from agq.blockwise.export.graph.tables import RECORD, SCHEMAS, Table
+from agq.blockwise.export.graph.tables import RECORD, SCHEMAS, VERSION, Table
 from agq.blockwise.stitch.contacts import PARTS, ContactTable, NodeTable, load_contacts
 from agq.blockwise.stitch.merge.agglomeration import MergeTable, ScoreTable, scores
 from agq.blockwise.stitch.output.relabel import BlockLut
-from agq.blockwise.stitch.settings import Thresholds, exact
+from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds, exact
 from agq.blockwise.stitch.steps import Progress, Step, Task, Workers, digest
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTree
 from agq.blockwise.storage.arrays import Numbers, load_arrays, map_array
@@ -83,7 +83,8 @@ def export_graph(
     Raises
     ------
     InputError
-        If the folder holds another export, the ROI no block, or the run is not stitched.
+        If the folder holds another export, the ROI no block, or the run is not stitched, or is
+        stitched anew meanwhile.
     """
     files = StitchFiles(run_dir)
     step = Step.read(run_dir, "lut")
@@ -97,7 +98,13 @@ def export_graph(
     if roi and not len(chosen):
         raise InputError("graph: the ROI holds no block of the volume")
     units = math.lcm(stored, thresholds.units)
-    record: dict[str, Any] = {"grid": grid.to_dict(), "unit": unit, "roi": roi, "units": units}
+    record: dict[str, Any] = {
+        "version": VERSION,
+        "grid": grid.to_dict(),
+        "unit": unit,
+        "roi": roi,
+        "units": units,
+    }
     record["key"] = digest(step["key"], shape)
     _require_same(out, record)
     tree = SuperblockTree(grid.shape, shape)
@@ -110,7 +117,14 @@ def export_graph(
     items = [(leaf, [n for n in blocks if n in kept]) for leaf, blocks in leaves]
     tasks: list[Task] = [WriteLeaf([item], work, bool(roi), chosen) for item in items if item[1]]
     tasks += [WriteMerges([place], work) for place in places]
-    counts = Workers(client, out, on_progress).run("graph", tasks)
+    try:
+        counts = Workers(client, out, on_progress).run("graph", tasks)
+    finally:
+        # Whatever is missing in the tables of a stitch that has gone is not damaged.
+        if Step.read(run_dir, "lut") != step:
+            raise InputError(
+                f"{run_dir} was stitched anew during the export; remove {out} and export again"
+            )
     write_atomic(out / RECORD, json.dumps({**record, "done": True}, indent=1).encode())
     return GraphReport(*(sum(column) for column in zip((0, 0, 0), *counts, strict=True)))
 
@@ -220,7 +234,7 @@ class WriteLeaf(Task):
             contacts = contacts.take(np.isin(ends, self.chosen).all(axis=0))
         fragments: Any = open_array(work.run_dir / "data.zarr", "fragments", "r")
         points = np.zeros((len(nodes), 3), np.int64)
-        found = np.zeros((len(contacts), 5), np.int64)
+        found, rows_of = np.zeros((len(contacts), 5), np.int64), _PairRows(contacts.u, contacts.v)
         for number in blocks.tolist():
             start, stop = work.grid.write_box(number)
             end = np.minimum(np.array(stop) + 1, work.grid.volume_shape)
@@ -236,7 +250,11 @@ class WriteLeaf(Task):
                 damaged = DamagedError(f"block {number}: fragments are not those of the stitch")
                 raise repairable(damaged, work.run_dir)
             points[begin:last] = found_points + start
-            _fill(found, contacts, window, core, np.array(start), work.grid)
+            u, v, counts, voxels = touching(window, core)
+            row, known = rows_of.of(u, v)
+            sides = np.prod(work.grid.voxel_size) // np.array(work.grid.voxel_size)
+            columns = (counts.sum(axis=1)[:, None], (counts @ sides)[:, None], voxels + start)
+            found[row] = np.concatenate(columns, axis=1)[known]
         numerator, denominator = scores(contacts, work.thresholds)
         numerator *= work.units // work.thresholds.units
         keep = denominator > 0
@@ -247,27 +265,45 @@ class WriteLeaf(Task):
         places = np.concatenate((found[:, 2:], found[:, 2:] * size + offset), axis=1)
         masked = [pa.array(column, mask=none) for column in places.T]
         rows = [nodes.ids, lut.segments_of(nodes.ids), nodes.sizes, *nodes.boxes.T, *points.T]
-        edges = [*_scored(scored, numerator[keep], work.units), found[:, 0], found[:, 1], *masked]
+        score = _scored(scored, numerator[keep], work.units)
+        edges = [*score, *_evidence(contacts), found[:, 0], found[:, 1], *masked]
         return [work.write("fragments", leaf, rows), work.write("edges", leaf, edges)]
 
 
-def _fill(
-    found: NDArray[np.int64],
-    contacts: ContactTable,
-    window: NDArray[np.uint64],
-    core: Triple,
-    start: NDArray[np.int64],
-    grid: BlockGrid,
-) -> None:
-    """Fill in count, area and voxel of the contacts that a block holds."""
-    u, v, counts, voxels = touching(window, core)
-    first = np.searchsorted(contacts.u, u)
-    many = np.searchsorted(contacts.u, u, side="right")
-    sides = np.prod(grid.voxel_size) // np.array(grid.voxel_size)
-    for i in range(len(u)):
-        row = first[i] + np.searchsorted(contacts.v[first[i] : many[i]], v[i])
-        if row < many[i] and contacts.v[row] == v[i]:
-            found[row] = counts[i].sum(), counts[i] @ sides, *(voxels[i] + start)
+class _PairRows:
+    """Where pairs of fragments lie in a table that is sorted by them."""
+
+    def __init__(self, u: NDArray[np.uint64], v: NDArray[np.uint64]) -> None:
+        self._ids = np.unique(np.concatenate((u, v)))
+        self._keys = self._key(u, v)
+
+    def _key(self, u: NDArray[np.uint64], v: NDArray[np.uint64]) -> NDArray[np.int64]:
+        # Places of ids instead of ids: two of them fit in 64 bits, in the same order.
+        first, second = (np.searchsorted(self._ids, end) for end in (u, v))
+        return first * len(self._ids) + second
+
+    def of(
+        self, u: NDArray[np.uint64], v: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of those pairs that the table has, and which these are."""
+        known = np.flatnonzero(np.isin(u, self._ids) & np.isin(v, self._ids))
+        keys = self._key(u[known], v[known])
+        rows = np.searchsorted(self._keys, keys)
+        same = rows < len(self._keys)
+        same[same] = self._keys[rows[same]] == keys[same]
+        return rows[same], known[same]
+
+
+def _evidence(contacts: ContactTable) -> list[Any]:
+    """Return class and mean affinity of contacts."""
+    count = contacts.across_count + contacts.within_count
+    same = contacts.across_sum > HALF_UNITS * contacts.across_count
+    kind = np.select(
+        [same, contacts.across_count > 0, count > 0], ["same", "across", "within"], "overlap"
+    )
+    total = np.where(same, HALF_UNITS * count, contacts.across_sum + contacts.within_sum)
+    affinity = total / np.maximum(count, 1) / HALF_UNITS
+    return [pa.array(kind.astype(object), pa.string()), pa.array(affinity, mask=count == 0)]
 
 
 def central_voxels(labels: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

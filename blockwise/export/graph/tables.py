@@ -25,6 +25,8 @@ from agq.errors import InputError
 from agq.reading import read_record
 
 RECORD = "graph.json"
+VERSION = 2
+"""Of the tables: 1 had no class and no affinity of edges."""
 
 Table = Literal["fragments", "edges", "merges"]
 
@@ -51,15 +53,25 @@ SCHEMAS: dict[Table, pa.Schema] = {
         ]
     ),
     "edges": pa.schema(
-        [*_PAIR, ("contacts", pa.int64()), ("area", pa.int64()), *_places("voxel", "world")]
+        [
+            *_PAIR,
+            ("class", pa.string()),
+            ("affinity", pa.float64()),
+            ("contacts", pa.int64()),
+            ("area", pa.int64()),
+            *_places("voxel", "world"),
+        ]
     ),
     "merges": pa.schema(_PAIR),
 }
 """Columns of each table.
 
-``segment`` is 0 for fragments of segments that are too small. ``contacts`` counts touching pairs of
+``segment`` is 0 for fragments of segments that are too small. ``class`` is ``across`` or ``within``
+for contacts across a block border or inside a block, ``same`` for pieces of one fragment of another
+model, and ``overlap`` for fragments that only overlap; ``affinity`` is the mean, without threshold.
+``contacts`` counts touching pairs of
 voxels, ``area`` is that of their faces in square world units. An edge between fragments that only
-overlap has neither, and no position.
+overlap has neither, no affinity and no position.
 """
 
 

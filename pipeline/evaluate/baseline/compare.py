@@ -25,9 +25,11 @@ from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.stitch.classes import Kinds, read_kinds
 from agq.blockwise.stitch.contacts import Evidence, collect, read_evidence
+from agq.blockwise.stitch.edits import Constraints
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import StitchSettings
+from agq.blockwise.stitch.superblocks import StitchFiles
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import DamagedError, InputError
@@ -262,7 +264,9 @@ def _agq(run: RunFolder, truth: Volume, options: CountOptions) -> Point:
     setting = {"across": stitch.across, "within": stitch.within}
     thresholds = thresholds_of(stitch, **setting)
     kinds = run_kinds(run)
-    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds)
+    file = StitchFiles(run.path).edits
+    edits = Constraints.load(file, "edits") if file.exists() else None
+    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds, edits)
     counts = fragment_counts(run, truth, **options)
     return point("AGQ", setting, counts, result.ids, result.representatives)
 

@@ -7,6 +7,7 @@ import pytest
 from agq.blockwise.export.graph import run as graph_run
 from agq.blockwise.export.graph.run import export_graph
 from agq.blockwise.export.graph.tables import RECORD, read_graph
+from agq.blockwise.stitch.contacts import SAME, ContactTable
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import Thresholds
@@ -83,8 +84,19 @@ def test_fragments_and_edges_are_those_of_the_whole_volume(made, stitched):
     evidence = contacts_from_volume(labels, made.half_units, made.border).contacts
     counts = (evidence.across_count + evidence.within_count).tolist()
     pairs = zip(evidence.u.tolist(), evidence.v.tolist(), strict=True)
-    edges = found["edges"].to_pylist()
+    edges = sorted(found["edges"].to_pylist(), key=lambda e: (e["u"], e["v"]))
     assert {(e["u"], e["v"]): e["contacts"] for e in edges} == dict(zip(pairs, counts, strict=True))
+    sums = evidence.across_sum + evidence.within_sum
+    expected = [
+        (u, v, "across" if across else "within", total / 510 / count)
+        for u, v, across, total, count in zip(
+            evidence.u.tolist(), evidence.v.tolist(), evidence.across_count.tolist(),
+            sums.tolist(), counts, strict=True,
+        )
+    ]  # fmt: skip
+    assert [(e["u"], e["v"], e["class"]) for e in edges] == [e[:3] for e in sorted(expected)]
+    assert [e["affinity"] for e in edges] == pytest.approx([e[3] for e in sorted(expected)])
+    assert {e["class"] for e in edges} == {"across", "within"}
     for edge in edges:
         voxel = np.array([edge[f"voxel_{axis}"] for axis in "zyx"])
         beyond = [tuple(voxel + step) for step in np.eye(3, dtype=int)]
@@ -152,3 +164,36 @@ def test_another_export_is_not_written_over(stitched, client, tmp_path):
     assert (out / RECORD).exists()
     with pytest.raises(InputError, match="no graph"):
         tables(tmp_path)
+
+
+def test_a_run_that_is_stitched_anew_meanwhile_is_noticed(made, client, tmp_path, monkeypatch):
+    write_run(made, tmp_path / "run")
+    run_stitch(made.spec(tmp_path / "run", levels=1), client)
+    real = graph_run.Workers.run
+
+    def again(workers, name, *arguments):
+        done = real(workers, name, *arguments)
+        if name == "graph":
+            run_stitch(made.spec(tmp_path / "run", levels=1, margin=0.05), client)
+        return done
+
+    monkeypatch.setattr(graph_run.Workers, "run", again)
+    with pytest.raises(InputError, match="was stitched anew during the export; remove"):
+        export_graph(tmp_path / "run", tmp_path / "out", GRID, Thresholds(), client)
+    with pytest.raises(InputError, match="not complete"):
+        tables(tmp_path / "out")
+
+
+def test_classes_of_edges():
+    contacts = ContactTable.concatenate(
+        [
+            ContactTable.across(
+                *np.array([[1, 1], [5, 6]], np.uint64), *np.array([[510, SAME], [2, 1]])
+            ),
+            ContactTable.within(*np.array([[1], [7]], np.uint64), *np.array([[255], [1]])),
+            ContactTable.within(*np.array([[1], [8]], np.uint64), *np.array([[0], [0]])),
+        ]
+    )
+    kinds, affinity = graph_run._evidence(contacts)
+    assert kinds.to_pylist() == ["across", "same", "within", "overlap"]
+    assert affinity.to_pylist() == [0.5, 1.0, 0.5, None]
