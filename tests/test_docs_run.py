@@ -116,6 +116,10 @@ def elsewhere(page: str, line: str) -> str | None:
         return ELSEWHERE[page, line]
     if page == "docs/other-schedulers.md":
         return JOIN + "test_workers_that_join_make_the_same_bytes_though_one_is_killed"
+    if line == "python benchmarks/scale.py":
+        return (
+            "tests/pipeline/forecast/test_scale.py::test_the_page_has_the_table_as_it_is_computed"
+        )
     if page == "docs/suspects.md" and line.startswith("agq calibrate"):
         return "tests/pipeline/evaluate/test_calibrate.py::test_settings_are_chosen_and_written"
     if page == "docs/suspects.md":

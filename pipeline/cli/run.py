@@ -158,7 +158,7 @@ def plan(
     on_cluster = submit or values.slurm is not None
     with busy("loading libraries") as tell:
         from agq.pipeline.run.plan import make_plan
-        from agq.pipeline.run.prepare import prepare
+        from agq.pipeline.run.prepare import prepare, require_room
 
         measure = None
         if submit:
@@ -166,7 +166,7 @@ def plan(
 
             measure = TrialJob.checked(values, tell)
         tell("opening the input and the checkpoint")
-        prepared = prepare(values, workers_here=not on_cluster, trust=trust)
+        prepared = prepare(values, check_room=False, workers_here=not on_cluster, trust=trust)
         report = make_plan(
             prepared,
             time_block=time_block,
@@ -179,6 +179,8 @@ def plan(
         say(json.dumps(report.to_dict(), indent=1))
     else:
         out.print(report.table())
+    # Last, so that the plan is seen.
+    require_room(prepared)
 
 
 def import_(

@@ -26,6 +26,7 @@ from agq.errors import InputError
 from agq.pipeline.config.resolved import Origins, told
 from agq.pipeline.forecast.forecast import Forecast
 from agq.pipeline.forecast.measure import measure
+from agq.pipeline.forecast.scale import DENSE, DENSITIES, SPARSE, Scale, scale
 from agq.pipeline.forecast.timing import Timing
 from agq.pipeline.run.fit import Size, show
 from agq.pipeline.run.greys import READS, contrast_of_volume, suggestion
@@ -58,6 +59,10 @@ class Plan(Tabled):
         Selected blocks; those done already; those without tissue; those that would be computed.
     forecast
         What that takes: time for what is to be done, disk and files of the whole run.
+    scale
+        What single processes must bear, for a volume that is cut up little, and much.
+    ledger
+        Whether a database follows the run.
     free_bytes
         What the disk has.
     voxel_size, unit
@@ -90,6 +95,8 @@ class Plan(Tabled):
     masked: int
     todo: int
     forecast: Forecast
+    scale: tuple[Scale, Scale]
+    ledger: bool
     free_bytes: int
     timing: Timing | None
     on_cluster: bool
@@ -101,6 +108,7 @@ class Plan(Tabled):
         predict_s = expected.seconds.get("predict")
         return own | {
             "forecast": expected.model_dump(),
+            "scale": {d.name: s.model_dump() for d, s in zip(DENSITIES, self.scale, strict=True)},
             "timing": timing and timing.model_dump(),
             "workers": expected.processes,
             "disk_bytes": expected.disk_bytes,
@@ -129,9 +137,26 @@ class Plan(Tabled):
             *((f"from {origin}", fill(line, _VALUE)) for origin, line in told(self.settings)),
             *self._cost(),
             ("disk: free", format_bytes(self.free_bytes)),
+            *self._single(),
             *(("note", note) for note in self.notes),
+            *(("limit", fill(limit, _VALUE)) for limit in self.scale[1].limits()),
         ]
         return facts(f"Plan for {self.run_dir}", rows)
+
+    def _single(self) -> list[tuple[str, str]]:
+        """Return what single processes must bear, where it is more than any machine has."""
+        sparse, dense = self.scale
+        rows = [
+            ("memory: coordinator", format_bytes(dense.coordinator_bytes)),
+            ("memory: stitch", format_bytes(dense.client_bytes)),
+            (
+                "memory: last merge",
+                f"{format_bytes(sparse.root_bytes)} to {format_bytes(dense.root_bytes)}",
+            ),
+        ]
+        if self.ledger:
+            rows.append(("database", format_bytes(dense.ledger_bytes)))
+        return [(name, f"about {value}") for name, value in rows]
 
     def _cost(self) -> list[tuple[str, str]]:
         """Return the forecast for the terminal."""
@@ -254,6 +279,13 @@ def make_plan(
     )
     if expected.gpus and timing is not None and timing.device == "cpu":
         notes.append("the block was timed without a GPU, and the workers have GPUs")
+    of_density = partial(
+        scale,
+        grid,
+        int(selected.size),
+        int(selected.size) - masked,
+        affinities=prepared.config.output.affinities,
+    )
     raw, model = prepared.config.input.raw, prepared.identity["model"]
     assert raw is not None  # or there would be nothing to predict
     ours = "checkpoint_sha256" in model
@@ -276,6 +308,8 @@ def make_plan(
         masked=masked,
         todo=int(rest.size),
         forecast=expected,
+        scale=(of_density(SPARSE), of_density(DENSE)),
+        ledger=prepared.config.ledger is not None,
         free_bytes=free_space(run_dir),
         timing=timing,
         on_cluster=on_cluster,

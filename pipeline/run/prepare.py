@@ -183,6 +183,7 @@ def prepare(
     config: Config,
     *,
     check_output: bool = True,
+    check_room: bool = True,
     workers_here: bool = True,
     overwrite: bool = False,
     trust: bool = False,
@@ -196,6 +197,8 @@ def prepare(
     check_output
         Also check that the run folder is writable, the disk has room, and a database that the run
         needs can be written to.
+    check_room
+        If so, whether the disk has room is checked (`require_room`).
     workers_here
         Whether the network will run on this machine, so that its device must be here.
     overwrite
@@ -274,8 +277,8 @@ def prepare(
     )
     prepared.scored_truth()
     prepared.opened_classes()
-    if check_output:
-        _check_output(prepared)
+    if check_output and check_room:
+        require_room(prepared)
     return prepared
 
 
@@ -314,7 +317,7 @@ def prepare_stitch(config: Config, *, trust: bool = False) -> Prepared:
         origins=origins,
     )
     _check_ledger(config)
-    _check_output(prepared)
+    require_room(prepared)
     return prepared
 
 
@@ -386,8 +389,14 @@ def _open_truth(config: Config, run: RunFolder, grid: BlockGrid) -> Volume | Non
     return truth
 
 
-def _check_output(prepared: Prepared) -> None:
-    """Check the room on the disk."""
+def require_room(prepared: Prepared) -> None:
+    """Check that the disk has room for a run that has not begun.
+
+    Raises
+    ------
+    InputError
+        If it has less than the run is expected to take.
+    """
     run = prepared.run
     if not run.exists():
         require_free_space(run.path, sum(disk_bytes(prepared.work()).values()), "run_dir")

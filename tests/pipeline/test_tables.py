@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from agq import terminal
+from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.predict.coordinator import PredictReport
 from agq.blockwise.stitch.run import StitchReport
 from agq.blockwise.verify.report import Problem, VerifyReport
@@ -24,6 +25,7 @@ from agq.pipeline.evaluate.block_scores import BlockReport, BlockScore
 from agq.pipeline.evaluate.calibrate import Calibration, Trial
 from agq.pipeline.evaluate.scores import Disagreement, EvaluationReport, Scores
 from agq.pipeline.evaluate.sweep import Point, points_table
+from agq.pipeline.forecast.scale import DENSE, scale
 from agq.pipeline.run.chosen_blocks import ChosenBlocks
 from agq.pipeline.run.plan import Plan
 from agq.pipeline.status.run_status import (
@@ -143,8 +145,17 @@ def whole_run() -> tuple[object, list[str]]:
 
 
 def plan() -> tuple[object, list[str]]:
+    grid = BlockGrid((8000, 256_000, 512_000), (30, 6, 6), (16, 256, 256), *[(0, 0, 0)] * 3)
+    found = scale(grid, grid.n_blocks, grid.n_blocks, DENSE)
     fields = {field.name: PLANNED.get(field.name) for field in dataclasses.fields(Plan)}
-    return CheapPlan(**fields).table(), ["/runs/one", "1,234,567", "12 x 3400 x 5600"]
+    values = fields | {"scale": (found, found), "ledger": True}
+    return CheapPlan(**values).table(), [
+        "stitch.min_contact",
+        "database",
+        "/runs/one",
+        "1,234,567",
+        "12 x 3400 x 5600",
+    ]
 
 
 def chosen() -> tuple[object, list[str]]:
