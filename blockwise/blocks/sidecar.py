@@ -144,8 +144,8 @@ class Sidecar:
         Face planes on z, y, x.
     original_labels
         For fragments that were not made block by block: the label of each in the original volume
-        (uint64). Pieces with one original label that touch across a face are one fragment. None:
-        every label ends at the border of its block.
+        (uint64). Pieces with one original label are one fragment. None: every label ends at the
+        border of its block.
     mask
         Checksum of what a mask has hidden of the block (`blocks.mask.Tissue`); empty: nothing.
     """

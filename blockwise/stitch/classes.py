@@ -4,6 +4,8 @@ A volume of classes gives every voxel a class (:mod:`blocks.overlay`); 0 says no
 has the class that most of its voxels with one have; of equals, the smallest. Fragments of different
 classes never merge, directly or through others, unless the table of pairs says that they may.
 
+Of a fragment in pieces (:mod:`names`) the voxels of all count, and its name stands for it.
+
 The voxels of each class in each fragment are counted once and stored by leaf (:class:`Count`), so a
 changed table or share reads no volume. In the agglomeration a cluster has a *kind*: the classes of
 all its fragments. Two clusters may merge if every class of one may merge with every other class of
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,11 @@ from agq.blockwise.blocks.label_pairs import PairTable
 from agq.blockwise.blocks.overlay import read_overlay
 from agq.blockwise.stitch.contacts import NodeTable
 from agq.blockwise.stitch.merge.kernel import TABLED, may_join_each
+from agq.blockwise.stitch.names import LeafNames, leaf_classes, leaf_names, share_counts
 from agq.blockwise.stitch.settings import MergeSettings, exact
+from agq.blockwise.stitch.steps import Task
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
-from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays
+from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays, map_array
 from agq.blockwise.volumes.create import open_array, read_chunk
 from agq.blockwise.volumes.open import Volume
 from agq.errors import DamagedError, InputError
@@ -137,10 +141,30 @@ class ClassRule:
         rows = self._enough(rows.take(np.unique(rows.fragments, return_index=True)[1]))
         return Kinds(rows.fragments, self.encode(rows.classes), self.bars)
 
-    def read(self, files: Iterable[Path]) -> Kinds:
-        """Return the kinds of fragments of some leaves; a file that is not there holds none."""
-        tables = [ClassCounts.load(path, "classes") for path in files if path.exists()]
-        return self.kinds(ClassCounts.concatenate(tables))
+    def read(self, files: StitchFiles, leaves: Iterable[Superblock]) -> Kinds:
+        """Return the kinds of fragments of some leaves; of a leaf without a file, none."""
+        return self.kinds(read_counts(files, leaves))
+
+    def around(self, files: StitchFiles, leaf: Superblock) -> Kinds:
+        """Return the kinds of fragments of a leaf and of those that it touches."""
+        beside = [leaf.neighbor(axis, step) for axis in range(3) for step in (-1, 1)]
+        return self.read(files, [leaf, *beside])
+
+    def count(
+        self, files: StitchFiles, leaf: Superblock, names: Ids, shared: LeafNames
+    ) -> tuple[int, int]:
+        """Return how many fragments of a leaf have a class, and how many hold several.
+
+        Parameters
+        ----------
+        names, shared
+            Names of all its fragments, and those that others hold too; the first of them counts
+            these.
+        """
+        counts = read_counts(files, [leaf])
+        own = np.setdiff1d(names, shared.name[shared.homes == 0])
+        counts = counts.take(np.isin(counts.fragments, own))
+        return int(np.count_nonzero(self.kinds(counts).of(own))), self.several(counts)
 
     def several(self, counts: ClassCounts) -> int:
         """Return how many fragments hold enough of two classes that may not merge."""
@@ -154,10 +178,26 @@ class ClassRule:
         return counts.take(counts.voxels * share.denominator > counts.sizes * share.numerator)
 
 
+def read_counts(files: StitchFiles, leaves: Iterable[Superblock]) -> ClassCounts:
+    """Return the voxels of each class in whole fragments of some leaves."""
+    tables = []
+    for leaf in leaves:
+        if files.classes(leaf).exists():
+            own = ClassCounts.load(files.classes(leaf), "classes")
+            tables.append(own.take(~np.isin(own.fragments, leaf_names(files, leaf).name)))
+            tables.append(ClassCounts(*leaf_classes(files, leaf)))
+    counts = ClassCounts.concatenate(tables)
+    # Several of these leaves may hold a fragment.
+    counts = counts.take(np.lexsort((counts.classes, counts.fragments)))
+    pairs = np.stack((counts.fragments, counts.classes))
+    return counts.take(np.append(True, (pairs[:, 1:] != pairs[:, :-1]).any(axis=0))[: len(counts)])
+
+
 def read_kinds(run_dir: Path, settings: MergeSettings) -> Kinds:
     """Return the kinds of all fragments of a stitch with classes, for volumes small enough."""
-    counts = StitchFiles(run_dir).counts
-    return ClassRule.of(settings).read(sorted(counts.glob("0/*.npz")))
+    files = StitchFiles(run_dir)
+    leaves = [Superblock.of_file(path) for path in sorted(files.counts.glob("0/*.npz"))]
+    return ClassRule.of(settings).read(files, leaves)
 
 
 @dataclass(frozen=True)
@@ -211,8 +251,50 @@ class Count(SuperblockTask):
             content = b"".join(column.tobytes() for column in (found.u, found.v, found.count))
             total += int.from_bytes(hashlib.sha256(content).digest()[:16], "little")
         checksum = np.frombuffer(total.to_bytes(24, "little"), np.uint8)
-        arrays = ClassCounts.concatenate(tables).arrays("classes") | {"checksum": checksum}
-        files.save(files.classes(leaf), arrays)
+        counts = ClassCounts.concatenate(tables)
+        names = load_arrays(files.evidence(leaf), "names").get("names")
+        if names is not None:
+            counts = _by_name(counts, nodes, names)
+        files.save(files.classes(leaf), counts.arrays("classes") | {"checksum": checksum})
+
+
+def _by_name(counts: ClassCounts, nodes: NodeTable, names: Ids) -> ClassCounts:
+    """Add up the pieces of each name in a leaf."""
+    order = np.argsort(nodes.ids)
+    name = names[order[np.searchsorted(nodes.ids, counts.fragments, sorter=order)]]
+    distinct, row = np.unique(names, return_inverse=True)
+    sizes = np.zeros(len(distinct), np.int64)
+    np.add.at(sizes, row, nodes.sizes)
+    fragments, classes, voxels = _summed([replace(counts, fragments=name)])
+    return ClassCounts(fragments, classes, voxels, sizes[np.searchsorted(distinct, fragments)])
+
+
+@dataclass(frozen=True)
+class ShareCounts(Task):
+    """Write the voxels of each class in fragments that several leaves hold, by file of these."""
+
+    items: Sequence[Path]
+    run_dir: Path
+
+    def run(self) -> None:
+        """Write a file for each."""
+        files = StitchFiles(self.run_dir)
+        paths = sorted(files.counts.glob("0/*.npz"))
+        for item in self.items:
+            shared = np.unique(map_array(item)["name"])
+            tables = (ClassCounts.load(path, "classes") for path in paths)
+            share_counts(
+                files, item, *_summed([t.take(np.isin(t.fragments, shared)) for t in tables])
+            )
+
+
+def _summed(tables: Sequence[ClassCounts]) -> tuple[Ids, Ids, Numbers]:
+    """Return fragments and classes of tables, ascending and distinct, and their voxels."""
+    rows = ClassCounts.concatenate(tables)
+    pairs, row = np.unique(np.stack((rows.fragments, rows.classes)), axis=1, return_inverse=True)
+    voxels = np.zeros(pairs.shape[1], np.int64)
+    np.add.at(voxels, row.reshape(-1), rows.voxels)
+    return pairs[0], pairs[1], voxels
 
 
 def read_classes(

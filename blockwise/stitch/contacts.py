@@ -15,6 +15,10 @@ read the plane, ``2 * a`` where only the upper one did, and ``2 * a`` inside a b
 A, if B read it): voxels that are u for A and v for B, and the voxels of u and of v there. Labels
 that meet there but do not touch across the face have a row too.
 
+**Fragments of another model** are cut at block borders into pieces with ids of their own
+(:mod:`names`). Where sidecars hold the names that pieces had before, the tables hold them too, and
+two pieces of one name are no contact.
+
 Every column is additive, so partial tables can be cut and merged in any way: :func:`merge_evidence`
 sorts and reduces them, and its result does not depend on the partition.
 """
@@ -43,10 +47,6 @@ from agq.blockwise.storage.arrays import (
     map_array,
 )
 from agq.errors import InputError
-
-SAME = 2**20
-"""Sum in half units, per contact, between two pieces of one fragment: above any affinity, so that
-they merge first, and small enough for sums over 10^12 contacts."""
 
 FORMAT_VERSION = 2
 
@@ -129,11 +129,18 @@ class Evidence:
     faces
         On each axis (z, y, x), the contacts across the upper faces of the box: ``u`` inside,
         ``v`` in the next box.
+    names
+        Of fragments of another model, the name of each node, uint64; None: nodes have no others.
+    pairs
+        The names of both ends of the contacts and of those of the faces, the smaller one first,
+        uint64 (n, 2); empty without names.
     """
 
     nodes: NodeTable
     contacts: ContactTable
     faces: tuple[ContactTable, ContactTable, ContactTable]
+    names: NDArray[np.uint64] | None = None
+    pairs: Sequence[NDArray[np.uint64]] = ()
 
     def arrays(self, *, overlap: bool) -> dict[str, NDArray]:
         """Return what a file of a leaf holds; columns that can only be zero are left out."""
@@ -143,15 +150,27 @@ class Evidence:
             for name, column in table.arrays(part).items():
                 if not name.endswith(unused if part == "contacts" else (*_WITHIN, *unused)):
                     arrays[name] = column
+        if self.names is not None:
+            arrays["names"] = self.names
+            arrays |= {f"{part}.names": p for part, p in zip(PARTS, self.pairs, strict=True)}
         return arrays
 
 
 def load_contacts(path: Path, part: str) -> ContactTable:
     """Read one of :data:`PARTS` of the file of a leaf."""
+    return load_named_contacts(path, part)[0]
+
+
+def load_named_contacts(path: Path, part: str) -> tuple[ContactTable, NDArray[np.uint64]]:
+    """Read one of :data:`PARTS` of the file of a leaf, and the names of both ends, (n, 2)."""
     arrays = load_arrays(path, f"{part}.")
     none = np.zeros(len(arrays[f"{part}.u"]), np.int64)
     zeros = {f"{part}.{name}": none for name in (*_WITHIN, *_OVERLAP)}
-    return ContactTable.of_arrays(part, zeros | arrays)
+    table = ContactTable.of_arrays(part, zeros | arrays)
+    names = arrays.get(f"{part}.names")
+    if names is None:
+        names = np.stack((table.u, table.v), axis=1)
+    return table, names
 
 
 def merge_contacts(tables: Iterable[ContactTable]) -> ContactTable:
@@ -227,18 +246,9 @@ def face_contacts(
     if overlap:
         u, v, total, count, *overlaps = _with_overlaps(lower, upper, axis, touching)
         none = np.zeros(len(u), np.int64)
-    if lower.has("tables", "original_labels") and upper.has("tables", "original_labels"):
-        same = _originals(lower, u) == _originals(upper, v)
-        total = np.where(same, SAME * count, total)
     # The upper block has the larger number, so u < v holds for the global ids.
     u, v = _ids(lower.number, u), _ids(upper.number, v)
     return ContactTable(u, v, total, count, none, none, *overlaps)
-
-
-def _originals(file: SidecarFile, labels: NDArray) -> NDArray[np.uint64]:
-    """Return the ids that labels of a block had in the volume they were imported from."""
-    tables = file.frame("tables")
-    return tables["original_labels"][np.searchsorted(tables["nodes"], labels)]
 
 
 def _with_overlaps(
@@ -311,6 +321,7 @@ def collect(
         Also collect overlaps.
     """
     batch = {int(number) for number in numbers if present[number]}
+    names = _Names()
     kept: dict[int, SidecarFile] = {}
     nodes: list[NodeTable] = []
     contacts: list[ContactTable] = []
@@ -322,6 +333,7 @@ def collect(
         fragments, inner = block_evidence(lower, grid)
         nodes.append(fragments)
         contacts.append(inner)
+        names.add(lower)
         for axis in range(3):
             above = grid.neighbor(number, axis)
             if above is None or not present[above]:
@@ -333,8 +345,49 @@ def collect(
                 contacts.append(across)
             else:
                 faces[axis].append(across)
-    z, y, x = (ContactTable.concatenate(face) for face in faces)
-    return Evidence(NodeTable.concatenate(nodes), ContactTable.concatenate(contacts), (z, y, x))
+                names.add(upper)
+    fragments = NodeTable.concatenate(nodes)
+    inside, z, y, x = (ContactTable.concatenate(tables) for tables in (contacts, *faces))
+    if not names:
+        return Evidence(fragments, inside, (z, y, x))
+    apart = [names.apart(table) for table in (inside, z, y, x)]
+    inside, z, y, x = (table for table, _ in apart)
+    pairs = [pair for _, pair in apart]
+    return Evidence(fragments, inside, (z, y, x), names.of(fragments.ids), pairs)
+
+
+class _Names:
+    """Names that fragments had in the volume that they were imported from."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, tuple[Ids, Ids]] = {}
+        self._table: tuple[Ids, Ids] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._blocks)
+
+    def add(self, file: SidecarFile) -> None:
+        """Take those of a block; it may have none."""
+        if file.number not in self._blocks and file.has("tables", "original_labels"):
+            tables = file.frame("tables")
+            ids = _ids(file.number, tables["nodes"])
+            self._blocks[file.number] = ids, tables["original_labels"]
+
+    def of(self, ids: Ids) -> Ids:
+        """Return the names of fragments."""
+        if self._table is None:
+            blocks = [self._blocks[number] for number in sorted(self._blocks)]
+            every, names = (np.concatenate(column) for column in zip(*blocks, strict=True))
+            self._table = every, names
+        every, names = self._table
+        return names[np.searchsorted(every, ids)]
+
+    def apart(self, contacts: ContactTable) -> tuple[ContactTable, NDArray[np.uint64]]:
+        """Return the contacts of two names, and these names."""
+        u, v = self.of(contacts.u), self.of(contacts.v)
+        differ = u != v
+        pairs = np.stack((np.minimum(u, v), np.maximum(u, v)), axis=1)
+        return contacts.take(differ), pairs[differ]
 
 
 @dataclass(frozen=True)
@@ -344,24 +397,25 @@ class Collect(SuperblockTask):
     grid: BlockGrid
     overlap: bool
 
-    def run(self) -> tuple[int, int]:
-        """Return the numbers of fragments and contacts."""
+    def run(self) -> tuple[int, int, int]:
+        """Return the numbers of fragments, contacts, and leaves whose fragments have names."""
         files = StitchFiles(self.run_dir)
         present = map_array(files.present)
 
         def read(number: int) -> SidecarFile:
             return open_sidecar(self.run_dir, number)
 
-        fragments = contacts = 0
+        fragments = contacts = named = 0
         for leaf, numbers in self.items:
             path = files.evidence(leaf)
             if not path.exists():
                 evidence = collect(numbers, self.grid, present, read, overlap=self.overlap)
                 files.save(path, evidence.arrays(overlap=self.overlap))
-            columns = load_arrays(path, "nodes.sizes", *(f"{name}.u" for name in PARTS))
+            columns = load_arrays(path, "nodes.sizes", "names", *(f"{name}.u" for name in PARTS))
+            named += columns.pop("names", None) is not None
             fragments += len(columns.pop("nodes.sizes"))
             contacts += sum(len(column) for column in columns.values())
-        return fragments, contacts
+        return fragments, contacts, named
 
 
 @dataclass(frozen=True)
@@ -390,5 +444,11 @@ def read_evidence(run_dir: Path) -> Evidence:
         raise InputError(f"{run_dir} is not stitched yet; `agq stitch` it first")
     nodes = NodeTable.concatenate([NodeTable.load(path, "nodes") for path in paths])
     contacts = merge_contacts(load_contacts(path, part) for path in paths for part in PARTS)
-    nodes = nodes.take(np.argsort(nodes.ids, kind="stable"))
-    return Evidence(nodes, contacts, (ContactTable.empty(),) * 3)
+    names = [arrays["names"] for p in paths if (arrays := load_arrays(p, "names"))]
+    order = np.argsort(nodes.ids, kind="stable")
+    return Evidence(
+        nodes.take(order),
+        contacts,
+        (ContactTable.empty(),) * 3,
+        np.concatenate(names)[order] if names else None,
+    )

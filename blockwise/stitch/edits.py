@@ -18,14 +18,16 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
+from agq.blockwise.blocks.sidecar import open_sidecar
 from agq.blockwise.stitch.classes import Kinds
 from agq.blockwise.storage.arrays import Ids, Pairs, load_arrays
 from agq.blockwise.volumes.create import open_array, read_chunk
@@ -246,6 +248,36 @@ def find_fragments(
     ]
 
 
+def same_fragments(run_dir: Path, edits: Sequence[Edit]) -> tuple[list[Edit], dict[int, int]]:
+    """Let one piece stand for all pieces of a fragment of another model (:mod:`names`).
+
+    Parameters
+    ----------
+    run_dir
+        Holds the sidecars.
+    edits
+        Whose fragments are found.
+
+    Returns
+    -------
+    list
+        The edits, each fragment by the smallest of its pieces that they name.
+    dict
+        Name of each of these pieces.
+    """
+    pieces = sorted({fragment for edit in edits for fragment in edit.fragments})
+    names: dict[int, int] = {}
+    for block, group in groupby(pieces, lambda piece: piece >> LOCAL_BITS):
+        tables = open_sidecar(run_dir, block).frame("tables")
+        local = np.array(list(group)) & (2**LOCAL_BITS - 1)
+        originals = tables["original_labels"][np.searchsorted(tables["nodes"], local)]
+        names |= zip((local + (block << LOCAL_BITS)).tolist(), originals.tolist(), strict=True)
+    first = {name: piece for piece, name in reversed(names.items())}
+    one = {piece: first[name] for piece, name in names.items()}
+    made = [replace(e, fragments=(one[e.fragments[0]], one[e.fragments[1]])) for e in edits]
+    return made, {piece: name for name, piece in first.items()}
+
+
 def _place(end: End, grid: BlockGrid) -> tuple[int | None, Triple | int]:
     """Return the block of an end, None outside, and its voxel in the block or fragment."""
     if isinstance(end, int):
@@ -348,8 +380,15 @@ class _Forest:
         return sorted(lines)
 
 
-def require_classes(path: Path, edits: Sequence[Edit], kinds: Kinds) -> None:
+def require_classes(
+    path: Path, edits: Sequence[Edit], kinds: Kinds, names: Mapping[int, int]
+) -> None:
     """Check that no merge joins classes that may not merge.
+
+    Parameters
+    ----------
+    names
+        What :func:`same_fragments` returns; else nothing.
 
     Raises
     ------
@@ -357,7 +396,8 @@ def require_classes(path: Path, edits: Sequence[Edit], kinds: Kinds) -> None:
         Naming the line of the first merge that does.
     """
     ends = np.array([e.fragments for e in edits if e.merges], np.uint64).reshape(-1, 2)
-    known = dict(zip(ends.ravel().tolist(), kinds.of(ends.ravel()).tolist(), strict=True))
+    named = np.array([names.get(end, end) for end in ends.ravel().tolist()], np.uint64)
+    known = dict(zip(ends.ravel().tolist(), kinds.of(named).tolist(), strict=True))
     parent = {fragment: fragment for fragment in known}
 
     def root(fragment: int) -> int:

@@ -5,9 +5,9 @@ volume; affinities are (3, z, y, x), uint8 (255 is 1.0) or floats from 0 to 1, w
 at a voxel is the affinity to the voxel before it on axis ``c`` (0 = z, 1 = y, 2 = x).
 
 Fragments are cut at the borders of blocks into pieces with ids of their own; sidecars remember
-which pieces are one fragment, and the stitch puts those together before anything else. (Pieces
-that touch nowhere across a face stay apart: a fragment is connected.) Each block is written as a
-prediction writes it, so a stopped import goes on where it was.
+the id that each had, and the stitch puts those of one id together before anything else, wherever
+they lie (:mod:`names`): the blocks do not show. Each block is written as a prediction writes it, so
+a stopped import goes on where it was.
 """
 
 from __future__ import annotations
@@ -153,6 +153,11 @@ def require_same(source: Fragments, run_dir: Path) -> dict[str, Any]:
             "--output"
         )
     return contents
+
+
+def is_import(run_dir: Path) -> bool:
+    """Return whether the fragments of a run folder are those of another model."""
+    return (run_dir / _MARKER).exists()
 
 
 def imported_grid(run_dir: Path) -> BlockGrid | None:

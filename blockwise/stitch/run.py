@@ -2,8 +2,9 @@
 
 Steps, each with a key made from all that its output depends on, skipped if that output exists:
 
-1. ``contacts``: evidence of leaf superblocks (``contacts/``), and, where there are classes,
-   ``classes``: voxels of each class in their fragments (``classes/``);
+1. ``contacts``: evidence of leaf superblocks (``contacts/``); for fragments of another model, which
+   of these hold pieces of one (:mod:`names`); and, where there are classes, ``classes``: voxels of
+   each class in their fragments (``classes/``);
 2. ``agglomerate``: exact agglomeration, superblocks joined two by two (``agglomeration/``);
 3. ``lut``: segments of the dendrogram cut at the margin, up and down the same tree (``lut/``);
 4. ``relabel``: ``data.zarr/segmentation/s0`` and the levels over it that fit into boxes of blocks,
@@ -19,6 +20,7 @@ same bytes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -42,7 +44,7 @@ from agq.blockwise.blocks.overlay import require_overlap
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.stitch import contacts as contacts_module
-from agq.blockwise.stitch.classes import ClassRule, Count
+from agq.blockwise.stitch.classes import ClassRule, Count, ShareCounts
 from agq.blockwise.stitch.cluster import LazyClient
 from agq.blockwise.stitch.contacts import Collect, PackSidecars
 from agq.blockwise.stitch.edits import (
@@ -52,12 +54,23 @@ from agq.blockwise.stitch.edits import (
     find_fragments,
     read_edits,
     require_classes,
+    same_fragments,
 )
+from agq.blockwise.stitch.import_fragments import is_import
 from agq.blockwise.stitch.kept_ids import Before, FindChanged, WriteChanged, largest_id
 from agq.blockwise.stitch.merge.agglomeration import Merge
+from agq.blockwise.stitch.names import FindShared, ListNames, ranges_of
 from agq.blockwise.stitch.output.boxes import Coarsen, Relabel
 from agq.blockwise.stitch.output.pyramid import Pass, Pyramid
-from agq.blockwise.stitch.segments import Cut, Map, Resolve, WriteSegments
+from agq.blockwise.stitch.segments import (
+    Cut,
+    LeafSegments,
+    Map,
+    Resolve,
+    SortSegments,
+    WriteSegments,
+    plan_ranges,
+)
 from agq.blockwise.stitch.settings import Downsampling, MergeSettings, Thresholds, exact
 from agq.blockwise.stitch.steps import Progress, Step, StitchError, Task, Workers, digest
 from agq.blockwise.stitch.superblocks import (
@@ -158,7 +171,7 @@ class StitchReport(Tabled):
         Blocks with fragments, blocks skipped by predict, and blocks left out because they failed
         or were never done (only with ``allow_missing``).
     fragments, contacts, merges, segments
-        Counts; contacts are distinct pairs of fragments.
+        Counts; contacts are distinct pairs of fragments, or of their pieces in blocks.
     classed, several_classes, forbidden_contacts
         With `input.classes`: fragments with a class; those that hold several which may not merge;
         contacts between fragments whose classes may not merge.
@@ -369,6 +382,7 @@ class _Stitch:
         )
         self.report = StitchReport()
         self.edits: list[Edit] = []
+        self.edited_names: dict[int, int] = {}
         self.constraints: Constraints | None = None
         self.leaf_shape: Triple = (1, 1, 1)
         self.leaves: list[Family] = []
@@ -417,6 +431,8 @@ class _Stitch:
         sums = rows["digest"][np.searchsorted(rows["block"], numbers)]
         return numbers, digest(
             [ALGORITHM_VERSION, contacts_module.FORMAT_VERSION, sidecar_module.FORMAT_VERSION],
+            # Only such fragments have names.
+            *(["names"] if is_import(self.run_dir) else []),
             self.grid.to_dict(),
             numbers.tobytes(),
             np.ascontiguousarray(sums).tobytes(),
@@ -430,6 +446,8 @@ class _Stitch:
         edits = read_edits(path)
         unit = self._fragments_unit()
         self.edits = find_fragments(path, edits, self.container, self.grid, numbers, unit)
+        if is_import(self.run_dir):
+            self.edits, self.edited_names = same_fragments(self.run_dir, self.edits)
         constraints = constrain(path, self.edits)
         merges = sum(edit.merges for edit in edits)
         self.report.edits = {
@@ -468,13 +486,25 @@ class _Stitch:
             overlap = spec.evidence != "affinity"
             collect = Collect(self.leaves, self.run_dir, self.grid, overlap)
             counts = self._split_and_run("contacts", collect)
-            fragments, contacts = (sum(column) for column in zip((0, 0), *counts, strict=True))
+            fragments, contacts, named = map(sum, zip((0, 0, 0), *counts, strict=True))
+            if named:
+                fragments = self._find_shared()
             result = {"fragments": fragments, "contacts": contacts}
             step.finish(result, [files.contacts])
         self._pack_sidecars()
         self.report.fragments, self.report.contacts = result["fragments"], result["contacts"]
         self.report.end(step)
         return step.key
+
+    def _find_shared(self) -> int:
+        """Find the names that several leaves hold; return how many names there are."""
+        lists = self._split_and_run("contacts names", ListNames(self.leaves, self.run_dir))
+        every = list(itertools.chain.from_iterable(lists))
+        ranges = ranges_of([some for _, some in every], sum(count for count, _ in every))
+        tasks = [FindShared([one], self.run_dir) for one in ranges]
+        names = sum(self.workers.run("contacts shared", tasks))
+        shutil.rmtree(self.files.name_lists)
+        return names
 
     def _pack_sidecars(self) -> None:
         """Pack what has been collected: a file for each block is the largest part of a run's."""
@@ -497,6 +527,9 @@ class _Stitch:
         if result is None:
             count = Count(self.leaves, self.run_dir, self.container, self.grid, volume)
             total = str(sum(self._split_and_run("classes", count)))
+            shared = [ShareCounts([p], self.run_dir) for p in sorted(files.shared.glob("*.npy"))]
+            if shared:
+                self.workers.run("classes shared", shared)
             result = step.finish({"checksum": total}, [files.counts])
         self.report.end(step)
         table = sorted(sorted(pair) for pair in spec.classes_may_merge)
@@ -581,9 +614,9 @@ class _Stitch:
         if self.constraints is None:
             return
         if rule is not None:
-            leaves = (files.classes(leaf) for leaf, _ in self.leaves)
+            kinds = rule.read(files, (leaf for leaf, _ in self.leaves))
             assert self.spec.edits is not None
-            require_classes(self.spec.edits, self.edits, rule.read(leaves))
+            require_classes(self.spec.edits, self.edits, kinds, self.edited_names)
         files.save(files.edits, self.constraints.arrays("edits"))
 
     def _before(self, blocks: str, key: str) -> Before | None:
@@ -622,22 +655,18 @@ class _Stitch:
             top = len(self.levels)
             for i, level in enumerate(self.levels, 1):
                 self._split_and_run(f"lut up {i}/{top}", Cut(level, self.run_dir, margin, same))
+            begun: list[list[LeafSegments]] = []
             for i, level in enumerate(reversed(self.levels), 1):
                 resolve = Resolve(level, self.run_dir, spec.min_size)
-                self._split_and_run(f"lut down {i}/{top}", resolve)
-            leaves = [leaf for leaf, _ in self.leaves]
-            most = 0 if before is None else before.most
-            table = WriteSegments(
-                leaves, self.run_dir, spec.segment_ids, most=most, comparable=same is not None
-            )
-            result = self.workers.run("lut segments", [table])[0]
+                begun = self._split_and_run(f"lut down {i}/{top}", resolve)
+            result = self._write_segments(list(itertools.chain.from_iterable(begun)), before, same)
             self._split_and_run("lut map", Map(self.leaves, self.run_dir, spec.segment_ids))
             result |= {"blocks": blocks, "leaf": self.leaf_shape}
             if same is not None:
                 self._split_and_run("lut changes", FindChanged(self.leaves, self.run_dir, same))
-                changed = WriteChanged(leaves, self.run_dir)
+                changed = WriteChanged([leaf for leaf, _ in self.leaves], self.run_dir)
                 result["ids"]["changed"] = self.workers.run("lut changes", [changed])[0]
-            for folder in ("cut", "names", "changed"):
+            for folder in ("cut", "names", "sorted", "changed"):
                 shutil.rmtree(files.lut / folder, ignore_errors=True)
             step.finish(result, [files.lut])
         report = self.report
@@ -647,6 +676,30 @@ class _Stitch:
         report.merges = report.fragments - report.segments - report.small_segments
         report.end(step)
         return before
+
+    def _write_segments(
+        self, leaves: list[LeafSegments], before: Before | None, same: Before | None
+    ) -> dict[str, Any]:
+        """Write the table of the segments that begin in leaves; return what the step reports."""
+        leaves.sort(key=lambda one: one.leaf)
+        ranges = plan_ranges(leaves)
+        count = sum(leaf.count for leaf in leaves)
+        tasks = [SortSegments([one], self.run_dir) for one in ranges]
+        self.workers.run("lut sort", tasks)
+        table = WriteSegments(
+            [bounds for bounds, _ in ranges],
+            self.run_dir,
+            self.spec.segment_ids,
+            count,
+            most=0 if before is None else before.most,
+            comparable=same is not None,
+        )
+        return {
+            **self.workers.run("lut segments", [table])[0],
+            "segments": count,
+            "small_segments": sum(leaf.small for leaf in leaves),
+            "small_voxels": sum(leaf.small_voxels for leaf in leaves),
+        }
 
     def _write(self, numbers: NDArray[np.int64], key: str) -> None:
         """Write all levels of the segmentation of some blocks, and their metadata."""

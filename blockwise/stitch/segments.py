@@ -4,8 +4,9 @@ Going up, each superblock joins what enters it (fragments, or its children's clu
 by the merges that count at the margin in use, and adds up sizes (:class:`Cut`). Clusters that its
 residual graph does not hold are final. Going down, each superblock tells its children what became
 of the clusters they handed up, until every fragment of a leaf knows the smallest fragment of its
-segment (:class:`Resolve`). One pass over the leaves then writes the table of segments
-(:class:`WriteSegments`), and each leaf its part of the id map (:class:`Map`).
+segment (:class:`Resolve`). Tasks for ranges of ids gather and sort the segments that begin
+in leaves (:class:`SortSegments`); then the table of segments is written (:class:`WriteSegments`),
+and by each leaf its part of the id map (:class:`Map`).
 
 A larger margin needs merges of higher scores only. Scores along a branch of the dendrogram never
 rise, so a cluster that is cut in a superblock takes part in no merge further up that still counts.
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from agq.blockwise.stitch.contacts import NodeTable
 from agq.blockwise.stitch.kept_ids import SEVERAL, Before, SegmentsBefore
 from agq.blockwise.stitch.merge.agglomeration import MergeTable, positions
 from agq.blockwise.stitch.merge.kernel import connected_components
+from agq.blockwise.stitch.names import IdRange, between, leaf_names, ranges_of, sample
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.settings import SegmentIds
 from agq.blockwise.stitch.steps import Task
@@ -41,6 +42,7 @@ from agq.blockwise.storage.arrays import (
     Numbers,
     load_arrays,
     map_array,
+    map_arrays,
 )
 from agq.blockwise.storage.files import atomic_file, require_folder
 
@@ -66,7 +68,9 @@ class ClusterTable(Columns):
     Attributes
     ----------
     ids
-        Smallest fragment of each.
+        Smallest fragment of each; of fragments in pieces, smallest piece.
+    smallest
+        Name of the smallest fragment: the same but for fragments in pieces (:mod:`names`).
     voxels, fragments
         Voxels and fragments of each.
     boxes
@@ -76,6 +80,7 @@ class ClusterTable(Columns):
     """
 
     ids: Ids
+    smallest: Ids
     voxels: Numbers
     fragments: Numbers
     boxes: Boxes
@@ -94,7 +99,8 @@ def join_clusters(
     is_root = root == np.arange(len(root))
     row = (np.cumsum(is_root) - 1).astype(np.int32)[root]
     joined = table.take(np.flatnonzero(is_root))
-    boxes = joined.boxes.copy()
+    boxes, smallest = joined.boxes.copy(), joined.smallest.copy()
+    np.minimum.at(smallest, row, table.smallest)
     voxels, fragments = np.zeros((2, len(joined)), np.int64)
     np.add.at(voxels, row, table.voxels)
     np.add.at(fragments, row, table.fragments)
@@ -106,7 +112,7 @@ def join_clusters(
     before = np.where(low == high, low, SEVERAL)
     of = np.empty(len(row), np.int32)
     of[order] = row
-    return of, ClusterTable(joined.ids, voxels, fragments, boxes, before)
+    return of, ClusterTable(joined.ids, smallest, voxels, fragments, boxes, before)
 
 
 @dataclass(frozen=True)
@@ -126,12 +132,7 @@ class Cut(SuperblockTask):
             if files.cut(superblock).exists():
                 continue
             if superblock.level == 0:
-                nodes = NodeTable.load(files.evidence(superblock), "nodes")
-                ones = np.ones(len(nodes), np.int64)
-                before = np.zeros(len(nodes), np.uint64)
-                if self.before is not None:
-                    before = self.before.ids_of(files, nodes.ids)
-                entering = ClusterTable(nodes.ids, nodes.sizes, ones, nodes.boxes, before)
+                entering = _fragments(files, superblock, self.before)
             else:
                 entering = ClusterTable.concatenate(
                     [_handed_up(files, child) for child in children]
@@ -143,9 +144,96 @@ class Cut(SuperblockTask):
             files.save(files.cut(superblock), {"of": of, "up": up} | clusters.arrays("clusters"))
 
 
+def _fragments(files: StitchFiles, leaf: Superblock, last: Before | None) -> ClusterTable:
+    """Return the fragments of a leaf."""
+    path = files.evidence(leaf)
+    nodes = NodeTable.load(path, "nodes")
+    names = load_arrays(path, "names").get("names")
+    ones = np.ones(len(nodes), np.int64)
+    before = np.zeros(len(nodes), np.uint64) if last is None else last.ids_of(files, nodes.ids)
+    if names is None:
+        return ClusterTable(nodes.ids, nodes.ids, nodes.sizes, ones, nodes.boxes, before)
+    # A fragment counts once, in the first leaf that holds a piece.
+    shared = leaf_names(files, leaf)
+    first = np.unique(names, return_index=True)[1]
+    ones = np.bincount(first, minlength=len(names))
+    ones[np.isin(names, shared.name[shared.homes == 0])] = 0
+    return ClusterTable(nodes.ids, names, nodes.sizes, ones, nodes.boxes, before)
+
+
 def _handed_up(files: StitchFiles, child: Superblock) -> ClusterTable:
     arrays = load_arrays(files.cut(child), "up", "clusters.")
     return ClusterTable.of_arrays("clusters", arrays).take(arrays["up"])
+
+
+@dataclass(frozen=True)
+class LeafSegments:
+    """What is known of the segments that begin in a leaf.
+
+    Attributes
+    ----------
+    leaf
+        The leaf.
+    count, small, small_voxels
+        Segments, those that are too small, and the voxels of these.
+    ends
+        Its first and last segment, by name; of none, nothing.
+    sample
+        Some of its segments (:func:`names.sample`).
+    """
+
+    leaf: Superblock
+    count: int
+    small: int
+    small_voxels: int
+    ends: tuple[int, ...]
+    sample: Ids
+
+    @classmethod
+    def read(cls, files: StitchFiles, leaf: Superblock) -> LeafSegments:
+        """Read the file that :class:`Resolve` wrote."""
+        arrays = map_arrays(files.final(leaf), "segments.smallest", "small")
+        names, small = arrays["segments.smallest"], arrays["small"].tolist()
+        ends = names[[0, -1]].tolist() if len(names) else []
+        return cls(leaf, len(names), small[0], small[1], tuple(ends), np.array(sample(names)))
+
+
+def plan_ranges(leaves: Sequence[LeafSegments]) -> list[tuple[IdRange, list[Superblock]]]:
+    """Return ranges of segments for tasks, and the leaves in which some of each begin."""
+    ranges = ranges_of([leaf.sample for leaf in leaves], sum(leaf.count for leaf in leaves))
+    return [
+        (
+            (i, first, last),
+            [
+                one.leaf
+                for one in leaves
+                if one.ends and one.ends[0] <= last and one.ends[1] >= first
+            ],
+        )
+        for i, first, last in ranges
+    ]
+
+
+@dataclass(frozen=True)
+class SortSegments(Task):
+    """Write the segments of ranges, ascending."""
+
+    items: Sequence[tuple[IdRange, Sequence[Superblock]]]
+    run_dir: Path
+
+    def run(self) -> None:
+        """Write a file for each range."""
+        files = StitchFiles(self.run_dir)
+        for bounds, leaves in self.items:
+            tables = []
+            for leaf in leaves:
+                arrays = map_arrays(files.final(leaf), "segments.")
+                rows = between(arrays["segments.smallest"], bounds)
+                part = {name: np.array(column[rows]) for name, column in arrays.items()}
+                tables.append(ClusterTable.of_arrays("segments", part))
+            segments = ClusterTable.concatenate(tables)
+            segments = segments.take(np.argsort(segments.smallest))
+            files.save(files.sorted_segments(bounds[0]), segments.arrays("segments"))
 
 
 @dataclass(frozen=True)
@@ -158,8 +246,8 @@ class Resolve(SuperblockTask):
     min_size: int
     """Segments of fewer voxels become background."""
 
-    def run(self) -> None:
-        """Write the segments of each superblock."""
+    def run(self) -> list[LeafSegments]:
+        """Write the segments of each superblock; return what begins in leaves."""
         files = StitchFiles(self.run_dir)
         for superblock, children in self.items:
             if files.final(superblock).exists():
@@ -172,6 +260,8 @@ class Resolve(SuperblockTask):
             else:
                 out = self._segments(clusters, final, arrays["of"])
             files.save(files.final(superblock), out)
+        leaves = [superblock for superblock, _ in self.items if superblock.level == 0]
+        return [LeafSegments.read(files, leaf) for leaf in leaves]
 
     def _segments(
         self, clusters: ClusterTable, final: ClusterTable, of: NDArray[np.int32]
@@ -180,8 +270,9 @@ class Resolve(SuperblockTask):
         keep = final.voxels >= self.min_size
         begins = final.ids == clusters.ids
         small = begins & ~keep
-        out = {"segment": np.where(keep, final.ids, np.uint64(0))[of]}
-        out |= final.take(begins & keep).arrays("segments")
+        out = {"segment": np.where(keep, final.smallest, np.uint64(0))[of]}
+        segments = final.take(begins & keep)
+        out |= segments.take(np.argsort(segments.smallest, kind="stable")).arrays("segments")
         out["small"] = np.array([small.sum(), final.voxels[small].sum()], np.int64)
         return out
 
@@ -214,31 +305,25 @@ def _told_children(
 
 @dataclass(frozen=True)
 class WriteSegments(Task):
-    """Write the table of segments in ascending order.
+    """Write the table of segments in ascending order, from sorted ranges.
 
     The table has the columns ``segment``, ``smallest_fragment``, ``voxels``, ``fragments`` and the
-    bounding box in voxels, ``begin_z`` .. ``end_x`` (one past the last voxel). The blocks of one
-    layer of leaves in z have consecutive numbers, so layers come in the order of fragment ids and
-    only one has to be sorted at a time.
+    bounding box in voxels, ``begin_z`` .. ``end_x`` (one past the last voxel).
     """
 
-    items: Sequence[Superblock]
+    items: Sequence[IdRange]
     run_dir: Path
     segment_ids: SegmentIds
+    count: int
+    """Segments in all ranges."""
     most: int = 0
     """With ids that stay: the largest ever given."""
     comparable: bool = False
     """With ids that stay: whether there are segments of the same blocks to compare with."""
 
     def run(self) -> dict[str, Any]:
-        """Return counts and the largest segments."""
+        """Return the largest segments, and with ids that stay, how many did."""
         files = StitchFiles(self.run_dir)
-        small = np.zeros(2, np.int64)
-        count = 0
-        for leaf in self.items:
-            arrays = load_arrays(files.final(leaf), "small", "segments.ids")
-            small += arrays["small"]
-            count += len(arrays["segments.ids"])
         largest: list[tuple[int, int, int]] = []
         before = SegmentsBefore(files.before / files.segments.name) if self.comparable else None
         most, kept = self.most, 0
@@ -249,23 +334,21 @@ class WriteSegments(Task):
             atomic_file(files.ids) if self.segment_ids == "keep" else nullcontext() as names,
             pq.ParquetWriter(table_file, _SCHEMA, compression="zstd") as writer,
         ):
-            header = {"descr": "<u8", "fortran_order": False, "shape": (count,)}
+            header = {"descr": "<u8", "fortran_order": False, "shape": (self.count,)}
             for file in filter(None, (ids_file, names)):
                 np.lib.format.write_array_header_1_0(file, header)
             waiting: list[pa.Table] = []
             done = 0
-            for _, layer in groupby(sorted(self.items), lambda leaf: leaf.index[0]):
-                tables = [ClusterTable.load(files.final(leaf), "segments") for leaf in layer]
-                segments = ClusterTable.concatenate(tables)
-                segments = segments.take(np.argsort(segments.ids, kind="stable"))
-                ids_file.write(segments.ids.tobytes())
-                ids = segments.ids
+            for number, _, _ in self.items:
+                segments = ClusterTable.load(files.sorted_segments(number), "segments")
+                ids_file.write(segments.smallest.tobytes())
+                ids = segments.smallest
                 if self.segment_ids == "consecutive":
                     ids = np.arange(done + 1, done + len(segments) + 1, dtype=np.uint64)
                 if names is not None:
                     ids = np.zeros(len(segments), np.uint64)
                     if before is not None:
-                        ids = before.keep(segments.ids, segments.before, segments.fragments)
+                        ids = before.keep(segments.smallest, segments.before, segments.fragments)
                     new = np.flatnonzero(ids == 0)
                     kept += len(ids) - len(new)
                     ids[new] = np.arange(most + 1, most + 1 + len(new), dtype=np.uint64)
@@ -276,12 +359,9 @@ class WriteSegments(Task):
                 waiting.append(_arrow(ids, segments))
                 waiting = _flush(writer, waiting, _ROWS)
             _flush(writer, waiting, 1)
-        names_of = {"kept": kept, "new": count - kept, "most": most}
+        names_of = {"kept": kept, "new": self.count - kept, "most": most}
         return {
             **({"ids": names_of} if self.segment_ids == "keep" else {}),
-            "segments": count,
-            "small_segments": int(small[0]),
-            "small_voxels": int(small[1]),
             "largest": [
                 {"id": segment, "voxels": voxels, "fragments": fragments}
                 for voxels, segment, fragments in largest
@@ -301,7 +381,7 @@ def _largest(
 
 def _arrow(ids: Ids, segments: ClusterTable) -> pa.Table:
     boxes = np.ascontiguousarray(segments.boxes.T)
-    columns = [ids, segments.ids, segments.voxels, segments.fragments, *boxes]
+    columns = [ids, segments.smallest, segments.voxels, segments.fragments, *boxes]
     return pa.Table.from_arrays([pa.array(column) for column in columns], schema=_SCHEMA)
 
 

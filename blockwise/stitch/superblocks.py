@@ -9,12 +9,14 @@ the run folder:
     contacts/layout.json        blocks of a leaf superblock
     contacts/present.npy        which blocks take part
     contacts/0/Z-Y-X.npz        fragments and contacts of a leaf
+    contacts/shared/R.npy       names of fragments that several leaves hold; not always
     classes/0/Z-Y-X.npz         voxels of each class in fragments of a leaf; not always
     agglomeration/L/Z-Y-X.npz   merges of a superblock, and the nodes it hands up
     agglomeration/edits.npz     fragments that edits join or keep apart; not always
     agglomeration/L/Z-Y-X.graph.npz  its residual graph; removed when the root is done
     lut/cut/L/Z-Y-X.npz         clusters of a superblock at the margin in use
     lut/names/L/Z-Y-X.npz       segments that its clusters belong to in the end
+    lut/sorted/R.npz            segments of a range of ids
     lut/map/Z-Y-X.npz           segment ids of a leaf, by block
     lut/smallest.npy            smallest fragment of each segment, ascending
     lut/segments.parquet        table of segments
@@ -52,6 +54,12 @@ class Superblock:
     def name(self) -> str:
         """Name of its files."""
         return "{}/{}-{}-{}".format(self.level, *self.index)
+
+    @classmethod
+    def of_file(cls, path: Path) -> Superblock:
+        """Return the superblock that a file belongs to, by its path."""
+        z, y, x = (int(n) for n in path.stem.split("-"))
+        return cls(int(path.parent.name), (z, y, x))
 
     @property
     def parent(self) -> Superblock:
@@ -153,7 +161,10 @@ class StitchFiles:
         self.run_dir = Path(run_dir)
         self.contacts = self.run_dir / "contacts"
         self.present = self.contacts / "present.npy"
+        self.name_lists = self.contacts / "names"
+        self.shared = self.contacts / "shared"
         self.counts = self.run_dir / "classes"
+        self.shared_counts = self.counts / "shared"
         self.agglomeration = self.run_dir / "agglomeration"
         self.edits = self.agglomeration / "edits.npz"
         self.lut = self.run_dir / "lut"
@@ -177,6 +188,10 @@ class StitchFiles:
         """Fragments and contacts of a leaf."""
         return self.contacts / f"{leaf.name}.npz"
 
+    def names(self, leaf: Superblock) -> Path:
+        """Names of the fragments of a leaf, where they have some (:mod:`names`)."""
+        return self.name_lists / f"{leaf.name[2:]}.npy"
+
     def classes(self, leaf: Superblock) -> Path:
         """Return the path of the voxels of each class in the fragments of a leaf."""
         return self.counts / f"{leaf.name}.npz"
@@ -196,6 +211,10 @@ class StitchFiles:
     def final(self, superblock: Superblock) -> Path:
         """Segments that the clusters of a superblock belong to."""
         return self.lut / "names" / f"{superblock.name}.npz"
+
+    def sorted_segments(self, number: int) -> Path:
+        """Segments of a range of ids."""
+        return self.lut / "sorted" / f"{number:06}.npz"
 
     def map(self, leaf: Superblock) -> Path:
         """Segment ids of a leaf."""

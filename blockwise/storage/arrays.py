@@ -56,6 +56,42 @@ def parsed(read: Callable[[], Result]) -> Result:
                 raise
 
 
+def map_arrays(path: Path, *prefixes: str) -> dict[str, NDArray]:
+    """Map what :func:`load_arrays` reads into memory, read-only.
+
+    Raises
+    ------
+    DamagedError
+        As for :func:`load_arrays`.
+    """
+
+    def read() -> dict[str, NDArray]:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = {n: i for n, i in infos.items() if not prefixes or n.startswith(prefixes)}
+            return _Arrays(path, ((name, _mapped(path, file, i)) for name, i in wanted.items()))
+
+    with _damage(path):
+        return parsed(read)
+
+
+def _mapped(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> NDArray:
+    """Map a member of a zip that is not compressed."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    file.seek(info.header_offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))
+    file.seek(sum(lengths), os.SEEK_CUR)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{info.filename} has another version")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or fortran:
+        raise ValueError(f"{info.filename} is not a plain array")
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, "r", file.tell(), shape)
+
+
 def map_array(path: Path) -> NDArray:
     """Map the file of :func:`save_array` into memory, read-only.
 

@@ -215,7 +215,11 @@ def calibrate(
     def tried(across: float, within: float, contact: int, sizes: Iterable[int]) -> Iterator[Trial]:
         values = {"across": across, "within": within, "min_contact": contact}
         result = agglomerate(
-            evidence.nodes.ids, evidence.contacts, thresholds_of(settings, **values), kinds
+            evidence.nodes.ids,
+            evidence.contacts,
+            thresholds_of(settings, **values),
+            kinds,
+            names=evidence.names,
         )
         for size in sizes:
             segments = without_small(result, evidence, size)

@@ -121,7 +121,9 @@ def two_thresholds(
     for w in within:
         for a in across:
             thresholds = thresholds_of(base, across=a, within=w)
-            result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds)
+            result = agglomerate(
+                evidence.nodes.ids, evidence.contacts, thresholds, kinds, names=evidence.names
+            )
             setting = {"across": a, "within": w}
             points.append(point(method, setting, counts, result.ids, result.representatives))
     return points
@@ -235,7 +237,7 @@ def one_threshold(
     agglomeration runs once.
     """
     lowest = Thresholds(across=min(thresholds), within=min(thresholds))
-    whole = agglomerate(evidence.nodes.ids, evidence.contacts, lowest)
+    whole = agglomerate(evidence.nodes.ids, evidence.contacts, lowest, names=evidence.names)
     return [
         point(method, {"affinity": t}, counts, whole.ids, cut(whole, lowest, t)) for t in thresholds
     ]

@@ -21,7 +21,7 @@ _LINE_S = 10.0
 
 _STITCH: Final = (
     *("contacts", "classes", "agglomerate"),
-    *("lut up", "lut down", "lut segments", "lut map", "lut changes"),
+    *("lut up", "lut down", "lut sort", "lut segments", "lut map", "lut changes"),
 )
 """Steps that are the stage `stitch` to a user, in their order."""
 

@@ -297,12 +297,8 @@ class _PairRows:
 def _evidence(contacts: ContactTable) -> list[Any]:
     """Return class and mean affinity of contacts."""
     count = contacts.across_count + contacts.within_count
-    same = contacts.across_sum > HALF_UNITS * contacts.across_count
-    kind = np.select(
-        [same, contacts.across_count > 0, count > 0], ["same", "across", "within"], "overlap"
-    )
-    total = np.where(same, HALF_UNITS * count, contacts.across_sum + contacts.within_sum)
-    affinity = total / np.maximum(count, 1) / HALF_UNITS
+    kind = np.select([contacts.across_count > 0, count > 0], ["across", "within"], "overlap")
+    affinity = (contacts.across_sum + contacts.within_sum) / np.maximum(count, 1) / HALF_UNITS
     return [pa.array(kind.astype(object), pa.string()), pa.array(affinity, mask=count == 0)]
 
 

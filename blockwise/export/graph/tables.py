@@ -67,10 +67,9 @@ SCHEMAS: dict[Table, pa.Schema] = {
 """Columns of each table.
 
 ``segment`` is 0 for fragments of segments that are too small. ``class`` is ``across`` or ``within``
-for contacts across a block border or inside a block, ``same`` for pieces of one fragment of another
-model, and ``overlap`` for fragments that only overlap; ``affinity`` is the mean, without threshold.
-``contacts`` counts touching pairs of
-voxels, ``area`` is that of their faces in square world units. An edge between fragments that only
+for contacts across a block border or inside a block, and ``overlap`` for fragments that only
+overlap; ``affinity`` is the mean, without threshold. ``contacts`` counts touching pairs of voxels,
+``area`` is that of their faces in square world units. An edge between fragments that only
 overlap has neither, no affinity and no position.
 """
 

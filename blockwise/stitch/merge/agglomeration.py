@@ -39,6 +39,11 @@ holds all makes them one. Parts that must stay apart have marks. A mark lies in 
 cluster has the marks of all its fragments, so wherever two clusters meet it is known whether they
 may merge: a property of their fragments again.
 
+**Pieces.** A fragment of another model is cut into pieces (:mod:`names`) that are one node wherever
+it is merged with others. A superblock makes one node of the pieces that it holds, and lets it wait
+for those outside: as if its reach were above every score. Pooled edges are mediants here too. The
+names of pieces order equal scores, so nothing depends on where fragments were cut.
+
 :class:`Merge` is the step from one level of superblocks to the next, and :func:`agglomerate` the
 case of one part.
 """
@@ -49,14 +54,20 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.stitch.classes import ClassCounts, ClassRule, Kinds
-from agq.blockwise.stitch.contacts import SAME, ContactTable, load_contacts, merge_contacts
+from agq.blockwise.stitch.classes import ClassRule, Kinds
+from agq.blockwise.stitch.contacts import (
+    PARTS,
+    ContactTable,
+    load_named_contacts,
+    merge_contacts,
+)
 from agq.blockwise.stitch.edits import Constraints
 from agq.blockwise.stitch.merge.kernel import (
     LARGEST_SUM,
@@ -71,6 +82,7 @@ from agq.blockwise.stitch.merge.kernel import (
     raise_reach,
     split_edges,
 )
+from agq.blockwise.stitch.names import LeafNames, leaf_names
 from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
 from agq.blockwise.storage.arrays import (
@@ -87,6 +99,12 @@ _NONE = np.zeros(0, np.uint64)
 
 MAX_EDGES = 2**30
 """Edges that one process can agglomerate (half-edges are numbered in 32 bits)."""
+
+SAME = 2**20
+"""Score, in half units, of a merge of two pieces of one fragment: above any affinity."""
+
+_WAITS = 2**62
+"""Reach of a node that has to wait for pieces outside."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +163,6 @@ def scores(
     if thresholds.min_contact > 0:
         enough = rows.across_count >= thresholds.min_contact
         value, weight = value * enough, weight * enough
-    # Pieces of one fragment belong together, even against the evidence.
-    same = rows.across_sum > HALF_UNITS * rows.across_count
-    if bool(same.any()):
-        value = np.where(same, scale * rows.across_sum, value)
-        weight = np.where(same, rows.across_count, weight)
     numerator = value + scale * rows.within_sum - within * rows.within_count
     denominator = weight + rows.within_count
     return numerator - margin * denominator, denominator
@@ -222,22 +235,25 @@ class UpperFace(Columns):
     ----------
     node
         Row of the cluster inside.
-    fragments
-        The original contact: fragment inside and fragment outside.
+    outside
+        The original fragment outside.
+    keys
+        The original contact, as in `EdgeTable`.
     numerator, denominator
         Its score.
     """
 
     node: Rows
-    fragments: Pairs
+    outside: Ids
+    keys: Pairs
     numerator: Numbers
     denominator: Numbers
 
     @classmethod
-    def of_fragments(cls, ids: Ids, scores: ScoreTable) -> UpperFace:
+    def of_fragments(cls, ids: Ids, scores: ScoreTable, keys: NDArray[np.uint64]) -> UpperFace:
         """Return a face of original fragments, from contacts with ``u`` inside."""
-        fragments = np.stack((scores.u, scores.v), axis=1)
-        return cls(positions(ids, scores.u), fragments, scores.numerator, scores.denominator)
+        node = positions(ids, scores.u)
+        return cls(node, scores.v, keys, scores.numerator, scores.denominator)
 
 
 @dataclass(frozen=True)
@@ -288,7 +304,30 @@ class Tags(Columns):
         return replace(self, node=row[self.node])
 
 
-Face = TypeVar("Face", UpperFace, LowerFace, Tags)
+@dataclass(frozen=True)
+class Pieces(Columns):
+    """Nodes that hold pieces of a fragment which others hold too.
+
+    Attributes
+    ----------
+    node
+        Row of the node.
+    name
+        Name of the fragment.
+    level
+        Level of the smallest superblock that holds all its pieces.
+    """
+
+    node: Rows
+    name: Ids
+    level: Numbers
+
+    def on(self, row: NDArray[np.int32]) -> Pieces:
+        """Return the same, with nodes in other rows."""
+        return replace(self, node=row[self.node])
+
+
+Face = TypeVar("Face", UpperFace, LowerFace, Tags, Pieces)
 
 
 @dataclass(frozen=True)
@@ -309,6 +348,8 @@ class Graph:
         Nodes that wait for other members of their group.
     marks
         Marks of nodes.
+    pieces
+        Nodes that are not, or not yet, whole fragments.
     """
 
     nodes: NDArray[np.uint64]
@@ -318,6 +359,7 @@ class Graph:
     kinds: NDArray[np.uint64] = field(default_factory=lambda: _NONE)
     waiting: Tags = field(default_factory=Tags.empty)
     marks: Tags = field(default_factory=Tags.empty)
+    pieces: Pieces = field(default_factory=Pieces.empty)
 
     @classmethod
     def of_fragments(
@@ -328,6 +370,8 @@ class Graph:
         below: Sequence[ScoreTable] = (),
         kinds: NDArray[np.uint64] = _NONE,
         edits: Constraints | None = None,
+        keys: Sequence[NDArray[np.uint64]] = (),
+        pieces: Pieces | None = None,
     ) -> Graph:
         """Return the graph of original fragments.
 
@@ -344,6 +388,10 @@ class Graph:
             Kind of each fragment; of none where there are no classes.
         edits
             What must be together, and what apart.
+        keys
+            Of `EdgeTable`, for the contacts and those above on z, y, x; empty: their fragments.
+        pieces
+            Fragments that are not whole; None: all are.
 
         Raises
         ------
@@ -352,13 +400,17 @@ class Graph:
         """
         ends = np.empty((len(contacts), 2), np.int32)
         ends[:, 0], ends[:, 1] = positions(ids, contacts.u), positions(ids, contacts.v)
-        keys = np.stack((contacts.u, contacts.v), axis=1)
-        edges = EdgeTable(ends, contacts.numerator, contacts.denominator, keys)
         nothing = [ScoreTable.empty()] * 3
-        z, y, x = (UpperFace.of_fragments(ids, scores) for scores in above or nothing)
+        above = above or nothing
+        first, *keys = keys or [np.stack((t.u, t.v), axis=1) for t in (contacts, *above)]
+        edges = EdgeTable(ends, contacts.numerator, contacts.denominator, first)
+        z, y, x = itertools.starmap(
+            partial(UpperFace.of_fragments, ids), zip(above, keys, strict=True)
+        )
         c, b, a = (LowerFace.of_fragments(ids, scores) for scores in below or nothing)
         tags = () if edits is None else (_tags(ids, *edits.groups), _tags(ids, *edits.marks))
-        return cls(ids, edges, (z, y, x), (c, b, a), kinds, *tags)
+        made = cls(ids, edges, (z, y, x), (c, b, a), kinds, *tags)
+        return made if pieces is None else replace(made, pieces=pieces)
 
 
 def _tags(ids: Ids, fragments: Ids, tags: Ids) -> Tags:
@@ -390,6 +442,7 @@ def contract(
     bars: NDArray[np.uint64] = _NONE,
     edits: Constraints | None = None,
     forced: int = SAME,
+    level: int = 0,
 ) -> tuple[MergeTable, Graph]:
     """Merge all that is certain in a part of the graph.
 
@@ -404,7 +457,9 @@ def contract(
     edits
         What must be together, and what apart.
     forced
-        Numerator of the scores of merges that edits ask for.
+        Numerator of the scores of merges that edits ask for, and of those of pieces.
+    level
+        Of the superblock that is this part.
 
     Returns
     -------
@@ -418,11 +473,14 @@ def contract(
     InputError
         If there are more than :data:`MAX_EDGES` edges, or sums do not fit in 64 bits.
     """
+    joined, graph = _join_pieces(graph, forced)
     asked, graph = _contract_groups(graph, edits, forced)
     nodes, edges = graph.nodes, graph.edges
     reach = np.zeros(len(nodes), np.int64), np.ones(len(nodes), np.int64)
     for face in (*graph.upper, *graph.lower):
         raise_reach(*reach, face.node, face.numerator, face.denominator)
+    pieces = graph.pieces.take(graph.pieces.level > level)
+    reach[0][pieces.node], reach[1][pieces.node] = _WAITS, 1
 
     # Clusters grow along positive edges only, so an edge between two components of the graph of
     # positive edges cannot become positive here; and never, if one of them reaches nothing outside.
@@ -457,10 +515,10 @@ def contract(
     z, y, x = (_waiting(face, done, fresh) for face in graph.upper)
     left = replace(left, ends=fresh[left.ends])
     kinds = done.kinds[stays[: len(done.kinds)]]
-    tags = (_waiting(tags, done, fresh) for tags in (graph.waiting, graph.marks))
-    if len(asked):
-        merges = MergeTable.concatenate([asked, merges])
-    return merges, Graph(nodes[stays], left, (z, y, x), (c, b, a), kinds, *tags)
+    groups, marks = (_waiting(tags, done, fresh) for tags in (graph.waiting, graph.marks))
+    pieces = _waiting(pieces, done, fresh)
+    merges = MergeTable.concatenate([table for table in (joined, asked, merges) if len(table)])
+    return merges, Graph(nodes[stays], left, (z, y, x), (c, b, a), kinds, groups, marks, pieces)
 
 
 def _contract_groups(
@@ -489,8 +547,9 @@ def _contract_groups(
         np.bitwise_or.at(kinds, into, kinds[joined])
     z, y, x = (replace(face, node=row[face.node]) for face in graph.upper)
     c, b, a = (replace(face, node=row[face.node]) for face in graph.lower)
-    rest = waiting.take(np.flatnonzero(~whole))
-    return asked, Graph(graph.nodes, edges, (z, y, x), (c, b, a), kinds, rest, graph.marks.on(row))
+    rest = waiting.take(np.flatnonzero(~whole)).on(row)
+    marks, pieces = graph.marks.on(row), graph.pieces.on(row)
+    return asked, Graph(graph.nodes, edges, (z, y, x), (c, b, a), kinds, rest, marks, pieces)
 
 
 def _rivals(marks: Tags, edits: Constraints) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -499,6 +558,33 @@ def _rivals(marks: Tags, edits: Constraints) -> tuple[NDArray[np.int32], NDArray
     pairs = edits.rivals
     pairs = pairs[np.isin(pairs, marks.tag).all(axis=1)]
     return marks.node, np.searchsorted(marks.tag, pairs).astype(np.int32)
+
+
+def _join_pieces(graph: Graph, forced: int) -> tuple[MergeTable, Graph]:
+    """Make one node of all pieces of a name; the nodes given up stay, without edges."""
+    pieces = graph.pieces
+    if not len(pieces):
+        return MergeTable.empty(), graph
+    pieces = pieces.take(np.lexsort((pieces.node, pieces.name)))
+    new = np.append(True, pieces.name[1:] != pieces.name[:-1])
+    first = pieces.node[np.flatnonzero(new)[np.cumsum(new) - 1]]
+    # A node may hold pieces of several names that edits join.
+    row = connected_components(len(graph.nodes), first, pieces.node)
+    gone = np.flatnonzero(row != np.arange(len(row)))
+    ones = np.ones(len(gone), np.int64)
+    merges = MergeTable(graph.nodes[row[gone]], graph.nodes[gone], forced * ones, ones)
+    edges = replace(graph.edges, ends=row[graph.edges.ends])
+    loops = edges.ends[:, 0] == edges.ends[:, 1]
+    if bool(loops.any()):
+        edges = edges.take(~loops)
+    kinds = graph.kinds.copy()
+    if len(kinds):
+        np.bitwise_or.at(kinds, row[gone], kinds[gone])
+    z, y, x = (replace(face, node=row[face.node]) for face in graph.upper)
+    c, b, a = (replace(face, node=row[face.node]) for face in graph.lower)
+    waiting, marks = graph.waiting.on(row), graph.marks.on(row)
+    pieces = pieces.take(new).on(row)
+    return merges, Graph(graph.nodes, edges, (z, y, x), (c, b, a), kinds, waiting, marks, pieces)
 
 
 def _waiting(face: Face, done: Contraction, fresh: NDArray[np.int32]) -> Face:
@@ -553,8 +639,9 @@ def join(
     kinds = np.concatenate([graph.kinds for _, graph in children])
     waiting = Tags.concatenate([graph.waiting.on(rows[child]) for child, graph in children])
     marks = Tags.concatenate([graph.marks.on(rows[child]) for child, graph in children])
+    pieces = Pieces.concatenate([graph.pieces.on(rows[child]) for child, graph in children])
     kinds = kinds[order[: len(kinds)]]
-    return Graph(every[order], edges, (z, y, x), (c, b, a), kinds, waiting, marks)
+    return Graph(every[order], edges, (z, y, x), (c, b, a), kinds, waiting, marks, pieces)
 
 
 def _edges(
@@ -584,12 +671,11 @@ def _across(above: UpperFace, below: LowerFace) -> EdgeTable:
     """Return the edges between two superblocks whose clusters still wait on both sides."""
     if not len(below):
         return EdgeTable.empty()
-    outside = above.fragments[:, 1]
-    place = np.minimum(np.searchsorted(below.fragment, outside), len(below) - 1)
-    waits = np.flatnonzero(below.fragment[place] == outside)
+    place = np.minimum(np.searchsorted(below.fragment, above.outside), len(below) - 1)
+    waits = np.flatnonzero(below.fragment[place] == above.outside)
     contacts = above.take(waits)
     ends = np.stack((contacts.node, below.node[place[waits]]), axis=1)
-    return EdgeTable(ends, contacts.numerator, contacts.denominator, contacts.fragments)
+    return EdgeTable(ends, contacts.numerator, contacts.denominator, contacts.keys)
 
 
 def _ascending(face: LowerFace) -> LowerFace:
@@ -621,6 +707,7 @@ def agglomerate(
     thresholds: Thresholds,
     kinds: Kinds | None = None,
     edits: Constraints | None = None,
+    names: NDArray[np.uint64] | None = None,
 ) -> Agglomeration:
     """Merge fragments best first while the score is positive.
 
@@ -636,6 +723,8 @@ def agglomerate(
         Which of them may not merge; None: all may.
     edits
         What must be together, and what apart.
+    names
+        Of pieces of fragments, the name of each id (:mod:`names`); None: ids are whole fragments.
 
     Raises
     ------
@@ -643,16 +732,32 @@ def agglomerate(
         If a contact names an unknown fragment, an id is 0 or repeated, or there are more edges
         than one process can hold.
     """
-    ids = np.sort(np.asarray(ids, np.uint64))
+    ids = np.asarray(ids, np.uint64)
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order]
+    names = ids if names is None else names[order]
     if len(ids) and (ids[0] == 0 or bool(np.any(ids[1:] == ids[:-1]))):
         raise InputError("fragment ids: they must be distinct and not 0 (background)")
     contacts = merge_contacts([contacts])
     table = score_contacts(contacts, thresholds)
-    own, bars = (_NONE, _NONE) if kinds is None else (kinds.of(ids), kinds.bars)
-    graph = Graph.of_fragments(ids, table, kinds=own, edits=edits)
+    ends = np.stack([names[positions(ids, end)] for end in (table.u, table.v)], axis=1)
+    ends.sort(axis=1)
+    own, bars = (_NONE, _NONE) if kinds is None else (kinds.of(names), kinds.bars)
+    keys, pieces = [ends, *[ends[:0]] * 3], _pieces(names, LeafNames.empty())
+    graph = Graph.of_fragments(ids, table, (), (), own, edits, keys, pieces)
     merges, _ = contract(graph, bars, edits, forced_score(thresholds))
     roots = connected_components(len(ids), positions(ids, merges.u), positions(ids, merges.v))
     return Agglomeration(ids, ids[roots], merges)
+
+
+def _pieces(names: Ids, shared: LeafNames) -> Pieces:
+    """Return the nodes that are not whole fragments, of the names of all nodes of a leaf."""
+    distinct, row, counts = np.unique(names, return_inverse=True, return_counts=True)
+    level = np.full(len(distinct), -1, np.int64)
+    level[counts > 1] = 0
+    level[np.searchsorted(distinct, shared.name)] = shared.levels
+    node = np.flatnonzero(level[row] >= 0).astype(np.int32)
+    return Pieces(node, names[node], level[row[node]])
 
 
 @dataclass(frozen=True)
@@ -705,10 +810,13 @@ class Merge(SuperblockTask):
         else:
             graph = _join_children(files, children, edits=self.edits)
         bars = _NONE if self.classes is None else self.classes.bars
-        merges, residual = contract(graph, bars, edits, forced_score(self.thresholds))
+        merges, residual = contract(
+            graph, bars, edits, forced_score(self.thresholds), superblock.level
+        )
         arrays = residual.edges.arrays("edges") | {"nodes": residual.nodes}
         if self.classes is not None:
             arrays["kinds"] = residual.kinds
+        arrays |= residual.pieces.arrays("pieces")
         if edits is not None:
             arrays |= residual.waiting.arrays("waiting") | residual.marks.arrays("marks")
         for axis in range(3):
@@ -732,29 +840,36 @@ def _leaf_graph(
     Contacts across its lower faces are in its neighbours' files.
     """
     path = files.evidence(leaf)
-    ids = load_arrays(path, "nodes.ids")["nodes.ids"]
-    beside = [leaf.neighbor(axis, step) for axis in range(3) for step in (-1, 1)]
-    around = None if classes is None else classes.read(map(files.classes, [leaf, *beside]))
+    arrays = load_arrays(path, "nodes.ids", "names")
+    ids = arrays["nodes.ids"]
+    names = arrays.get("names")
+    shared = LeafNames.empty() if names is None else leaf_names(files, leaf)
+    around = None if classes is None else classes.around(files, leaf)
     counts = np.zeros(3, np.int64)
 
-    def scored(file: Path, part: str) -> ScoreTable:
-        contacts = load_contacts(file, part) if file.exists() else ContactTable.empty()
-        table = score_contacts(contacts, thresholds)
-        if around is None:
-            return table
-        allowed = around.allow(table.u, table.v)
-        if file == path:
-            counts[2] += int((~allowed).sum())
-        return table.take(allowed)
+    def scored(file: Path, part: str) -> tuple[ScoreTable, NDArray[np.uint64]]:
+        if not file.exists():
+            return ScoreTable.empty(), np.zeros((0, 2), np.uint64)
+        contacts, keys = load_named_contacts(file, part)
+        table = ScoreTable(contacts.u, contacts.v, *scores(contacts, thresholds))
+        keep = table.denominator > 0
+        if around is not None:
+            allowed = around.allow(keys[:, 0], keys[:, 1])
+            if file == path:
+                counts[2] += int((keep & ~allowed).sum())
+            keep &= allowed
+        return (table, keys) if bool(keep.all()) else (table.take(keep), keys[keep])
 
-    above = [scored(path, f"face{axis}") for axis in range(3)]
-    below = [scored(files.evidence(leaf.neighbor(axis, -1)), f"face{axis}") for axis in range(3)]
-    inside = scored(path, "contacts")
-    kinds = _NONE if around is None else around.of(ids)
+    (inside, own), *above = (scored(path, part) for part in PARTS)
+    below = [scored(files.evidence(leaf.neighbor(axis, -1)), f"face{axis}")[0] for axis in range(3)]
+    names = ids if names is None else names
+    kinds = _NONE if around is None else around.of(names)
     if classes is not None:
-        voxels = ClassCounts.load(files.classes(leaf), "classes")
-        counts[:2] = np.count_nonzero(kinds), classes.several(voxels)
-    return Graph.of_fragments(ids, inside, above, below, kinds, edits), counts
+        counts[:2] = classes.count(files, leaf, names, shared)
+    faces = [table for table, _ in above]
+    keys = [own, *(keys for _, keys in above)]
+    pieces = _pieces(names, shared)
+    return Graph.of_fragments(ids, inside, faces, below, kinds, edits, keys, pieces), counts
 
 
 def _join_children(files: StitchFiles, children: Sequence[Superblock], *, edits: bool) -> Graph:
@@ -765,12 +880,13 @@ def _join_children(files: StitchFiles, children: Sequence[Superblock], *, edits:
 
     graphs = []
     for child in children:
-        parts = ("nodes", "kinds", "upper", "lower", "waiting", "marks")
+        parts = ("nodes", "kinds", "pieces", "upper", "lower", "waiting", "marks")
         arrays = load_arrays(files.graph(child), *parts)
         z, y, x = (UpperFace.of_arrays(f"upper{axis}", arrays) for axis in range(3))
         c, b, a = (LowerFace.of_arrays(f"lower{axis}", arrays) for axis in range(3))
         kinds = arrays.get("kinds", _NONE)
         graph = Graph(arrays["nodes"], EdgeTable.empty(), (z, y, x), (c, b, a), kinds)
+        graph = replace(graph, pieces=Pieces.of_arrays("pieces", arrays))
         if edits:
             waiting, marks = (Tags.of_arrays(name, arrays) for name in ("waiting", "marks"))
             graph = replace(graph, waiting=waiting, marks=marks)

@@ -266,7 +266,9 @@ def _agq(run: RunFolder, truth: Volume, options: CountOptions) -> Point:
     kinds = run_kinds(run)
     file = StitchFiles(run.path).edits
     edits = Constraints.load(file, "edits") if file.exists() else None
-    result = agglomerate(evidence.nodes.ids, evidence.contacts, thresholds, kinds, edits)
+    result = agglomerate(
+        evidence.nodes.ids, evidence.contacts, thresholds, kinds, edits, evidence.names
+    )
     counts = fragment_counts(run, truth, **options)
     return point("AGQ", setting, counts, result.ids, result.representatives)
 

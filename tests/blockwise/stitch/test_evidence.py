@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from agq.blockwise.stitch.contacts import SAME, ContactTable, face_contacts, read_evidence
+from agq.blockwise.stitch.contacts import ContactTable, face_contacts, read_evidence
 from agq.blockwise.stitch.merge.agglomeration import agglomerate, scores
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import Thresholds
@@ -105,7 +105,6 @@ def test_small_contacts_are_left_out_before_merging():
     assert score(small, min_contact=4) == (0, 0)
     assert score(large, min_contact=4)[0] > 0
     assert score(one(within=(0, 1)), min_contact=4) == (-510, 1)  # inside blocks all count
-    assert score(one(across=(SAME, 1)), min_contact=4) == (SAME, 1)
 
 
 def test_margins_move_all_thresholds():

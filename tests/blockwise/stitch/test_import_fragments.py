@@ -8,18 +8,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tensorstore as ts
 import zarr
 from rich.console import Console
 
 from agq.blockwise.stitch.cluster import dask_client
-from agq.blockwise.stitch.import_fragments import Fragments, import_fragments, local_labels
+from agq.blockwise.stitch.import_fragments import import_fragments, local_labels
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import StitchReport, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings, Thresholds
-from agq.blockwise.volumes.affinities import Affinities
-from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
+from tests.helpers.foreign import make_spec, open_arrays, put
 from tests.helpers.fragments import same_partition
 from tests.helpers.runs import agq, make_config
 from tests.helpers.stitch_runs import segmentation
@@ -43,12 +41,6 @@ def test_local_labels():
     labels, names = local_labels(ids + np.uint64(1))
     assert names[0] == 0
     assert np.array_equal(names[labels], ids + np.uint64(1))
-
-
-def open_arrays(fragments, affinities, channels=(0, 1, 2), **options):
-    path, _, dataset = fragments.partition("::")
-    volume = open_volume(path, dataset or None, kind="labels", **options)
-    return Fragments(volume, Affinities.open(affinities, volume, channels))
 
 
 def foreign_volumes(folder, dtype):
@@ -101,33 +93,6 @@ def test_fragments_of_another_model(tmp_path, client, dtype):
     array[2, 1, 2, 3] = 1 - array[2, 1, 2, 3]
     with pytest.raises(InputError, match=r"made from other volumes \(.*affinities: its voxels"):
         import_fragments(open_arrays(*moved), out, client)
-
-
-def make_spec(run_dir, blocks, **options):
-    from agq.blockwise.stitch.run import StitchSpec
-
-    return StitchSpec(run_dir=run_dir, grid=blocks.to_dict(), **options)
-
-
-def put(folder, name, data, kind, **attributes):
-    """Write an array as zarr v3, zarr v2 or N5 (as zarr-python wrote N5: axes reversed)."""
-    if kind == "n5":
-        file = {"driver": "file", "path": str(folder / name)}
-        blocks = [min(64, n) for n in data.shape[::-1]]
-        spec = {
-            "driver": "n5",
-            "kvstore": file,
-            "metadata": {
-                "dataType": data.dtype.name,
-                "dimensions": data.shape[::-1],
-                "blockSize": blocks,
-                "compression": {"type": "gzip"},
-            },
-        }
-        ts.open(spec, create=True).result()[...] = data.transpose()
-        return
-    group = zarr.open_group(folder, mode="a", zarr_format=kind)
-    group.create_array(name, data=data).attrs.update(attributes)
 
 
 def small_volumes():

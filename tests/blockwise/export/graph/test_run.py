@@ -7,7 +7,7 @@ import pytest
 from agq.blockwise.export.graph import run as graph_run
 from agq.blockwise.export.graph.run import export_graph
 from agq.blockwise.export.graph.tables import RECORD, read_graph
-from agq.blockwise.stitch.contacts import SAME, ContactTable
+from agq.blockwise.stitch.contacts import ContactTable
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import Thresholds
@@ -187,13 +187,11 @@ def test_a_run_that_is_stitched_anew_meanwhile_is_noticed(made, client, tmp_path
 def test_classes_of_edges():
     contacts = ContactTable.concatenate(
         [
-            ContactTable.across(
-                *np.array([[1, 1], [5, 6]], np.uint64), *np.array([[510, SAME], [2, 1]])
-            ),
+            ContactTable.across(*np.array([[1], [5]], np.uint64), *np.array([[510], [2]])),
             ContactTable.within(*np.array([[1], [7]], np.uint64), *np.array([[255], [1]])),
             ContactTable.within(*np.array([[1], [8]], np.uint64), *np.array([[0], [0]])),
         ]
     )
     kinds, affinity = graph_run._evidence(contacts)
-    assert kinds.to_pylist() == ["across", "same", "within", "overlap"]
-    assert affinity.to_pylist() == [0.5, 1.0, 0.5, None]
+    assert kinds.to_pylist() == ["across", "within", "overlap"]
+    assert affinity.to_pylist() == [0.5, 0.5, None]

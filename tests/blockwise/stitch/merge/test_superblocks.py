@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 
 from agq.blockwise.blocks.grid import LOCAL_BITS
 from agq.blockwise.stitch.classes import ClassCounts, ClassRule
-from agq.blockwise.stitch.contacts import SAME, ContactTable, merge_contacts
+from agq.blockwise.stitch.contacts import ContactTable, merge_contacts
 from agq.blockwise.stitch.edits import Edit, constrain
-from agq.blockwise.stitch.merge.agglomeration import Graph, MergeTable, ScoreTable, contract, join
+from agq.blockwise.stitch.merge.agglomeration import (
+    SAME,
+    Graph,
+    MergeTable,
+    ScoreTable,
+    contract,
+    join,
+)
 from agq.blockwise.stitch.superblocks import Superblock, SuperblockTree
 from agq.errors import InputError
 from tests.helpers.agglomeration import SCORES, block_graphs, greedy, greedy_pooled
