@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from agq.errors import InputError
 from agq.pipeline.cli.arguments import RunDir, parse_box
 from agq.plain_text import say
 
@@ -19,6 +20,13 @@ def graph(
             show_default=False,
         ),
     ] = None,
+    webknossos: Annotated[
+        bool,
+        typer.Option(
+            "--webknossos",
+            help="Also write OUT/webknossos, a dataset with an agglomerate attachment.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes; default one per core.", show_default=False),
@@ -29,6 +37,7 @@ def graph(
     Stopped anywhere, the same command goes on there.
     """
     from agq.blockwise.export.graph.run import export_graph
+    from agq.blockwise.export.graph.webknossos import FOLDER, write_dataset
     from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.settings import DaskSettings, Thresholds
     from agq.pipeline.evaluate.baseline.compare import stitch_settings
@@ -37,6 +46,8 @@ def graph(
     from agq.pipeline.status.progress import RunProgress
     from agq.pipeline.stitched import version_of
 
+    if webknossos and roi is not None:
+        raise InputError("graph: --webknossos takes the whole run, so that it excludes --roi")
     run = RunFolder(run_dir)
     box = None if roi is None else parse_box("--roi", roi)
     unit = run.identity()["raw"].get("unit", "nm")
@@ -54,7 +65,18 @@ def graph(
             roi=box,
             on_progress=progress.step,
         )
+        if webknossos:
+            inside = write_dataset(
+                run.path.absolute(),
+                out.absolute(),
+                run.grid(),
+                client,
+                unit=unit,
+                on_progress=progress.step,
+            )
     say(
         f"wrote {out}: {report.fragments:,} fragments, {report.edges:,} edges,"
         f" {report.merges:,} merges"
     )
+    if webknossos:
+        say(f"wrote {out / FOLDER}: {inside:,} edges inside segments")
