@@ -13,16 +13,16 @@ margin is wide enough. A window answers for the edges that touch its core.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
 from typing import Any
 
 import cc3d
 import numba
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from agq.blockwise.export.properties import compacted
+from agq.blockwise.export.skeletons.distance import radii_of
+from agq.blockwise.export.skeletons.search import cheapest, shortest
 from agq.blockwise.volumes.triples import Triple
 
 SCALE = 1.5
@@ -62,7 +62,7 @@ def trace(
         the nanometres from these to the surface (n, 2).
     """
     ids, compact = compacted(labels)
-    radius = _radius(compact, size)
+    radius = radii_of(compact, size)
     parts = cc3d.connected_components(
         np.where(ids[compact] == 0, 0, compact + 1), connectivity=26
     ).astype(np.int32)
@@ -78,16 +78,12 @@ def trace(
     if not len(inside):
         return np.zeros(0, np.uint64), nothing, nothing, np.zeros((0, 2), np.float32)
     offsets, steps = _neighbours(parts.shape, size)
-    previous = np.full(flat.size, -1, np.int64)
-    by_length = np.zeros(0)
     first = inside[np.unique(flat[inside], return_index=True)[1]]
-    far = _cheapest(flat, offsets, steps, by_length, first, previous)
-    roots = _farthest(flat, inside, far)
-    far = _cheapest(flat, offsets, steps, by_length, roots, previous)
+    roots = _farthest(flat, inside, shortest(flat, offsets, steps, first))
+    far = shortest(flat, offsets, steps, roots)
     order = inside[np.argsort(-far[inside], kind="stable")]
     cost = (np.maximum(distance, min(size) / 2) / min(size)) ** -_POWER
-    previous[:] = -1
-    _cheapest(flat, offsets, steps, cost, roots, previous)
+    previous = cheapest(flat, offsets, steps, cost, roots)
     used = _paths(flat, np.array(parts.shape), order, previous, distance, np.array(size))
     a = np.flatnonzero(used & (previous >= 0))
     b = previous[a]
@@ -101,26 +97,6 @@ def trace(
     return segments, ends[0], ends[1], radii
 
 
-def _radius(
-    compact: npt.NDArray[np.int32], size: tuple[float, float, float]
-) -> npt.NDArray[np.float64]:
-    """Return the nanometres from each voxel to the surface of its segment.
-
-    The end of the array is no surface.
-    """
-    surface = np.zeros(compact.shape, bool)
-    for axis in range(3):
-        low = [slice(None)] * 3
-        high = [slice(None)] * 3
-        low[axis], high[axis] = slice(None, -1), slice(1, None)
-        differ = compact[tuple(low)] != compact[tuple(high)]
-        surface[tuple(low)] |= differ
-        surface[tuple(high)] |= differ
-    if not surface.any():
-        return np.full(compact.shape, min(n * s for n, s in zip(compact.shape, size, strict=True)))
-    return np.asarray(ndimage.distance_transform_edt(~surface, sampling=size)) + min(size) / 2
-
-
 def _neighbours(
     shape: tuple[int, ...], size: tuple[float, float, float]
 ) -> tuple[Index, npt.NDArray[np.float64]]:
@@ -128,39 +104,6 @@ def _neighbours(
     steps = np.array([s for s in np.ndindex(3, 3, 3) if s != (1, 1, 1)]) - 1
     strides = np.array([shape[1] * shape[2], shape[2], 1])
     return steps @ strides, np.linalg.norm(steps * size, axis=1)
-
-
-@numba.njit(cache=True, nogil=True)
-def _cheapest(
-    parts: npt.NDArray[np.int32],
-    offsets: Index,
-    steps: npt.NDArray[np.float64],
-    cost: npt.NDArray[np.float64],
-    sources: Index,
-    previous: Index,
-) -> npt.NDArray[np.float64]:  # pragma: no cover (compiled)
-    """Return what the cheapest path from a source to each voxel costs (Dijkstra)."""
-    total = np.full(parts.size, np.inf)
-    heap = [(0.0, sources[0])]
-    for source in sources:
-        total[source] = 0.0
-        heappush(heap, (0.0, source))
-    while heap:
-        spent, here = heappop(heap)
-        if spent > total[here]:
-            continue
-        for k in range(len(offsets)):
-            there = here + offsets[k]
-            if parts[there] != parts[here]:
-                continue
-            step = steps[k]
-            if len(cost):
-                step *= cost[there]
-            if spent + step < total[there]:
-                total[there] = spent + step
-                previous[there] = here
-                heappush(heap, (spent + step, there))
-    return total
 
 
 @numba.njit(cache=True, nogil=True)
