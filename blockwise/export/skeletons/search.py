@@ -1,8 +1,9 @@
 """Shortest and cheapest paths within the parts of a window.
 
-Voxels are flat places. `parts` has the part of each voxel, with a frame of background; `offsets`
-lead to the neighbours of a voxel and `steps` are their distances. Most of the time of tracing is
-spent here, so voxels wait in buckets and not in one large heap; the result is the same.
+Voxels are flat places. `parts` has the part of each voxel, with a frame of background; each part
+has at most one source. `offsets` lead to the neighbours of a voxel and `steps` are their distances.
+Most of the time of tracing is spent here, so voxels wait in buckets and not in one large heap; the
+result is the same.
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ def shortest(
     count = int(steps.max() * scale) + 2
     # A ring of buckets, each a chain of places in `waiting`.
     heads = np.full(count, -1, np.int64)
-    waiting = np.empty(max(1024, 2 * len(sources)), np.int64)
-    following = np.empty(len(waiting), np.int64)
-    free, used, left = -1, 0, 0
-    for source in sources:
-        total[source] = 0.0
-        waiting[used], following[used] = source, heads[0]
-        heads[0] = used
-        used += 1
-        left += 1
-    bucket = 0
-    while left:
+    waiting, following = np.empty(1024, np.int64), np.empty(1024, np.int64)
+    following[0] = -1
+    free, used, left, bucket, number = 0, 1, 0, 0, 0
+    # One source after the other: its part fits into the caches of the processor.
+    while left or number < len(sources):
+        if not left:
+            source = sources[number]
+            number += 1
+            total[source] = 0.0
+            slot = free
+            free = following[slot]
+            waiting[slot], following[slot] = source, -1
+            heads[0], bucket, left = slot, 0, 1
         slot = heads[bucket % count]
         if slot < 0:
             bucket += 1
@@ -59,7 +62,7 @@ def shortest(
             continue  # it was reached sooner
         part = parts[here]
         for k in range(len(offsets)):
-            there = here + offsets[k]
+            there = np.uint64(here + offsets[k])  # never below 0: no place from the end
             before, then = total[there], spent + steps[k]
             if then >= before or parts[there] != part:
                 continue
@@ -108,15 +111,20 @@ def cheapest(
     waiting, following = np.empty(1024, np.int64), np.empty(1024, np.int64)
     free, used, chained = -1, 0, 0
     # A heap with four children a node: fewer levels than with two, and these lie side by side.
-    keys, voxels = np.empty(max(1024, len(sources))), np.empty(max(1024, len(sources)), np.int64)
-    size, bucket = len(sources), 0
-    for k in range(size):
-        total[sources[k]] = 0.0
-        keys[k], voxels[k] = 0.0, sources[k]
-    while True:
-        if size == 0:
-            if chained == 0:
-                break
+    keys, voxels = np.empty(1024), np.empty(1024, np.int64)
+    number[0] = steps.min() * cost.min()
+    lowest = bits[0] >> _BITS
+    size, bucket, begun = 0, 0, 0
+    # One source after the other: its part fits into the caches of the processor.
+    while size or chained or begun < len(sources):
+        if size == 0 and chained == 0:
+            source = sources[begun]
+            begun += 1
+            total[source] = 0.0
+            keys[0], voxels[0] = 0.0, source
+            size, bucket = 1, 0
+        elif size == 0:
+            bucket = max(bucket, lowest)
             while heads[bucket] < 0:
                 bucket += 1
         while heads[bucket] >= 0:
@@ -143,12 +151,12 @@ def cheapest(
             continue
         part = parts[here]
         for k in range(len(offsets)):
-            there = here + offsets[k]
+            there = np.uint64(here + offsets[k])  # never below 0: no place from the end
             before = total[there]
-            if before <= spent or parts[there] != part:
+            if before <= spent:
                 continue
             then = spent + steps[k] * cost[there]
-            if then > before:
+            if then > before or parts[there] != part:
                 continue
             if then == before:
                 # Voxels of the same cost leave the heap in any order.
@@ -163,7 +171,7 @@ def cheapest(
                 if size == len(keys):
                     keys = np.concatenate((keys, np.empty(size)))
                     voxels = np.concatenate((voxels, np.empty(size, np.int64)))
-                _rise(keys, voxels, size, then, there)
+                _rise(keys, voxels, size, then, int(there))
                 size += 1
                 continue
             number[0] = before

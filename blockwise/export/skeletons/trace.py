@@ -62,29 +62,30 @@ def trace(
         the nanometres from these to the surface (n, 2).
     """
     ids, compact = compacted(labels)
-    radius = radii_of(compact, size)
-    parts = cc3d.connected_components(
-        np.where(ids[compact] == 0, 0, compact + 1), connectivity=26
-    ).astype(np.int32)
+    distance = np.pad(radii_of(compact, size), 1).reshape(-1)
+    compact = compact + np.int32(ids[0] != 0)  # 0 is background
+    parts = cc3d.connected_components(compact, connectivity=26, out_dtype=np.uint32).view(np.int32)
     core = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     wanted = np.zeros(int(parts.max()) + 1, bool)
     wanted[parts[core]] = True
     wanted[0] = False
+    del compact  # a window is large
     # A frame of background: no step leaves the array.
     parts = np.pad(np.where(wanted[parts], parts, 0), 1)
-    flat, distance = parts.reshape(-1), np.pad(radius, 1).reshape(-1)
+    flat = parts.reshape(-1)
     inside = np.flatnonzero(flat)
     nothing = np.zeros((0, 3), np.int64)
     if not len(inside):
         return np.zeros(0, np.uint64), nothing, nothing, np.zeros((0, 2), np.float32)
     offsets, steps = _neighbours(parts.shape, size)
-    first = inside[np.unique(flat[inside], return_index=True)[1]]
+    first = np.full(len(wanted), -1, np.int64)
+    first[flat[inside[::-1]]] = inside[::-1]  # the first one is written last
+    first = first[first >= 0]
     roots = _farthest(flat, inside, shortest(flat, offsets, steps, first))
     far = shortest(flat, offsets, steps, roots)
-    order = inside[np.argsort(-far[inside], kind="stable")]
     cost = (np.maximum(distance, min(size) / 2) / min(size)) ** -_POWER
     previous = cheapest(flat, offsets, steps, cost, roots)
-    used = _paths(flat, np.array(parts.shape), order, previous, distance, np.array(size))
+    used = _paths(flat, np.array(parts.shape), inside, far, previous, distance, np.array(size))
     a = np.flatnonzero(used & (previous >= 0))
     b = previous[a]
     ends = [np.stack(np.unravel_index(n, parts.shape), 1) - 1 for n in (a, b)]
@@ -92,7 +93,7 @@ def trace(
     for end in ends:
         touching |= ((end >= low) & (end < high)).all(1)
     a, b, ends = a[touching], b[touching], [end[touching] for end in ends]
-    segments = ids[np.pad(compact, 1).reshape(-1)[a]]
+    segments = labels[tuple(ends[0].T)].astype(np.uint64)
     radii = np.stack([distance[a], distance[b]], 1).astype(np.float32)
     return segments, ends[0], ends[1], radii
 
@@ -123,43 +124,78 @@ def _farthest(
 def _paths(
     parts: npt.NDArray[np.int32],
     shape: Index,
-    order: Index,
+    inside: Index,
+    far: npt.NDArray[np.float64],
     previous: Index,
     distance: npt.NDArray[np.float64],
     size: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.bool_]:  # pragma: no cover (compiled)
-    """Return the voxels of the paths that cover all parts."""
+    """Return the voxels of the paths that cover all parts.
+
+    Voxels are sorted by buckets of `far`, the farthest first; of a bucket only those that are still
+    uncovered when its turn comes are sorted further.
+    """
     used = np.zeros(parts.size, np.bool_)
     covered = np.zeros(parts.size, np.bool_)
-    row, plane = shape[2], shape[1] * shape[2]
-    for tip in order:
-        if covered[tip]:
-            continue
-        here, walked, ball = tip, 0.0, 0.0
-        while not used[here]:
-            used[here] = True
-            z, y, x = here // plane, here // row % shape[1], here % row
-            reach = SCALE * distance[here] + CONSTANT_NM
-            if walked >= _SPACING * min(reach, ball):
-                walked, ball = 0.0, reach
-                dz, dy, dx = int(reach / size[0]), int(reach / size[1]), int(reach / size[2])
-                for k in range(max(z - dz, 0), min(z + dz + 1, shape[0])):
-                    for j in range(max(y - dy, 0), min(y + dy + 1, shape[1])):
-                        rest = reach**2 - ((k - z) * size[0]) ** 2 - ((j - y) * size[1]) ** 2
-                        if rest < 0:
-                            continue
-                        wide = min(dx, int(np.sqrt(rest) / size[2]))
-                        at = k * plane + j * row
-                        for i in range(at + max(x - wide, 0), at + min(x + wide + 1, row)):
-                            if parts[i] == parts[here]:
-                                covered[i] = True
-            above = previous[here]
-            if above < 0:
-                break
-            walked += np.sqrt(
-                ((above // plane - z) * size[0]) ** 2
-                + ((above // row % shape[1] - y) * size[1]) ** 2
-                + ((above % row - x) * size[2]) ** 2
-            )
-            here = above
+    width = size.min()
+    last = 0
+    for voxel in inside:
+        last = max(last, int(far[voxel] / width))
+    ends = np.zeros(last + 2, np.int64)
+    for voxel in inside:
+        ends[last - int(far[voxel] / width) + 1] += 1
+    ends = np.cumsum(ends)
+    order, place = np.empty(len(inside), np.int64), ends.copy()
+    for voxel in inside:
+        bucket = last - int(far[voxel] / width)
+        order[place[bucket]] = voxel
+        place[bucket] += 1
+    for bucket in range(last + 1):
+        some = order[ends[bucket] : ends[bucket + 1]]
+        some = some[~covered[some]]
+        for tip in some[np.argsort(-far[some], kind="mergesort")]:
+            if not covered[tip]:
+                _path(tip, parts, shape, previous, distance, size, used, covered)
     return used
+
+
+@numba.njit(cache=True, nogil=True)
+def _path(
+    tip: int,
+    parts: npt.NDArray[np.int32],
+    shape: Index,
+    previous: Index,
+    distance: npt.NDArray[np.float64],
+    size: npt.NDArray[np.float64],
+    used: npt.NDArray[np.bool_],
+    covered: npt.NDArray[np.bool_],
+) -> None:  # pragma: no cover (compiled)
+    """Mark the voxels of the path from a tip to the next one, and those that it covers."""
+    row, plane = shape[2], shape[1] * shape[2]
+    here, walked, ball = tip, 0.0, 0.0
+    while not used[here]:
+        used[here] = True
+        z, y, x = here // plane, here // row % shape[1], here % row
+        reach = SCALE * distance[here] + CONSTANT_NM
+        if walked >= _SPACING * min(reach, ball):
+            walked, ball = 0.0, reach
+            dz, dy, dx = int(reach / size[0]), int(reach / size[1]), int(reach / size[2])
+            for k in range(max(z - dz, 0), min(z + dz + 1, shape[0])):
+                for j in range(max(y - dy, 0), min(y + dy + 1, shape[1])):
+                    rest = reach**2 - ((k - z) * size[0]) ** 2 - ((j - y) * size[1]) ** 2
+                    if rest < 0:
+                        continue
+                    wide = min(dx, int(np.sqrt(rest) / size[2]))
+                    at = k * plane + j * row
+                    for i in range(at + max(x - wide, 0), at + min(x + wide + 1, row)):
+                        if parts[i] == parts[here]:
+                            covered[i] = True
+        above = previous[here]
+        if above < 0:
+            break
+        walked += np.sqrt(
+            ((above // plane - z) * size[0]) ** 2
+            + ((above // row % shape[1] - y) * size[1]) ** 2
+            + ((above % row - x) * size[2]) ** 2
+        )
+        here = above
