@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
 from agq.blockwise.volumes.triples import Triple, triple
+from agq.reading import parse_json, read_file
 
 FOLDER = "skeletons"
 
@@ -44,6 +46,8 @@ CORE_NM = 4000.0
 
 MARGIN_NM = 1200.0
 """How much a window sees around its core."""
+
+_RECORD = "skeletons.json"
 
 _EDGE = np.dtype(
     [
@@ -205,6 +209,7 @@ def export_skeletons(
         # Those of other settings: first what says that they are done.
         for other in target.work.glob("skeletons-*/joined-*"):
             shutil.rmtree(other)
+        (target.work / _RECORD).unlink(missing_ok=True)
         target.remove(FOLDER)
     make_folder(made)
     order = (windows, edges, sizes, len(batches), made, target, sharding, least, swc_folder)
@@ -214,6 +219,8 @@ def export_skeletons(
     info = INFO if sharding is None else {**INFO, "sharding": sharding}
     target.write_json(f"{FOLDER}/info", info)
     target.refer("skeletons", FOLDER)
+    record = {"folder": str(made.relative_to(target.work)), "tables": len(spans)}
+    write_atomic(target.work / _RECORD, json.dumps(record).encode())
     tables = [map_array(part(made, i)) for i in range(len(spans))]
     return SkeletonsReport(
         level,
@@ -223,6 +230,19 @@ def export_skeletons(
         (made, len(spans)),
         len(left),
     )
+
+
+def cable_of(target: Target) -> tuple[Path, int] | None:
+    """Return the tables of lengths of an export's skeletons, for `export_properties`.
+
+    None if it has no skeletons.
+    """
+    work = target.opened().work
+    file = work / _RECORD
+    if not file.is_file():
+        return None
+    record = parse_json(read_file(file))
+    return work / record["folder"], int(record["tables"])
 
 
 def nearest_level(levels: Sequence[Volume]) -> int:

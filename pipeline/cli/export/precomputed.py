@@ -206,13 +206,14 @@ def precomputed(
             written += skeletons.written
         if with_properties:
             from agq.blockwise.export.properties import export_properties
+            from agq.blockwise.export.skeletons.run import cable_of
 
             properties = export_properties(
                 levels[0],
                 target,
                 client,
                 segments=StitchFiles(Path(source)).segments if version else None,
-                cable=skeletons.cable if with_skeletons else None,
+                cable=cable_of(target),
                 least_voxels=least_voxels,
                 on_progress=progress.step,
             )

@@ -27,6 +27,11 @@ def test_skeletons_and_properties_of_labels(main, tmp_path):
     cable = sum(table["cable_um"].to_pylist())
     assert f"skeletons of 32_32_32: 4 of {cable:,.1f} um in all; 0 segments are too small" in said
     assert "segment_properties: 4 segments in segments.parquet, 4 of at least 100 voxels" in said
+    # What an earlier command has traced is in the properties of a later one.
+    code, _, err = main(*command[:4], "--properties", "--workers", 1)
+    assert code == 0, err
+    again = pq.read_table(out / "segment_properties" / "segments.parquet")
+    assert again["cable_um"] == table["cable_um"]
     code, said, err = main("evaluate", labels, labels, "--skeletons", swc)
     assert code == 0, err
     assert "(4 skeletons, " in said

@@ -10,7 +10,7 @@ from scipy import sparse
 from agq.blockwise.export.rows import starts_of
 from agq.blockwise.export.skeletons import encode, run
 from agq.blockwise.export.skeletons.join import Skeleton, join
-from agq.blockwise.export.skeletons.run import Windows, export_skeletons
+from agq.blockwise.export.skeletons.run import Windows, cable_of, export_skeletons
 from agq.blockwise.export.target import Target
 from agq.blockwise.export.volume import export_precomputed, plan_export
 from agq.blockwise.volumes.create import create_array
@@ -152,6 +152,13 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(levels, client, tmp_path,
     export_skeletons(levels, outs[1], client, core_nm=1500)
     # Others in between leave nothing behind, and it is done again.
     assert export_skeletons(levels, outs[1], client, core_nm=1500).written == 0
+    assert cable_of(outs[1]) is not None
+    monkeypatch.setattr(run, "encoded", stopping)
+    with pytest.raises(ValueError, match="stopped"):
+        export_skeletons(levels, outs[1], client, core_nm=1500, least_voxels=2)
+    monkeypatch.undo()
+    # Lengths of a part are not taken for those of all.
+    assert cable_of(outs[1]) is None
     export_skeletons(levels, outs[1], client, core_nm=1500, least_voxels=10**9)
     assert export_skeletons(levels, outs[1], client, core_nm=1500).written > 0
     one, other = (folder_bytes(Path(out.text) / "skeletons") for out in outs)
@@ -159,11 +166,16 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(levels, client, tmp_path,
     assert len(one) > 1
 
 
+def stopping(*_):
+    raise ValueError("stopped")
+
+
 def test_to_a_bucket(levels, client, tmp_path, s3):
     target = Target.of("s3://em-data/out", tmp_path / "work")
     export_precomputed(levels, plan_export(levels), target, client)
     assert export_skeletons(levels, target, client).skeletons > 0
     assert any(key.endswith(".shard") for key in s3.listed() if "/skeletons/" in key)
+    assert cable_of(target) is not None
 
 
 def test_shards_hold_consecutive_ids():
