@@ -271,14 +271,16 @@ class BlockGrid:
         """
         self.index(number)
         labels = np.asarray(local)
-        if labels.size and (int(labels.max()) >> LOCAL_BITS or int(labels.min()) < 0):
+        negative = labels.dtype.kind != "u" and labels.size and int(labels.min()) < 0
+        if negative or (labels.size and int(labels.max()) >> LOCAL_BITS):
             raise ValueError(
                 f"block {number}: labels {labels.min()}..{labels.max()} do not fit in "
                 f"{LOCAL_BITS} bits"
             )
         base = np.uint64(int(number) << LOCAL_BITS)
-        ids = labels.astype(np.uint64)
-        np.bitwise_or(ids, base, out=ids, where=labels != 0)
+        ids = np.asarray(labels.astype(np.uint64))
+        ids |= base
+        ids[labels == 0] = 0
         return ids
 
     @staticmethod

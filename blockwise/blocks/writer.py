@@ -7,10 +7,12 @@ Prediction, import and watershed baseline all keep their blocks in a folder of t
     sidecars/               one file per block (`blocks.sidecar`)
 
 Each file is written atomically and synced. A caller with a journal writes the block's line
-after `BlockWriter.write` has returned, with the checksums that it returns.
+after `BlockWriter.write` has returned, with the checksums that it returns: of stored bytes, a
+hundredth of the voxels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,13 @@ from agq.blockwise.blocks.label_pairs import MaskAgreement
 from agq.blockwise.blocks.pack_arrays import is_packed, require_unpacked
 from agq.blockwise.blocks.packs import sidecar_path
 from agq.blockwise.blocks.sidecar import build_sidecar
-from agq.blockwise.storage.files import checksum, require_folder, write_atomic
+from agq.blockwise.storage.files import Unsynced, checksum, require_folder, write_atomic
+from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.volumes.create import (
     chunk_file,
     create_affinities,
     create_array,
     open_array,
-    write_chunk,
 )
 from agq.errors import DamagedError, InputError, repairable
 
@@ -54,6 +56,7 @@ class BlockWriter:
     grid: BlockGrid
     fragments: "zarr.Array[Any]"
     affinities: "zarr.Array[Any] | None" = None
+    _named: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def create(
@@ -134,15 +137,24 @@ class BlockWriter:
         ).to_bytes()
         crop, index = self.grid.write_in_read(number), self.grid.index(number)
         ids = self.grid.fragment_ids(number, labels[crop])
-        sums = {"fragments": checksum(ids), "sidecar": checksum(sidecar)}
-        write_chunk(self.fragments, index, ids)
+        kept: dict[str, tuple[tuple[int, ...], npt.NDArray[Any]]] = {"fragments": (index, ids)}
         if self.affinities is not None:
-            written = np.ascontiguousarray(affinities[(slice(None), *crop)])
-            sums["affinities"] = checksum(written)
-            write_chunk(self.affinities, (0, *index), written)
+            kept["affinities"] = ((0, *index), affinities[(slice(None), *crop)])
+        sums = {"sidecar": checksum(sidecar)}
+        unsynced = Unsynced(self._named)
+        for name, (place, data) in kept.items():
+            encoded = self._chunks[name].encode(data)
+            sums[name] = checksum(encoded)
+            self._chunks[name].write(place, encoded, unsynced)
         require_folder(self.folder)
         write_atomic(sidecar_path(self.folder, number), sidecar)
+        unsynced.sync()
         return sums
+
+    @cached_property
+    def _chunks(self) -> dict[str, ChunkFiles]:
+        arrays = {"fragments": self.fragments, "affinities": self.affinities}
+        return {name: ChunkFiles(array) for name, array in arrays.items() if array is not None}
 
     def files(self, number: int) -> list[Path]:
         """Return the paths of all files of a block, written or not."""

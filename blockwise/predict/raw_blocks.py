@@ -17,6 +17,8 @@ from agq.blockwise.predict.spec import PredictSpec
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 
+_KEPT_BYTES = 2**25
+
 
 class BlockError(Exception):
     """A block whose data cannot be used; the message says why."""
@@ -58,7 +60,9 @@ class RawBlocks:
                 "use another run folder or start over with --overwrite"
             )
         contrast = None if spec.contrast is None else np.array(spec.contrast, np.float32)
-        return cls(raw, grid, nearest_good(spec.bad_sections, raw.shape[0]), contrast)
+        return cls(
+            raw.keeping(_KEPT_BYTES), grid, nearest_good(spec.bad_sections, raw.shape[0]), contrast
+        )
 
     def read(self, number: int) -> npt.NDArray[Any]:
         """Read the raw voxels of a block, (z, y, x), always of the grid's `read_shape`.

@@ -72,19 +72,29 @@ class Unsynced:
 
     A folder that names many of them is synced once, and the device has often written a file by the
     time it is asked to: cheaper than to wait for each file.
+
+    Parameters
+    ----------
+    named
+        Folders whose names are known to be durable: a folder that names only these is not synced
+        again. It grows; threads may share it. None: nothing is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, named: set[Path] | None = None) -> None:
+        self._named = named
         self._files: list[Path] = []
-        self._folders: dict[Path, None] = {}
+        self._folders: dict[Path, set[Path]] = {}
 
     def add(self, file: Path, top: Path) -> None:
         """Take a file and the folders above it, up to and including ``top``."""
         self._files.append(file)
-        for folder in file.parents:
-            self._folders[folder] = None
-            if folder == top:
+        for entry in (file, *file.parents):
+            if entry == top:
                 return
+            if self._named is None or entry not in self._named:
+                names = self._folders.setdefault(entry.parent, set())
+                if entry != file:
+                    names.add(entry)
 
     def sync(self) -> None:
         """Make them durable, and forget them.
@@ -98,6 +108,8 @@ class Unsynced:
         self._files, self._folders = [], {}
         for path in (*files, *folders):
             fsync_path(path)
+        if self._named is not None:
+            self._named.update(*folders.values())
 
 
 def require_folder(folder: PathLike) -> None:

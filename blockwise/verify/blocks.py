@@ -13,6 +13,7 @@ from agq.blockwise.blocks.packs import sidecar_bytes, sidecar_file
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState, sums_digest
 from agq.blockwise.storage.files import checksum
+from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.verify.report import Check, Kind, Problem
 from agq.blockwise.volumes.create import chunk_file, open_array, read_chunk
 from agq.errors import DamagedError, InputError
@@ -77,17 +78,17 @@ class BlockOutputs:
         contents
             Read the files; else only look whether they are there.
         """
-        sums, problems = {}, []
-        for name, file in self._files(number).items():
-            try:
-                sums[name] = self._checksum(name, number, file, contents=contents)
-            except DamagedError as error:
-                problems.append(self._problem(name, number, str(error).split(": ", 1)[1]))
-        kinds = [_KINDS[name] for name in sums]
-        if contents and digest == 0:
-            return Check([], kinds, problems)
+        stored, problems = self._sums(number, contents=contents)
+        kinds = [_KINDS[name] for name in stored]
         if not contents:
             return Check(kinds, [], problems)
+        if not problems and sums_digest(stored) == digest:
+            return Check(kinds, [], [])
+        # Earlier releases recorded checksums of voxels; and what has none must decode at least.
+        sums, problems = self._sums(number, contents=True, decoded=True)
+        kinds = [_KINDS[name] for name in sums]
+        if digest == 0:
+            return Check([], kinds, problems)
         if not problems and sums_digest(sums) == digest:
             return Check(kinds, [], [])
         record = self.journal.record(number)
@@ -96,7 +97,7 @@ class BlockOutputs:
             # The line is gone, and the journal's snapshot does not say which of them differs.
             problems.append(self._problem("fragments", number, "block differs from its checksum"))
         for name, value in sums.items():
-            if name in recorded and recorded[name] != value:
+            if name in recorded and recorded[name] not in (value, stored.get(name)):
                 what = "contents differ from their checksum"
                 problems.append(self._problem(name, number, what))
         unrecorded = [_KINDS[name] for name in sums if recorded and name not in recorded]
@@ -109,7 +110,21 @@ class BlockOutputs:
             files[name] = chunk_file(array, (*[0] * (array.ndim - 3), *index))
         return files
 
-    def _checksum(self, name: str, number: int, file: Path, *, contents: bool) -> str:
+    def _sums(
+        self, number: int, *, contents: bool, decoded: bool = False
+    ) -> tuple[dict[str, str], list[Problem]]:
+        """Return a checksum of each output that can be read, and what is wrong with others."""
+        sums, problems = {}, []
+        for name, file in self._files(number).items():
+            try:
+                sums[name] = self._checksum(name, number, file, contents=contents, decoded=decoded)
+            except DamagedError as error:
+                problems.append(self._problem(name, number, str(error).split(": ", 1)[1]))
+        return sums, problems
+
+    def _checksum(
+        self, name: str, number: int, file: Path, *, contents: bool, decoded: bool
+    ) -> str:
         try:
             if file.stat().st_size == 0:
                 raise DamagedError(f"{file}: file is empty")
@@ -123,7 +138,9 @@ class BlockOutputs:
         except NotAFileError as error:
             raise DamagedError(str(error)) from None
         array = self.arrays[name]
-        return checksum(read_chunk(array, (*[0] * (array.ndim - 3), *self.grid.index(number))))
+        index = (*[0] * (array.ndim - 3), *self.grid.index(number))
+        stored = None if decoded else ChunkFiles(array).encoded(index)
+        return checksum(read_chunk(array, index) if stored is None else stored)
 
     def _problem(self, name: str, number: int, what: str) -> Problem:
         path = self._files(number)[name].relative_to(self.folder)

@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from funlib.geometry import Coordinate, Roi
+from zarr.storage import LocalStore
 
+from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.volumes.find import find_array, sources_of
 from agq.blockwise.volumes.location import Location, locate, shown_cause
 from agq.blockwise.volumes.metadata import (
@@ -33,7 +35,7 @@ from agq.blockwise.volumes.placement import Numbers, numbers_of, place
 from agq.blockwise.volumes.precomputed import open_scale
 from agq.blockwise.volumes.triples import Triple, triple
 from agq.credentials import hide
-from agq.errors import InputError
+from agq.errors import DamagedError, InputError
 from agq.reading import require_file
 from agq.stores import STORED_BYTES
 
@@ -95,6 +97,7 @@ class Volume:
     _origin: Triple = (0, 0, 0)
     notes: tuple[str, ...] = ()
     address: str = field(default="", repr=False)
+    _files: ChunkFiles | None = field(default=None, repr=False, compare=False)
 
     @property
     def roi(self) -> Roi:
@@ -139,8 +142,19 @@ class Volume:
         ranges = [range(1)] * self._ndim
         for axis, first, b, e in zip(self._axes, self._origin, begin, end, strict=True):
             ranges[axis] = range(first + b, first + e)
-        data = in_order(read_stored(self._array, ranges, self.name), self._axes)
+        stored = read_stored(self._array, ranges, self.name, self._files)
+        data = in_order(stored, self._axes)
         return np.require(data, self.dtype, ["C", "W", "O"])
+
+    def keeping(self, most: int) -> "Volume":
+        """Return this volume, which keeps so many bytes of decoded chunks for the next reads.
+
+        Boxes that do not follow the chunks decode each chunk many times otherwise. Only chunks of
+        zarr arrays of this machine are kept; such a volume cannot be pickled.
+        """
+        if not _is_local_zarr(self._array):
+            return self
+        return replace(self, _files=ChunkFiles(self._array, most))
 
     def crop(self, roi: Roi) -> "Volume":
         """Return the part of the volume inside a ROI, with its own shape and offset.
@@ -393,8 +407,10 @@ def _opened(
     return array, chunks, np.dtype(array.dtype).newbyteorder("="), index
 
 
-def read_stored(array: Any, ranges: Sequence[range], where: str) -> npt.NDArray[Any]:
-    """Read a box of an array of `open_stored`, with all its axes.
+def read_stored(
+    array: Any, ranges: Sequence[range], where: str, files: ChunkFiles | None = None
+) -> npt.NDArray[Any]:
+    """Read a box of an array of `open_stored`, with all its axes, perhaps from known files of it.
 
     Raises
     ------
@@ -404,7 +420,8 @@ def read_stored(array: Any, ranges: Sequence[range], where: str) -> npt.NDArray[
     box = tuple(slice(r.start, r.stop) for r in ranges)
     try:
         if not hasattr(array, "kvstore"):
-            return np.asarray(array[box])
+            plain = _read_plain(array, ranges, files)
+            return np.asarray(array[box]) if plain is None else plain
         _require_files(array, ranges)  # of tensorstore
         return np.asarray(array[box].read().result())
     except InputError:
@@ -414,6 +431,23 @@ def read_stored(array: Any, ranges: Sequence[range], where: str) -> npt.NDArray[
         raise InputError(f"{where}: [{shown}] cannot be read ({_reason(error)})") from shown_cause(
             error
         )
+
+
+def _is_local_zarr(array: Any) -> bool:
+    return isinstance(array, zarr.Array) and isinstance(array.store_path.store, LocalStore)
+
+
+def _read_plain(
+    array: Any, ranges: Sequence[range], files: ChunkFiles | None
+) -> npt.NDArray[Any] | None:
+    """Read a box of zarr files of this machine without zarr; None where only zarr knows how."""
+    if not _is_local_zarr(array) or 0 in map(len, ranges):
+        return None
+    try:
+        files = files or ChunkFiles(array)
+        return files.read_box([r.start for r in ranges], [r.stop for r in ranges])
+    except DamagedError:
+        return None  # zarr may know more of it, and says what is wrong
 
 
 def in_order(data: npt.NDArray[Any], axes: Sequence[int]) -> npt.NDArray[Any]:

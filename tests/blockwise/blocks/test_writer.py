@@ -9,7 +9,9 @@ from agq.blockwise.blocks import writer as module
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.sidecar import build_sidecar
 from agq.blockwise.blocks.writer import BlockWriter
-from agq.blockwise.storage.files import checksum
+from agq.blockwise.storage import files as storage
+from agq.blockwise.storage.files import checksum, file_checksum
+from agq.blockwise.storage.shards import ChunkFiles
 from agq.errors import InputError
 from tests.helpers.sidecars import read_sidecar
 
@@ -37,31 +39,55 @@ def test_files_and_checksums(tmp_path: Path, affinities: bool) -> None:
         assert np.array_equal(writer.fragments[box], ids)
         sidecar = build_sidecar(labels, values, GRID, number).to_bytes()
         assert read_sidecar(tmp_path, number).to_bytes() == sidecar
-        expected = {"fragments": checksum(ids), "sidecar": checksum(sidecar)}
+        file, *_ = writer.files(number)
+        expected = {"fragments": file_checksum(file), "sidecar": checksum(sidecar)}
         if writer.affinities is not None:
             written = values[(slice(None), *inner)]
             assert np.array_equal(writer.affinities[(slice(None), *box)], written)
-            expected["affinities"] = checksum(written)
+            expected["affinities"] = file_checksum(writer.files(number)[2])
         assert sums == expected
 
 
 def test_the_sidecar_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = BlockWriter.create(tmp_path, GRID, affinities=True)
     written: list[str] = []
-    chunk, whole = module.write_chunk, module.write_atomic
+    chunk, whole = ChunkFiles.write, module.write_atomic
 
-    def note_chunk(array, *rest):
-        written.append(array.name)
-        chunk(array, *rest)
+    def note_chunk(files, *rest):
+        written.append(files.array.name)
+        chunk(files, *rest)
 
     def note_file(path, data):
         written.append(path.suffix)
         whole(path, data)
 
-    monkeypatch.setattr(module, "write_chunk", note_chunk)
+    monkeypatch.setattr(ChunkFiles, "write", note_chunk)
     monkeypatch.setattr(module, "write_atomic", note_file)
     writer.write(0, *arrays(0))
     assert written == ["/fragments", "/affinities", ".agqs"]
+
+
+def test_all_of_a_block_is_synced_and_folders_once(tmp_path, monkeypatch) -> None:
+    writer = BlockWriter.create(tmp_path, GRID, affinities=True)
+    synced: list[Path] = []
+    real = storage.fsync_path
+
+    def record(path: Path) -> None:
+        synced.append(Path(path))
+        real(path)
+
+    monkeypatch.setattr(storage, "fsync_path", record)
+    top, kept = (tmp_path / "data.zarr" / name for name in ("fragments", "affinities"))
+    folders = ("c/0/0", "c/0", "c", "")
+    writer.write(0, *arrays(0))
+    first = [*writer.files(0)[::2], *(top / f for f in folders)]
+    assert {*first, *(kept / "c/0" / f for f in ("0/0", "0", ""))} <= {*synced}
+    synced.clear()
+    writer.write(1, *arrays(1))
+    chunks = [writer.files(1)[0], writer.files(1)[2]]
+    # The folders that name the new files, and no others.
+    named = [chunks[0].parent, chunks[1].parent, writer.files(1)[1].parent]
+    assert sorted(synced) == sorted([*chunks, *named])
 
 
 def test_wrong_arrays_leave_nothing(tmp_path: Path) -> None:

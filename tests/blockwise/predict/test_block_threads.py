@@ -6,7 +6,7 @@ import pytest
 import zarr
 
 from agq.blockwise.predict.block_threads import BlockError, BlockFiles
-from agq.blockwise.storage.files import checksum
+from agq.blockwise.storage.files import file_checksum
 from agq.errors import InputError
 from tests.helpers import fakes
 from tests.helpers.predict_runs import make_grid, make_run, raw_volume
@@ -38,8 +38,8 @@ def test_windows_have_one_shape_and_writes_hit_their_voxels(tmp_path, shape, con
         (prediction,) = predictor.predict([window])
         sums = files.write(number, prediction)
         local = prediction.labels[inside][grid.write_in_read(number)].astype(np.uint64)
-        expected[tuple(write)] = ids = np.where(local, local + (number << 21), 0)
-        assert sums["fragments"] == checksum(ids.astype(np.uint64))
+        expected[tuple(write)] = np.where(local, local + (number << 21), 0)
+        assert sums["fragments"] == file_checksum(files.writer.files(number)[0])
         assert read_sidecar(files.run_dir, number).number == number
     stored = zarr.open_array(files.run_dir / "data.zarr" / "fragments")[:]
     assert np.array_equal(stored, expected)

@@ -9,6 +9,7 @@ import zarr
 
 from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.volumes.create import create_array, open_array, read_chunk, write_chunk
+from agq.blockwise.volumes.open import open_volume
 from agq.errors import DamagedError
 
 SHAPE, CHUNKS, SHARD = (5, 9, 7), (2, 3, 2), (1, 2, 3)
@@ -90,3 +91,39 @@ def test_damage_is_one_line(tmp_path, volume):
     file.write_bytes(bytes(40) + whole[40:])
     with pytest.raises(DamagedError, match="damaged"):
         ChunkFiles(files.array).read((0, 0, 0))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 10**6])
+@pytest.mark.parametrize("shards", [None, (4, 8, 8)])
+def test_boxes_are_those_that_zarr_reads(tmp_path, keep, shards):
+    """Any box, chunks missing, kept or not; two threads' worth of reads of one object."""
+    layout = {"shape": (7, 13, 9), "chunks": (2, 4, 4), "dtype": np.uint16, "fill_value": 7}
+    compressors = zarr.codecs.ZstdCodec()
+    array = zarr.create_array(tmp_path / "a.zarr", shards=shards, compressors=compressors, **layout)
+    rng = np.random.default_rng(0)
+    array[:4, :9] = rng.integers(0, 2**16, (4, 9, 9))
+    files = ChunkFiles(zarr.open_array(tmp_path / "a.zarr", mode="r"), keep)
+    for _ in range(50):
+        ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in array.shape]
+        box = files.read_box(*np.transpose(ends).tolist())
+        assert box is not None
+        assert np.array_equal(box, array[tuple(slice(a, b) for a, b in ends)])
+        box[:] = 0  # the caller's own
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"compressors": zarr.codecs.GzipCodec()},
+        {"serializer": zarr.codecs.BytesCodec(endian="big")},
+        {"filters": [zarr.codecs.TransposeCodec(order=(2, 1, 0))]},
+        {"zarr_format": 2},
+    ],
+)
+def test_what_only_zarr_reads_is_left_to_it(tmp_path, stored):
+    layout = {"shape": (4, 4, 4), "chunks": (2, 4, 4), "dtype": np.uint16}
+    array = zarr.create_array(tmp_path / "a.zarr", **layout, **stored)
+    array[:] = values = np.arange(64).reshape(4, 4, 4)
+    assert ChunkFiles(array).read_box((0, 0, 0), (4, 4, 4)) is None
+    volume = open_volume(tmp_path / "a.zarr", voxel_size=(1, 1, 1))
+    assert np.array_equal(volume.read((1, 1, 1), (3, 4, 4)), values[1:3, 1:, 1:])

@@ -5,6 +5,7 @@ whole runs.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch.run import StitchError, run_stitch
-from agq.blockwise.storage.files import checksum, write_atomic
+from agq.blockwise.storage.files import checksum, file_checksum, write_atomic
 from agq.blockwise.verify.check import verify
 from agq.blockwise.verify.repair import repair
-from agq.blockwise.volumes.create import open_array
+from agq.blockwise.volumes.create import chunk_file, open_array
 from agq.errors import InputError
 from tests.helpers.fragments import GRID, box, folder_bytes, write_run
 from tests.helpers.sidecars import unpack_sidecars
@@ -261,3 +262,17 @@ def test_one_wrong_voxel_of_the_fragments_stops_the_stitch(copy, run, client, ba
     array[chunk] = ids
     with pytest.raises(StitchError, match=r"block 0: label \d+ has \d+ voxels"):
         run_stitch(run.spec(copy, superblock=(1, 2, 2)), client)
+
+
+def test_checksums_of_voxels_as_earlier_releases_wrote_them_count(copy):
+    """A block may have checksums of stored bytes or of voxels; both are held against its files."""
+    fragments = open_array(copy / "data.zarr", "fragments")
+    with JournalWriter(copy / "journal/predict", WorkerInfo("again", "here", 1)) as journal:
+        for record in list(Journal(copy / "journal/predict").records()):
+            if record.state == "done":
+                file = chunk_file(fragments, GRID.index(record.block))
+                sums = record.sums | {"fragments": file_checksum(file)}
+                journal.finish(replace(record, sums=sums, finished=record.finished + 1))
+    assert check(copy).problems == []
+    flip(chunk_file(fragments, (0, 0, 0)))
+    assert [p.kind for p in check(copy).problems] == ["fragments"]
