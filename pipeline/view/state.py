@@ -84,6 +84,39 @@ def portable_states(
     return states
 
 
+def joined_state(
+    config: Config,
+    base_url: str,
+    groups: Sequence[Sequence[int]],
+    at: Sequence[int] | None,
+    *,
+    raw_url: str | None = None,
+) -> dict[str, Any]:
+    """Return a state that shows fragments, those of a group as one segment (``equivalences``).
+
+    Parameters
+    ----------
+    base_url, raw_url
+        As of `portable_states`.
+    groups
+        Fragments of each segment.
+    at
+        Voxel (z, y, x) to start at.
+
+    Raises
+    ------
+    InputError
+        If an address is not one, or an input cannot be opened.
+    """
+    [state] = portable_states(config, base_url, [(at, ())], raw_url=raw_url, marked=False)
+    layers = {layer["name"]: layer for layer in state["layers"]}
+    layers["fragments"]["equivalences"] = [[str(i) for i in group] for group in groups]
+    layers["fragments"]["visible"] = True
+    if "segmentation" in layers:
+        layers["segmentation"]["visible"] = False
+    return state
+
+
 def link_to(site: str, state: dict[str, Any]) -> str:
     """Return the address of a state in a neuroglancer that somebody serves.
 

@@ -9,8 +9,9 @@
 The attachment has format version 4 (zarr v3; public in webknossos-libs), which numbers segments
 from 1 without a gap: fragments are numbered in the order of their ids. An agglomerate is a segment
 of the run, with its id if ids are dense too (else its place in their order). Edges are the contacts
-inside segments, with their mean affinity, and an edge of affinity 1 where an edit joins fragments
-that do not touch; so an agglomerate is connected, and can be split between any two fragments.
+inside segments, with their mean affinity, and edges of affinity 1 where fragments are joined by an
+edit, or pieces by their name, that do not touch. So an agglomerate is connected, and can be split
+between any two fragments.
 
 Blocks are written by tasks; the attachment is made in one process, in about 200 bytes for each
 fragment and edge.
@@ -27,15 +28,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.export.graph.tables import read_graph
-from agq.blockwise.stitch.edits import Constraints
 from agq.blockwise.stitch.steps import Progress, Task, Workers
-from agq.blockwise.stitch.superblocks import StitchFiles
 from agq.blockwise.storage.arrays import Ids
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.create import (
@@ -52,6 +52,9 @@ _UNITS = {"nm": "nanometer", "angstrom": "angstrom", "pm": "picometer"}
 _CHUNK = 2**15
 _SHARD = 2**27
 """Rows of a chunk and of a file of the attachment."""
+
+_FORCED = 2.0
+"""Above any affinity: the score of merges without evidence is about 2,000."""
 
 _ATTRIBUTES = {
     "voxelytics": {"artifact_schema_version": 4, "artifact_class": "AgglomerateViewArtifact"}
@@ -141,7 +144,7 @@ def write_dataset(
     workers = Workers(client, graph, on_progress)
     batches = workers.batches(items, 64, share=4)
     workers.run("webknossos", [WriteDense(batch, run_dir, out, grid) for batch in batches])
-    edges = _write_attachment(out / _LAYER / "agglomerates" / _NAME, dense, run_dir, graph)
+    edges = _write_attachment(out / _LAYER / "agglomerates" / _NAME, dense, graph)
     properties = json.dumps(_properties(graph.name, grid, unit, dense), indent=1)
     write_atomic(out / _PROPERTIES, properties.encode())
     return edges
@@ -175,7 +178,7 @@ class WriteDense(Task):
             write_chunk(array, place, numbers[row.reshape(labels.shape)].T[None])
 
 
-def _write_attachment(folder: Path, dense: Dense, run_dir: Path, graph: Path) -> int:
+def _write_attachment(folder: Path, dense: Dense, graph: Path) -> int:
     agglomerate = dense.agglomerates()
     number = np.arange(1, len(dense.ids) + 1)
     order = np.lexsort((number, agglomerate))
@@ -184,7 +187,7 @@ def _write_attachment(folder: Path, dense: Dense, run_dir: Path, graph: Path) ->
     begins = _offsets(agglomerate[order], count)
     local = np.zeros(len(number), np.int64)
     local[order] = np.arange(len(order)) - begins[agglomerate[order]].astype(np.int64)
-    ends, affinity = _edges(dense, run_dir, graph)
+    ends, affinity = _edges(dense, graph)
     of = agglomerate[ends[:, 0]]
     pairs = np.sort(local[ends], axis=1)
     rows = np.lexsort((pairs[:, 1], pairs[:, 0], of))
@@ -221,7 +224,7 @@ def _offsets(of: NDArray[np.int64], count: int) -> NDArray[np.uint64]:
     return np.concatenate(([0], np.cumsum(sizes))).astype(np.uint64)
 
 
-def _edges(dense: Dense, run_dir: Path, graph: Path) -> tuple[NDArray[np.int64], NDArray]:
+def _edges(dense: Dense, graph: Path) -> tuple[NDArray[np.int64], NDArray]:
     """Return the edges inside segments by the places of their fragments, and their affinities."""
     parts, affinities = [np.zeros((0, 2), np.int64)], [np.zeros(0)]
 
@@ -236,14 +239,11 @@ def _edges(dense: Dense, run_dir: Path, graph: Path) -> tuple[NDArray[np.int64],
         if len(table):
             columns = [table[name].to_numpy() for name in ("u", "v", "affinity")]
             add(columns[0], columns[1], columns[2].astype(np.float64))
-    file = StitchFiles(run_dir).edits
-    if file.exists():
-        edits = Constraints.load(file, "edits")
-        apart = edits.of != edits.fragments
-        u, v = edits.of[apart], edits.fragments[apart]
-        add(u, v, np.ones(len(u)))
+    for table in read_graph(graph, "merges"):
+        forced = table.filter(pc.greater(table["score"], _FORCED))
+        add(forced["u"].to_numpy(), forced["v"].to_numpy(), np.ones(len(forced)))
     ends = np.sort(np.concatenate(parts), axis=1)
-    # Of an edit between fragments that touch, the contact stays.
+    # Of a merge of fragments that touch, the contact stays.
     ends, first = np.unique(ends, axis=0, return_index=True)
     return ends, np.concatenate(affinities)[first]
 

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import neuroglancer
 import numpy as np
 import pytest
 import zarr
@@ -147,3 +149,39 @@ def test_raw_and_a_yaml_file_may_come_later(joined, main, tmp_path) -> None:
     code, _, error = main("stitch", config, "--set", f"run_dir={tmp_path / 'other'}")
     assert code == 0, error
     assert (tmp_path / "other" / "lut" / "segments.parquet").is_file()
+
+
+def test_a_graph_for_viewers(joined: Path, tmp_path: Path, main: Callable) -> None:
+    out, base = tmp_path / "graph", ("--base-url", "https://host/run")
+    code, text, _ = main("export", "graph", joined, out, "--webknossos", *base)
+    assert code == 0
+    assert "neuroglancer.json" in text
+    assert "edges inside segments" in text
+    state = json.loads((out / "neuroglancer.json").read_text())
+    layers = {layer["name"]: layer for layer in state["layers"]}
+    source = layers["fragments"]["source"][0]["url"]
+    assert source == "zarr3://https://host/run/data.zarr/fragments/"
+    assert (layers["fragments"]["visible"], layers["segmentation"]["visible"]) == (True, False)
+    pieces = [(block << 21) | label for label in (1, 2, 3, 4) for block in (0, 1)]
+    parsed = neuroglancer.ViewerState(state).layers["fragments"].layer.equivalences
+    assert {frozenset(group) for group in parsed.to_json()} == {
+        frozenset(group) for group in (pieces[:4], pieces[4:])
+    }
+    attachment = zarr.open_group(str(out / "webknossos" / "fragments" / "agglomerates"))
+    of = attachment["segmentation/segment_to_agglomerate"][:]
+    assert of.tolist() == [0, 1, 1, 2, 2, 1, 1, 2, 2]
+    # Inside a block a contact, and a merge for the second piece of each fragment.
+    assert len(attachment["segmentation/agglomerate_to_edges"][:]) == 8
+    # Of a region, the fragments in it.
+    roi = ("--roi", "0:4,0:40,0:50")
+    assert main("export", "graph", joined, tmp_path / "part", *roi, *base)[0] == 0
+    state = json.loads((tmp_path / "part" / "neuroglancer.json").read_text())
+    layers = {layer["name"]: layer for layer in state["layers"]}
+    assert sorted(layers["fragments"]["equivalences"]) == [["1", "2"], ["3", "4"]]
+    assert state["position"] == [25.5, 20.5, 2.5]
+    for options, message in (
+        ((*roi, "--webknossos"), "--webknossos takes the whole run"),
+        (("--raw-url", "https://host/raw"), "--raw-url goes with --base-url"),
+    ):
+        code, _, error = main("export", "graph", joined, tmp_path / "no", *options)
+        assert (code, message in error) == (2, True)
