@@ -59,6 +59,12 @@ class LedgerSettings(Settings):
         name = os.environ.get(DATABASE_VARIABLE)
         return cls(database=name) if name else cls()
 
+    @property
+    def asked_for(self) -> bool:
+        """Whether a database is named anywhere, or required."""
+        named = self.uri or self.uri_file or os.environ.get(URI_VARIABLE)
+        return self.required or bool(named)
+
     def resolve(self) -> SecretStr | None:
         """Return the URI from wherever it is, or None where none is given.
 

@@ -509,6 +509,8 @@ class _Stitch:
     def _pack_sidecars(self) -> None:
         """Pack what has been collected: a file for each block is the largest part of a run's."""
         folders = sorted((self.run_dir / "sidecars").glob("[0-9]*/"))
+        if not folders:
+            return
         batches = self.workers.batches(folders, 1, share=1)
         self.workers.run("contacts packed", [PackSidecars(batch) for batch in batches])
 

@@ -167,6 +167,8 @@ class Workers:
         total = done + sum(task.size for task in tasks)
         results: list[Any] = []
         self._report(step, done, total)
+        if not tasks:
+            return results  # without a client, which may have to be started
         # A random part: dask would otherwise take a task of an earlier stitch for the same one.
         name = f"{step}{_mark(self.folder)}{secrets.token_hex(4)}"
         futures = {

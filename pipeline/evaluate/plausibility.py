@@ -275,7 +275,9 @@ class _Sizes:
         with open_file(table) as file:
             batches = pq.ParquetFile(file).iter_batches(_PIECE, columns=["voxels", "fragments"])
             for batch in batches:
-                sizes._add(*(batch.column(name).to_numpy() for name in batch.schema.names))
+                # Its own `to_numpy` imports pandas.
+                columns = (np.from_dlpack(batch.column(n)) for n in batch.schema.names)
+                sizes._add(*(np.asarray(column, np.int64) for column in columns))
         return sizes
 
     def _add(self, voxels: npt.NDArray[np.int64], fragments: npt.NDArray[np.int64]) -> None:

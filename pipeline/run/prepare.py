@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.overlay import require_overlap
-from agq.blockwise.ledger.database import connect
 from agq.blockwise.predict.predictor import option_files, resolve_factory
 from agq.blockwise.predict.raw_blocks import nearest_good
 from agq.blockwise.storage.files import require_free_space, require_writable
@@ -406,6 +405,8 @@ def _check_ledger(config: Config) -> None:
     """Check that a database that the run needs takes its records."""
     if config.ledger is None or not config.ledger.required:
         return
+    from agq.blockwise.ledger.database import connect  # imports pymongo
+
     ledger = connect(config.ledger)
     if ledger is not None:
         # Before the run: a user without the right to write would be refused at its end, or after

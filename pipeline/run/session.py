@@ -1,13 +1,13 @@
 """A run while a command works on it: its lock, its record, its ledger and its progress."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agq.blockwise.ledger.database import Ledger, connect
-from agq.blockwise.ledger.feeder import LedgerFeeder
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.coordinator import PredictProgress
 from agq.blockwise.predict.local_processes import Terminated, termination_unwinds
@@ -19,6 +19,10 @@ from agq.pipeline.run.identity import start
 from agq.pipeline.run.overwrite import clear
 from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.status.progress import Progress, Shown, open_progress
+
+if TYPE_CHECKING:
+    from agq.blockwise.ledger.database import Ledger
+    from agq.blockwise.ledger.feeder import LedgerFeeder
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +158,8 @@ def open_session(
 
 def feeder_of(run: RunFolder, ledger: Ledger, *, full: bool = False) -> LedgerFeeder:
     """Return what brings a ledger to what a run folder says; `full` as for `LedgerFeeder`."""
+    from agq.blockwise.ledger.feeder import LedgerFeeder
+
     record = run.record()
     feeder = LedgerFeeder(
         ledger,
@@ -189,7 +195,7 @@ def record_stop(
         if (run.record()["stages"].get(stage, {}).get("finished") or 0.0) >= since:
             return
         run.update_stage(stage, state="stopped", error=why, finished=time.time())
-    database = connect(ledger or LedgerSettings())
+    database = _connect(ledger)
     if database is not None:
         feeder = feeder_of(run, database)
         feeder.start()
@@ -197,9 +203,19 @@ def record_stop(
         database.close()
 
 
+def _connect(settings: LedgerSettings | None) -> Ledger | None:
+    """Open the ledger that the settings or the environment name; most runs have none."""
+    settings = settings or LedgerSettings()
+    if not settings.asked_for:
+        return None
+    from agq.blockwise.ledger.database import connect  # imports pymongo
+
+    return connect(settings)
+
+
 @contextmanager
 def _ledger(prepared: Prepared) -> Iterator[LedgerFeeder | None]:
-    ledger = connect(prepared.config.ledger or LedgerSettings())
+    ledger = _connect(prepared.config.ledger)
     if ledger is None:
         yield None
         return

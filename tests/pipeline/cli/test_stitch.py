@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import zarr
 
 import agq
 from agq.pipeline.folder import RunFolder
-from tests.helpers.runs import write_volume
+from tests.helpers.runs import environment, write_volume
 
 SHAPE = (18, 40, 50)  # two blocks
 CORNERS = {1: "0 60 60", 2: "0 180 60", 3: "0 60 240", 4: "510 180 240"}
@@ -108,3 +110,33 @@ def test_ids_stay(run, tmp_path, main):
     assert main("verify", run)[0] == 0
     assert main("stitch", run, "--ids", "consecutive")[0] == 0
     assert segments(run) == [1, 1, 2, 2]
+
+
+def test_a_stitch_that_has_nothing_to_do_starts_no_process_and_loads_little(run):
+    code = """
+import sys
+from agq.blockwise.stitch import cluster
+
+def no_cluster(*_):
+    raise SystemExit("workers were started")
+
+cluster._local_cluster = no_cluster
+from agq.pipeline.cli.main import app
+try:
+    app(["stitch", sys.argv[1]])
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print("loaded:", *sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, run],
+        env={**environment(), "AGQ_MONGO_URI": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "contacts, agglomerate, lut, relabel, pyramid" in done.stdout
+    words = done.stdout.splitlines()[-1].split()
+    assert words[0] == "loaded:"
+    heavy = {"torch", "pandas", "pymongo", "matplotlib", "daisy", "neuroglancer", "sklearn"}
+    assert not {word.partition(".")[0] for word in words} & heavy
