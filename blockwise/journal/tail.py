@@ -24,6 +24,9 @@ SILENT_S: Final = 120.0
 taken for dead. (One that lives writes every 30 s.)"""
 
 _POLL_BYTES = 8 << 20
+PACKED: Final = "packed.jsonl"
+"""The file of `journal.pack`, with the lines of many processes."""
+
 LONGEST_LINE = 16 << 20
 """Bytes of a line that is refused. Those of workers have less than a hundredth of it."""
 
@@ -159,7 +162,7 @@ class JournalTail:
                     self.garbage += 1
                 else:
                     events.append(event)
-                    if event.kind == "exit":
+                    if event.kind == "exit" and name != PACKED:
                         self.ended.add(name)
             offset += len(line) + 1
 

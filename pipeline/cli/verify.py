@@ -57,7 +57,7 @@ def pack(
         typer.Option("--undo", help="Back to a file a block, so that blocks can be predicted."),
     ] = False,
 ) -> None:
-    """Put the fragments and affinities of a finished run into few files; nothing else changes."""
+    """Put the blocks and journals of a finished run into few files; nothing else changes."""
     from agq.pipeline.run.verify import pack_run
     from agq.pipeline.status.progress import step_progress
 

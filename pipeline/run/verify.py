@@ -6,6 +6,7 @@ from pathlib import Path
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.pack_arrays import ARRAYS, pack_array
+from agq.blockwise.journal.pack import pack_journal
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.stitch.output.pyramid import Pyramid
 from agq.blockwise.verify.check import verify
@@ -17,6 +18,7 @@ from agq.pipeline.config.recorded import require_own_folder
 from agq.pipeline.folder import RunFolder
 
 _STAGES = ("predict", "stitch")
+_JOURNALS = ("predict", "relabel", "pyramid")
 
 
 def verify_run(
@@ -93,6 +95,9 @@ def pack_run(
 ) -> None:
     """Put fragments and affinities of a run into shards, or back into a file a block.
 
+    Journals are packed too, and stay so. Those of a run with a database are not: it has a document
+    for each of their files.
+
     Parameters
     ----------
     folder
@@ -126,6 +131,9 @@ def pack_run(
         for name in ARRAYS:
             if (run.path / "data.zarr" / name / "zarr.json").exists():
                 pack_array(run.path, name, box, undo=undo, on_progress=on_progress)
+        has_ledger = bool((run.record().get("config") or {}).get("ledger"))
+        for stage in _JOURNALS if not (undo or has_ledger) else ():
+            pack_journal(run.journal(stage))
 
 
 def _layout(run: RunFolder) -> tuple[BlockGrid, bool]:

@@ -11,6 +11,8 @@ from agq.blockwise.blocks import pack_arrays
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.pack_arrays import is_packed, pack_array
 from agq.blockwise.blocks.writer import BlockWriter
+from agq.blockwise.journal.pack import pack_journal
+from agq.blockwise.journal.tail import PACKED
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.output.pyramid import Pyramid
 from agq.blockwise.stitch.run import run_stitch
@@ -101,6 +103,9 @@ def test_a_whole_packed_run_has_few_files(tmp_path):
     segments = open_array(tmp_path / "data.zarr", "segmentation/s0", "r")[:]
     pack_array(tmp_path, "fragments", Pyramid.planned(tmp_path, "", grid).passes[0].box)
     assert np.array_equal(read(tmp_path), run.fragments)
+    for journal in (tmp_path / "journal").iterdir():
+        pack_journal(journal)
+        assert [p.suffix for p in journal.iterdir() if p.name != PACKED] == [".npz"]
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) <= 0.35 * grid.n_blocks
     assert verify(tmp_path, grid, affinities=False).problems == []

@@ -140,6 +140,8 @@ def test_a_packed_run_goes_on_and_refuses_blocks(place):
     assert packed.returncode == 0, packed.stderr
     for name in ("fragments", "affinities"):
         assert not (run / "data.zarr" / name / "c").exists()
+    for journal in (run / "journal").iterdir():
+        assert {file.name for file in journal.iterdir()} == {"packed.jsonl", "compact.npz"}
     assert verify_run(run).problems == []
     report = job.run()
     assert report.predict.blocks == 0
