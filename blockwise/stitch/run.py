@@ -27,10 +27,10 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from distributed import Client
@@ -71,7 +71,13 @@ from agq.blockwise.stitch.segments import (
     WriteSegments,
     plan_ranges,
 )
-from agq.blockwise.stitch.settings import Downsampling, MergeSettings, Thresholds, exact
+from agq.blockwise.stitch.settings import (
+    Downsampling,
+    MergeSettings,
+    OutputType,
+    Thresholds,
+    exact,
+)
 from agq.blockwise.stitch.steps import Progress, Step, StitchError, Task, Workers, digest
 from agq.blockwise.stitch.superblocks import (
     Family,
@@ -133,6 +139,9 @@ class StitchSpec(MergeSettings, GridSpec):
 
     downsampling: Downsampling = "majority"
     """How its coarse voxels are chosen (`stitch.output.pyramid`)."""
+
+    dtype: OutputType = "auto"
+    """Type of the segmentation."""
 
     batch_blocks: PositiveInt = 512
     """Most blocks per task. The result does not depend on it."""
@@ -703,8 +712,19 @@ class _Stitch:
             "small_voxels": sum(leaf.small_voxels for leaf in leaves),
         }
 
+    def _dtype(self) -> Literal["uint32", "uint64"]:
+        """Return the type of the segmentation: a function of the ids that were given."""
+        report, spec = self.report, self.spec
+        largest = (report.ids or {}).get("most", report.segments)
+        if spec.dtype == "auto" and spec.segment_ids != "fragment" and largest < 2**32:
+            return "uint32"
+        return "uint64"
+
     def _write(self, numbers: NDArray[np.int64], key: str) -> None:
         """Write all levels of the segmentation of some blocks, and their metadata."""
+        self.pyramid = replace(self.pyramid, dtype=self._dtype())
+        if self.pyramid.dtype != "uint64":
+            key = digest(key, self.pyramid.dtype)
         relabelled, coarse = self.journals / "relabel", self.journals / "pyramid"
         group, pyramid, how = self.container / _SEGMENTATION, self.pyramid, self.spec.downsampling
         self._note_layout(group)

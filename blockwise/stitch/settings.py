@@ -23,6 +23,9 @@ SegmentIds = Literal["consecutive", "fragment", "keep"]
 Downsampling = Literal["majority", "stride"]
 """Which label a coarse voxel takes: the most frequent one, or that of its first voxel."""
 
+OutputType = Literal["auto", "uint64"]
+"""Type of the segmentation: the smaller of uint32 and uint64 that holds all ids, or uint64."""
+
 MOST_TABLED = 63
 """Classes that `classes_may_merge` may name."""
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, NonNegativeInt, model_validator
 from agq.blockwise.blocks.settings import BlocksSettings
 from agq.blockwise.ledger.settings import LedgerSettings
 from agq.blockwise.predict.settings import WorkersSettings
-from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
+from agq.blockwise.stitch.settings import OutputType, PyramidSettings, StitchSettings
 from agq.credentials import hidden
 from agq.model.settings import NetworkSettings
 from agq.pipeline.config.yaml_settings import load_yaml, parse_values
@@ -176,6 +176,11 @@ class OutputSettings(Settings):
 
     affinities: bool = False
     """Also keep the affinities (3 bytes per voxel before compression)."""
+
+    dtype: OutputType = "auto"
+    """Type of the segmentation. `auto`: uint32 where it holds all ids, which takes less time to
+    write and more programs read, else uint64. Ids that are those of fragments
+    (`stitch.segment_ids`) are uint64."""
 
 
 class EvaluateSettings(Settings):

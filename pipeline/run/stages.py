@@ -35,7 +35,7 @@ from agq.blockwise.predict.settings import AttemptSettings
 from agq.blockwise.stitch.cluster import lazy_client
 from agq.blockwise.stitch.edits import MOST_BYTES, read_edits
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, run_stitch
-from agq.blockwise.stitch.settings import PyramidSettings, StitchSettings
+from agq.blockwise.stitch.settings import OutputType, PyramidSettings, StitchSettings
 from agq.blockwise.storage.files import disk_usage, write_atomic
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
@@ -424,6 +424,7 @@ def stitch_spec(
     grid: BlockGrid,
     box: tuple[Any, Any] | None = None,
     classes: Volume | None = None,
+    dtype: OutputType = "auto",
 ) -> StitchSpec:
     """Return what to stitch of a run folder, from its settings and the voxel box of its ROI."""
     start, stop = box or (None, None)
@@ -436,6 +437,7 @@ def stitch_spec(
         classes=classes and reopen_options(classes),
         levels=None if pyramid.levels == "auto" else pyramid.levels + 1,
         downsampling=pyramid.downsampling,
+        dtype=dtype,
     )
 
 
@@ -462,6 +464,7 @@ def stitch(
         prepared.grid,
         prepared.box,
         prepared.opened_classes(),
+        config.output.dtype,
     )
     if config.input.fragments is None:
         find_blocks(spec)

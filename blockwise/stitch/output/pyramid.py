@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -256,6 +256,8 @@ class Pyramid:
         World unit.
     passes
         As planned by :func:`plan_passes`; empty: a chunk is a file, as in former releases.
+    dtype
+        Of the labels.
     """
 
     container: Path
@@ -265,6 +267,7 @@ class Pyramid:
     offset: Sequence[int]
     unit: str = "nm"
     passes: Sequence[Pass] = ()
+    dtype: Literal["uint32", "uint64"] = "uint64"
 
     @classmethod
     def planned(
@@ -301,7 +304,7 @@ class Pyramid:
                 shape=level.shape,
                 chunks=self.chunks,
                 shards=shard if self.passes else None,
-                dtype=np.uint64,
+                dtype=self.dtype,
                 voxel_size=level.voxel_size,
                 offset=self.offset,
                 unit=self.unit,

@@ -8,6 +8,7 @@ own, so no process ever holds the map of the volume.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -182,8 +183,8 @@ def relabel_block(
     lut: NDArray[np.uint64],
     voxels: NDArray[np.int64] | None = None,
     *,
-    out: NDArray[np.uint64] | None = None,
-) -> NDArray[np.uint64]:
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """Return the segment ids of a block's fragments.
 
     Parameters
@@ -196,12 +197,13 @@ def relabel_block(
         Voxels that each of these labels must have; None: not checked.
     out
         Contiguous memory for the result, which may be the fragments': new memory takes longer to
-        get than to fill.
+        get than to fill. uint64 or uint32.
 
     Raises
     ------
     DamagedError
-        If an id belongs to another block or is not in the map, or a label has other voxels.
+        If an id belongs to another block or is not in the map, a label has other voxels, or a
+        segment id does not fit the result.
     """
     fragments = np.ascontiguousarray(fragments)
     counts = np.zeros(len(lut), np.int64)
@@ -209,6 +211,8 @@ def relabel_block(
         out = np.empty_like(fragments)
     flat = fragments.reshape(-1)
     lut = np.ascontiguousarray(lut)
+    if len(lut) and (largest := int(lut.max())) > np.iinfo(out.dtype).max:
+        raise DamagedError(f"block {number}: segment id {largest} does not fit {out.dtype}")
     unknown = int(_apply(flat, np.uint64(number), lut, out.reshape(-1), counts))
     if unknown:
         raise DamagedError(

@@ -183,6 +183,25 @@ def test_only_what_depends_on_a_change_is_redone(run, run_dir, client, undisturb
     assert results(run_dir) == undisturbed
 
 
+def test_the_segmentation_has_the_smallest_type_that_holds_its_ids(run, run_dir, client):
+    def levels():
+        group = run_dir / "data.zarr" / "segmentation"
+        return {p.name: open_array(group, p.name, "r")[:] for p in sorted(group.glob("s*"))}
+
+    run_stitch(run.spec(run_dir), client)
+    small = levels()
+    assert {str(labels.dtype) for labels in small.values()} == {"uint32"}
+    report = run_stitch(run.spec(run_dir, dtype="uint64"), client)
+    assert report.reused == STEPS[:3]
+    large = levels()
+    assert {str(labels.dtype) for labels in large.values()} == {"uint64"}
+    assert small.keys() == large.keys()
+    for name, labels in small.items():
+        assert np.array_equal(labels, large[name])
+    run_stitch(run.spec(run_dir, segment_ids="fragment"), client)
+    assert {str(labels.dtype) for labels in levels().values()} == {"uint64"}
+
+
 def test_removed_results_are_made_again(run, run_dir, client, undisturbed):
     run_stitch(run.spec(run_dir), client)
     for folder, reused in (

@@ -66,3 +66,13 @@ def test_relabel_block():
         ids[3, 4, 5] = foreign
         with pytest.raises(InputError, match=f"{foreign} is not in the id map"):
             relabel_block(ids, number, lut)
+
+
+def test_segments_of_32_bits():
+    ids = np.array([[[fragment(3, 1), fragment(3, 2), 0]]], np.uint64)
+    out = np.empty(ids.shape, np.uint32)
+    lut = np.array([2**32 - 1, 5], np.uint64)
+    assert relabel_block(ids, 3, lut, out=out) is out
+    assert out.tolist() == [[[2**32 - 1, 5, 0]]]
+    with pytest.raises(InputError, match="segment id 4294967296 does not fit uint32"):
+        relabel_block(ids, 3, lut + np.uint64(1), out=out)
