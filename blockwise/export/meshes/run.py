@@ -60,8 +60,10 @@ KEEP = 0.1
 
 _BLOCK = (128, 128, 128)
 _SHARD_VOXELS = 2**24
+_SMALL_VOXELS = 2**18
+_FEW_BITS = 3
 _BATCH = 16
-_VERSION = 2
+_VERSION = 3
 
 
 def mesh_level(scales: Sequence[Scale]) -> int:
@@ -100,7 +102,10 @@ class Plan:
     @property
     def shard_bits(self) -> int:
         """Bits of the number of a shard."""
-        return max(0, math.ceil(math.log2(math.prod(self.volume.shape) / _SHARD_VOXELS)))
+        bits = math.log2(math.prod(self.volume.shape))
+        # Shards are made side by side: a small volume has some, too.
+        few = min(_FEW_BITS, bits - math.log2(_SMALL_VOXELS))
+        return max(0, math.ceil(max(few, bits - math.log2(_SHARD_VOXELS))))
 
     @property
     def surfaces(self) -> Path:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,6 +251,13 @@ def test_neuroglancer_draws_each_level_whole(tmp_path, client, monkeypatch):
         assert (binary_fill_holes(seen) == seen).mean() > 0.999
         rough.append(np.abs(np.diff(shade, axis=1))[seen[:, 1:] & seen[:, :-1]].mean())
     assert rough[0] > rough[1] > rough[2]
+
+
+def test_shards_are_neither_one_nor_too_many(source):
+    (scale,) = plan_export(source)
+    for shape, shards in (((8, 8, 8), 1), ((128, 128, 128), 8), ((1024, 1024, 1024), 64)):
+        volume = SimpleNamespace(shape=shape)
+        assert 2 ** Plan(volume, scale, Target.of("out")).shard_bits == shards
 
 
 def test_the_level_is_the_finest_that_is_not_finer_than_needed(source):
