@@ -231,7 +231,7 @@ class Count(SuperblockTask):
         nodes = NodeTable.load(files.evidence(leaf), "nodes")
         order = np.argsort(nodes.ids)
         tables = []
-        for number in numbers:
+        for number in map(int, numbers):
             start, stop = self.grid.write_box(number)
             classes = read_classes(self.classes, self.grid, start, stop)
             if not classes.any():

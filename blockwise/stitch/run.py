@@ -474,7 +474,8 @@ class _Stitch:
         files, spec = self.files, self.spec
         shape = self.leaf_shape = self._leaf_shape(len(numbers), key)
         tree = SuperblockTree(self.grid.shape, shape)
-        self.leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(numbers)]
+        # Arrays: of millions of blocks, lists of numbers would be most of this process's memory.
+        self.leaves = list(tree.leaves(numbers))
         if len(self.leaves) > _MOST_LEAVES:
             raise InputError(
                 f"stitch.superblock: {shape} blocks cut {len(numbers)} blocks into"
@@ -774,13 +775,13 @@ class _Stitch:
         journal = Journal(folder)
         done = journal.done(self.grid.n_blocks)
         box = np.array(self.pyramid.passes[0].box)
-        numbers = np.sort(np.concatenate([np.array(b, np.int64) for _, b in self.leaves]))
+        numbers = np.sort(np.concatenate([blocks for _, blocks in self.leaves]))
         index = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1) // box
         places, which = np.unique(index, axis=0, return_inverse=True)
         order = np.argsort(which.reshape(-1), kind="stable")
         held = np.split(numbers[order], np.cumsum(np.bincount(which.reshape(-1)))[:-1])
         items = [
-            (triple(place), blocks.tolist())
+            (triple(place), blocks)
             for place, blocks in zip(places, held, strict=True)
             if not done[blocks].all()
         ]

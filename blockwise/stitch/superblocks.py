@@ -73,8 +73,8 @@ class Superblock:
         return Superblock(self.level, (z, y, x))
 
 
-Family = tuple[Superblock, Sequence[Any]]
-"""A superblock with its children, or a leaf with its block numbers."""
+Family = tuple[Superblock, Any]
+"""A superblock with a sequence of its children, or a leaf with its block numbers, int64 (n,)."""
 
 
 @dataclass(frozen=True)

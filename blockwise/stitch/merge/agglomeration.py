@@ -22,10 +22,12 @@ global run too (reducibility), so they merge now. A node whose reach is as good 
 inside has to wait, and so has a node whose best neighbour waits.
 
 Nodes that neither wait nor have a positive edge to the outside have none inside either; they can
-never merge again and leave with their edges. What remains, the *residual* graph, goes up to the
-parent superblock, where it is joined with its siblings' and with the contacts between them. For
-that, each contact across a face keeps the original fragment outside, and the superblock there
-keeps which of its clusters holds that fragment. At the root nothing lies outside.
+never merge again and leave with their edges. (No other edge can leave: between two nodes that may
+still merge, even one whose own score stays negative is a veto, pooled with edges that are positive
+outside.) What remains, the *residual* graph, goes up to the parent superblock, where it is joined
+with its siblings' and with the contacts between them. For that, each contact across a face keeps
+the original fragment outside, and the superblock there keeps which of its clusters holds that
+fragment. At the root nothing lies outside.
 
 **Classes** that may not merge (:mod:`classes`) change none of this. Whether two clusters may merge
 is a property of their fragments, and merges only take pairs away. So a pair that may not merge has
@@ -496,8 +498,9 @@ def contract(
     most = max(len(inside[0]), len(between[0]))
     if most > MAX_EDGES:
         raise InputError(
-            f"contact graph: {most} edges are more than one process can hold ({MAX_EDGES}); set a"
-            " smaller stitch.superblock"
+            f"contact graph: clusters that may still merge have {most:,} edges, and one process"
+            f" takes {MAX_EDGES:,}; higher stitch.across and stitch.within (or stitch.margin_floor), or"
+            " stitch.min_contact, leave fewer"
         )
     marked = (NO_ROWS, NO_PAIRS) if edits is None else _rivals(graph.marks, edits)
     done = agglomerate_edges(*inside, *reach, graph.kinds, bars, graph.waiting.node, *marked)

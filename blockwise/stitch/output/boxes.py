@@ -216,7 +216,7 @@ class Relabel(_Boxes):
         Blocks of the whole volume.
     """
 
-    items: Sequence[tuple[Triple, Sequence[int]]]
+    items: Sequence[tuple[Triple, Sequence[int] | NDArray[np.int64]]]
     run_dir: Path
     source: str
     leaf_shape: Triple

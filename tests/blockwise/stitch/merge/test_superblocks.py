@@ -416,3 +416,11 @@ def test_sums_beyond_64_bits_are_refused(sign):
     graph = Graph.of_fragments(ids, large, [face, none, none], [none, none, none])
     with pytest.raises(InputError, match="do not fit in 64 bits"):
         contract(graph)
+
+
+def test_more_edges_than_a_process_holds_are_refused_with_what_helps(monkeypatch):
+    monkeypatch.setattr("agq.blockwise.stitch.merge.agglomeration.MAX_EDGES", 1)
+    nodes = np.array([1, 2, 3], np.uint64)
+    graph = Graph.of_fragments(nodes, score_table([(1, 2, 1, 1), (2, 3, 1, 1)]))
+    with pytest.raises(InputError, match=r"have 2 edges, and one process takes 1; .*min_contact"):
+        contract(graph)
