@@ -499,8 +499,8 @@ def contract(
     if most > MAX_EDGES:
         raise InputError(
             f"contact graph: clusters that may still merge have {most:,} edges, and one process"
-            f" takes {MAX_EDGES:,}; higher stitch.across and stitch.within (or stitch.margin_floor), or"
-            " stitch.min_contact, leave fewer"
+            f" takes {MAX_EDGES:,}; higher stitch.across and stitch.within (or"
+            " stitch.margin_floor), or stitch.min_contact, leave fewer"
         )
     marked = (NO_ROWS, NO_PAIRS) if edits is None else _rivals(graph.marks, edits)
     done = agglomerate_edges(*inside, *reach, graph.kinds, bars, graph.waiting.node, *marked)
