@@ -168,15 +168,10 @@ class Finder:
         return np.column_stack((ends, (ends >= 2).all(axis=1), beside))
 
     def _of_cuts(self, cuts: Cuts, inside: NDArray, part: int) -> Candidates:
-        """Return the cuts that leave enough on both sides.
-
-        Pieces of one imported fragment belong together by its name (`contacts.SAME`): no affinity
-        reaches the score of their merge.
-        """
+        """Return the cuts that leave enough on both sides and part no name or group of edits."""
         units = self.evidence.thresholds.units
-        by_name = _affinity(cuts.merge_numerator, cuts.merge_denominator, units) > 1
         enough = cuts.sides.min(axis=1) >= self.evidence.least
-        keep = np.flatnonzero(enough & ~by_name)
+        keep = np.flatnonzero(enough & (cuts.bonds == 0))
         rows = np.zeros(len(keep), ROW)
         contact = inside[cuts.contact[keep]]
         for name in ("a", "b", "u", "v", "box"):

@@ -40,6 +40,8 @@ class Cuts:
         Score of the merge.
     boxes
         Bounding box of each side, (n, 2, 6).
+    bonds
+        How many bonds it would break (`evidence.bonds`).
     """
 
     fragments: NDArray[np.uint64]
@@ -56,6 +58,7 @@ class Cuts:
     merge_numerator: NDArray[np.int64]
     merge_denominator: NDArray[np.int64]
     boxes: NDArray[np.int64]
+    bonds: NDArray[np.int64]
 
 
 def find_cuts(nodes: NDArray, inside: NDArray) -> Cuts:
@@ -79,6 +82,8 @@ def find_cuts(nodes: NDArray, inside: NDArray) -> Cuts:
     size = _subtree(start, parent, np.ones(len(ids), np.int64))
     voxels = _subtree(start, parent, nodes["voxels"].astype(np.int64))
     crossing = _crossing(start, parent, u, v, numerator, denominator)
+    bound = scored["bound"]
+    broken = _crossing(start, parent, u[bound], v[bound], numerator[bound], denominator[bound])
     root = _roots(start, parent)
     cut = start[merge[start] >= 0]
     place = np.empty(len(ids), np.int64)
@@ -100,6 +105,7 @@ def find_cuts(nodes: NDArray, inside: NDArray) -> Cuts:
         merge_numerator=merges.numerator[kept],
         merge_denominator=merges.denominator[kept],
         boxes=_boxes(nodes["box"][start], start, parent, place, cut, top, size),
+        bonds=broken[cut, 2],
     )
 
 

@@ -16,25 +16,35 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from agq.blockwise.stitch.classes import ClassRule, may_join_each
 from agq.blockwise.stitch.contacts import PARTS, ContactTable, NodeTable, load_contacts
+from agq.blockwise.stitch.edits import Constraints
 from agq.blockwise.stitch.merge.agglomeration import score_contacts
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.settings import Thresholds
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock
-from agq.blockwise.storage.arrays import Boxes, Ids, Numbers
+from agq.blockwise.storage.arrays import Boxes, Ids, Numbers, load_arrays
 from agq.errors import InputError
 
 NODE = np.dtype(
-    [("segment", np.uint64), ("id", np.uint64), ("voxels", np.int64), ("box", np.int64, 6)]
+    [
+        *((name, np.uint64) for name in ("segment", "id", "name", "group")),
+        ("voxels", np.int64),
+        ("box", np.int64, 6),
+    ]
 )
+"""A fragment, or a piece of a named one; ``group`` is that of edits, 0 without."""
+
 CONTACT = np.dtype(
     [
         *((name, np.uint64) for name in ("a", "b", "u", "v")),
         *((name, np.int64) for name in ("numerator", "denominator")),
         ("box", np.int64, 6),
+        ("bound", np.bool_),
     ]
 )
-"""Segments a <= b of fragments u and v, their score, and the box in which they touch."""
+"""Segments a <= b of fragments u and v, their score, and the box in which they touch; or a bond,
+which no evidence outweighs, between two that a name or an edit makes one."""
 
 _ROWS = 2**21
 """Rows of a part, and of all parts in memory before they go to files."""
@@ -112,6 +122,29 @@ class Part:
     between: NDArray
 
 
+def bonds(nodes: NDArray, inside: NDArray) -> NDArray:
+    """Return rows that bind what has one name, or is in one group of edits, in chains.
+
+    The score of each exceeds what all contacts of its segment can say against it.
+    """
+    chains = []
+    for column in ("name", "group"):
+        rows = nodes[nodes[column] > 0]
+        rows = rows[np.lexsort((rows["id"], rows[column], rows["segment"]))]
+        same = rows[1:][["segment", column]] == rows[:-1][["segment", column]]
+        chain = np.zeros(np.count_nonzero(same), CONTACT)
+        chain["u"], chain["v"] = rows["id"][:-1][same], rows["id"][1:][same]
+        chain["a"] = chain["b"] = rows["segment"][1:][same]
+        chains.append(chain)
+    found = np.concatenate(chains)
+    every, place = np.unique(np.concatenate((inside["a"], found["a"])), return_inverse=True)
+    against = np.zeros(len(every), np.int64)
+    np.add.at(against, place[: len(inside)], np.abs(inside["numerator"]))
+    found["numerator"] = 1 + against[place[len(inside) :]]
+    found["denominator"], found["bound"] = 1, True
+    return found
+
+
 @dataclass
 class SegmentEvidence:
     """Evidence of a run by segment; a context, which removes its files at the end.
@@ -122,6 +155,8 @@ class SegmentEvidence:
         Folder of a stitched run.
     thresholds
         Those of its stitch.
+    rule
+        Which classes may merge; None without classes.
     least
         Segments of fewer voxels are left out.
     on_progress
@@ -132,6 +167,7 @@ class SegmentEvidence:
     thresholds: Thresholds
     least: int
     on_progress: Callable[[int, int], None] | None = None
+    rule: ClassRule | None = None
 
     def __enter__(self) -> SegmentEvidence:
         """Read all leaves once."""
@@ -144,6 +180,9 @@ class SegmentEvidence:
             raise InputError(
                 f"{self.run_dir}: no segment has {self.least} voxels; give a smaller --least"
             )
+        self._edits = Constraints.load(files.edits, "edits") if files.edits.exists() else None
+        self._rivals: dict[int, int] = {}
+        self._kinds = np.zeros(len(self.segments.ids), np.uint64)
         rows = sum(path.stat().st_size for path in paths) // 16
         self.count = 1 + rows // _ROWS
         self._scratch = tempfile.TemporaryDirectory(prefix="suspects-", dir=self.run_dir)
@@ -164,8 +203,21 @@ class SegmentEvidence:
     def parts(self) -> Iterator[Part]:
         """Yield all parts, one in memory at a time."""
         for k in range(self.count):
-            nodes, inside, between = self._parts
-            yield Part(nodes.read(k, NODE), inside.read(k, CONTACT), between.read(k, CONTACT))
+            rows = self._parts[0].read(k, NODE), self._parts[1].read(k, CONTACT)
+            inside = np.concatenate((rows[1], bonds(*rows)))
+            yield Part(rows[0], inside, self._allowed(self._parts[2].read(k, CONTACT)))
+
+    def _allowed(self, between: NDArray) -> NDArray:
+        """Return contacts between segments that neither classes nor edits keep apart."""
+        keep = np.ones(len(between), np.bool_)
+        if self.rule is not None:
+            one, other = (self._kinds[self.segments.rows(between[end])] for end in ("a", "b"))
+            keep &= may_join_each(one, other, self.rule.bars)
+        if self._edits is not None:
+            for pair in self._edits.rivals.tolist():
+                low, high = sorted(self._rivals.get(mark, 0) for mark in pair)
+                keep &= (between["a"] != low) | (between["b"] != high)
+        return between[keep]
 
     def _leaf(self, files: StitchFiles, leaf: Superblock) -> None:
         """Sort the rows of one leaf into parts."""
@@ -179,7 +231,22 @@ class SegmentEvidence:
         own = np.zeros(len(tables[0]), NODE)
         own["segment"], own["id"] = segments[0], tables[0].ids
         own["voxels"], own["box"] = tables[0].sizes, tables[0].boxes
-        kept = own[self.segments.rows(segments[0]) >= 0]
+        names = load_arrays(files.evidence(leaf), "names").get("names")
+        if names is not None:
+            own["name"] = names
+        place = self.segments.rows(segments[0])
+        listed = place >= 0
+        if self.rule is not None:
+            kinds = self.rule.read(files, [leaf]).of(own["id"] if names is None else own["name"])
+            np.bitwise_or.at(self._kinds, place[listed], kinds[listed])
+        if self._edits is not None:
+            members, groups = self._edits.groups
+            if len(members):
+                at = np.minimum(np.searchsorted(members, own["id"]), len(members) - 1)
+                own["group"] = np.where(members[at] == own["id"], groups[at], 0)
+            marked = own[np.isin(own["id"], self._edits.marks[0])]
+            self._rivals.update(zip(marked["id"].tolist(), marked["segment"].tolist(), strict=True))
+        kept = own[listed]
         self._parts[0].add(kept, kept["segment"])
         nodes, owner = NodeTable.concatenate(tables), np.concatenate(segments)
         order = np.argsort(nodes.ids, kind="stable")

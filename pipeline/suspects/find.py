@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.journal.reader import Journal
+from agq.blockwise.stitch.classes import ClassRule
 from agq.blockwise.stitch.contacts import NodeTable
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.superblocks import StitchFiles
@@ -93,7 +94,10 @@ class Suspect:
 @contextmanager
 def finder(run: RunFolder, least: int, on_progress: Progress | None = None) -> Iterator[Finder]:
     """Read the evidence of a stitched run."""
-    evidence = SegmentEvidence(run.path, stitch_settings(run), least, on_progress)
+    settings = stitch_settings(run)
+    classes = (run.record()["config"].get("input") or {}).get("classes")
+    rule = ClassRule.of(settings) if classes else None
+    evidence = SegmentEvidence(run.path, settings, least, on_progress, rule)
     with evidence:
         boxes, voxels = evidence.segments.boxes, int(evidence.segments.voxels.sum())
         # What was segmented may be a part of the volume.

@@ -10,8 +10,11 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import zarr
 from matplotlib.image import imread
 
+from agq.blockwise.stitch.superblocks import StitchFiles
+from agq.blockwise.storage.arrays import load_arrays
 from agq.blockwise.volumes.open import open_volume
 from agq.errors import InputError
 from agq.pipeline.dashboard.run_view import RunView
@@ -19,11 +22,13 @@ from agq.pipeline.dashboard.runs import Runs
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.suspects.candidates import FEATURES, MERGE, SPLIT, Candidates, distinct, gains
 from agq.pipeline.suspects.coefficients import DEFAULT
+from agq.pipeline.suspects.evidence import SegmentEvidence
+from agq.pipeline.suspects.find import all_owners, finder
 from agq.pipeline.suspects.listed import TABLE, read_suspects
 from agq.pipeline.suspects.model import Logistic, Model
 from agq.pipeline.view.marks import run_marks
 from tests.helpers.browser import browser_page, serving
-from tests.helpers.runs import agq, blobs, make_config
+from tests.helpers.runs import agq, blobs, make_config, write_volume
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +269,81 @@ def test_a_real_browser_shows_the_pictures_and_opens_the_viewer(
             first.locator("a").click()
         opened.value.wait_for_load_state()
     assert asked == [(run, tuple(rows[0][axis] for axis in "zyx"), (rows[0]["segment"],))]
+
+
+def test_what_edits_have_decided_is_no_suspect(
+    drawn: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(drawn[0], run)
+    cut = drawn[1][0]
+    assert cut["kind"] == MERGE
+    pair = (cut["fragment"], cut["other_fragment"])
+    edits = tmp_path / "edits.csv"
+
+    def stitch(kind: str) -> None:
+        edits.write_text(f"kind,a,b\n{kind},{pair[0]},{pair[1]}\n")
+        assert agq("stitch", run, "--edits", edits).returncode == 0
+
+    def sides() -> list[int]:
+        """Return how many of both fragments are on one side of each cut."""
+        with finder(RunFolder(run), 10) as found:
+            cuts = [row for table in found.cuts(DEFAULT.value) for row in table.rows]
+            return [int(np.isin(pair, side).sum()) for side in found.sides(cuts)]
+
+    def pairs() -> set[tuple[int, int]]:
+        with finder(RunFolder(run), 10) as found:
+            rows = [row for table in found.pairs() for row in table.rows]
+        return {(int(row["a"]), int(row["b"])) for row in rows}
+
+    assert 1 in sides()
+    stitch("merge")
+    assert sides()
+    assert 1 not in sides(), "a cut would undo the edit"
+    stitch("split")
+    lut = dict(zip(*(ids.tolist() for ids in all_owners(RunFolder(run))), strict=True))
+    one, other = sorted(lut[fragment] for fragment in pair)
+    assert one != other
+    assert (one, other) not in pairs()
+    monkeypatch.setattr(SegmentEvidence, "_allowed", lambda self, between: between)
+    assert (one, other) in pairs(), "they touch"
+
+
+def test_no_cut_parts_a_fragment_of_another_model_and_no_pair_joins_classes(
+    tmp_path: Path,
+) -> None:
+    """Fragments of 20 columns in pieces; of the two halves one has a class that may not merge."""
+    rng = np.random.default_rng(3)
+    fragments = np.repeat(np.arange(1, 31, dtype=np.uint64), 20)[None, None].repeat(20, 0)
+    fragments = np.ascontiguousarray(np.broadcast_to(fragments, (20, 8, 600)))
+    classes = np.where(np.arange(600) < 300, 1, 2).astype(np.uint8)
+    container = tmp_path / "in.zarr"
+    write_volume(container, "fragments", fragments)
+    write_volume(container, "classes", np.broadcast_to(classes, fragments.shape).copy())
+    affinities = rng.integers(120, 180, (3, *fragments.shape)).astype(np.uint8)
+    attributes = {"voxel_size": [30, 6, 6], "offset": [0, 0, 0], "units": ["nm"] * 3}
+    zarr.create_array(str(container / "affinities"), data=affinities).attrs.update(attributes)
+    words = ("--fragments", f"{container}::fragments", "--affinities", f"{container}::affinities")
+    words += ("--output", tmp_path / "run", "--threshold", "0.588", "--voxel-size", "30,6,6")
+    words += ("--set", f"input.classes.path={container}", "--set", "input.classes.dataset=classes")
+    done = agq("stitch", *words)
+    assert done.returncode == 0, done.stderr
+    names = {}
+    files = StitchFiles(tmp_path / "run")
+    for path in sorted(files.contacts.glob("0/*.npz")):
+        arrays = load_arrays(path, "nodes.ids", "names")
+        names |= dict(zip(arrays["nodes.ids"].tolist(), arrays["names"].tolist(), strict=True))
+    assert len(set(names.values())) == 30 < len(names)
+    run = RunFolder(tmp_path / "run")
+    with finder(run, 10) as found:
+        cuts = [row for table in found.cuts(DEFAULT.value) for row in table.rows]
+        pairs = [row for table in found.pairs() for row in table.rows]
+        assert cuts
+        for row in cuts:
+            [side] = found.sides([row])
+            sides = {name: set() for name in names.values()}
+            for fragment, name in names.items():
+                sides[name].add(bool(np.isin(fragment, side)))
+            assert all(len(found) == 1 for found in sides.values())
+    ends = {frozenset(names[int(row[end])] > 15 for end in ("u", "v")) for row in pairs}
+    assert frozenset((True, False)) not in ends, "the contact of both classes is no suspect"
