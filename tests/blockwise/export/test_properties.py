@@ -105,10 +105,13 @@ def test_stopped_anywhere_it_goes_on(tmp_path, client, monkeypatch):
     levels = open_levels(tmp_path / "in", "a", kind="labels")
     target, measure = exported(levels, tmp_path / "out", client), properties.measure
 
-    def stopped(labels, low, first):
-        if first[1]:
+    def made():
+        return {p: p.stat().st_mtime_ns for p in target.work.glob("properties-*/*.npy")}
+
+    def stopped(*arguments):
+        if made():
             raise ValueError("stopped")
-        return measure(labels, low, first)
+        return measure(*arguments)
 
     def counted(*arguments):
         again.append(arguments)
@@ -118,11 +121,12 @@ def test_stopped_anywhere_it_goes_on(tmp_path, client, monkeypatch):
     with pytest.raises(ValueError, match="stopped"):
         export_properties(levels[0], target, client)
     assert not (tmp_path / "out" / "segment_properties").exists()
-    again = []
+    kept, again = made(), []
+    assert kept
     monkeypatch.setattr(properties, "measure", counted)
     export_properties(levels[0], target, client)
-    # The first of the batches were kept.
-    assert 0 < len(again) < len(list(target.work.glob("properties-*/*.npy")))
+    assert again
+    assert kept.items() < made().items(), "what was there was not made again"
     table = pq.read_table(tmp_path / "out" / "segment_properties" / "segments.parquet")
     assert table["voxels"].to_pylist() == [n[0] for n in expected(data).values()]
     assert table["fragments"].null_count == table.num_rows

@@ -358,7 +358,7 @@ def test_a_stitch_of_a_former_release_is_read_checked_and_written_anew(
         array, records = open_array(container, former.array(level)), []
         for index in np.ndindex(*former.grid(level)):
             start, stop = chunk_box(array, index)
-            write_chunk(array, index, values[box(start, stop)])
+            write_chunk(array, index, values[box(start, stop)].astype(array.dtype))
             number = int(former.numbers(level, np.array([index]))[0]) if level else 0
             sums = {"segmentation": file_checksum(chunk_file(array, index))}
             number = number if level else int(np.ravel_multi_index(index, GRID.shape))
