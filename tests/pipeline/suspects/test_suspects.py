@@ -88,13 +88,17 @@ def test_suspects_are_listed_where_they_are(stitched: Path) -> None:
         assert set(map(int, layer["segments"])) == {row["segment"], row["other_segment"]}
 
 
-@pytest.fixture
-def drawn(stitched: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the run, and its list with twelve pictures."""
+@pytest.fixture(scope="module")
+def drawn(
+    stitched: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Return a run, which tests leave as it is, and its list with twelve pictures."""
+    run = tmp_path_factory.mktemp("drawn") / "run"
+    shutil.copytree(stitched, run)
     words = ("--least", 10, "--top", 30, "--pictures", 12, "--json")
-    done = agq("suspects", stitched, *words)
+    done = agq("suspects", run, *words)
     assert done.returncode == 0, done.stderr
-    return stitched, json.loads(done.stdout)["suspects"]
+    return run, json.loads(done.stdout)["suspects"]
 
 
 def pictures(run: Path) -> list[Path]:
@@ -118,9 +122,10 @@ def hues(panel: np.ndarray) -> set[str]:
 
 
 def test_pictures_show_both_sides_as_they_are_and_mended(
-    drawn: tuple[Path, list[dict[str, Any]]],
+    drawn: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    run, rows = drawn
+    run, rows = tmp_path / "run", drawn[1]
+    shutil.copytree(drawn[0], run)
     files = pictures(run)
     assert [file.name for file in files] == [f"{k:04}.png" for k in range(1, 13)]
     for row, file in zip(rows, files, strict=False):
