@@ -250,6 +250,8 @@ def test_the_pages_run_as_written(folder: Path, mongo_uri: str) -> None:
     another_model(folder)
     variables = environment(folder, AGQ_MONGO_URI=mongo_uri)
     for page in IN_ORDER:
+        if page == "docs/stitching.md":
+            write_edits(folder)
         for _, kind, body in fences(ROOT / page):
             for line in commands(kind, body) if kind in ("sh", "console") else ():
                 if elsewhere(page, line) is None:
@@ -297,6 +299,13 @@ def run_of_fake(folder: Path, name: str, seed: int) -> None:
         evaluate={"truth": {"path": str(place / "in.zarr"), "dataset": "labels"}},
     )
     run(f"agq run {file}", folder, environment(folder))
+
+
+def write_edits(folder: Path) -> None:
+    """Write ``edits.csv``: a merge of the smallest and the largest fragment of the run."""
+    fragments = open_array(folder / "runs" / "small" / "data.zarr", "fragments", "r")[:]
+    ends = fragments[fragments > 0].min(), fragments.max()
+    (folder / "edits.csv").write_text(f"kind,a,b,comment\nmerge,{ends[0]},{ends[1]},far apart\n")
 
 
 def another_model(folder: Path) -> None:
