@@ -196,8 +196,8 @@ async function showSuspects() {
   const mark = run.suspects;
   id("suspected").hidden = !mark;
   if (!mark || id("suspects").dataset.mark === String(mark)) return;  // Pictures are loaded once.
-  id("suspects").dataset.mark = mark;
   const rows = await (await get(api("/suspects"))).json();
+  id("suspects").dataset.mark = mark;
   id("suspected").hidden = !rows.length;
   id("nsuspects").textContent = rows.length ? `${whole(rows.length)}, the largest expected error first; pictures: raw, now, mended` : "";
   fill(id("suspects"), ...rows.map((row) => {
@@ -222,7 +222,7 @@ function showReport() {
   const finished = run.state === "done", before = id(finished ? "stages" : "settings");
   if (before.previousElementSibling !== id("results")) before.before(id("results"));
   showPicture();
-  showSuspects().catch(() => {});
+  showSuspects().catch((error) => { id("nsuspects").textContent = error.message; });
   const parts = [];
   if (evaluation && Object.keys(evaluation.scores || {}).length) parts.push(scoreTable(evaluation.scores));
   if (look) parts.push(figures("is it plausible?", look.facts));

@@ -149,7 +149,7 @@ def scale(
     # A part of the grid is taken for a box of its proportions.
     share = (blocks / grid.n_blocks) ** (2 / 3)
     edges = share * cross_sections(grid.shape) * density.edges
-    # A leaf of all blocks has no contacts beyond those of its fragments.
+    # Never more than all contacts: the made-up graph has 6.3 for each fragment, AC4 6.1.
     edges = min(edges, 6.3 * density.fragments * blocks * math.prod(grid.write_shape) / 1e6)
     return Scale(
         files_peak=(3 if affinities else 2) * blocks,

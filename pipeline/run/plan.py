@@ -144,7 +144,7 @@ class Plan(Tabled):
         return facts(f"Plan for {self.run_dir}", rows)
 
     def _single(self) -> list[tuple[str, str]]:
-        """Return what single processes must bear, where it is more than any machine has."""
+        """Return what single processes and the database must bear, for the terminal."""
         sparse, dense = self.scale
         rows = [
             ("memory: coordinator", format_bytes(dense.coordinator_bytes)),

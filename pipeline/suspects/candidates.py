@@ -121,10 +121,9 @@ class Finder:
         """Return the cuts of each part that differ, those of the highest value of their like."""
         found = []
         for number, part in enumerate(self.evidence.parts()):
-            nodes = part.nodes[np.argsort(part.nodes["id"], kind="stable")]
-            if not len(nodes):
+            if not len(part.nodes):
                 continue
-            cuts = find_cuts(nodes, part.inside)
+            cuts = find_cuts(part.nodes, part.inside)
             if keep_trees:
                 contacts = part.inside[cuts.contact]
                 self.fragments[number] = cuts.fragments
@@ -139,8 +138,7 @@ class Finder:
         wanted = {int(row["part"]) for row in rows}
         for number, part in enumerate(self.evidence.parts()) if wanted else ():
             if number in wanted:
-                nodes = part.nodes[np.argsort(part.nodes["id"], kind="stable")]
-                fragments = find_cuts(nodes, part.inside).fragments
+                fragments = find_cuts(part.nodes, part.inside).fragments
                 for k, row in enumerate(rows):
                     if row["part"] == number:
                         found[k] = np.sort(fragments[row["begin"] : row["end"]])

@@ -115,7 +115,7 @@ class _Parts:
 
 @dataclass(frozen=True)
 class Part:
-    """Some segments: their fragments, the contacts inside them, and those of some pairs."""
+    """Some segments: their fragments, ascending, contacts inside them, and those of some pairs."""
 
     nodes: NDArray
     inside: NDArray
@@ -203,9 +203,10 @@ class SegmentEvidence:
     def parts(self) -> Iterator[Part]:
         """Yield all parts, one in memory at a time."""
         for k in range(self.count):
-            rows = self._parts[0].read(k, NODE), self._parts[1].read(k, CONTACT)
-            inside = np.concatenate((rows[1], bonds(*rows)))
-            yield Part(rows[0], inside, self._allowed(self._parts[2].read(k, CONTACT)))
+            nodes, inside = self._parts[0].read(k, NODE), self._parts[1].read(k, CONTACT)
+            nodes = nodes[np.argsort(nodes["id"], kind="stable")]
+            inside = np.concatenate((inside, bonds(nodes, inside)))
+            yield Part(nodes, inside, self._allowed(self._parts[2].read(k, CONTACT)))
 
     def _allowed(self, between: NDArray) -> NDArray:
         """Return contacts between segments that neither classes nor edits keep apart."""
@@ -214,9 +215,14 @@ class SegmentEvidence:
             one, other = (self._kinds[self.segments.rows(between[end])] for end in ("a", "b"))
             keep &= may_join_each(one, other, self.rule.bars)
         if self._edits is not None:
-            for pair in self._edits.rivals.tolist():
-                low, high = sorted(self._rivals.get(mark, 0) for mark in pair)
-                keep &= (between["a"] != low) | (between["b"] != high)
+            apart = {
+                frozenset(self._rivals.get(mark, 0) for mark in pair)
+                for pair in self._edits.rivals.tolist()
+            }
+            marked = np.array(sorted(self._rivals.values()), np.uint64)
+            # Few segments hold a mark, so few rows are looked at one by one.
+            for k in np.flatnonzero(np.isin(between["a"], marked) & np.isin(between["b"], marked)):
+                keep[k] &= frozenset((int(between["a"][k]), int(between["b"][k]))) not in apart
         return between[keep]
 
     def _leaf(self, files: StitchFiles, leaf: Superblock) -> None:
