@@ -86,13 +86,16 @@ def run_ours(weights: Path) -> Callable[[np.ndarray], tuple[dict, dict]]:
         head = stage("decoder", decode, network, maps, seeds)
 
         def to_labels() -> np.ndarray:
-            channels, _ = assign_voxels(head, masks, size, predictor.config.min_mass)
+            found, _ = assign_voxels(head, masks, size, predictor.config.min_mass)
+            channels = found.numpy()
             connected_labels(channels)
             return channels
 
         channels = stage("masks to labels", to_labels)
         logits = maps.affinity_logits
-        affinities = stage("affinities", lambda: quantised(resized_affinities(logits, size)))
+        affinities = stage(
+            "affinities", lambda: quantised(resized_affinities(logits, size)).numpy()
+        )
         return {"channels": channels, "affinities": affinities}, seconds
 
     return run

@@ -83,12 +83,16 @@ def staged(predictor: AGQPredictor, image: np.ndarray) -> dict[str, float]:
             maps = stage("convolutions", lambda: dense_maps(network, x))
         seeds = stage("seeds", lambda: seeds_of(network, maps))
         head = stage("decoder", lambda: decode(network, maps, seeds))
-        channels, _ = stage(
+        channels = stage(
             "masks to labels",
-            lambda: assign_voxels(head, maps.mask_features, size, predictor.config.min_mass),
+            lambda: (
+                assign_voxels(head, maps.mask_features, size, predictor.config.min_mass)[0]
+                .cpu()
+                .numpy()
+            ),
         )
         logits = maps.affinity_logits
-        stage("affinities", lambda: quantised(resized_affinities(logits, size)))
+        stage("affinities", lambda: quantised(resized_affinities(logits, size)).cpu())
         stage("pieces", lambda: connected_labels(channels))
     return spent
 

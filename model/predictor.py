@@ -139,7 +139,7 @@ class AGQPredictor:
         with torch.device("meta"):
             network = AGQ(self.config)
         network.load_state_dict(loaded.state_dict, assign=True)
-        self.network = network.eval().requires_grad_(False).to(self.device)
+        self.network = network.eval().requires_grad_(False).to(self.device).freeze()
         # The reference arithmetic on the CPU has a path of its own, with the same results.
         lean = self.device.type == "cpu" and self.settings.precision == "fp32"
         self.lean = LeanNetwork(self.network) if lean else None
@@ -182,8 +182,8 @@ class AGQPredictor:
         (image,) = self._images([block])
         with self._computing():
             decoded = self._run(image)
-            channels, mass = self._assign(decoded)
-            logits = decoded.maps.affinity_logits.cpu().numpy()
+            answers = decoded.maps.affinity_logits, *self._assign(decoded)
+            logits, channels, mass = (answer.cpu().numpy() for answer in answers)
         seeds = decoded.seeds
         return BlockMasks(logits, channels, mass, seeds.components, seeds.dropped)
 
@@ -193,7 +193,7 @@ class AGQPredictor:
             affinities = self._affinities(decoded)
             seeds = decoded.seeds
             if self.config.pieces == "masks":
-                channels, _ = self._assign(decoded)
+                channels = self._assign(decoded)[0].cpu().numpy()
                 if self.config.min_affinity > 0:
                     channels = split_at_membranes(
                         channels, affinities, self.config.min_affinity, self.config.spacing
@@ -227,13 +227,14 @@ class AGQPredictor:
         seeds = seeds_of(self.network, maps)
         return _Decoded(x, maps, seeds, decode(self.network, maps, seeds))
 
-    def _assign(self, decoded: _Decoded) -> tuple[np.ndarray, np.ndarray]:
+    def _assign(self, decoded: _Decoded) -> tuple[torch.Tensor, torch.Tensor]:
         features = decoded.maps.mask_features
         return assign_voxels(decoded.head, features, decoded.size, self.config.min_mass)
 
     def _affinities(self, decoded: _Decoded) -> np.ndarray:
         logits, flips = decoded.maps.affinity_logits, self.config.flips
-        return quantised(flipped_affinities(logits, self._affinity_logits, decoded.image, flips))
+        averaged = flipped_affinities(logits, self._affinity_logits, decoded.image, flips)
+        return quantised(averaged).cpu().numpy()
 
     def _affinity_logits(self, image: torch.Tensor) -> torch.Tensor:
         if self.lean is not None:

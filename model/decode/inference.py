@@ -8,6 +8,7 @@ Upsampling is linear as well: it is the features (C channels) that are resized, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import cc3d
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from agq.model.devices import CARD_VOXELS, on_card
 from agq.model.network.agq import AGQ
@@ -49,8 +50,8 @@ class DenseMaps:
 
     def finite(self) -> bool:
         """Whether no value is NaN or infinite, as float16 convolutions can make them."""
-        sums = [self.affinity_logits.sum(), self.mask_features.sum(), self.instance_features.sum()]
-        return bool(torch.stack(sums).isfinite().all())
+        total = self.affinity_logits.sum() + self.mask_features.sum() + self.instance_features.sum()
+        return math.isfinite(float(total))
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,27 @@ class MaskHead:
     Attributes
     ----------
     weight : Tensor
-        float32 (1 + Q, C): row 0, the background, is zero, as is its bias; the published
-        inference sets the background logit of the last prediction to zero.
+        float32 (Q, C), or (1 + Q, C) with the background: row 0 and its bias are then zero; the
+        published inference sets the background logit of the last prediction to zero.
     bias : Tensor
-        float32 (1 + Q, 1).
+        float32 (1 + Q, 1); (1, 1) without the background.
     """
 
     weight: Tensor
     bias: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return (1 + Q, voxels) for mask features (voxels, C)."""
+        """Return (rows of the weight, voxels) for mask features (voxels, C)."""
         return torch.addmm(self.bias, self.weight, features.T)
 
-    def select(self, channels: Tensor | slice) -> MaskHead:
+    def select(self, channels: Tensor) -> MaskHead:
         """Return the map to some of the channels."""
         return MaskHead(self.weight[channels], self.bias[channels])
+
+    def with_background(self) -> MaskHead:
+        """Add the background, to a map without it."""
+        bias = self.bias.expand(len(self.weight), 1)
+        return MaskHead(F.pad(self.weight, (0, 0, 1, 0)), F.pad(bias, (0, 0, 1, 0)))
 
 
 def dense_maps(model: AGQ, image: Tensor) -> DenseMaps:
@@ -83,11 +89,9 @@ def dense_maps(model: AGQ, image: Tensor) -> DenseMaps:
 
     The plain form, for any device and under autocast; results are float32.
     """
-    fused = model.fusion_block(model.pyramid(image[None, None]))
-    features = torch.cat([coordinates(fused.shape[2:], fused), fused], dim=1)
-    del fused
+    features = _branch_features(model, image)
     affinity = model.affinity_branch(features)[0].float()
-    masks = model.mask_branch(features)[0].float()
+    masks = model.mask_branch.flat(features)[0].float()
     instances = model.inst_decoder.rpn.inst_convs(features)[0].float()
     return DenseMaps(
         affinity,
@@ -96,34 +100,36 @@ def dense_maps(model: AGQ, image: Tensor) -> DenseMaps:
     )
 
 
-def mask_head(kernels: Tensor, norm: nn.BatchNorm2d) -> MaskHead:
-    """Fold the scalar norm of the logits into kernels (Q, C), and add the background."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    shift = norm.bias - norm.running_mean * scale
-    return MaskHead(
-        F.pad(kernels * scale, (0, 0, 1, 0)), F.pad(shift.expand(len(kernels)), (1, 0))[:, None]
-    )
+def _branch_features(model: AGQ, image: Tensor) -> Tensor:
+    """Return what the branches read of one normalised block: (1, 3 + C, z1, y1, x1)."""
+    fused = model.fusion_block(model.pyramid(image[None, None]))
+    return torch.cat([coordinates(fused.shape[2:], fused), fused], dim=1)
 
 
 def decode(model: AGQ, maps: DenseMaps, seeds: Seeds) -> MaskHead:
     """Run the queries of one block through the decoder and return its last prediction."""
     decoder = model.inst_decoder
     queries = decoder.rpn.queries(maps.instance_features.permute(3, 0, 1, 2), seeds)
-    head = mask_head(decoder.rpn.kernels(queries), decoder.rpn.norm_logits)
-    pixels, pooled_from = maps.mask_features.flatten(0, 2), maps.instance_features.flatten(0, 2)
+    folded = decoder.folded_norms()
+    head = _query_head(decoder.rpn.kernels(queries), *folded[0])
+    pixels, pooled_from = (
+        in_parts(volume.flatten(0, 2), 0) for volume in (maps.mask_features, maps.instance_features)
+    )
     for i, predictor in enumerate(decoder.predictors):
         assert isinstance(predictor, MaskPredictor)
-        only_queries = head.select(slice(1, None))
         pooled = torch.zeros_like(queries)
-        for part in voxel_chunks(len(pixels), pixels):
-            logits = only_queries.logits(pixels[part])
+        for part, instances in zip(pixels, pooled_from, strict=True):
+            logits = head.logits(part)
             share = logits.sub_(logits.amax(0)).exp_()
-            pooled.addmm_(share, pooled_from[part] / share.sum(0)[:, None])
+            pooled.addmm_(share, instances / share.sum(0)[:, None])
         queries = decoder.refine(i, pooled, queries)
-        head = mask_head(predictor.kernels(queries), predictor.norm_logits)
-    return head
+        head = _query_head(predictor.kernels(queries), *folded[i + 1])
+    return head.with_background()
+
+
+def _query_head(kernels: Tensor, scale: Tensor, shift: Tensor) -> MaskHead:
+    """Fold the scalar norm of the logits into kernels (Q, C)."""
+    return MaskHead(kernels * scale, shift)
 
 
 def voxel_chunks(n: int, like: Tensor) -> Iterator[slice]:
@@ -132,8 +138,17 @@ def voxel_chunks(n: int, like: Tensor) -> Iterator[slice]:
     The chunks depend on nothing but n and the kind of device of `like`, and so do the sums over
     them.
     """
-    step = CARD_VOXELS if on_card(like) else 2048
+    step = _step(like)
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def in_parts(voxels: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Cut the voxels, on one axis of a tensor, as `voxel_chunks` does."""
+    return voxels.split(_step(voxels), dim)
+
+
+def _step(like: Tensor) -> int:
+    return CARD_VOXELS if on_card(like) else 2048
 
 
 class Upsampler:
@@ -167,7 +182,7 @@ class Upsampler:
 
 def assign_voxels(
     head: MaskHead, mask_features: Tensor, size: tuple[int, int, int], min_mass: float
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Tensor, Tensor]:
     """Give every voxel of a block its channel.
 
     The published rule: softmax over channels of the logits resized to the block; a channel whose
@@ -189,9 +204,9 @@ def assign_voxels(
 
     Returns
     -------
-    channels : np.ndarray
+    channels : Tensor
         int16 (z, y, x): 0 background, else 1 + query.
-    mass : np.ndarray
+    mass : Tensor
         float32 (1 + Q,): softmax mass per channel, in voxels.
     """
     if on_card(mask_features):
@@ -214,48 +229,34 @@ def assign_voxels(
     kept = mass >= min_mass
     if not bool(kept.all()):
         _replace_winners(winners, upsampler, head, kept)
-    return winners.numpy(), mass.numpy()
+    return winners, mass
 
 
 def assign_on_card(
     head: MaskHead, mask_features: Tensor, size: tuple[int, int, int], min_mass: float
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Tensor, Tensor]:
     """Give every voxel of a block its channel, as `assign_voxels` does, for a device of its own.
 
     A card waits for its host, and not for memory: operators are as few as can be, on all voxels of
-    the block or many of them, and the host asks for results twice, at the end.
+    the block or many of them, and the host is asked for nothing.
     """
-    device = mask_features.device
-    features = _resized(mask_features, size).flatten(1)
-    winners = torch.empty(features.shape[1], dtype=torch.int16, device=device)
-    mass = torch.zeros(len(head.bias), dtype=torch.float32, device=device)
-    for part in voxel_chunks(len(winners), winners):
-        logits = torch.addmm(head.bias, head.weight, features[:, part])
-        peak, best = logits.max(0)  # of equal ones the first
-        winners[part] = best
-        share = logits.sub_(peak).exp_()
+    features = in_parts(_resized(mask_features.permute(3, 0, 1, 2), size).flatten(1), 1)
+    mass = torch.zeros_like(head.bias[:, 0])
+    for part in features:
+        logits = torch.addmm(head.bias, head.weight, part)
+        share = logits.sub_(logits.amax(0)).exp_()
         mass += share @ share.sum(0).reciprocal_()
-    found = mass.cpu().numpy()
-    kept = found >= min_mass
-    if not kept.all():
-        channels = torch.from_numpy(kept.nonzero()[0]).to(device)
-        few, zeroed = head.select(channels), torch.from_numpy(~kept).to(device)
-        for part in voxel_chunks(len(winners), winners):
-            instead = winners.new_zeros(())
-            if len(channels):
-                logits = torch.addmm(few.bias, few.weight, features[:, part])
-                instead = channels[logits.argmax(0)].to(winners.dtype)
-            again = zeroed[winners[part].long()]
-            winners[part] = torch.where(again, instead, winners[part])
-    return winners.view(size).cpu().numpy(), found
+    # A channel without the mass loses everywhere; where there is no other, the first one wins.
+    bias = head.bias.masked_fill((mass < min_mass)[:, None], -torch.inf)
+    winners = [torch.addmm(bias, head.weight, part).argmax(0) for part in features]
+    return torch.cat(winners).to(torch.int16).view(size), mass
 
 
 def _resized(volume: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Return (C, z, y, x) of a volume (z1, y1, x1, C): trilinear, align_corners=False."""
-    first = volume.permute(3, 0, 1, 2)
-    if tuple(first.shape[1:]) == size:
-        return first.contiguous()
-    return F.interpolate(first[None].contiguous(), size=size, mode="trilinear")[0]
+    """Return (C, z, y, x) of a volume (C, z1, y1, x1): trilinear, align_corners=False."""
+    if tuple(volume.shape[1:]) == size:
+        return volume.contiguous()
+    return F.interpolate(volume[None].contiguous(), size=size, mode="trilinear")[0]
 
 
 def first_equal(rows: Tensor, values: Tensor) -> Tensor:
@@ -286,22 +287,20 @@ def _replace_winners(winners: Tensor, upsampler: Upsampler, head: MaskHead, kept
 def resized_affinities(logits: Tensor, size: tuple[int, int, int]) -> Tensor:
     """Return affinities float32 (3, z, y, x) of logits (3, z1, y1, x1): sigmoid, then resizing."""
     if on_card(logits):
-        return _resized(torch.sigmoid(logits).permute(1, 2, 3, 0), size)
+        return _resized(torch.sigmoid(logits), size)
     upsampler = Upsampler(torch.sigmoid(logits).permute(1, 2, 3, 0).contiguous(), size)
     sections = [upsampler.section(z) for z in range(size[0])]
     return torch.stack(sections).permute(3, 0, 1, 2).contiguous()
 
 
-def quantised(affinities: Tensor) -> np.ndarray:
+def quantised(affinities: Tensor) -> Tensor:
     """Return affinities in [0, 1] as uint8, rint(a * 255); the tensor given is used up."""
-    return affinities.mul_(255).round_().to(torch.uint8).cpu().numpy()
+    return affinities.mul_(255).round_().to(torch.uint8)
 
 
 def affinity_logits(model: AGQ, image: Tensor) -> Tensor:
     """Return the affinity logits float32 (3, z1, y1, x1) of one normalised block, and no more."""
-    fused = model.fusion_block(model.pyramid(image[None, None]))
-    features = torch.cat([coordinates(fused.shape[2:], fused), fused], dim=1)
-    return model.affinity_branch(features)[0].float()
+    return model.affinity_branch(_branch_features(model, image))[0].float()
 
 
 def connected_labels(channels: np.ndarray) -> tuple[np.ndarray, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agq.model.config import ModelConfig
 from agq.model.network.backbone import Backbone, FusionBlock
-from agq.model.network.blocks import ConvBranch, coordinates
+from agq.model.network.blocks import ConvBranch, ReplicateConv3d, coordinates
 from agq.model.network.decoder import MaskDecoder
 from agq.model.network.queries import find_seeds
 
@@ -60,6 +60,13 @@ class AGQ(Backbone):
         self.inst_decoder = MaskDecoder(config)
         self.mask_branch = ConvBranch(c + 3, c, c, config.branch_layers, (1, 3, 3))
         self.affinity_branch = ConvBranch(c + 3, c, 3, config.branch_layers, (3, 3, 3))
+
+    def freeze(self) -> AGQ:
+        """Make once what is the same for every block; parameters must not be replaced after it."""
+        for module in self.modules():
+            if isinstance(module, ReplicateConv3d | MaskDecoder):
+                module.freeze()
+        return self
 
     def forward(self, x: Tensor, *, only_last: bool = False) -> AGQOutput:
         """Run the network on normalised images.

@@ -6,6 +6,7 @@ Tensors are (batch, channel, z, y, x) throughout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -34,20 +35,33 @@ class ReplicateConv3d(nn.Conv3d):
             in_channels, out_channels, (z, y, x), (stride[0], stride[1], stride[2]), bias=False
         )
         self.margin = (z // 2, y // 2, x // 2)
+        self.flat = z == 1 and stride[0] == 1
+        self._flat_weight: Tensor | None = None
+
+    def freeze(self) -> None:
+        """Keep the flat form of the weight, which stays where it is from here on."""
+        if self.flat:
+            self._flat_weight = self.weight.detach().squeeze(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, z, y, x); sizes are divided by the stride, rounded up."""
         mz, my, mx = self.margin
-        if self.kernel_size[0] > 1 or self.stride[0] > 1:
+        if not self.flat:
             x = F.pad(x, (mx, mx, my, my, mz, mz), mode="replicate")
             return F.conv3d(x, self.weight, stride=self.stride)
         # Of one item the sections are a view: padding copies them anyway.
         sections = x.transpose(1, 2).flatten(0, 1) if len(x) > 1 else x[0].transpose(0, 1)
-        sections = F.pad(sections, (mx, mx, my, my), mode="replicate")
-        out = F.conv2d(sections, self.weight.squeeze(2), stride=self.stride[1:])
+        out = self.sections(sections)
         if len(x) > 1:
             return out.unflatten(0, (len(x), -1)).transpose(1, 2)
         return out.transpose(0, 1)[None]
+
+    def sections(self, sections: Tensor) -> Tensor:
+        """Convolve sections (z, C, y, x) with a kernel that is flat in z."""
+        _, my, mx = self.margin
+        weight = self.weight.squeeze(2) if self._flat_weight is None else self._flat_weight
+        sections = F.pad(sections, (mx, mx, my, my), mode="replicate")
+        return F.conv2d(sections, weight, stride=self.stride[1:])
 
 
 class ConvUnit(nn.Sequential):
@@ -78,6 +92,18 @@ class ConvUnit(nn.Sequential):
             norms[norm],
             activations[activation],
         )
+
+    def sections(self, sections: Tensor) -> Tensor:
+        """Run the unit on sections (z, C, y, x).
+
+        The kernel must be flat in z, and the unit without norm. A chain of such units need not turn
+        sections into a volume and back.
+        """
+        conv, norm, activation = self
+        assert isinstance(conv, ReplicateConv3d)
+        assert isinstance(norm, nn.Identity)
+        activated: Tensor = activation(conv.sections(sections))
+        return activated
 
 
 class ResidualBlock(nn.Module):
@@ -117,6 +143,15 @@ class ConvBranch(nn.Module):
         out: Tensor = self.projection(self.mask_convs(x))
         return out
 
+    def flat(self, x: Tensor) -> Tensor:
+        """Run a branch of flat kernels on one item, as `forward` does, with fewer operators."""
+        sections = x[0].transpose(0, 1)
+        for unit in self.mask_convs:
+            assert isinstance(unit, ConvUnit)
+            sections = unit.sections(sections)
+        out: Tensor = self.projection(sections.transpose(0, 1)[None])
+        return out
+
 
 def resize(x: Tensor, size: Sequence[int], *, align_corners: bool) -> Tensor:
     """Resample (B, C, z, y, x) trilinearly to the spatial ``size`` (z, y, x)."""
@@ -130,12 +165,19 @@ def coordinates(size: Sequence[int], like: Tensor) -> Tensor:
 
     The order of x and y is that of the published network; its weights depend on it.
     """
-    z, y, x = (torch.linspace(-1, 1, n, device=like.device, dtype=like.dtype) for n in size)
-    shape = tuple(size)
-    return torch.stack(
-        [
-            z.view(-1, 1, 1).expand(shape),
-            x.view(1, 1, -1).expand(shape),
-            y.view(1, -1, 1).expand(shape),
-        ]
-    )[None]
+    z, y, x = size
+    return _coordinates((z, y, x), like.device, like.dtype)
+
+
+@lru_cache(maxsize=4)
+def _coordinates(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Tensors made in inference mode would be of no use to a training in the same process.
+    with torch.inference_mode(False):
+        z, y, x = (torch.linspace(-1, 1, n, device=device, dtype=dtype) for n in shape)
+        return torch.stack(
+            [
+                z.view(-1, 1, 1).expand(shape),
+                x.view(1, 1, -1).expand(shape),
+                y.view(1, -1, 1).expand(shape),
+            ]
+        )[None]

@@ -50,10 +50,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (Q, C) to (Q, C)."""
         n, c = x.shape
-        qkv = self.c_attn(x).view(n, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(1, 2, 0, 3)
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-        projected: Tensor = self.c_proj(out.transpose(0, 1).reshape(n, c))
+        qkv = self.c_attn(x).view(1, n, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = self.c_proj(out.transpose(1, 2).reshape(n, c))
         return projected
 
 
@@ -117,6 +117,21 @@ class MaskDecoder(nn.Module):
         self.kernel_updators = nn.ModuleList(KernelUpdate(c) for _ in range(n))
         # The last one belongs to the first prediction, as in the published state dict.
         self.bg_convs = nn.ModuleList(ConvUnit(c, 1) for _ in range(n + 1))
+        self._folded: list[tuple[Tensor, Tensor]] | None = None
+
+    def freeze(self) -> None:
+        """Keep the folded norms of the logits, whose parameters stay as they are from here on."""
+        self._folded = self.folded_norms()
+
+    def folded_norms(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (scale, shift), (1, 1) each, of the norm of the logits of each prediction."""
+        if self._folded is not None:
+            return self._folded
+        norms = [self.rpn.norm_logits]
+        for predictor in self.predictors:
+            assert isinstance(predictor, MaskPredictor)
+            norms.append(predictor.norm_logits)
+        return [folded_norm(norm) for norm in norms]
 
     def forward(self, queries: Tensor, features: Tensor, mask_features: Tensor) -> list[Tensor]:
         """Predict the mask logits of one item, before and after each iteration.
@@ -145,6 +160,14 @@ class MaskDecoder(nn.Module):
     def _with_background(self, index: int, logits: Tensor, mask_features: Tensor) -> Tensor:
         background = self.bg_convs[index](mask_features[None])[0]
         return torch.cat([background, logits.view(-1, *mask_features.shape[1:])])
+
+
+def folded_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift), (1, 1) each, of the norm of the logits in evaluation mode."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale[:, None], (norm.bias - norm.running_mean * scale)[:, None]
 
 
 def normalised_logits(norm: nn.BatchNorm2d, logits: Tensor) -> Tensor:

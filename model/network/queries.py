@@ -70,7 +70,7 @@ def find_seeds(affinities: Tensor, config: ModelConfig) -> Seeds:
     its 26-connected components. (The published code takes the mean over the batch; per block, a
     result does not depend on what else is in the batch.)
     """
-    a = affinities.detach().float()
+    a = affinities.float()
     foreground = a.mean(0) > a.mean()
     components = cc3d.connected_components(foreground.cpu().numpy(), connectivity=26)
     ids, found = select_components(
@@ -102,13 +102,15 @@ def region_means(features: Tensor, seeds: Seeds) -> Tensor:
     memory.
     """
     ranks = torch.arange(1, seeds.kept + 1, device=features.device)[:, None]
-    total = features.new_zeros(seeds.kept, features.shape[0])
+    total: Tensor | None = None
     plane = features.shape[2] * features.shape[3]
     sections = max(1, CARD_VOXELS // plane) if on_card(features) else 1
     for z in range(0, features.shape[1], sections):
         part = slice(z, z + sections)
         one_hot = (seeds.labels[part].flatten() == ranks).to(features.dtype)
-        total = total + one_hot @ features[:, part].flatten(1).T
+        found = one_hot @ features[:, part].flatten(1).T
+        total = found if total is None else total + found
+    assert total is not None
     return total / seeds.sizes[:, None]
 
 

@@ -82,7 +82,7 @@ def test_predictor_agrees(shared_dir: Path, case: str, weights: str) -> None:
 def test_affinities_agree_after_resizing(shared_dir: Path, case: str, weights: str) -> None:
     want = golden(shared_dir / "golden" / f"{case}.npz")
     size = want["image_u8"].shape
-    got = quantised(resized_affinities(torch.from_numpy(want["pred_affinity"]), size))
+    got = quantised(resized_affinities(torch.from_numpy(want["pred_affinity"]), size)).numpy()
     published = F.interpolate(
         torch.sigmoid(torch.from_numpy(want["pred_affinity"]))[None],
         size=size, mode="trilinear", align_corners=False,
