@@ -24,13 +24,14 @@ from agq.model.decode.inference import (
     decode,
     dense_maps,
     quantised,
-    seeds_of,
 )
 from agq.model.decode.split import split_at_membranes
 from agq.model.decode.supervoxels import memberships, supervoxels
+from agq.model.devices import repeatable
 from agq.model.network.agq import AGQ
-from agq.model.network.queries import Seeds
+from agq.model.network.queries import Seeds, foreground, seeds_in
 from agq.model.settings import PredictorSettings
+from agq.model.transfers import Download, Transfers, Upload
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,6 +92,15 @@ class BlockMasks:
 
 
 @dataclass(frozen=True)
+class _Mapped:
+    """A normalised block and its dense maps on the device, and what the host wants of them."""
+
+    image: torch.Tensor
+    maps: DenseMaps
+    download: Download
+
+
+@dataclass(frozen=True)
 class _Decoded:
     """What the network says of one normalised block, on the device, before voxels are labelled."""
 
@@ -105,8 +115,21 @@ class _Decoded:
         return z, y, x
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A block that a device has answered, or will soon, and whose pieces are still to be found."""
+
+    download: Download
+    seeds: Seeds
+    decoded: _Decoded | None
+
+
 class AGQPredictor:
     """A checkpoint on a device, ready to segment blocks.
+
+    `predict` does all at once. `prepare`, `begin` and `finish` are its three parts: of several
+    threads each may prepare and finish blocks while another one, always the same, begins others.
+    On a card that keeps the card at work; on a CPU `begin` does all but the preparation.
 
     A block's result depends on its voxels, the checkpoint and these settings alone. Blocks of a
     batch go through the network one after the other: one block is enough work for a device,
@@ -143,6 +166,7 @@ class AGQPredictor:
         # The reference arithmetic on the CPU has a path of its own, with the same results.
         lean = self.device.type == "cpu" and self.settings.precision == "fp32"
         self.lean = LeanNetwork(self.network) if lean else None
+        self.transfers = Transfers(self.device)
 
     @property
     def batch_size(self) -> int:
@@ -175,66 +199,121 @@ class AGQPredictor:
             out-of-range values; the message names the block's place in the sequence. If the
             network overflows at the chosen precision.
         """
-        return [self._predict(image) for image in self._images(blocks)]
+        images = self._images(blocks)
+        return [self.finish(one) for one in self.begin(list(map(self.transfers.upload, images)))]
+
+    def prepare(self, block: np.ndarray) -> Upload:
+        """Normalise a raw block and send it to the device; it is refused as by `predict`."""
+        return self.transfers.upload(normalised(block, "the block"))
+
+    def begin(self, prepared: Sequence[Upload]) -> list[Begun | BlockPrediction]:
+        """Run the network on prepared blocks.
+
+        Returns
+        -------
+        list of Begun or BlockPrediction
+            One per block, for `finish`. On a card its answers may still be on their way.
+
+        Raises
+        ------
+        InputError
+            If the network overflows at the chosen precision.
+        """
+        if not self.transfers.overlap:
+            return [self._finish(self._begin(self._map(upload))) for upload in prepared]
+        begun: list[Begun | BlockPrediction] = []
+        last: _Mapped | None = None
+        for upload in prepared:
+            # While the host looks for seeds in one block, the card has the next one to convolve.
+            mapped = self._map(upload)
+            if last is not None:
+                begun.append(self._begin(last))
+            last = mapped
+        return begun if last is None else [*begun, self._begin(last)]
+
+    def finish(self, begun: Begun | BlockPrediction) -> BlockPrediction:
+        """Do for a begun block what the host does: find its pieces."""
+        return begun if isinstance(begun, BlockPrediction) else self._finish(begun)
 
     def masks(self, block: np.ndarray) -> BlockMasks:
         """Run the network on one block and return its masks, as `predict` sees them."""
         (image,) = self._images([block])
         with self._computing():
-            decoded = self._run(image)
+            decoded = self._decode(self._map(self.transfers.upload(image)))
             answers = decoded.maps.affinity_logits, *self._assign(decoded)
             logits, channels, mass = (answer.cpu().numpy() for answer in answers)
         seeds = decoded.seeds
         return BlockMasks(logits, channels, mass, seeds.components, seeds.dropped)
 
-    def _predict(self, image: np.ndarray) -> BlockPrediction:
+    def _map(self, upload: Upload) -> _Mapped:
         with self._computing():
-            decoded = self._run(image)
-            affinities = self._affinities(decoded)
-            seeds = decoded.seeds
-            if self.config.pieces == "masks":
-                channels = self._assign(decoded)[0].cpu().numpy()
-                if self.config.min_affinity > 0:
-                    channels = split_at_membranes(
-                        channels, affinities, self.config.min_affinity, self.config.spacing
-                    )
-                labels, n = connected_labels(channels)
-                return BlockPrediction(labels, affinities, seeds.components, seeds.dropped, n)
+            x = self.transfers.arrived(upload)
+            if self.lean is not None:
+                maps = self.lean.dense_maps(x)
+            else:
+                with self._autocast():
+                    maps = dense_maps(self.network, x)
+            inside = foreground(torch.sigmoid(maps.affinity_logits))
+            return _Mapped(x, maps, self.transfers.download([inside, maps.total()]))
+
+    def _decode(self, mapped: _Mapped) -> _Decoded:
+        inside, total = mapped.download.arrays()
+        self._check_finite(bool(np.isfinite(total)))
+        seeds = seeds_in(inside, self.config, self._send)
+        head = decode(self.network, mapped.maps, seeds)
+        return _Decoded(mapped.image, mapped.maps, seeds, head)
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        return self.transfers.arrived(self.transfers.upload(array))
+
+    def _begin(self, mapped: _Mapped) -> Begun:
+        with self._computing():
+            decoded = self._decode(mapped)
+            answers = [self._affinities(decoded)]
+            masks = self.config.pieces == "masks"
+            if masks:
+                answers.append(self._assign(decoded)[0])
+            download = self.transfers.download(answers)
+        return Begun(download, decoded.seeds, None if masks else decoded)
+
+    def _finish(self, begun: Begun) -> BlockPrediction:
+        affinities, *masks = begun.download.arrays()
+        members = None
+        if begun.decoded is None:
+            (channels,) = masks
+            if self.config.min_affinity > 0:
+                channels = split_at_membranes(
+                    channels, affinities, self.config.min_affinity, self.config.spacing
+                )
+            labels, n = connected_labels(channels)
+        else:
             labels, n = supervoxels(affinities)
-            members = memberships(decoded.head, decoded.maps.mask_features, labels, n)
+            with self._computing():
+                members = memberships(
+                    begun.decoded.head, begun.decoded.maps.mask_features, labels, n
+                )
         return BlockPrediction(
             labels,
             affinities,
-            seeds.components,
-            seeds.dropped,
+            begun.seeds.components,
+            begun.seeds.dropped,
             n,
             memberships=members,
-            mask_weight=self.config.mask_weight,
+            mask_weight=0.0 if members is None else self.config.mask_weight,
         )
 
     def _images(self, blocks: Sequence[np.ndarray]) -> list[np.ndarray]:
         # All blocks are checked before the first is computed.
         return [normalised(block, f"block {i} of the batch") for i, block in enumerate(blocks)]
 
-    def _run(self, image: np.ndarray) -> _Decoded:
-        x = torch.from_numpy(image).to(self.device)
-        if self.lean is not None:
-            maps = self.lean.dense_maps(x)
-        else:
-            with self._autocast():
-                maps = dense_maps(self.network, x)
-        self._check_finite(maps.finite())
-        seeds = seeds_of(self.network, maps)
-        return _Decoded(x, maps, seeds, decode(self.network, maps, seeds))
-
     def _assign(self, decoded: _Decoded) -> tuple[torch.Tensor, torch.Tensor]:
         features = decoded.maps.mask_features
         return assign_voxels(decoded.head, features, decoded.size, self.config.min_mass)
 
-    def _affinities(self, decoded: _Decoded) -> np.ndarray:
+    def _affinities(self, decoded: _Decoded) -> torch.Tensor:
         logits, flips = decoded.maps.affinity_logits, self.config.flips
         averaged = flipped_affinities(logits, self._affinity_logits, decoded.image, flips)
-        return quantised(averaged).cpu().numpy()
+        return quantised(averaged)
 
     def _affinity_logits(self, image: torch.Tensor) -> torch.Tensor:
         if self.lean is not None:
@@ -259,24 +338,9 @@ class AGQPredictor:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        with torch.inference_mode(), self._numerics():
+        exact = repeatable() if self.device.type == "cuda" else contextlib.nullcontext()
+        with torch.inference_mode(), exact:
             yield
-
-    @contextlib.contextmanager
-    def _numerics(self) -> Iterator[None]:
-        """Full float32 products, and algorithms that give the same bits every time."""
-        if self.device.type != "cuda":
-            yield
-            return
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            with torch.backends.cudnn.flags(
-                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-            ):
-                yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def resolve_device(name: str) -> torch.device:

@@ -33,7 +33,8 @@ class NetworkSettings(Settings):
     """fp32 is the reference; the others are faster on GPUs and may move a few voxels."""
 
     batch_size: PositiveInt = 1
-    """Blocks per forward pass; does not change the result."""
+    """Blocks that the network gets at once; does not change the result. From 2 on, a GPU convolves
+    one while its host looks for seeds in another."""
 
     seed_order: SeedOrder | None = None
     """Which components become queries when there are more than the limit; default: as trained."""

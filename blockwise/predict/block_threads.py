@@ -2,7 +2,8 @@
 
 Every *block thread* takes one block at a time through all its steps; the calling thread computes
 what they have read, in batches of whatever is ready, and never waits for a batch to fill. At most
-`prefetch` blocks wait for it.
+`prefetch` blocks wait for it. Where a predictor has stages, a block's thread does the first and the
+last of them, so that the calling thread and its device go on with other blocks.
 
 The order of a block's end is what makes a run resumable: `blocks.writer` writes fragments,
 affinities and sidecar, each atomically and synced; then the journal line is written; only then the
@@ -37,7 +38,7 @@ from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.predict.daisy import Blocks, TakenBlock
 from agq.blockwise.predict.local_processes import OWN_END
 from agq.blockwise.predict.paths import journal_folder, retry_path
-from agq.blockwise.predict.predictor import Prediction, Predictor
+from agq.blockwise.predict.predictor import Prediction, Predictor, StagedPredictor
 from agq.blockwise.predict.raw_blocks import BlockError, RawBlocks
 from agq.blockwise.predict.spec import PredictSpec, Session
 from agq.blockwise.storage.files import FATAL_ERRNOS, descriptor_of, require_writable
@@ -175,11 +176,11 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A block that has been read and waits for the main thread."""
+    """A block that has been read, and prepared, and waits for the main thread."""
 
-    raw: npt.NDArray[Any]
+    block: Any
     slot: _Slot
-    result: "Future[tuple[Prediction, float]]" = field(default_factory=Future)
+    result: "Future[tuple[Any, float]]" = field(default_factory=Future)
 
 
 @dataclass(eq=False)
@@ -193,7 +194,7 @@ class BlockLoop:
     files
         Its input and outputs.
     predictor
-        Used by the thread that calls `run` only.
+        Used by the thread that calls `run` only, but for the first and last stage of a staged one.
     journal
         Of this process.
     stop_run
@@ -263,8 +264,10 @@ class BlockLoop:
     def _compute(self, batch: list[_Ready]) -> None:
         """Predict a batch; if it raises, block by block, so that only the guilty block fails."""
         started = time.perf_counter()
+        predictor = self.predictor
+        compute = predictor.begin if isinstance(predictor, StagedPredictor) else predictor.predict
         try:
-            predictions = self.predictor.predict([item.raw for item in batch])
+            predictions = compute([item.block for item in batch])
             if len(predictions) != len(batch):
                 raise ValueError(
                     f"the predictor returned {len(predictions)} predictions for {len(batch)} blocks"
@@ -394,10 +397,15 @@ class BlockLoop:
             slot.release()
             reason = "mask" if hidden else "constant"
             return BlockRecord(state="skipped", reason=reason, finished=time.time(), **common)
-        item = _Ready(raw, slot)
+        staged = self.predictor if isinstance(self.predictor, StagedPredictor) else None
+        item = _Ready(raw if staged is None else staged.prepare(raw), slot)
         self._ready.put(item)
         prediction, compute_s = item.result.result()
         begun = time.perf_counter()
+        if staged is not None:
+            prediction = staged.finish(prediction)
+            compute_s += time.perf_counter() - begun
+            begun = time.perf_counter()
         self.journal.require_place()
         sums = self.files.write(number, prediction, tissue)
         return BlockRecord(

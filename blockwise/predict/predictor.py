@@ -67,6 +67,27 @@ class Predictor(Protocol):
         ...
 
 
+@runtime_checkable
+class StagedPredictor(Predictor, Protocol):
+    """A predictor in three parts, so that a device computes one block while the host does others.
+
+    `predict` says what `finish` says of all that `begin` makes of what `prepare` makes of its
+    blocks. Block threads, several at a time, call `prepare` and `finish`; one thread calls `begin`.
+    """
+
+    def prepare(self, block: npt.NDArray[Any], /) -> Any:
+        """Return what `begin` takes of a raw block."""
+        ...
+
+    def begin(self, prepared: Sequence[Any], /) -> Sequence[Any]:
+        """Return what `finish` takes, one per block, in order; at most `batch_size` blocks."""
+        ...
+
+    def finish(self, begun: Any, /) -> Prediction:
+        """Return the prediction of a block."""
+        ...
+
+
 def resolve_factory(factory: str) -> Callable[..., Predictor]:
     """Import the callable that a factory name, ``"module:callable"``, means.
 

@@ -55,6 +55,8 @@ def flipped_affinities(
     """
     size = (image.shape[0], image.shape[1], image.shape[2])
     total = resized_affinities(plain, size)
+    if flips == "none":
+        return total
     count = torch.ones_like(total)
     for axes in mirror_axes(flips):
         logits = run(image.flip(axes).contiguous())

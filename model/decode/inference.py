@@ -8,9 +8,9 @@ Upsampling is linear as well: it is the features (C channels) that are resized, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import cc3d
 import numpy as np
@@ -48,10 +48,9 @@ class DenseMaps:
     mask_features: Tensor
     instance_features: Tensor
 
-    def finite(self) -> bool:
-        """Whether no value is NaN or infinite, as float16 convolutions can make them."""
-        total = self.affinity_logits.sum() + self.mask_features.sum() + self.instance_features.sum()
-        return math.isfinite(float(total))
+    def total(self) -> Tensor:
+        """Return a number that is finite if every value is; float16 convolutions may overflow."""
+        return self.affinity_logits.sum() + self.mask_features.sum() + self.instance_features.sum()
 
 
 @dataclass(frozen=True)
@@ -241,11 +240,12 @@ def assign_on_card(
     the block or many of them, and the host is asked for nothing.
     """
     features = in_parts(_resized(mask_features.permute(3, 0, 1, 2), size).flatten(1), 1)
-    mass = torch.zeros_like(head.bias[:, 0])
+    masses = []
     for part in features:
         logits = torch.addmm(head.bias, head.weight, part)
         share = logits.sub_(logits.amax(0)).exp_()
-        mass += share @ share.sum(0).reciprocal_()
+        masses.append(share @ share.sum(0).reciprocal_())
+    mass = reduce(torch.add, masses)
     # A channel without the mass loses everywhere; where there is no other, the first one wins.
     bias = head.bias.masked_fill((mass < min_mass)[:, None], -torch.inf)
     winners = [torch.addmm(bias, head.weight, part).argmax(0) for part in features]

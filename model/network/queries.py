@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cc3d
@@ -70,28 +71,44 @@ def find_seeds(affinities: Tensor, config: ModelConfig) -> Seeds:
     its 26-connected components. (The published code takes the mean over the batch; per block, a
     result does not depend on what else is in the batch.)
     """
+    return seeds_in(
+        foreground(affinities).cpu().numpy(),
+        config,
+        lambda array: torch.from_numpy(array).to(affinities.device),
+    )
+
+
+def foreground(affinities: Tensor) -> Tensor:
+    """Return where seeds are looked for, bool (z1, y1, x1); see `find_seeds`."""
     a = affinities.float()
-    foreground = a.mean(0) > a.mean()
-    components = cc3d.connected_components(foreground.cpu().numpy(), connectivity=26)
+    return a.mean(0) > a.mean()
+
+
+def seeds_in(
+    foreground: np.ndarray, config: ModelConfig, send: Callable[[np.ndarray], Tensor]
+) -> Seeds:
+    """Find the seed regions in the foreground (z1, y1, x1) of a block.
+
+    ``send`` copies an array to the device of the block.
+    """
+    components = cc3d.connected_components(foreground, connectivity=26)
     ids, found = select_components(
         components, config.min_seed_voxels, config.max_seeds, config.seed_order
     )
-    return seeds_from_components(components, ids, found, a.device)
+    return seeds_from_components(components, ids, found, send)
 
 
 def seeds_from_components(
-    components: np.ndarray, ids: np.ndarray, found: int, device: torch.device
+    components: np.ndarray,
+    ids: np.ndarray,
+    found: int,
+    send: Callable[[np.ndarray], Tensor] = torch.from_numpy,
 ) -> Seeds:
-    """Turn chosen component ids (in query order) into `Seeds`."""
+    """Turn chosen component ids (in query order) into `Seeds`; for ``send`` see `seeds_in`."""
     rank = np.zeros(int(components.max(initial=0)) + 1, np.int64)
     rank[ids] = np.arange(1, len(ids) + 1)
     sizes = np.bincount(components.ravel(), minlength=len(rank))[ids]
-    return Seeds(
-        torch.from_numpy(rank[components]).to(device),
-        torch.from_numpy(sizes).to(device),
-        found,
-        found - len(ids),
-    )
+    return Seeds(send(rank[components]), send(sizes), found, found - len(ids))
 
 
 def region_means(features: Tensor, seeds: Seeds) -> Tensor:

@@ -29,4 +29,19 @@ def test_what_it_prints(tmp_path):
     for stage in ("convolutions", "seeds", "decoder", "masks to labels", "affinities", "all"):
         assert re.search(rf"^{stage} +\d+\.\d\d +\d+\.\d\d$", out, re.MULTILINE), stage
     assert re.search(r"the published arithmetic, plainly: \d+\.\d\d; ratio \d\.\d+", out)
-    assert re.search(r"one worker, fp32: \d+\.\d\d blocks/s", out)
+    speed = re.search(r"one worker, fp32: \d+\.\d\d blocks/s, (\S+) Mvoxel/s", out)[1]
+    each = re.search(r"^(\S+) ms a block among others", out, re.MULTILINE)[1]
+    bars = dict(re.findall(r"^  (\S.*?)  +(\S+)  [<>]= \S+ +(?:not )?met$", out, re.MULTILINE))
+    assert bars["Mvoxel/s of one worker"] == speed
+    assert abs(float(bars["ms a block among others, bf16"]) - float(each)) < 0.06
+    assert 200 < float(bars["operators a block"]) < 2000
+    assert float(bars["waits of the host a block"]) == 2
+    assert len(bars) == 5
+
+
+def test_time_that_several_streams_cover(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from gpu import covered
+
+    assert covered([]) == 0
+    assert covered([(5, 7), (0, 2), (1, 3), (1, 2), (3, 4)]) == 6

@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,6 +144,42 @@ def leaving(**options: Any) -> ThresholdPredictor:
 def crashing(**options: Any) -> ThresholdPredictor:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
+
+
+class StagedThreshold(ThresholdPredictor):
+    """A `ThresholdPredictor` in stages, that finishes a block once another one was begun.
+
+    So it gets on only if `begin` goes on while blocks are finished, up to the number of `blocks`.
+    """
+
+    def __init__(self, blocks: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.blocks, self.begun = blocks, 0
+        self.change = threading.Condition()
+
+    def prepare(self, raw: np.ndarray) -> tuple[np.ndarray]:
+        assert threading.current_thread() is not threading.main_thread()
+        if self.marks and raw.max() == RAISE:
+            raise RuntimeError("this block cannot be prepared")
+        return (raw,)
+
+    def begin(self, prepared: Sequence[tuple[np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+        assert threading.current_thread() is threading.main_thread()
+        with self.change:
+            self.begun += len(prepared)
+            self.change.notify_all()
+            return [(self.begun, raw) for (raw,) in prepared]
+
+    def finish(self, begun: tuple[int, np.ndarray]) -> Labelled:
+        place, raw = begun
+        with self.change:
+            assert self.change.wait_for(lambda: self.begun >= min(place + 1, self.blocks), 20)
+        (answer,) = self.predict([raw])
+        return answer
+
+
+def staged(**options: Any) -> StagedThreshold:
+    return StagedThreshold(**options)
 
 
 def not_a_predictor() -> object:

@@ -136,7 +136,7 @@ def test_first_hundred_components_are_used(shared_dir: Path) -> None:
     ids, found = select_components(want["init_masks"], 100, 100)
     np.testing.assert_array_equal(ids, want["kept_ids_all"][: want["n_used"]])
     assert found == len(want["kept_ids_all"]) == 104
-    seeds: Seeds = seeds_from_components(want["init_masks"], ids, found, torch.device("cpu"))
+    seeds: Seeds = seeds_from_components(want["init_masks"], ids, found)
     assert (seeds.kept, seeds.components, seeds.dropped) == (100, 104, 4)
     with torch.inference_mode():
         fused = network.fusion_block(network.pyramid(image_tensor(image)))

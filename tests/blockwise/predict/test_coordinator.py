@@ -129,6 +129,21 @@ def test_a_roi_computes_only_its_blocks_with_the_same_bytes(tmp_path, undisturbe
     assert outputs(spec) == undisturbed
 
 
+def test_stages_overlap_and_give_the_same_bytes(tmp_path, undisturbed):
+    """Each block is finished only after another one was begun: see the predictor."""
+    staged = {"factory": "tests.helpers.fakes:staged", "retries": 0}
+    spec = make_run(tmp_path / "all", raw_volume(), options={"blocks": 27}, **staged)
+    assert run_predict(spec, ALL).done == 27
+    assert outputs(spec) == undisturbed
+    raw = raw_volume()
+    mark(GRID, raw, 13, fakes.RAISE)
+    spec = make_run(tmp_path / "bad", raw, options={"marks": True, "blocks": 26}, **staged)
+    report = run_predict(spec, ALL)
+    assert (report.done, report.failed) == (26, (13,))
+    (record,) = journal(spec).failed()
+    assert record.reason == "RuntimeError: this block cannot be prepared"
+
+
 def test_nothing_to_do_starts_nothing(tmp_path):
     spec = make_run(tmp_path, raw_volume(), factory="tests.helpers.fakes:broken")
     report = run_predict(spec, np.zeros(0, np.int64))

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from agq.model.config import ModelConfig
 from agq.model.decode import inference
 from agq.model.network import queries
-from agq.model.network.agq import AGQ
 from agq.model.predictor import AGQPredictor, BlockPrediction
+from agq.model.transfers import Transfers
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.networks import jittered_network, write_checkpoint
 
 SHAPE = (9, 65, 65)
@@ -85,10 +86,6 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITS = ("_local_scalar_dense", "nonzero", "bincount", "_unique2", "masked_select")
-"""Operators that a card answers before its host goes on, beside copies to the host."""
-
-
 def test_what_is_made_once_changes_no_bit(card):
     network, image = jittered_network().requires_grad_(False), torch.rand(SHAPE) * 2 - 1
 
@@ -105,26 +102,38 @@ def test_what_is_made_once_changes_no_bit(card):
     assert torch.equal(network.mask_branch.flat(features), network.mask_branch(features))
 
 
-def test_operators_and_waits_of_a_block(card):
+WAITS = ("_local_scalar_dense", "nonzero", "bincount", "_unique2", "masked_select")
+"""Operators that a card answers before its host goes on."""
+
+
+def test_operators_and_waits_of_a_block(tmp_path, card):
     """The published network: what a block costs a host that feeds a card."""
-    copies = Counter[str]()
-    to_host = torch.Tensor.cpu
+    blocking = Counter[str]()
 
-    def counted(tensor: torch.Tensor) -> torch.Tensor:
-        copies["cpu"] += 1
-        return to_host(tensor)
+    def counted(name: str) -> Any:
+        plain = getattr(torch.Tensor, name)
 
-    card.setattr(torch.Tensor, "cpu", counted)
-    torch.manual_seed(0)
-    network = AGQ(ModelConfig()).eval().requires_grad_(False).freeze()
-    inference.dense_maps(network, torch.rand(SHAPE))  # makes what blocks of a shape share
-    with torch.no_grad(), _Calls() as calls:
-        maps = inference.dense_maps(network, torch.rand(SHAPE))
-        assert maps.finite()
-        seeds = inference.seeds_of(network, maps)
-        head = inference.decode(network, maps, seeds)
-        inference.assign_voxels(head, maps.mask_features, SHAPE, 40)[0].cpu()
-        inference.quantised(inference.resized_affinities(maps.affinity_logits, SHAPE)).cpu()
-    waits = copies["cpu"] + sum(calls.names[name] for name in WAITS)
-    assert waits <= 4
+        def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            blocking[name] += not kwargs.get("non_blocking") and not any(
+                isinstance(arg, torch.dtype) for arg in args
+            )
+            return plain(tensor, *args, **kwargs)
+
+        return counting
+
+    predictor = AGQPredictor(
+        write_checkpoint(tmp_path / "published.safetensors", ModelConfig()), device="cpu"
+    )
+    predictor.lean, cuda = None, FakeCuda(card)
+    predictor.transfers = Transfers(predictor.device, cuda)
+    predictor.predict([block()])  # makes what blocks of a shape share
+    # Inference mode shows a linear layer as one operator, though it is two.
+    card.setattr(torch, "inference_mode", torch.no_grad)
+    for name in ("cpu", "to"):
+        card.setattr(torch.Tensor, name, counted(name))
+    cuda.log.clear()
+    with _Calls() as calls:
+        predictor.predict([block()])
+    assert cuda.waits == 2
+    assert not blocking.total() + sum(calls.names[name] for name in WAITS)
     assert sum(calls.names.values()) <= 600, calls.names.most_common(20)
