@@ -117,11 +117,15 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class Begun:
-    """A block that a device has answered, or will soon, and whose pieces are still to be found."""
+    """A block that a device has answered, or will soon, and whose pieces are still to be found.
+
+    Of what is on the device it keeps the last prediction and its mask features, for supervoxels.
+    """
 
     download: Download
-    seeds: Seeds
-    decoded: _Decoded | None
+    components: int
+    dropped: int
+    masks: tuple[MaskHead, torch.Tensor] | None
 
 
 class AGQPredictor:
@@ -162,7 +166,8 @@ class AGQPredictor:
         with torch.device("meta"):
             network = AGQ(self.config)
         network.load_state_dict(loaded.state_dict, assign=True)
-        self.network = network.eval().requires_grad_(False).to(self.device).freeze()
+        network.eval().requires_grad_(False).to(self.device)
+        self.network = network.freeze(AUTOCAST.get(self.settings.precision, torch.float32))
         # The reference arithmetic on the CPU has a path of its own, with the same results.
         lean = self.device.type == "cpu" and self.settings.precision == "fp32"
         self.lean = LeanNetwork(self.network) if lean else None
@@ -270,17 +275,19 @@ class AGQPredictor:
         with self._computing():
             decoded = self._decode(mapped)
             answers = [self._affinities(decoded)]
-            masks = self.config.pieces == "masks"
-            if masks:
+            masks = None
+            if self.config.pieces == "masks":
                 answers.append(self._assign(decoded)[0])
+            else:
+                masks = decoded.head, decoded.maps.mask_features
             download = self.transfers.download(answers)
-        return Begun(download, decoded.seeds, None if masks else decoded)
+        return Begun(download, decoded.seeds.components, decoded.seeds.dropped, masks)
 
     def _finish(self, begun: Begun) -> BlockPrediction:
-        affinities, *masks = begun.download.arrays()
+        affinities, *answers = begun.download.arrays()
         members = None
-        if begun.decoded is None:
-            (channels,) = masks
+        if begun.masks is None:
+            (channels,) = answers
             if self.config.min_affinity > 0:
                 channels = split_at_membranes(
                     channels, affinities, self.config.min_affinity, self.config.spacing
@@ -289,14 +296,12 @@ class AGQPredictor:
         else:
             labels, n = supervoxels(affinities)
             with self._computing():
-                members = memberships(
-                    begun.decoded.head, begun.decoded.maps.mask_features, labels, n
-                )
+                members = memberships(*begun.masks, labels, n)
         return BlockPrediction(
             labels,
             affinities,
-            begun.seeds.components,
-            begun.seeds.dropped,
+            begun.components,
+            begun.dropped,
             n,
             memberships=members,
             mask_weight=0.0 if members is None else self.config.mask_weight,

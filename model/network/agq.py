@@ -61,11 +61,15 @@ class AGQ(Backbone):
         self.mask_branch = ConvBranch(c + 3, c, c, config.branch_layers, (1, 3, 3))
         self.affinity_branch = ConvBranch(c + 3, c, 3, config.branch_layers, (3, 3, 3))
 
-    def freeze(self) -> AGQ:
-        """Make once what is the same for every block; parameters must not be replaced after it."""
+    def freeze(self, dtype: torch.dtype = torch.float32) -> AGQ:
+        """Make once what is the same for every block; parameters must not change after it.
+
+        With a `dtype` other than float32 the network must be used under autocast to it.
+        """
+        self.inst_decoder.freeze()
         for module in self.modules():
-            if isinstance(module, ReplicateConv3d | MaskDecoder):
-                module.freeze()
+            if isinstance(module, ReplicateConv3d):
+                module.freeze(dtype)
         return self
 
     def forward(self, x: Tensor, *, only_last: bool = False) -> AGQOutput:

@@ -36,19 +36,23 @@ class ReplicateConv3d(nn.Conv3d):
         )
         self.margin = (z // 2, y // 2, x // 2)
         self.flat = z == 1 and stride[0] == 1
-        self._flat_weight: Tensor | None = None
+        self._frozen: Tensor | None = None
 
-    def freeze(self) -> None:
-        """Keep the flat form of the weight, which stays where it is from here on."""
-        if self.flat:
-            self._flat_weight = self.weight.detach().squeeze(2)
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Keep the kernel as it is used at a precision; the weight must not change after it."""
+        self._frozen = self._kernel().detach().to(dtype)
+
+    def _kernel(self) -> Tensor:
+        if self._frozen is not None:
+            return self._frozen
+        return self.weight.squeeze(2) if self.flat else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, z, y, x); sizes are divided by the stride, rounded up."""
         mz, my, mx = self.margin
         if not self.flat:
             x = F.pad(x, (mx, mx, my, my, mz, mz), mode="replicate")
-            return F.conv3d(x, self.weight, stride=self.stride)
+            return F.conv3d(x, self._kernel(), stride=self.stride)
         # Of one item the sections are a view: padding copies them anyway.
         sections = x.transpose(1, 2).flatten(0, 1) if len(x) > 1 else x[0].transpose(0, 1)
         out = self.sections(sections)
@@ -59,9 +63,8 @@ class ReplicateConv3d(nn.Conv3d):
     def sections(self, sections: Tensor) -> Tensor:
         """Convolve sections (z, C, y, x) with a kernel that is flat in z."""
         _, my, mx = self.margin
-        weight = self.weight.squeeze(2) if self._flat_weight is None else self._flat_weight
         sections = F.pad(sections, (mx, mx, my, my), mode="replicate")
-        return F.conv2d(sections, weight, stride=self.stride[1:])
+        return F.conv2d(sections, self._kernel(), stride=self.stride[1:])
 
 
 class ConvUnit(nn.Sequential):

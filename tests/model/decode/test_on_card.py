@@ -86,20 +86,23 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_what_is_made_once_changes_no_bit(card):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_made_once_changes_no_bit(card, dtype):
     network, image = jittered_network().requires_grad_(False), torch.rand(SHAPE) * 2 - 1
 
     def answer() -> list[torch.Tensor]:
-        maps = inference.dense_maps(network, image)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            maps = inference.dense_maps(network, image)
         head = inference.decode(network, maps, inference.seeds_of(network, maps))
         return [maps.affinity_logits, maps.mask_features, head.weight, head.bias]
 
     before = answer()
-    network.freeze()
+    network.freeze(dtype)
     for now, then in zip(answer(), before, strict=True):
         assert torch.equal(now, then)
     features = torch.rand((1, 35, 9, 33, 33))
-    assert torch.equal(network.mask_branch.flat(features), network.mask_branch(features))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert torch.equal(network.mask_branch.flat(features), network.mask_branch(features))
 
 
 WAITS = ("_local_scalar_dense", "nonzero", "bincount", "_unique2", "masked_select")
