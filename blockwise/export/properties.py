@@ -35,7 +35,8 @@ from agq.blockwise.export.rows import (
     write_part,
 )
 from agq.blockwise.export.target import Target
-from agq.blockwise.stitch.steps import Progress, Task, Workers, digest
+from agq.blockwise.stitch.steps import digest
+from agq.blockwise.stitch.workers import Progress, Task, workers_of
 from agq.blockwise.storage.files import atomic_file, make_folder
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
@@ -134,7 +135,7 @@ def export_properties(
         Called with the name of the step, items done and items in all.
     """
     target = target.opened()
-    workers = Workers(client, target.place, on_progress)
+    workers = workers_of(client, target.place, on_progress)
     workers.wait_for_stragglers()
     box = _box(volume)
     grid = triple(-(-n // b) for n, b in zip(volume.shape, box, strict=True))

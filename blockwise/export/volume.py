@@ -27,7 +27,8 @@ from distributed import Client
 from agq.blockwise.export.target import FOLDER, MARK, Target, first_line
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.writer import run_journalled
-from agq.blockwise.stitch.steps import Progress, StitchError, Task, Workers, digest
+from agq.blockwise.stitch.steps import digest
+from agq.blockwise.stitch.workers import Progress, StitchError, Task, workers_of
 from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.volumes.content import Content, difference, read_content
 from agq.blockwise.volumes.open import Volume
@@ -246,7 +247,7 @@ def export_precomputed(
         If boxes could not be written.
     """
     target = Target.of(out)
-    workers = Workers(client, target.place, on_progress)
+    workers = workers_of(client, target.place, on_progress)
     workers.wait_for_stragglers()
     target = _claim(levels, scales, target, version, overwrite)
     for scale in scales:

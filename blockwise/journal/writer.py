@@ -262,9 +262,9 @@ def run_journalled(
 
 
 def end_journal(folder: Path) -> None:
-    """Close what `process_journal` has opened in this process for a folder."""
+    """Close what `process_journal` has opened in this process for a folder or folders in it."""
     with _open_lock:
-        keys = [key for key in _open_journals if key[0] == folder]
+        keys = [key for key in _open_journals if key[0].is_relative_to(folder)]
         journals = [_open_journals.pop(key) for key in keys]
     for journal in journals:
         journal.close()

@@ -32,8 +32,8 @@ from agq.blockwise.stitch.contacts import NodeTable
 from agq.blockwise.stitch.merge.kernel import TABLED, may_join_each
 from agq.blockwise.stitch.names import LeafNames, leaf_classes, leaf_names, share_counts
 from agq.blockwise.stitch.settings import MergeSettings, exact
-from agq.blockwise.stitch.steps import Task
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
+from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays, map_array
 from agq.blockwise.volumes.create import open_array, read_chunk
 from agq.blockwise.volumes.open import Volume

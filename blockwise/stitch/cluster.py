@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from distributed import Client, Nanny, Scheduler, SpecCluster, Status, Worker
 from distributed.security import Security
 
-from agq import caches, waiting
+from agq import caches
 from agq.blockwise.spawn import spawning_apart
 from agq.blockwise.stitch.settings import DaskSettings
 from agq.errors import InputError
@@ -36,29 +36,6 @@ class _ClosedOnFailure(Client):
             # On some failures dask has closed the client already, but for its loop.
             self._loop_runner.stop()
             raise
-
-
-class LazyClient:
-    """A dask client that is made, with workers for it, when it is first used.
-
-    Parameters
-    ----------
-    make
-        Makes the client.
-    cores
-        Threads that its workers will have in all.
-    """
-
-    def __init__(self, make: Callable[[], Client], cores: int) -> None:
-        self._make = make
-        self._made: Client | None = None
-        self.cores = cores
-
-    def client(self) -> Client:
-        """Return the client; the first call starts it."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made
 
 
 class _NoWebServer:
@@ -137,34 +114,6 @@ def dask_client(
     InputError
         If nothing answers at the address, or the certificates do not fit.
     """
-    with lazy_client(settings, processes=processes, timeout=timeout) as lazy:
-        yield lazy if isinstance(lazy, Client) else lazy.client()
-
-
-@contextmanager
-def lazy_client(
-    settings: DaskSettings | None = None, *, processes: bool = True, timeout: float = 30.0
-) -> Iterator[Client | LazyClient]:
-    """Yield what `dask_client` does; without an address it is started when it is first used.
-
-    A stitch that has nothing to do then needs no workers. A scheduler that runs already may still
-    hold tasks of an earlier command, so it is connected at once.
-
-    Parameters
-    ----------
-    settings, processes, timeout
-        See `dask_client`.
-
-    Yields
-    ------
-    Client or LazyClient
-        The client.
-
-    Raises
-    ------
-    InputError
-        If nothing answers at the address, or the certificates do not fit.
-    """
     settings = settings or DaskSettings()
     if settings.address is not None:
         with _connect(settings.address, settings, timeout) as client:
@@ -172,15 +121,11 @@ def lazy_client(
         return
     count = settings.workers or len(os.sched_getaffinity(0))
     with ExitStack() as stack:
-
-        def make() -> Client:
-            waiting.doing("starting processes")
+        try:
             with _signals_wait():
                 cluster = stack.enter_context(_local_cluster(count, processes))
-                return stack.enter_context(Client(cluster, timeout=timeout))
-
-        try:
-            yield LazyClient(make, count)
+                client = stack.enter_context(Client(cluster, timeout=timeout))
+            yield client
         finally:
             with _signals_wait():
                 stack.close()

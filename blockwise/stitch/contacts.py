@@ -36,8 +36,8 @@ from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
 from agq.blockwise.blocks.label_pairs import PairColumns, PairTable
 from agq.blockwise.blocks.packs import pack_sidecars
 from agq.blockwise.blocks.sidecar import SidecarFile, open_sidecar
-from agq.blockwise.stitch.steps import Task
 from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTask
+from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.arrays import (
     Boxes,
     Columns,

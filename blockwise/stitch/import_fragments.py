@@ -17,10 +17,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed import Client
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
@@ -30,14 +29,16 @@ from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord
 from agq.blockwise.journal.writer import process_journal
-from agq.blockwise.stitch.cluster import LazyClient
-from agq.blockwise.stitch.steps import Progress, Task, Workers
+from agq.blockwise.stitch.workers import LazyClient, Progress, Task, workers_of
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities
 from agq.blockwise.volumes.content import Content, Voxels, difference, read_content
 from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 from agq.reading import read_record
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 BLOCK = (16, 256, 256)
 """Voxels of a block, (z, y, x)."""
@@ -90,7 +91,7 @@ class Fragments:
 def import_fragments(
     source: Fragments,
     run_dir: Path,
-    client: Client | LazyClient,
+    client: Client | LazyClient | None,
     on_progress: Progress | None = None,
 ) -> BlockGrid:
     """Write fragments, sidecars and journal into a folder that :func:`run_stitch` takes.
@@ -114,12 +115,15 @@ def import_fragments(
     BlockWriter.create(run_dir, grid, source.volume.unit)
     journal = Journal(run_dir / "journal" / "predict")
     todo = np.flatnonzero(~journal.done(grid.n_blocks))
-    workers = Workers(client, run_dir, on_progress)
+    workers = workers_of(client, run_dir, on_progress)
     workers.wait_for_stragglers()
     batches = workers.batches(todo.tolist(), _BATCH, share=4)
     tasks = [ImportBlocks(batch, source, run_dir, journal.revision) for batch in batches]
-    workers.run("import", tasks, grid.n_blocks - len(todo))
-    workers.end_journal(journal.folder)
+    try:
+        workers.run("import", tasks, grid.n_blocks - len(todo))
+        workers.end_journal(journal.folder)
+    finally:
+        workers.close()
     return grid
 
 

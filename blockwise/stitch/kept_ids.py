@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.stitch.output.relabel import BlockLut
-from agq.blockwise.stitch.steps import Step, Task
+from agq.blockwise.stitch.steps import Step
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask, SuperblockTree
+from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays
 from agq.blockwise.storage.files import atomic_file, require_folder, write_atomic
 from agq.blockwise.volumes.triples import Triple, checked_triple

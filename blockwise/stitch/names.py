@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.stitch.steps import Task
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
+from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays, map_array, save_array
 
 IdRange = tuple[int, int, int]

@@ -1,4 +1,4 @@
-"""The stitch: from fragments and sidecars of a run to one segmentation, on dask.
+"""The stitch: from fragments and sidecars of a run to one segmentation.
 
 Steps, each with a key made from all that its output depends on, skipped if that output exists:
 
@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from distributed import Client
-from distributed.comm import CommClosedError
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
@@ -45,7 +43,6 @@ from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
 from agq.blockwise.stitch import contacts as contacts_module
 from agq.blockwise.stitch.classes import ClassRule, Count, ShareCounts
-from agq.blockwise.stitch.cluster import LazyClient
 from agq.blockwise.stitch.contacts import Collect, PackSidecars
 from agq.blockwise.stitch.edits import (
     Constraints,
@@ -78,13 +75,21 @@ from agq.blockwise.stitch.settings import (
     Thresholds,
     exact,
 )
-from agq.blockwise.stitch.steps import Progress, Step, StitchError, Task, Workers, digest
+from agq.blockwise.stitch.steps import Step, digest
 from agq.blockwise.stitch.superblocks import (
     Family,
     StitchFiles,
     SuperblockTask,
     SuperblockTree,
     leaf_shape,
+)
+from agq.blockwise.stitch.workers import (
+    LazyClient,
+    Progress,
+    StitchError,
+    Task,
+    Workers,
+    workers_of,
 )
 from agq.blockwise.storage.arrays import save_array
 from agq.blockwise.storage.files import make_folder, require_folder, write_atomic
@@ -97,6 +102,7 @@ from agq.reading import read_file, read_record
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
+    from distributed import Client
     from rich.text import Text
 
 ALGORITHM_VERSION = 4
@@ -322,7 +328,7 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
 
 def run_stitch(
     spec: StitchSpec,
-    client: Client | LazyClient,
+    client: Client | LazyClient | None,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
     *,
@@ -335,7 +341,8 @@ def run_stitch(
     spec
         What to stitch.
     client
-        Dask client; its workers must see the run folder under the same path.
+        Dask client; its workers must see the run folder under the same path. None: this process
+        does it, one task after the other.
     on_progress
         Called with the name of the step, items done, and items in all.
     on_note
@@ -352,11 +359,9 @@ def run_stitch(
     RunGoneError
         If the run folder is moved away meanwhile.
     """
+    workers = workers_of(client, spec.run_dir, on_progress, on_note, wait_s)
     try:
-        workers = Workers(client, spec.run_dir, on_progress, on_note, wait_s)
         return _Stitch(spec, workers, on_note).run()
-    except CommClosedError as error:
-        raise StitchError(f"lost the dask scheduler ({error})") from None
     except DamagedError as error:
         require_folder(spec.run_dir)
         raise repairable(error, spec.run_dir) from None
@@ -364,6 +369,8 @@ def run_stitch(
         # Whatever was not found in it: it may be the folder itself that has gone.
         require_folder(spec.run_dir)
         raise
+    finally:
+        workers.close()
 
 
 def _of_ids(key: str, before: Before | None) -> str:

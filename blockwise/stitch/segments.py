@@ -33,8 +33,8 @@ from agq.blockwise.stitch.merge.kernel import connected_components
 from agq.blockwise.stitch.names import IdRange, between, leaf_names, ranges_of, sample
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.settings import SegmentIds
-from agq.blockwise.stitch.steps import Task
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask
+from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.arrays import (
     Boxes,
     Columns,

@@ -4,7 +4,7 @@ import math
 from fractions import Fraction as Exact
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from agq.settings import File, Settings, Size
 
@@ -55,8 +55,10 @@ class DaskSettings(Settings):
     key_file: File | None = None
     """For a tls:// address: PEM file of this client's private key."""
 
-    workers: PositiveInt | None = None
-    """Processes of the local cluster, one thread each; default: one per core."""
+    workers: NonNegativeInt | None = None
+    """Processes of the local cluster, one thread each. 0: none, the command itself does all, on one
+    core. Default: 0 for at most 512 blocks of 16 million voxels in all, which is quicker done than
+    processes start; else one per core."""
 
     wait_s: Annotated[float, Field(ge=1)] = 300.0
     """Seconds without any worker after which a stitch on a scheduler of one's own gives up."""

@@ -1,48 +1,24 @@
-"""Steps of the stitch: what is done already, and running tasks on dask.
-
-Nothing large passes through the scheduler: tasks hold paths and read and write files. Every task
-may run twice or be cut off anywhere: its files appear whole or not at all, with the same bytes.
-"""
+"""Steps of the stitch: what is done already, and the key of what each depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import shutil
-import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from distributed import Client, Future, KilledWorker, Worker, as_completed
-from distributed.client import FutureCancelledError
-
-from agq.blockwise.journal.writer import end_journal
-from agq.blockwise.stitch.cluster import LazyClient
+from agq.blockwise.stitch.workers import Task, Workers
 from agq.blockwise.storage.files import file_checksum, require_folder, write_atomic
 from agq.blockwise.storage.leftovers import remove_all_temporaries
-from agq.blockwise.threads import start_aside
-from agq.errors import DamagedError, InputError, RunStoppedError, repairable
+from agq.errors import InputError, repairable
 from agq.reading import NotAFileError, read_file, read_record
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the step, items done and items in all."""
-
-_STRAGGLER_S = 0.2
-_LOOK_S = 5.0
 _SUMS = ".sums"
 _SUMS_BATCH = 256
-
-Item = TypeVar("Item")
-
-
-class StitchError(RunStoppedError):
-    """A part of the stitch failed at run time; stitching again does only what is missing."""
 
 
 def digest(*parts: Any) -> str:
@@ -53,210 +29,6 @@ def digest(*parts: Any) -> str:
         total.update(len(data).to_bytes(8, "little"))
         total.update(data)
     return total.hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class Task(ABC):
-    """Work for one task of dask; picklable, and small.
-
-    Attributes
-    ----------
-    items
-        What the task works on.
-    """
-
-    items: Sequence[Any]
-
-    @property
-    def size(self) -> int:
-        """Number of items for the progress."""
-        return len(self.items)
-
-    @abstractmethod
-    def run(self) -> Any:
-        """Do the work."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Workers of dask that write into one folder.
-
-    Attributes
-    ----------
-    source
-        Client; its workers must see the folder under the same path.
-    folder
-        Folder that all tasks write into.
-    on_progress
-        Called with the name of a step, items done and items in all.
-    on_note
-        Called with a line about what is waited for.
-    wait_s
-        Seconds without any worker after which a scheduler of one's own is given up. (Clusters that
-        were started for the client have their own care for workers.)
-    """
-
-    source: Client | LazyClient
-    folder: Path
-    on_progress: Progress | None = None
-    on_note: Callable[[str], None] | None = None
-    wait_s: float = 300.0
-
-    @property
-    def client(self) -> Client:
-        """The client, which may start now."""
-        return self.source.client() if isinstance(self.source, LazyClient) else self.source
-
-    @property
-    def cores(self) -> int:
-        """Threads of all workers, at least 1."""
-        if isinstance(self.source, LazyClient):
-            return self.source.cores
-        return max(1, sum(self.client.ncores().values()))
-
-    def addresses(self) -> frozenset[str]:
-        """Return the addresses of the workers."""
-        return frozenset(self.client.ncores())
-
-    def batches(self, items: Sequence[Item], most: int, *, share: int) -> list[Sequence[Item]]:
-        """Cut items into parts of at most ``most``, and at least about ``share`` for each core."""
-        size = max(1, min(most, -(-len(items) // (share * self.cores))))
-        return [items[at : at + size] for at in range(0, len(items), size)]
-
-    def wait_for_stragglers(self) -> None:
-        """Wait until the workers have ended what an earlier command left running.
-
-        A scheduler that outlives its clients lets a task that runs go on after its client has gone.
-        It would write into folders that the next command has emptied, and be taken for that one's
-        work.
-        """
-        if isinstance(self.source, LazyClient):
-            return  # its workers end with the command that started them
-        mark = _mark(self.folder)
-        noted = False
-        while running := sum(self.client.run(_running, mark, on_error="ignore").values()):
-            if not noted:
-                self._note(
-                    f"waiting for {running} tasks that an earlier command left running in"
-                    f" {self.folder}"
-                )
-                noted = True
-            time.sleep(_STRAGGLER_S)
-
-    def run(self, step: str, tasks: Sequence[Task], done: int = 0) -> list[Any]:
-        """Run tasks.
-
-        Parameters
-        ----------
-        step
-            Name for the progress.
-        done
-            Items done before.
-
-        Returns
-        -------
-        list
-            Results, in the order of completion.
-
-        Raises
-        ------
-        StitchError
-            If workers kept dying, none is connected, or the scheduler is gone. Other errors of a
-            task are raised as they are. The remaining tasks are cancelled.
-        """
-        total = done + sum(task.size for task in tasks)
-        results: list[Any] = []
-        self._report(step, done, total)
-        if not tasks:
-            return results  # without a client, which may have to be started
-        # A random part: dask would otherwise take a task of an earlier stitch for the same one.
-        name = f"{step}{_mark(self.folder)}{secrets.token_hex(4)}"
-        futures = {
-            self.client.submit(task.run, key=f"{name}-{i}", pure=False): task.size
-            for i, task in enumerate(tasks)
-        }
-        try:
-            with self._watched(list(futures)) as given_up:
-                for future in as_completed(list(futures)):
-                    results.append(future.result())
-                    done += futures.pop(future)
-                    self._report(step, done, total)
-        except DamagedError as error:
-            raise repairable(error, self.folder) from None
-        except KilledWorker as error:
-            raise StitchError(
-                f"{step}: workers died on a task again and again (out of memory?): {error}"
-            ) from None
-        except FutureCancelledError as error:
-            lost = f"lost the dask scheduler ({error})"
-            raise StitchError(f"{step}: {(*given_up, lost)[0]}") from None
-        finally:
-            self.client.cancel(list(futures))
-        return results
-
-    def end_journal(self, folder: Path) -> None:
-        """Close the journals that tasks have written in a folder: its work is done."""
-        self.client.run(end_journal, folder, on_error="ignore")
-
-    @contextmanager
-    def _watched(self, futures: list[Future]) -> Iterator[list[str]]:
-        """Cancel the tasks if no worker is connected for too long; the list then says so."""
-        reasons: list[str] = []
-        if self.client.cluster is not None:
-            yield reasons
-            return
-        over = threading.Event()
-        address = getattr(self.client.scheduler, "address", "")
-        what = f"dask scheduler {address}: no worker is connected"
-
-        def watch() -> None:
-            since, told = time.monotonic(), False
-            while not over.wait(min(_LOOK_S, self.wait_s / 4)):
-                here = None
-                # A scheduler that is lost cancels the tasks; whatever else it says, look again.
-                with suppress(Exception):
-                    here = bool(self.client.ncores())
-                if here is None:
-                    continue
-                if here:
-                    since, told = time.monotonic(), False
-                    continue
-                if not told:
-                    self._note(
-                        f"{what}; waiting {self.wait_s:g} s (stitch.dask.wait_s) for one, as"
-                        f" started by: dask worker {address}"
-                    )
-                    told = True
-                if time.monotonic() - since > self.wait_s:
-                    reasons.append(f"{what} for {self.wait_s:g} s; start some and stitch again")
-                    self.client.cancel(futures)
-                    return
-
-        thread = start_aside("watch-workers", watch)
-        try:
-            yield reasons
-        finally:
-            over.set()
-            thread.join()
-
-    def _note(self, text: str) -> None:
-        if self.on_note is not None:
-            self.on_note(text)
-
-    def _report(self, step: str, done: int, total: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(step, done, total)
-
-
-def _running(mark: str, dask_worker: Worker) -> int:
-    """Count the tasks of a worker that write into a folder."""
-    with dask_worker.active_threads_lock:
-        return sum(mark in str(key) for key in dask_worker.active_threads.values())
-
-
-def _mark(folder: Path) -> str:
-    """Return what the names of all tasks that write into a folder hold."""
-    return f"-{digest(str(folder.absolute()))[:16]}-"
 
 
 class Step:

@@ -37,7 +37,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from agq.blockwise.stitch.steps import Task
+from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.arrays import save_arrays
 from agq.blockwise.storage.files import require_folder
 from agq.blockwise.volumes.triples import Triple

@@ -39,6 +39,8 @@ _EVALUATE_S: Final = 0.04
 """Core seconds per Mvoxel; an evaluation uses one core."""
 _BEGIN_S: Final = 10.0
 """To start dask's workers, and to go from step to step."""
+_STEPS_S: Final = 2.0
+"""To go from step to step."""
 
 _GPU_S: Final = 0.5e-6
 """Assumed seconds of a GPU for a voxel that a block reads. The published network needs 0.73 MFLOP
@@ -95,7 +97,7 @@ class Means:
     gpus
         Whether each of them has a GPU.
     cores
-        Cores of the stitch.
+        Cores of the stitch, each with a process of its own; 0: the command itself does it.
     price
         Money for an hour of a GPU; None: not said.
     """
@@ -192,8 +194,9 @@ def forecast(
         if means.gpus and means.price is not None:
             cost = hours * means.price
     mvoxels = work.voxels / 1e6
-    seconds["stitch"] = _BEGIN_S + _STITCH_S * mvoxels / means.cores
-    seconds["pyramid"] = _PYRAMID_S * mvoxels / means.cores
+    begin, cores = (_BEGIN_S, means.cores) if means.cores else (_STEPS_S, 1)
+    seconds["stitch"] = begin + _STITCH_S * mvoxels / cores
+    seconds["pyramid"] = _PYRAMID_S * mvoxels / cores
     if work.evaluated:
         seconds["evaluate"] = _EVALUATE_S * mvoxels
     return Forecast(
@@ -229,7 +232,7 @@ def _files(work: Work, means: Means) -> dict[str, int]:
     levels = pyramid.levels
     share = blocks / grid.n_blocks
     shards = [math.ceil(share * math.prod(pyramid.shards(i))) for i in range(len(levels))]
-    leaf = leaf_shape(grid.shape, max(blocks, 1), means.cores, 512)
+    leaf = leaf_shape(grid.shape, max(blocks, 1), max(means.cores, 1), 512)
     leaves = min(blocks, math.prod(-(-n // side) for n, side in zip(grid.shape, leaf, strict=True)))
     files = {"fragments": blocks, "sidecars": math.ceil(blocks / packs.BLOCKS)}
     if work.affinities:

@@ -1,5 +1,7 @@
 """The stages of a run as functions of an open session: predict, stitch, score, picture."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -10,12 +12,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import psutil
-from distributed import Client
 
 from agq import waiting
 from agq.blockwise.blocks.grid import BlockGrid
@@ -32,10 +33,10 @@ from agq.blockwise.predict.coordinator import (
     run_predict,
 )
 from agq.blockwise.predict.settings import AttemptSettings
-from agq.blockwise.stitch.cluster import lazy_client
 from agq.blockwise.stitch.edits import MOST_BYTES, read_edits
 from agq.blockwise.stitch.run import StitchReport, StitchSpec, find_blocks, run_stitch
 from agq.blockwise.stitch.settings import OutputType, PyramidSettings, StitchSettings
+from agq.blockwise.stitch.workers import is_small, lazy_client, stitch_processes
 from agq.blockwise.storage.files import disk_usage, write_atomic
 from agq.blockwise.volumes.content import require_content
 from agq.blockwise.volumes.open import Volume, open_volume
@@ -54,6 +55,9 @@ from agq.pipeline.run.prepare import Prepared
 from agq.pipeline.run.session import Session
 from agq.pipeline.slurm.settings import SlurmSettings
 from agq.reading import read_file
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 _logger = logging.getLogger(__name__)
 
@@ -253,7 +257,8 @@ def forecast_of(
     else:
         # Of the workers of other machines, if only they take part, nothing is known.
         processes = worker_count(prepared) or 1
-        cores = dask.workers or len(os.sched_getaffinity(0))
+        small = is_small(prepared.grid, int(prepared.selected.size))
+        cores = stitch_processes(dask, small=small)
         means = Means(processes, gpus=prepared.device == "cuda", cores=cores)
     return forecast(prepared.work(blocks, todo), means, timing, **assumption)
 
@@ -442,7 +447,10 @@ def stitch_spec(
 
 
 def stitch(
-    session: Session, *, client: AbstractContextManager[Client] | None = None
+    session: Session,
+    *,
+    client: AbstractContextManager[Client] | None = None,
+    cores: int | None = None,
 ) -> StitchReport:
     """Join the fragments of all selected blocks into one segmentation with its pyramid.
 
@@ -452,6 +460,9 @@ def stitch(
         The open run.
     client
         dask's client; default: as the configuration says.
+    cores
+        Cores for the stitch where the configuration names no number of workers; default: all that
+        this process may use.
     """
     prepared = session.prepared
     require_applied(prepared)
@@ -468,9 +479,11 @@ def stitch(
     )
     if config.input.fragments is None:
         find_blocks(spec)
+    blocks = int(prepared.selected.size)
+    small = is_small(prepared.grid, blocks)
     with (
-        session.stage("stitch", int(prepared.selected.size)) as record,
-        client or lazy_client(section.dask) as dask,
+        session.stage("stitch", blocks) as record,
+        client or lazy_client(section.dask, small=small, cores=cores) as dask,
     ):
         if config.input.fragments is not None:
             import_missing(session, dask)

@@ -17,7 +17,6 @@ from agq.blockwise.storage.files import FATAL_ERRNOS
 from agq.blockwise.storage.logs import cap_output
 from agq.credentials import log_to_stderr
 from agq.errors import InputError, RunStoppedError, machine_fault
-from agq.pipeline.config.schema import Config
 from agq.pipeline.folder import RunLockedError
 from agq.pipeline.notify.notifier import Notifier, reason_of
 from agq.pipeline.run import stages
@@ -37,20 +36,14 @@ _LOCKED_S = 5.0
 _logger = logging.getLogger(__name__)
 
 
-def _with_own_cores(config: Config) -> Config:
-    """Give the local dask cluster the cores of the job, not those of the node."""
-    dask = config.stitch.dask
+def _own_cores() -> int | None:
+    """Return the cores of the job, which may be fewer than those of the node."""
     cores = os.environ.get("SLURM_CPUS_PER_TASK")
-    if dask.workers is not None or dask.address is not None or cores is None:
-        return config
-    section = config.stitch.model_copy(
-        update={"dask": dask.model_copy(update={"workers": int(cores)})}
-    )
-    return config.model_copy(update={"stitch": section})
+    return None if cores is None else int(cores)
 
 
 def _stitch(run_dir: Path, notifier: Notifier) -> None:
-    config = _with_own_cores(load_config(run_dir))
+    config = load_config(run_dir)
     section = section_of(config)
     prepared = prepare_stitch(config, trust=True)
     while True:
@@ -62,7 +55,7 @@ def _stitch(run_dir: Path, notifier: Notifier) -> None:
                     from agq.pipeline.slurm.dask_jobs import jobqueue_client
 
                     client = jobqueue_client(section, run_dir)
-                stages.stitch(session, client=client)
+                stages.stitch(session, client=client, cores=_own_cores())
                 stages.score(session)
                 _picture(session)
             return

@@ -62,7 +62,6 @@ def make_config(folder: Path, data: np.ndarray | None = None, **sections: Any) -
         "model": FAKE,
         "blocks": {"read_shape": [9, 17, 17], "before": [1, 1, 1], "after": [1, 1, 1]},
         "workers": {"count": 2},
-        "stitch": {"dask": {"workers": 1}},
     }
     for name, value in sections.items():
         config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value

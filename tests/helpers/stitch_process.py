@@ -1,13 +1,14 @@
 """Stitch a run in a process of its own, and die by SIGKILL where told.
 
-Arguments: spec file, worker processes (0: threads), and "never", "STEP DONE" (kill once this much
-of a step is reported), or "after SECONDS" of stitching.
+Arguments: spec file, worker processes (0: threads of dask, -1: no dask), and "never", "STEP DONE"
+(kill once this much of a step is reported), or "after SECONDS" of stitching.
 """
 
 import os
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 from agq.blockwise.stitch.cluster import dask_client
@@ -27,7 +28,8 @@ def main() -> None:
         if when[0] == step and done >= int(when[1]):
             die()
 
-    with dask_client(DaskSettings(workers=processes or 2), processes=processes > 0) as client:
+    dask = dask_client(DaskSettings(workers=max(processes, 0) or 2), processes=processes > 0)
+    with nullcontext() if processes < 0 else dask as client:
         if when[0] == "after":
             threading.Timer(float(when[1]), die).start()
         run_stitch(spec, client, progress)

@@ -1,6 +1,7 @@
 """What `import agq` gives: a run from Python, arrays in and out, reports in a notebook."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ import zarr
 from funlib.geometry import Coordinate, Roi
 
 import agq
+from agq.blockwise.journal.reader import Journal
+from agq.blockwise.stitch import workers
 from agq.blockwise.volumes.create import create_array
 from agq.blockwise.volumes.open import open_volume
 from agq.pipeline.api import BlocksFailedError
@@ -27,7 +30,6 @@ SMALL = {
     "model": FAKE,
     "blocks": BLOCKS,
     "workers": {"count": 2},
-    "stitch": {"dask": {"workers": 1}},
 }
 FACE = {
     *("load_config", "Run", "segment", "stitch_fragments", "open_volume", "Predictor"),
@@ -119,6 +121,20 @@ def test_a_run_is_opened_by_its_folder(run):
         agq.Run(run.path.parent)
 
 
+def test_a_small_run_is_stitched_here_and_a_larger_one_by_workers(run, monkeypatch):
+    def pid(across: float) -> int:
+        agq.Run(run.path).stitch(across=across)
+        (worker,) = Journal(run.path / "journal" / "relabel").workers.values()
+        return worker.info.pid
+
+    assert pid(0.8) == os.getpid()
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_FEW_BLOCKS", 59)
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        assert pid(0.9) != os.getpid()
+    assert pid(0.7) == os.getpid()
+
+
 def test_stages_of_a_file_tell_how_far_they_are(tmp_path, data):
     config = agq.load_config(make_config(tmp_path, data))
     told: list[tuple[str, int, int]] = []
@@ -173,7 +189,7 @@ def test_a_notebook_shows_tables(run):
 def test_fragments_of_another_model_as_arrays(run, tmp_path, data):
     labels = run.segmentation()[:]
     affinities = np.full((3, *data.shape), 0.8, np.float32)
-    options = {"stitch": {"dask": {"workers": 1}}}
+    options = {"stitch": {"min_size": 1}}
     report = agq.stitch_fragments(labels, affinities, VOXEL_SIZE, tmp_path / "out", **options)
     assert report.blocks > 1
     assert report.segments == len(np.unique(labels[labels > 0])) == report.fragments
@@ -274,7 +290,7 @@ def test_an_array_handed_out_is_indexed_like_numpy(tmp_path, data, key):
 
 def test_a_script_without_a_guard_runs(tmp_path, data):
     """Workers of the stitch are processes that would import the script again."""
-    make_config(tmp_path, data)
+    make_config(tmp_path, data, stitch={"dask": {"workers": 1}})
     (tmp_path / "script.py").write_text(
         "import agq\n"
         "open('count', 'a').write('.')\n"

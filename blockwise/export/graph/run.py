@@ -26,8 +26,9 @@ from agq.blockwise.stitch.contacts import PARTS, ContactTable, NodeTable, load_c
 from agq.blockwise.stitch.merge.agglomeration import MergeTable, ScoreTable, scores
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds, exact
-from agq.blockwise.stitch.steps import Progress, Step, Task, Workers, digest
+from agq.blockwise.stitch.steps import Step, digest
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTree
+from agq.blockwise.stitch.workers import Progress, Task, workers_of
 from agq.blockwise.storage.arrays import Numbers, load_arrays, map_array
 from agq.blockwise.storage.files import atomic_file, make_folder, write_atomic
 from agq.blockwise.volumes.create import open_array
@@ -118,7 +119,7 @@ def export_graph(
     tasks: list[Task] = [WriteLeaf([item], work, bool(roi), chosen) for item in items if item[1]]
     tasks += [WriteMerges([place], work) for place in places]
     try:
-        counts = Workers(client, out, on_progress).run("graph", tasks)
+        counts = workers_of(client, out, on_progress).run("graph", tasks)
     finally:
         # Whatever is missing in the tables of a stitch that has gone is not damaged.
         if Step.read(run_dir, "lut") != step:

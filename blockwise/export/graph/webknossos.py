@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.export.graph.tables import read_graph
-from agq.blockwise.stitch.steps import Progress, Task, Workers
+from agq.blockwise.stitch.workers import Progress, Task, workers_of
 from agq.blockwise.storage.arrays import Ids
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.create import (
@@ -141,7 +141,7 @@ def write_dataset(
         )
     blocks, first = np.unique(BlockGrid.split_ids(dense.ids)[0], return_index=True)
     items = list(zip(blocks.tolist(), (first + 1).tolist(), strict=True))
-    workers = Workers(client, graph, on_progress)
+    workers = workers_of(client, graph, on_progress)
     batches = workers.batches(items, 64, share=4)
     workers.run("webknossos", [WriteDense(batch, run_dir, out, grid) for batch in batches])
     edges = _write_attachment(out / _LAYER / "agglomerates" / _NAME, dense, graph)

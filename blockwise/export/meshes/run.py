@@ -43,7 +43,8 @@ from agq.blockwise.export.target import MARK, Target, first_line
 from agq.blockwise.export.volume import ExportError, Scale
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.writer import run_journalled
-from agq.blockwise.stitch.steps import Progress, Task, Workers, digest
+from agq.blockwise.stitch.steps import digest
+from agq.blockwise.stitch.workers import Progress, Task, Workers, workers_of
 from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Triple, triple
@@ -155,7 +156,7 @@ def export_meshes(plan: Plan, client: Client, *, on_progress: Progress | None = 
         If the export cannot be written to.
     """
     plan = replace(plan, out=plan.out.opened())
-    workers = Workers(client, plan.out.place, on_progress)
+    workers = workers_of(client, plan.out.place, on_progress)
     _begin(plan)
     shards = 2**plan.shard_bits
     todo = np.flatnonzero(~Journal(plan.journal("meshes")).done(shards)).tolist()

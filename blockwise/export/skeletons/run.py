@@ -28,7 +28,8 @@ from agq.blockwise.export.skeletons.encode import INFO, encoded, ids_of_shard, s
 from agq.blockwise.export.skeletons.join import join
 from agq.blockwise.export.skeletons.trace import trace
 from agq.blockwise.export.target import Target
-from agq.blockwise.stitch.steps import Progress, Task, Workers, digest
+from agq.blockwise.stitch.steps import digest
+from agq.blockwise.stitch.workers import Progress, Task, workers_of
 from agq.blockwise.storage.arrays import map_array
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
@@ -185,7 +186,7 @@ def export_skeletons(
         Called with the name of the step, items done and items in all.
     """
     target = target.opened()
-    workers = Workers(client, target.place, on_progress)
+    workers = workers_of(client, target.place, on_progress)
     workers.wait_for_stragglers()
     level = nearest_level(levels) if level is None else level
     windows = Windows.of(levels[level], core_nm)

@@ -36,8 +36,8 @@ from agq.blockwise.stitch.output.pyramid import (
 )
 from agq.blockwise.stitch.output.relabel import BlockLut, relabel_block
 from agq.blockwise.stitch.settings import Downsampling
-from agq.blockwise.stitch.steps import Task
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock
+from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.files import FATAL_ERRNOS, Unsynced
 from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.volumes.create import open_array

@@ -14,7 +14,7 @@ from distributed.security import Security
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
-from agq.blockwise.stitch.steps import StitchError, Workers
+from agq.blockwise.stitch.workers import StitchError, workers_of
 from agq.errors import InputError
 from tests.helpers.fragments import GRID, make_run, write_run
 from tests.helpers.stitch_runs import open_cluster, results
@@ -66,7 +66,7 @@ LEAVES_A_TASK = """
 import sys, time
 from pathlib import Path
 from distributed import Client
-from agq.blockwise.stitch.steps import Task, Workers
+from agq.blockwise.stitch.workers import Task, workers_of
 
 class Slow(Task):
     def run(self):
@@ -75,7 +75,7 @@ class Slow(Task):
         Path(folder, "late").touch()
 
 address, folder = sys.argv[1:]
-Workers(Client(address), Path(folder)).run("slow", [Slow([1])])
+workers_of(Client(address), Path(folder)).run("slow", [Slow([1])])
 """
 
 
@@ -92,9 +92,9 @@ def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
                 time.sleep(0.05)
             first.kill()
         notes: list[str] = []
-        Workers(client, tmp_path / "other", on_note=notes.append).wait_for_stragglers()
+        workers_of(client, tmp_path / "other", on_note=notes.append).wait_for_stragglers()
         assert not notes
-        Workers(client, tmp_path, on_note=notes.append).wait_for_stragglers()
+        workers_of(client, tmp_path, on_note=notes.append).wait_for_stragglers()
         assert (tmp_path / "late").exists()
     assert notes == [f"waiting for 1 tasks that an earlier command left running in {tmp_path}"]
 

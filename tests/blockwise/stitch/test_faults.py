@@ -16,7 +16,7 @@ from agq.blockwise.journal.reader import Journal
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
-from agq.blockwise.stitch.steps import StitchError
+from agq.blockwise.stitch.workers import StitchError
 from agq.blockwise.volumes.create import create_array
 from agq.errors import RunGoneError
 from tests.helpers import ROOT
@@ -41,16 +41,18 @@ def in_a_process(spec: StitchSpec, workers: int, *when: str) -> int:
     return done.returncode
 
 
-def test_killed_while_relabelling(run, run_dir, client, undisturbed):
-    assert in_a_process(run.spec(run_dir), 0, "relabel", "9") == -signal.SIGKILL
+@pytest.mark.parametrize("workers", [0, -1])
+def test_killed_while_relabelling(run, run_dir, client, undisturbed, workers):
+    assert in_a_process(run.spec(run_dir), workers, "relabel", "9") == -signal.SIGKILL
     done = Journal(run_dir / "journal" / "relabel").counts()["done"]
     assert 0 < done < GRID.n_blocks
-    run_stitch(run.spec(run_dir), client)
+    run_stitch(run.spec(run_dir), client if workers == 0 else None)
     assert results(run_dir) == undisturbed
 
 
 INTERRUPTED = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
@@ -62,20 +64,21 @@ def say(*words):
 spec = StitchSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
 try:
     say("starting")
-    with dask_client(DaskSettings(workers=2)) as client:
+    workers = int(sys.argv[2])
+    with dask_client(DaskSettings(workers=workers)) if workers else nullcontext() as client:
         run_stitch(spec, client, say)
 except KeyboardInterrupt:
     sys.exit(130)
 """
 
 
-@pytest.mark.parametrize("moment", ["starting", "contacts"])
-def test_ctrl_c_prints_no_traceback(run, run_dir, moment):
+@pytest.mark.parametrize(("moment", "workers"), [("starting", 2), ("contacts", 2), ("contacts", 0)])
+def test_ctrl_c_prints_no_traceback(run, run_dir, moment, workers):
     """It reaches all processes of the terminal, while dask starts too."""
     file = run_dir.parent / "spec.json"
     file.write_text(run.spec(run_dir).model_dump_json())
     with subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, file],
+        [sys.executable, "-c", INTERRUPTED, file, str(workers)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -85,7 +88,8 @@ def test_ctrl_c_prints_no_traceback(run, run_dir, moment):
         assert process.stdout is not None
         while not process.stdout.readline().startswith(moment):
             assert process.poll() is None
-        time.sleep(0.5)
+        if workers:
+            time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "")
@@ -98,7 +102,7 @@ def test_killed_at_random_again_and_again(run, run_dir, undisturbed, seed):
     rng = np.random.default_rng(seed)
     kills = 0
     for _ in range(4):
-        workers = int(rng.integers(0, 3))
+        workers = int(rng.integers(-1, 3))
         code = in_a_process(run.spec(run_dir), workers, "after", str(rng.uniform(0.05, 2.5)))
         kills += code != 0
     assert in_a_process(run.spec(run_dir), 2, "never") == 0
@@ -181,9 +185,18 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "step", ["contacts", "agglomerate 2/3", "lut up 1/3", "lut map", "relabel", "pyramid s1"]
+    ("step", "here"),
+    [
+        ("contacts", False),
+        ("agglomerate 2/3", False),
+        ("lut up 1/3", False),
+        ("lut map", True),
+        ("relabel", False),
+        ("relabel", True),
+        ("pyramid s1", False),
+    ],
 )
-def test_full_disk_is_one_error_and_resumes(run, small_disk, client, undisturbed, step):
+def test_full_disk_is_one_error_and_resumes(run, small_disk, client, undisturbed, step, here):
     run_dir, ballast = small_disk / "run", small_disk / "ballast"
     write_run(run, run_dir)
 
@@ -191,6 +204,8 @@ def test_full_disk_is_one_error_and_resumes(run, small_disk, client, undisturbed
         if name == step and not ballast.exists():
             ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
 
+    if here:
+        client = None
     with pytest.raises((OSError, StitchError)) as caught:
         run_stitch(run.spec(run_dir, batch_blocks=2), client, fill)
     assert ballast.exists()
@@ -203,7 +218,8 @@ def test_full_disk_is_one_error_and_resumes(run, small_disk, client, undisturbed
     assert results(run_dir) == undisturbed
 
 
-def test_full_disk_on_the_command_line(small_disk, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_full_disk_on_the_command_line(small_disk, tmp_path, workers):
     rng = np.random.default_rng(0)
     for name, data in (
         ("fragments", rng.integers(1, 90_000, (8, 256, 256)).astype(np.uint64)),
@@ -215,7 +231,7 @@ def test_full_disk_on_the_command_line(small_disk, tmp_path):
         )[:] = data  # fmt: skip
     arguments = [
         "stitch", "--fragments", tmp_path / "in.zarr/fragments", "--affinities",
-        tmp_path / "in.zarr/affinities", "--set", "stitch.dask.workers=1", "--output",
+        tmp_path / "in.zarr/affinities", "--set", f"stitch.dask.workers={workers}", "--output",
     ]  # fmt: skip
     failed = agq(*arguments, small_disk / "out")
     assert failed.returncode != 0

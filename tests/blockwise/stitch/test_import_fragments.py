@@ -1,6 +1,5 @@
 """Fragments and affinities of another model: formats, layouts, and what does not fit."""
 
-import contextlib
 import io
 import json
 from pathlib import Path
@@ -198,11 +197,8 @@ def test_command_line(tmp_path):
     assert len(json.loads((tmp_path / "pc" / "info").read_text())["scales"]) == len(levels) > 1
 
 
-def test_an_output_folder_takes_other_settings(tmp_path, client, main, monkeypatch):
+def test_an_output_folder_takes_other_settings(tmp_path, main):
     """Nothing that is said is ignored, and the arrays are not needed again."""
-    monkeypatch.setattr(
-        "agq.pipeline.run.stages.lazy_client", lambda _: contextlib.nullcontext(client)
-    )
     fragments, affinities = small_volumes()
     for name, data in (("fragments", fragments), ("affinities", affinities)):
         put(tmp_path / "in", name, data, 3)

@@ -9,7 +9,7 @@ import pytest
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.stitch import kept_ids
 from agq.blockwise.stitch.run import run_stitch
-from agq.blockwise.stitch.steps import Workers
+from agq.blockwise.stitch.workers import DaskWorkers
 from tests.helpers.fragments import make_run, write_run
 from tests.helpers.stitch_runs import results, segmentation
 
@@ -130,7 +130,7 @@ def test_a_stitch_cut_off_ends_in_the_same(noisy, client, tmp_path, monkeypatch)
         "record written": (kept_ids.Step, "forget", stop),
         "forgotten": (kept_ids.Path, "rename", stop),
         "moved": (kept_ids.Before, "move", moved),
-        "half done": (Workers, "run", stop),
+        "half done": (DaskWorkers, "run", stop),
     }
     made = {}
     write_run(noisy, tmp_path / "first")

@@ -19,7 +19,8 @@ from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.output.pyramid import Pyramid
 from agq.blockwise.stitch.run import StitchSpec, run_stitch
 from agq.blockwise.stitch.settings import DaskSettings, Thresholds
-from agq.blockwise.stitch.steps import Step, StitchError
+from agq.blockwise.stitch.steps import Step
+from agq.blockwise.stitch.workers import StitchError
 from agq.blockwise.storage.files import file_checksum
 from agq.blockwise.storage.shards import ChunkFiles
 from agq.blockwise.verify.check import verify

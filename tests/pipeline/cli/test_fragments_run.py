@@ -37,7 +37,6 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{folder / 'in.zarr'}::affinities",
         None,
         folder / "run",
-        stitch={"dask": {"workers": 1}},
         evaluate={"truth": {"path": str(folder / "in.zarr"), "dataset": "truth"}},
     )
     assert report.segments == 2

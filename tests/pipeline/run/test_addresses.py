@@ -69,7 +69,7 @@ def run(tmp_path_factory):
     """A run of which all volumes are signed, and the same run of plain files."""
     folder = tmp_path_factory.mktemp("signed")
     raw = blobs(SHAPE)
-    plain = make_config(folder, raw, workers={"count": 1})
+    plain = make_config(folder, raw, workers={"count": 1}, stitch={"dask": {"workers": 1}})
     write_volume(folder / "in.zarr", "mask", np.ones(SHAPE, np.uint8))
     write_volume(folder / "in.zarr", "truth", (raw > 128).astype(np.uint64))
     write_volume(folder / "in.zarr", "classes", np.ones(SHAPE, np.uint8))

@@ -221,7 +221,6 @@ def test_fragments_of_another_model_with_mask_and_classes(tmp_path):
             f"{container}::affinities",
             None,
             tmp_path / name,
-            stitch={"dask": {"workers": 1}},
             input={n: {"path": str(container), "dataset": d} for n, d in named.items()},
         )
 

@@ -19,7 +19,7 @@ def write_config(folder: Path, tissue: Path, name: str = "run") -> Path:
         "input": {"raw": {"path": str(tissue), "dataset": "raw"}},
         "model": {"checkpoint": "demo", "device": "cpu"},
         "workers": {"count": 1, "threads": 1},
-        "stitch": {"across": 0.6, "within": 0.6, "dask": {"workers": 1}},
+        "stitch": {"across": 0.6, "within": 0.6},
     }
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))

@@ -117,8 +117,7 @@ def test_a_stitch_of_fragments_of_another_model_too(tmp_path):
     out = tmp_path / "out"
 
     def stitch() -> None:
-        options = {"dask": {"workers": 1}}
-        stitch_fragments(fragments, affinities, (30, 6, 6), out, stitch=options)
+        stitch_fragments(fragments, affinities, (30, 6, 6), out)
 
     stitch()
     before = results(out)

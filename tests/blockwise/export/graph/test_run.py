@@ -11,6 +11,7 @@ from agq.blockwise.stitch.contacts import ContactTable
 from agq.blockwise.stitch.merge.agglomeration import agglomerate
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import Thresholds
+from agq.blockwise.stitch.workers import DaskWorkers
 from agq.errors import InputError
 from tests.helpers.fragments import GRID, folder_bytes, make_run, same_partition, write_run
 from tests.helpers.stitch_runs import segmentation
@@ -169,7 +170,7 @@ def test_another_export_is_not_written_over(stitched, client, tmp_path):
 def test_a_run_that_is_stitched_anew_meanwhile_is_noticed(made, client, tmp_path, monkeypatch):
     write_run(made, tmp_path / "run")
     run_stitch(made.spec(tmp_path / "run", levels=1), client)
-    real = graph_run.Workers.run
+    real = DaskWorkers.run
 
     def again(workers, name, *arguments):
         done = real(workers, name, *arguments)
@@ -177,7 +178,7 @@ def test_a_run_that_is_stitched_anew_meanwhile_is_noticed(made, client, tmp_path
             run_stitch(made.spec(tmp_path / "run", levels=1, margin=0.05), client)
         return done
 
-    monkeypatch.setattr(graph_run.Workers, "run", again)
+    monkeypatch.setattr(DaskWorkers, "run", again)
     with pytest.raises(InputError, match="was stitched anew during the export; remove"):
         export_graph(tmp_path / "run", tmp_path / "out", GRID, Thresholds(), client)
     with pytest.raises(InputError, match="not complete"):
