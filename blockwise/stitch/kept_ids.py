@@ -120,6 +120,19 @@ def largest_id(segments: Path) -> int:
     return max((int(group.column(0).statistics.max) for group in groups), default=0)
 
 
+def arrow_table(columns: Sequence[NDArray[Any]], schema: pa.Schema) -> pa.Table:
+    """Return columns of numbers as a table; they are not copied.
+
+    `pyarrow.array` would do, but it imports pandas.
+    """
+    arrays = []
+    for field, column in zip(schema, columns, strict=True):
+        assert field.type == pa.from_numpy_dtype(column.dtype)
+        buffer = pa.py_buffer(np.ascontiguousarray(column))
+        arrays.append(pa.Array.from_buffers(field.type, len(column), [None, buffer], 0))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
 class SegmentsBefore:
     """The segments of the last stitch in the order of their smallest fragments, read once."""
 
@@ -231,9 +244,9 @@ class WriteChanged(Task):
         tables = [ChangedTable.load(files.changed(leaf), "changed") for leaf in self.items]
         table = ChangedTable.concatenate(tables).summed()
         require_folder(self.run_dir)
-        columns = [pa.array(getattr(table, name)) for name in table.names()]
+        rows = arrow_table([getattr(table, name) for name in table.names()], _SCHEMA)
         with atomic_file(files.lut / "changed_ids.parquet") as file:
-            pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), file, compression="zstd")
+            pq.write_table(rows, file, compression="zstd")
         return _largest_changes(table)
 
 

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from agq.blockwise.stitch.contacts import NodeTable
-from agq.blockwise.stitch.kept_ids import SEVERAL, Before, SegmentsBefore
+from agq.blockwise.stitch.kept_ids import SEVERAL, Before, SegmentsBefore, arrow_table
 from agq.blockwise.stitch.merge.agglomeration import MergeTable, positions
 from agq.blockwise.stitch.merge.kernel import connected_components
 from agq.blockwise.stitch.names import IdRange, between, leaf_names, ranges_of, sample
@@ -382,7 +382,7 @@ def _largest(
 def _arrow(ids: Ids, segments: ClusterTable) -> pa.Table:
     boxes = np.ascontiguousarray(segments.boxes.T)
     columns = [ids, segments.smallest, segments.voxels, segments.fragments, *boxes]
-    return pa.Table.from_arrays([pa.array(column) for column in columns], schema=_SCHEMA)
+    return arrow_table(columns, _SCHEMA)
 
 
 def _flush(writer: pq.ParquetWriter, waiting: list[pa.Table], least: int) -> list[pa.Table]:

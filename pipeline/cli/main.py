@@ -1,5 +1,7 @@
 """The command line: `agq COMMAND`. Every command is imported when it is asked for."""
 
+import atexit
+import gc
 import io
 import logging
 import os
@@ -101,6 +103,9 @@ def _main(
 
 def main() -> None:
     """Run the command line; wrong input becomes one line and exit code 2."""
+    # At the end Python would look through all that the libraries have made for garbage, which takes
+    # a fifth of the time of a small run.
+    atexit.register(gc.freeze)
     # Names of files may be in no encoding at all, and a terminal's may lack what we print.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

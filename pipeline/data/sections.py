@@ -6,10 +6,10 @@ and the npy and npz files of `agq.pipeline.data.packed_sections`.
 
 import glob
 import os
+from pathlib import Path
 
 from agq.errors import InputError
 from agq.paths import expanded
-from agq.pipeline.data.hdf5 import open_hdf5
 from agq.pipeline.data.packed_sections import open_npy, open_npz
 from agq.pipeline.data.section_files import IMAGES, OTHER_IMAGES, TIF, is_stack, open_files
 from agq.pipeline.data.section_stack import Sections, unreadable
@@ -76,7 +76,7 @@ def open_sections(
     opener = (
         {".npy": open_npy, ".npz": open_npz}
         | dict.fromkeys(TIF, open_tif)
-        | dict.fromkeys(_HDF5, open_hdf5)
+        | dict.fromkeys(_HDF5, _open_hdf5)
     )
     if suffix not in opener:
         known = ", ".join(sorted(opener))
@@ -88,3 +88,9 @@ def open_sections(
         raise
     except Exception as error:
         raise unreadable(place, error) from error
+
+
+def _open_hdf5(place: Path, key: str | None) -> Sections:
+    from agq.pipeline.data.hdf5 import open_hdf5  # loads h5py
+
+    return open_hdf5(place, key)

@@ -531,13 +531,13 @@ def segmentation(prepared: Prepared) -> Volume:
 def score(session: Session) -> EvaluationReport | None:
     """Compare the segmentation with the ground truth, if the configuration names one."""
     waiting.doing("opening the truth")
-    from agq.pipeline.evaluate.evaluate import BorderRule, evaluate
-
     prepared = session.prepared
     truth = prepared.scored_truth()
     settings = prepared.config.evaluate
     if truth is None or settings is None:
         return None
+    from agq.pipeline.evaluate.evaluate import BorderRule, evaluate  # loads scipy
+
     if changed := changed_truth(prepared):
         session.progress.note(f"evaluate.truth has changed since the last scores: {changed}")
     with session.stage("evaluate", 1) as record:

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from funlib.geometry import Coordinate, Roi
 from matplotlib.image import imsave
-from skimage.segmentation import find_boundaries
 
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
@@ -22,7 +21,7 @@ from agq.pipeline.suspects.candidates import MERGE
 from agq.pipeline.suspects.find import Suspect
 from agq.pipeline.suspects.listed import picture_of
 from agq.pipeline.view.layers import LazyVolume, config_layers
-from agq.pipeline.view.picture import Plane, stretched
+from agq.pipeline.view.picture import Plane, at_borders, stretched
 
 PIXELS: Final = 224
 """Voxels of the section that are shown along y and x at most."""
@@ -98,7 +97,7 @@ class CloseUps:
             mended = np.where((now == 1) & np.isin(images["fragments"], suspect.side), 2, now)
         else:
             mended = np.minimum(now, 1)
-        borders = find_boundaries(segments, mode="inner")
+        borders = at_borders(segments) & (segments != 0)
         panels = [grey, *(_coloured(grey, sides, borders) for sides in (now, mended))]
         stretch = self._stretch(plane)
         ring = self._ring(plane, suspect, stretch)
@@ -164,5 +163,5 @@ def _coloured(
     opacity = np.where(sides > 0, _OPACITY, 0.0)[..., None]
     image = grey * (1 - opacity) + _COLOURS[sides] * opacity
     image[borders] = 0.5 * image[borders] + 0.5
-    image[find_boundaries(sides, mode="inner")] = 0.15
+    image[at_borders(sides) & (sides != 0)] = 0.15
     return image

@@ -20,7 +20,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from skimage.segmentation import find_boundaries
 
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.open import Volume
@@ -216,6 +215,18 @@ def stretched(grey: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.repeat(scaled[..., None], 3, axis=2)
 
 
+def at_borders(labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Tell which pixels of an image touch one of another label, above, below or beside them."""
+    border = np.zeros(labels.shape, np.bool_)
+    for here, there, marked in (
+        (labels[1:], labels[:-1], (border[1:], border[:-1])),
+        (labels[:, 1:], labels[:, :-1], (border[:, 1:], border[:, :-1])),
+    ):
+        for side in marked:
+            side |= here != there
+    return border
+
+
 def _palettes(images: list[dict[str, npt.NDArray[Any]]]) -> dict[str, dict[int, Any]]:
     """Return the colours of the ids of each panel in all planes."""
     flat = {title: np.concatenate([i[title].ravel() for i in images]) for title in images[0]}
@@ -251,8 +262,7 @@ def _overlay(backdrop: Any, labels: npt.NDArray[Any], palette: dict[int, Any]) -
     """Return colours over grey, stronger along the borders of segments; nothing over label 0."""
     ids, index = np.unique(labels, return_inverse=True)
     colour = np.array([palette[int(i)] for i in ids])[index.reshape(labels.shape)]
-    border = find_boundaries(index.reshape(labels.shape))
-    opacity = np.where(border, 0.95, _OPACITY) * (labels != 0)
+    opacity = np.where(at_borders(labels), 0.95, _OPACITY) * (labels != 0)
     return backdrop * (1 - opacity[..., None]) + colour * opacity[..., None]
 
 

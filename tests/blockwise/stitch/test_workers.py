@@ -123,8 +123,8 @@ def test_errors_of_a_task_are_as_those_of_a_worker(run, run_dir, client):
     assert "--repair" in said[0]
 
 
-def test_a_stitch_here_loads_no_dask(run, run_dir):
-    """It takes longer to load than a small stitch takes."""
+def test_a_stitch_here_loads_no_dask_and_no_pandas(run, run_dir):
+    """They take longer to load than a small stitch takes."""
     code = """
 import sys
 from pathlib import Path
@@ -150,7 +150,7 @@ print(*sys.modules)
     )
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "numba" in loaded
-    assert not loaded & {"dask", "distributed", "tornado", "torch"}
+    assert not loaded & {"dask", "distributed", "tornado", "torch", "pandas"}
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ print("loaded:", *sys.modules)
     words = done.stdout.splitlines()[-1].split()
     assert words[0] == "loaded:"
     heavy = {"torch", "pandas", "pymongo", "matplotlib", "daisy", "neuroglancer", "sklearn"}
+    heavy |= {"h5py", "skimage"}
     # Without which no process of a worker is started.
     heavy |= {"dask", "distributed"}
     assert not {word.partition(".")[0] for word in words} & heavy

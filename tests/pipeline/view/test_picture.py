@@ -7,12 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from matplotlib.image import imread
+from skimage.segmentation import find_boundaries
 
 from agq.blockwise.volumes.create import create_array
 from agq.blockwise.volumes.open import Volume, open_volume
 from agq.errors import InputError
 from agq.pipeline.view import picture
-from agq.pipeline.view.picture import colours, snapshot
+from agq.pipeline.view.picture import at_borders, colours, snapshot
 
 SIZE = (30, 6, 6)
 
@@ -147,3 +148,13 @@ def test_bad_input(tmp_path: Path) -> None:
     far = stored(tmp_path / "far", np.zeros((4, 4, 4), np.uint8), offset=(0, 60000, 0))
     with pytest.raises(InputError, match="does not overlap"):
         snapshot(tmp_path / "out.png", volumes["raw"], far)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (6, 1), (9, 13)])
+def test_borders_are_those_of_scikit_image(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for most in (2, 3, 5):
+        labels = rng.integers(0, most, shape).astype(np.uint64)
+        np.testing.assert_array_equal(at_borders(labels), find_boundaries(labels))
+        inner = find_boundaries(labels, mode="inner")
+        np.testing.assert_array_equal(at_borders(labels) & (labels != 0), inner)
