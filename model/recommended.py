@@ -47,6 +47,9 @@ class _Stitch(Settings):
     within: Fraction | None = None
     """Threshold inside blocks."""
 
+    contact_weight: Literal["voxels", "sqrt"] | None = None
+    """What a contact counts where contacts are pooled."""
+
     min_size: NonNegativeInt | None = None
     """Voxels of the smallest segment that is kept."""
 

@@ -417,7 +417,7 @@ class _Stitch:
         merges = self._agglomerate(digest(contacts, *decided) if decided else contacts)
         before = self._number(blocks, *merges)
         # What follows does not depend on the superblocks.
-        rule = [*map(str, thresholds.exact), *decided]
+        rule = [*map(str, thresholds.exact), *thresholds.pooling, *decided]
         key = digest(key, spec.evidence, rule, spec.min_contact, spec.segment_ids, spec.min_size)
         if before is not None:
             key = digest(key, before.key)
@@ -579,7 +579,7 @@ class _Stitch:
         spec, files = self.spec, self.files
         thresholds = spec.thresholds()
         *rule, wanted = thresholds.exact
-        key = digest(key, spec.evidence, [*map(str, rule)], spec.min_contact)
+        key = digest(key, spec.evidence, [*map(str, rule), *thresholds.pooling], spec.min_contact)
         before = Step.read(self.run_dir, "agglomerate")
         stored = before.get("result", {}).get("floor")
         if stored is not None and before["key"] == digest(key, stored):

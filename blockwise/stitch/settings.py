@@ -23,6 +23,9 @@ SegmentIds = Literal["consecutive", "fragment", "keep"]
 Downsampling = Literal["majority", "stride"]
 """Which label a coarse voxel takes: the most frequent one, or that of its first voxel."""
 
+ContactWeight = Literal["voxels", "sqrt"]
+"""What a contact counts among those pooled: its touching voxel pairs, or their square root."""
+
 OutputType = Literal["auto", "uint64"]
 """Type of the segmentation: the smaller of uint32 and uint64 that holds all ids, or uint64."""
 
@@ -98,6 +101,12 @@ class Thresholds(Settings):
     min_contact: NonNegativeInt = 0
     """Border contacts of fewer touching voxel pairs are left out."""
 
+    contact_weight: ContactWeight = "voxels"
+    """What a contact counts among those that are pooled in a score: the number of its touching
+    voxel pairs (`voxels`, published), or the square root of it (`sqrt`): neighbouring pairs are no
+    independent evidence, and one large contact otherwise outweighs many small ones. A run takes
+    what the checkpoint recommends where it is not set."""
+
     margin: MarginOfScore = 0.0
     """Added to all thresholds of the score. A later stitch with a larger margin cuts the stored
     merges again, in seconds, instead of merging anew."""
@@ -106,6 +115,12 @@ class Thresholds(Settings):
     def exact(self) -> tuple[Exact, Exact, Exact, Exact]:
         """Thresholds across, within and overlap, and the margin, as the user wrote them."""
         return exact(self.across), exact(self.within), exact(self.overlap), exact(self.margin)
+
+    @property
+    def pooling(self) -> list[str]:
+        """What else than the thresholds decides scores, for the keys of steps."""
+        # Nothing where it is as published: stitches of earlier releases go on.
+        return [] if self.contact_weight == "voxels" else [self.contact_weight]
 
     @property
     def units(self) -> int:

@@ -98,7 +98,8 @@ def test_a_network_keeps_what_it_was_begun_with_unless_its_training_says_otherwi
 @pytest.mark.parametrize("name", checkpoint.BUNDLED)
 def test_bundled_weights_recommend_what_they_were_measured_with(name: str) -> None:
     found = checkpoint.load(name).recommended
-    assert set(found.settings) == {*CHOSEN, "model.mask_weight"}
+    pooled = {"stitch.contact_weight"} if name == "em" else set()
+    assert set(found.settings) == {*CHOSEN, "model.mask_weight"} | pooled
     assert found.settings["model.pieces"] == "supervoxels"
     assert found.tissue
 

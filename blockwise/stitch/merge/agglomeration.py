@@ -102,6 +102,9 @@ _NONE = np.zeros(0, np.uint64)
 MAX_EDGES = 2**30
 """Edges that one process can agglomerate (half-edges are numbered in 32 bits)."""
 
+_ROOTS = 64
+"""Weight of a contact of one voxel pair, where weights are square roots."""
+
 SAME = 2**20
 """Score, in half units, of a merge of two pieces of one fragment: above any affinity."""
 
@@ -133,13 +136,19 @@ def scores(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the score of every contact row as numerator (`Thresholds.units`) and denominator.
 
+    The denominator is what the contact counts where contacts are pooled: its touching voxel pairs,
+    or for the weight ``sqrt`` the square root of their number, in 1/64 and rounded down. The
+    numerator is then rounded up, which leaves every contact on its side of any threshold.
+
     Rows with denominator 0 are left out of the graph: they hold no evidence of the chosen kind. For
     the evidence ``both``, the margin raises the thresholds of affinities, not that of overlaps. A
-    contact is complete in one face, so ``min_contact`` is exact; on pooled edges it would not be.
+    contact is complete in one face, so ``min_contact`` and ``sqrt`` are exact; on pooled edges they
+    would not be.
 
     No product overflows: with ``S`` the largest sum of affinities and ``C`` the largest count, a
     union is at most ``2 C``, a denominator ``3 C``, and every threshold and the margin ``units``.
-    So no numerator, nor a term of it, exceeds ``2 S units / 510 + 6 C units``, which is checked.
+    So no numerator, nor a term of it, exceeds ``2 S units / 510 + 6 C units``, which is checked. A
+    weight ``sqrt`` is at most 64 times the count.
 
     Raises
     ------
@@ -151,7 +160,8 @@ def scores(
     scale = units // HALF_UNITS
     sums = largest(rows.across_sum, rows.within_sum)
     counts = largest(rows.across_count, rows.within_count, rows.overlap, rows.size_u, rows.size_v)
-    if 2 * sums * scale + 6 * counts * units >= LARGEST_SUM:
+    most = _ROOTS if thresholds.contact_weight == "sqrt" else 1
+    if (2 * sums * scale + 6 * counts * units) * most >= LARGEST_SUM:
         raise InputError(TOO_LARGE)
     weight = rows.across_count
     value = scale * rows.across_sum - across * weight
@@ -167,6 +177,12 @@ def scores(
         value, weight = value * enough, weight * enough
     numerator = value + scale * rows.within_sum - within * rows.within_count
     denominator = weight + rows.within_count
+    if thresholds.contact_weight == "sqrt":
+        roots = np.sqrt((_ROOTS**2 * denominator).astype(np.float64)).astype(np.int64)
+        # In two parts, of which neither overflows: a contact has fewer than 2**36 pairs.
+        whole, rest = np.divmod(numerator, np.maximum(denominator, 1))
+        numerator = whole * roots - (-rest * roots // np.maximum(denominator, 1))
+        denominator = roots
     return numerator - margin * denominator, denominator
 
 

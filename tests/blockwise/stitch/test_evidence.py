@@ -1,10 +1,13 @@
 """Overlap evidence and margins."""
 
+import math
 from collections import Counter
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agq.blockwise.stitch.contacts import ContactTable, face_contacts, read_evidence
 from agq.blockwise.stitch.merge.agglomeration import agglomerate, scores
@@ -107,6 +110,26 @@ def test_small_contacts_are_left_out_before_merging():
     assert score(one(within=(0, 1)), min_contact=4) == (-510, 1)  # inside blocks all count
 
 
+@given(
+    count=st.one_of(st.integers(1, 300), st.integers(1, 2**28)),
+    share=st.integers(0, 510),
+    off=st.integers(-3, 3),
+    across=st.sampled_from([0.0, 0.5, 0.7, 0.123457]),
+    margin=st.sampled_from([0.0, 0.1, -0.25]),
+)
+def test_a_square_root_weighs_less_and_decides_the_same(count, share, off, across, margin):
+    total = min(max(share * count + off, 0), 510 * count)
+    rule = Thresholds(across=across, margin=margin)
+    plain = score(one(across=(total, count)), across=across, margin=margin)
+    top, weight = score(
+        one(across=(total, count)), across=across, margin=margin, contact_weight="sqrt"
+    )
+    assert weight == math.isqrt(4096 * count)
+    assert (top > 0) == (plain[0] > 0)
+    mean = Fraction(*plain) + int(Fraction(f"{margin:.6f}") * rule.units)
+    assert 0 <= top + int(Fraction(f"{margin:.6f}") * rule.units) * weight - mean * weight < 1
+
+
 def test_margins_move_all_thresholds():
     contact = one(across=(450 * 8, 8), within=(300, 1))
     n, d = score(contact)
@@ -119,7 +142,13 @@ def test_margins_move_all_thresholds():
 
 
 @pytest.mark.parametrize(
-    "rule", [{"evidence": "overlap", "overlap": 0.3}, {"evidence": "both"}, {"min_contact": 6}]
+    "rule",
+    [
+        {"evidence": "overlap", "overlap": 0.3},
+        {"evidence": "both"},
+        {"min_contact": 6},
+        {"contact_weight": "sqrt"},
+    ],
 )
 @pytest.mark.parametrize("scrambled", [0, 60])
 def test_stitched_by_other_evidence(tmp_path, client, rule, scrambled):
@@ -168,11 +197,14 @@ def test_a_larger_margin_cuts_the_stored_merges(tmp_path, client):
     assert np.array_equal(segmentation(tmp_path), expected_segments(run, Thresholds(margin=-0.2)))
 
 
-@pytest.mark.parametrize("margin", [0.1, 0.123457])
-def test_a_cut_has_the_bytes_of_a_run_from_the_start(tmp_path, client, margin):
+@pytest.mark.parametrize(
+    ("margin", "weight"), [(0.1, "voxels"), (0.123457, "voxels"), (0.123457, "sqrt")]
+)
+def test_a_cut_has_the_bytes_of_a_run_from_the_start(tmp_path, client, margin, weight):
     """Also with a rule of which one part moves: overlaps, small contacts, ids and sizes."""
     run = make_run(GRID, seed=5, noise=0.6)
     rule = {"evidence": "both", "overlap": 0.3, "min_contact": 3, "min_size": 6}
+    rule |= {"contact_weight": weight}
     for name in ("later", "start"):
         write_run(run, tmp_path / name)
     run_stitch(run.spec(tmp_path / "later", **rule), client)
@@ -182,7 +214,9 @@ def test_a_cut_has_the_bytes_of_a_run_from_the_start(tmp_path, client, margin):
 
 
 @pytest.mark.parametrize(
-    "change", [{"across": 0.6}, {"within": 0.9}, {"min_contact": 4}], ids=lambda c: next(iter(c))
+    "change",
+    [{"across": 0.6}, {"within": 0.9}, {"min_contact": 4}, {"contact_weight": "sqrt"}],
+    ids=lambda c: next(iter(c)),
 )
 def test_one_threshold_alone_merges_again_from_the_contacts(tmp_path, client, change):
     run = make_run(GRID, seed=5, noise=0.6)

@@ -34,6 +34,7 @@ def test_what_is_left_open_comes_from_the_checkpoint_or_is_the_default():
         "blocks.read_shape": "checkpoint",
         "stitch.across": "configuration",
         "stitch.within": "checkpoint",
+        "stitch.contact_weight": "default",
         "stitch.min_size": "checkpoint",
     }
     assert told(origins) == [
@@ -43,7 +44,7 @@ def test_what_is_left_open_comes_from_the_checkpoint_or_is_the_default():
             "pieces supervoxels, mask_weight 0.3, read_shape 17 x 193 x 193, within 0.55, "
             "min_size 100",
         ),
-        ("default", "normalise none"),
+        ("default", "normalise none, contact_weight voxels"),
     ]
 
 

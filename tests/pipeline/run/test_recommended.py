@@ -84,7 +84,7 @@ def test_a_run_takes_them_records_them_and_goes_on_in_the_same_words(written):
         "model.pieces": "checkpoint", "model.mask_weight": "checkpoint",
         "model.normalise": "default", "blocks.read_shape": "checkpoint",
         "stitch.across": "configuration", "stitch.within": "checkpoint",
-        "stitch.min_size": "default",
+        "stitch.contact_weight": "default", "stitch.min_size": "default",
     }  # fmt: skip
     assert origins(record) == expected
     run = Path(record["config"]["run_dir"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agq.blockwise.stitch.contacts import ContactTable
+from agq.blockwise.stitch.contacts import ContactTable, merge_contacts
 from agq.blockwise.stitch.merge.agglomeration import MergeTable, agglomerate, scores
 from agq.blockwise.stitch.merge.kernel import compare_fractions
 from agq.blockwise.stitch.settings import Thresholds
@@ -28,6 +28,8 @@ def table(rows) -> ContactTable:
 
 def check_against_reference(nodes, rows, thresholds):
     contacts = table(rows)
+    if thresholds.contact_weight == "sqrt":  # a contact is weighed whole
+        contacts = merge_contacts([contacts])
     numerators, denominators = scores(contacts, thresholds)
     plain = [
         (int(u), int(v), int(n), int(d))
@@ -64,7 +66,12 @@ def graphs(draw):
     return nodes, rows
 
 
-RULES = [Thresholds(), Thresholds(across=0.5, within=0.9), Thresholds(across=0, within=0)]
+RULES = [
+    Thresholds(),
+    Thresholds(across=0.5, within=0.9),
+    Thresholds(across=0, within=0),
+    Thresholds(across=0.5, within=0.9, contact_weight="sqrt"),
+]
 
 
 @settings(max_examples=400, deadline=None)
