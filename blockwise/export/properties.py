@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from distributed import Client
 
 from agq.blockwise.export.rows import (
     Rows,
@@ -36,7 +35,7 @@ from agq.blockwise.export.rows import (
 )
 from agq.blockwise.export.target import Target
 from agq.blockwise.stitch.steps import digest
-from agq.blockwise.stitch.workers import Progress, Task, workers_of
+from agq.blockwise.stitch.workers import AnyClient, Progress, Task, workers_of
 from agq.blockwise.storage.files import atomic_file, make_folder
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.placement import PER_NANOMETRE
@@ -106,7 +105,7 @@ class PropertiesReport:
 def export_properties(
     volume: Volume,
     target: Target,
-    client: Client,
+    client: AnyClient,
     *,
     segments: Path | None = None,
     cable: tuple[Path, int] | None = None,
@@ -124,7 +123,8 @@ def export_properties(
     target
         The export.
     client
-        Dask client whose workers see volume and working folder under the same paths.
+        Dask client whose workers see volume and working folder under the same paths. None:
+        this process.
     segments
         Table of segments of a stitch, which knows their fragments.
     cable

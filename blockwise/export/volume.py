@@ -17,18 +17,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distributed import Client
 
 from agq.blockwise.export.target import FOLDER, MARK, Target, first_line
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.writer import run_journalled
 from agq.blockwise.stitch.steps import digest
-from agq.blockwise.stitch.workers import Progress, StitchError, Task, workers_of
+from agq.blockwise.stitch.workers import (
+    AnyClient,
+    Progress,
+    StitchError,
+    Task,
+    Workers,
+    workers_of,
+)
 from agq.blockwise.storage.files import Unsynced
 from agq.blockwise.volumes.content import Content, difference, read_content
 from agq.blockwise.volumes.open import Volume
@@ -211,7 +218,7 @@ def export_precomputed(
     levels: Sequence[Volume],
     scales: Sequence[Scale],
     out: Target | Path,
-    client: Client,
+    client: AnyClient,
     *,
     version: str = "",
     overwrite: bool = False,
@@ -226,7 +233,7 @@ def export_precomputed(
     out
         Folder or bucket of the export.
     client
-        Dask client whose workers see volumes and folders under the same paths.
+        Dask client whose workers see volumes and folders under the same paths. None: this process.
     version
         Whatever changes when the voxels do; with another one an existing export is not continued.
     overwrite
@@ -247,7 +254,20 @@ def export_precomputed(
         If boxes could not be written.
     """
     target = Target.of(out)
-    workers = workers_of(client, target.place, on_progress)
+    with closing(workers_of(client, target.place, on_progress)) as workers:
+        return _export(levels, scales, target, workers, version, overwrite=overwrite)
+
+
+def _export(
+    levels: Sequence[Volume],
+    scales: Sequence[Scale],
+    target: Target,
+    workers: Workers,
+    version: str,
+    *,
+    overwrite: bool,
+) -> int:
+    """Write what is missing; return how many boxes."""
     workers.wait_for_stragglers()
     target = _claim(levels, scales, target, version, overwrite)
     for scale in scales:

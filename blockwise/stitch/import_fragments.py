@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +29,13 @@ from agq.blockwise.blocks.writer import BlockWriter
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockRecord
 from agq.blockwise.journal.writer import process_journal
-from agq.blockwise.stitch.workers import LazyClient, Progress, Task, workers_of
+from agq.blockwise.stitch.workers import AnyClient, Progress, Task, workers_of
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.affinities import Affinities
 from agq.blockwise.volumes.content import Content, Voxels, difference, read_content
 from agq.blockwise.volumes.open import Volume
 from agq.errors import InputError
 from agq.reading import read_record
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 BLOCK = (16, 256, 256)
 """Voxels of a block, (z, y, x)."""
@@ -91,7 +88,7 @@ class Fragments:
 def import_fragments(
     source: Fragments,
     run_dir: Path,
-    client: Client | LazyClient | None,
+    client: AnyClient,
     on_progress: Progress | None = None,
 ) -> BlockGrid:
     """Write fragments, sidecars and journal into a folder that :func:`run_stitch` takes.

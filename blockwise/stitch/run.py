@@ -84,7 +84,7 @@ from agq.blockwise.stitch.superblocks import (
     leaf_shape,
 )
 from agq.blockwise.stitch.workers import (
-    LazyClient,
+    AnyClient,
     Progress,
     StitchError,
     Task,
@@ -102,7 +102,6 @@ from agq.reading import read_file, read_record
 from agq.tables import Tabled
 
 if TYPE_CHECKING:
-    from distributed import Client
     from rich.text import Text
 
 ALGORITHM_VERSION = 4
@@ -328,7 +327,7 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
 
 def run_stitch(
     spec: StitchSpec,
-    client: Client | LazyClient | None,
+    client: AnyClient,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
     *,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from agq import waiting
 from agq.blockwise.blocks.grid import BlockGrid
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, items done and items in all."""
+
+AnyClient: TypeAlias = "Client | LazyClient | None"
+"""Who runs tasks: workers of a dask client, which may start when it is first used, or this process
+(None), one task after the other."""
 
 _STRAGGLER_S: Final = 0.2
 _LOOK_S: Final = 5.0
@@ -350,7 +354,7 @@ class DaskWorkers(Workers):
 
 
 def workers_of(
-    client: Client | LazyClient | None,
+    client: AnyClient,
     folder: Path,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -398,7 +402,7 @@ def stitch_processes(settings: DaskSettings, *, small: bool, cores: int | None =
 @contextmanager
 def lazy_client(
     settings: DaskSettings, *, small: bool = False, cores: int | None = None
-) -> Iterator[Client | LazyClient | None]:
+) -> Iterator[AnyClient]:
     """Yield what runs the tasks of a stitch, as the settings say.
 
     A cluster of this machine's processes is started when it is first used: a stitch that has
@@ -416,7 +420,7 @@ def lazy_client(
 
     Yields
     ------
-    Client, LazyClient or None
+    AnyClient
         As `workers_of` takes it.
 
     Raises

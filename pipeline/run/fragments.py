@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from agq.blockwise.stitch.import_fragments import (
     Fragments,
@@ -11,7 +11,7 @@ from agq.blockwise.stitch.import_fragments import (
     imported_grid,
     require_same,
 )
-from agq.blockwise.stitch.workers import LazyClient
+from agq.blockwise.stitch.workers import AnyClient
 from agq.blockwise.storage.addresses import put_back
 from agq.blockwise.volumes.affinities import Affinities
 from agq.errors import InputError
@@ -23,9 +23,6 @@ from agq.pipeline.folder import EARLIER_FRAGMENTS, RunFolder
 from agq.pipeline.run.prepare import Prepared, require_trusted_scheduler
 from agq.pipeline.run.session import Session
 from agq.reading import read_record
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 DEFAULT_THRESHOLD: Final = 0.5
 """Affinity that a contact must exceed, where nothing else is said."""
@@ -98,7 +95,7 @@ def prepare_fragments(config: Config, *, again: bool = True, trust: bool = False
     )
 
 
-def import_missing(session: Session, client: Client | LazyClient | None) -> None:
+def import_missing(session: Session, client: AnyClient) -> None:
     """Import the blocks of the fragments that are not in the run folder yet."""
     prepared = session.prepared
     if imported_grid(prepared.run.path) is not None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from distributed import Client
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import LOCAL_BITS, BlockGrid
@@ -28,7 +27,7 @@ from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds, exact
 from agq.blockwise.stitch.steps import Step, digest
 from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTree
-from agq.blockwise.stitch.workers import Progress, Task, workers_of
+from agq.blockwise.stitch.workers import AnyClient, Progress, Task, workers_of
 from agq.blockwise.storage.arrays import Numbers, load_arrays, map_array
 from agq.blockwise.storage.files import atomic_file, make_folder, write_atomic
 from agq.blockwise.volumes.create import open_array
@@ -53,7 +52,7 @@ def export_graph(
     out: Path,
     grid: BlockGrid,
     thresholds: Thresholds,
-    client: Client,
+    client: AnyClient,
     *,
     unit: str = "nm",
     roi: Box | None = None,
@@ -72,7 +71,7 @@ def export_graph(
     thresholds
         Those of its stitch.
     client
-        Dask client whose workers see both folders under the same paths.
+        Dask client whose workers see both folders under the same paths. None: this process.
     unit
         World unit of the grid, for the record.
     roi

@@ -30,12 +30,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
-from distributed import Client
 from numpy.typing import NDArray
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.export.graph.tables import read_graph
-from agq.blockwise.stitch.workers import Progress, Task, workers_of
+from agq.blockwise.stitch.workers import AnyClient, Progress, Task, workers_of
 from agq.blockwise.storage.arrays import Ids
 from agq.blockwise.storage.files import write_atomic
 from agq.blockwise.volumes.create import (
@@ -103,7 +102,7 @@ def write_dataset(
     run_dir: Path,
     graph: Path,
     grid: BlockGrid,
-    client: Client,
+    client: AnyClient,
     *,
     unit: str = "nm",
     on_progress: Progress | None = None,
@@ -119,7 +118,7 @@ def write_dataset(
     grid
         Blocks of the run.
     client
-        Dask client whose workers see both folders under the same paths.
+        Dask client whose workers see both folders under the same paths. None: this process.
     unit
         World unit of the grid.
     on_progress

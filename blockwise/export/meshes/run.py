@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from distributed import Client
 
 from agq.blockwise.export.meshes import surface
 from agq.blockwise.export.meshes.cells import triangles
@@ -44,7 +44,7 @@ from agq.blockwise.export.volume import ExportError, Scale
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.writer import run_journalled
 from agq.blockwise.stitch.steps import digest
-from agq.blockwise.stitch.workers import Progress, Task, Workers, workers_of
+from agq.blockwise.stitch.workers import AnyClient, Progress, Task, Workers, workers_of
 from agq.blockwise.storage.files import Unsynced, make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
 from agq.blockwise.volumes.triples import Triple, triple
@@ -131,7 +131,7 @@ class Plan:
         return self.surfaces / f"{block}.npy"
 
 
-def export_meshes(plan: Plan, client: Client, *, on_progress: Progress | None = None) -> int:
+def export_meshes(plan: Plan, client: AnyClient, *, on_progress: Progress | None = None) -> int:
     """Write the meshes of an export, or those that are missing.
 
     Parameters
@@ -139,7 +139,7 @@ def export_meshes(plan: Plan, client: Client, *, on_progress: Progress | None = 
     plan
         What to make. The export of the volume is there.
     client
-        Dask client whose workers see volumes and folders under the same paths.
+        Dask client whose workers see volumes and folders under the same paths. None: this process.
     on_progress
         Called with the name of the step, items done and items in all.
 
@@ -156,21 +156,21 @@ def export_meshes(plan: Plan, client: Client, *, on_progress: Progress | None = 
         If the export cannot be written to.
     """
     plan = replace(plan, out=plan.out.opened())
-    workers = workers_of(client, plan.out.place, on_progress)
-    _begin(plan)
-    shards = 2**plan.shard_bits
-    todo = np.flatnonzero(~Journal(plan.journal("meshes")).done(shards)).tolist()
-    if todo:
-        blocks = math.prod(plan.grid)
-        missing = np.flatnonzero(~Journal(plan.journal("surfaces")).done(blocks)).tolist()
-        _run(workers, "surfaces", plan, [Surfaces(b, plan) for b in _batches(workers, missing)])
-        groups = [n for n in range(plan.groups) if not plan.index(n).exists()]
-        workers.run("mesh index", [Index([n], plan) for n in groups], plan.groups - len(groups))
-        _run(workers, "meshes", plan, [Meshes(b, plan) for b in _batches(workers, todo)])
-        plan.out.write(f"{FOLDER}/info", info(plan.shard_bits))
-    plan.out.refer("mesh", FOLDER)
-    shutil.rmtree(plan.surfaces, ignore_errors=True)
-    return len(todo)
+    with closing(workers_of(client, plan.out.place, on_progress)) as workers:
+        _begin(plan)
+        shards = 2**plan.shard_bits
+        todo = np.flatnonzero(~Journal(plan.journal("meshes")).done(shards)).tolist()
+        if todo:
+            blocks = math.prod(plan.grid)
+            missing = np.flatnonzero(~Journal(plan.journal("surfaces")).done(blocks)).tolist()
+            _run(workers, "surfaces", plan, [Surfaces(b, plan) for b in _batches(workers, missing)])
+            groups = [n for n in range(plan.groups) if not plan.index(n).exists()]
+            workers.run("mesh index", [Index([n], plan) for n in groups], plan.groups - len(groups))
+            _run(workers, "meshes", plan, [Meshes(b, plan) for b in _batches(workers, todo)])
+            plan.out.write(f"{FOLDER}/info", info(plan.shard_bits))
+        plan.out.refer("mesh", FOLDER)
+        shutil.rmtree(plan.surfaces, ignore_errors=True)
+        return len(todo)
 
 
 def _batches(workers: Workers, items: list[int]) -> list[Sequence[int]]:

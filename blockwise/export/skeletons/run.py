@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from distributed import Client
 
 from agq.blockwise.export.rows import (
     Rows,
@@ -29,7 +28,7 @@ from agq.blockwise.export.skeletons.join import join
 from agq.blockwise.export.skeletons.trace import trace
 from agq.blockwise.export.target import Target
 from agq.blockwise.stitch.steps import digest
-from agq.blockwise.stitch.workers import Progress, Task, workers_of
+from agq.blockwise.stitch.workers import AnyClient, Progress, Task, workers_of
 from agq.blockwise.storage.arrays import map_array
 from agq.blockwise.storage.files import make_folder, write_atomic
 from agq.blockwise.volumes.open import Volume
@@ -154,7 +153,7 @@ class Windows:
 def export_skeletons(
     levels: Sequence[Volume],
     target: Target,
-    client: Client,
+    client: AnyClient,
     *,
     level: int | None = None,
     least_voxels: int = 1000,
@@ -173,7 +172,8 @@ def export_skeletons(
     target
         The export.
     client
-        Dask client whose workers see volume and working folder under the same paths.
+        Dask client whose workers see volume and working folder under the same paths. None:
+        this process.
     level
         The one that is traced; default: the one with voxels nearest to `VOXEL_NM`.
     least_voxels

@@ -45,7 +45,11 @@ def graph(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes; default one per core.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Processes; default one per core, none for a small volume.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Write fragments, their contacts with scores, and the merges made, as Parquet.
@@ -54,8 +58,8 @@ def graph(
     """
     from agq.blockwise.export.graph.run import export_graph
     from agq.blockwise.export.graph.webknossos import FOLDER, write_dataset
-    from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.settings import DaskSettings, Thresholds
+    from agq.blockwise.stitch.workers import is_small, lazy_client
     from agq.pipeline.evaluate.baseline.compare import stitch_settings
     from agq.pipeline.folder import RunFolder
     from agq.pipeline.run.verify import require_segmentation
@@ -72,7 +76,11 @@ def graph(
     version_of(run.path)
     require_segmentation(run.path)
     settings = stitch_settings(run)
-    with dask_client(DaskSettings(workers=workers)) as client, RunProgress(None) as progress:
+    small = is_small(run.grid(), run.grid().n_blocks)
+    with (
+        lazy_client(DaskSettings(workers=workers), small=small) as client,
+        RunProgress(None) as progress,
+    ):
         report = export_graph(
             run.path.absolute(),
             out.absolute(),

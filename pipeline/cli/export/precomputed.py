@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -11,6 +11,11 @@ from agq.pipeline.cli.arguments import parse_triple
 from agq.pipeline.cli.export.arguments import Unit, VoxelSize, by
 from agq.pipeline.stitched import version_of
 from agq.plain_text import say
+
+_FEW_VOXELS: Final = 1 << 24
+_FEW_MESHED: Final = 1 << 20
+"""Voxels that take less time than dask's processes take to start: alone, and with meshes,
+skeletons or properties."""
 
 
 def precomputed(
@@ -94,7 +99,11 @@ def precomputed(
     unit: Unit = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes; default one per core.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Processes; default one per core, none for a small volume.",
+            show_default=False,
+        ),
     ] = None,
     work: Annotated[
         Path | None,
@@ -119,9 +128,9 @@ def precomputed(
     from agq.blockwise.export.meshes.run import Plan, export_meshes, mesh_level
     from agq.blockwise.export.target import Target
     from agq.blockwise.export.volume import export_precomputed, plan_export
-    from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.settings import DaskSettings
     from agq.blockwise.stitch.superblocks import StitchFiles
+    from agq.blockwise.stitch.workers import lazy_client
     from agq.pipeline.folder import RunFolder
     from agq.pipeline.status.progress import RunProgress
 
@@ -177,7 +186,12 @@ def precomputed(
         say(f"meshes of {scales[meshed].key}")
     if dry_run:
         return
-    with dask_client(DaskSettings(workers=workers)) as client, RunProgress(None) as progress:
+    few = _FEW_MESHED if with_meshes or with_skeletons or with_properties else _FEW_VOXELS
+    small = math.prod(scales[0].shape) <= few
+    with (
+        lazy_client(DaskSettings(workers=workers), small=small) as client,
+        RunProgress(None) as progress,
+    ):
         written = export_precomputed(
             levels,
             scales,

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -288,8 +289,8 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Score many stitching thresholds of a stitched run without stitching again."""
-    from agq.blockwise.stitch.cluster import dask_client
     from agq.blockwise.stitch.contacts import read_evidence
+    from agq.blockwise.stitch.workers import is_small
     from agq.blockwise.storage.files import write_atomic
     from agq.pipeline.evaluate.baseline.compare import (
         fragment_counts,
@@ -305,7 +306,12 @@ def sweep(
     waiting.doing("reading the truth and the evidence")
     labels = truth_of(run, truth)
     evidence = read_evidence(run.path)
-    with dask_client() as client:
+    workers: AbstractContextManager[Any] = nullcontext()
+    if not is_small(run.grid(), run.grid().n_blocks):
+        from agq.blockwise.stitch.cluster import dask_client  # loads dask
+
+        workers = dask_client()
+    with workers as client:
         ignore = BorderRule(ignore_border, border_3d, labels_to_ignore(run, ignore_labels))
         waiting.doing("counting fragments against the truth")
         counts = fragment_counts(run, labels, client=client, ignore=ignore)

@@ -1,6 +1,7 @@
 """The folder of a stitch of another model's fragments is a run to every command."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import zarr
 
 import agq
+from agq.blockwise.journal.reader import Journal
 from agq.pipeline.cli.main import COMMANDS
 from agq.pipeline.folder import RunFolder
+from tests.helpers.fragments import folder_bytes
 from tests.helpers.runs import blobs, write_volume
 
 SHAPE = (18, 40, 50)  # two blocks
@@ -184,3 +187,17 @@ def test_a_graph_for_viewers(joined: Path, tmp_path: Path, main: Callable) -> No
     ):
         code, _, error = main("export", "graph", joined, tmp_path / "no", *options)
         assert (code, message in error) == (2, True)
+
+
+def test_a_small_export_is_made_here_unless_workers_are_named(joined, tmp_path, main):
+    made, pids = [], []
+    for name, options in (("here", ()), ("workers", ("--workers", "1"))):
+        out = tmp_path / name
+        code, _, said = main("export", "precomputed", joined, out, "--meshes", *options)
+        assert code == 0, said
+        journals = [Journal(out / ".agq-export/journal" / part) for part in (".", "meshes")]
+        (pid,) = {w.info.pid for journal in journals for w in journal.workers.values()}
+        pids.append(pid)
+        made.append({f: d for f, d in folder_bytes(out).items() if "/journal/" not in f})
+    assert made[0] == made[1]
+    assert pids[0] == os.getpid() != pids[1]
