@@ -62,6 +62,8 @@ def rows() -> list[tuple[str, ...]]:
         row("database", lambda _, s: format_bytes(s[dense].ledger_bytes)),
         row("memory: coordinator", lambda _, s: format_bytes(s[dense].coordinator_bytes)),
         row("memory: stitch", lambda _, s: format_bytes(s[dense].client_bytes)),
+        row("leaves of the stitch", lambda _, s: f"{s[dense].leaves:,}"),
+        row("blocks of a leaf", lambda _, s: f"{s[dense].leaf_blocks:,}"),
         *single("edges of the last merge", lambda s: f"{s.root_edges:.1e}"),
         *single("memory: last merge", lambda s: format_bytes(s.root_bytes)),
         *single("time: last merge", lambda s: duration(s.root_s)),

@@ -22,7 +22,7 @@ from agq.blockwise.stitch.contacts import (
 from agq.blockwise.stitch.merge.agglomeration import Merge, scores
 from agq.blockwise.stitch.merge.kernel import connected_components
 from agq.blockwise.stitch.settings import Thresholds
-from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTree
+from agq.blockwise.stitch.superblocks import Families, StitchFiles, SuperblockTree
 from agq.blockwise.storage.arrays import load_arrays
 
 FRAGMENTS = 100
@@ -75,15 +75,15 @@ def block_contacts(
     return (base + own).astype(np.uint64), tables
 
 
-def generate(run_dir: Path, grid: BlockGrid, weak: int, leaves: Sequence[Any]) -> int:
+def generate(run_dir: Path, grid: BlockGrid, weak: int, leaves: Families) -> int:
     """Write the evidence of made-up leaves; return the number of edges."""
     run_dir.mkdir(parents=True, exist_ok=True)
     files, edges = StitchFiles(run_dir), 0
     for leaf, numbers in leaves:
         ids, inner = [], []
         faces: list[list[ContactTable]] = [[], [], []]
-        members = set(numbers)
-        for number in numbers:
+        members = set(numbers.tolist())
+        for number in sorted(members):
             own, tables = block_contacts(number, grid, weak)
             ids.append(own)
             inner.append(tables[0])
@@ -99,10 +99,10 @@ def generate(run_dir: Path, grid: BlockGrid, weak: int, leaves: Sequence[Any]) -
     return edges
 
 
-def describe(run_dir: Path, grid: BlockGrid, leaves: Sequence[Any]) -> None:
+def describe(run_dir: Path, grid: BlockGrid, leaves: Families) -> None:
     """Print how the positive edges hang together: what a union of all of them would merge."""
     files, ends, edges = StitchFiles(run_dir), [], 0
-    for leaf, _ in leaves:
+    for leaf in leaves.places():
         for part in PARTS:
             contacts = load_contacts(files.evidence(leaf), part)
             numerator, _ = scores(contacts, Thresholds())
@@ -122,7 +122,7 @@ def describe(run_dir: Path, grid: BlockGrid, leaves: Sequence[Any]) -> None:
     )
 
 
-def graph(folder: Path, grid: BlockGrid, levels: Sequence[Sequence[Any]]) -> None:
+def graph(folder: Path, grid: BlockGrid, levels: Sequence[Families]) -> None:
     """Agglomerate a made-up graph in this process; print one row a level."""
     thresholds, files = Thresholds(), StitchFiles(folder)
     print(
@@ -135,7 +135,7 @@ def graph(folder: Path, grid: BlockGrid, levels: Sequence[Sequence[Any]]) -> Non
         Merge(level, folder, thresholds).run()
         begun, used = time.perf_counter() - begun, time.process_time() - used
         up = nodes = 0
-        for superblock, _ in level:
+        for superblock in level.places():
             up += len(load_arrays(files.graph(superblock), "edges.ends")["edges.ends"])
             found = load_arrays(files.merges(superblock), "up", "merges.u")
             nodes, merges = nodes + len(found["up"]), merges + len(found["merges.u"])
@@ -158,11 +158,14 @@ def graphs(sizes: Sequence[int], weak: int, folder: Path | None, leaf_shape: Seq
             grid = BlockGrid((side * 16, side * 256, side * 256), (30, 6, 6), BLOCK)
             z, y, x = leaf_shape
             tree = SuperblockTree(grid.shape, (z, y, x))
-            leaves = [(leaf, n.tolist()) for leaf, n in tree.leaves(np.arange(grid.n_blocks))]
-            above = [list(level.items()) for level in tree.levels([leaf for leaf, _ in leaves])]
+            leaves = tree.leaves(np.arange(grid.n_blocks))
             with spawn.Pool(len(os.sched_getaffinity(0))) as pool:
-                pool.starmap(generate, [(here, grid, weak, [leaf]) for leaf in leaves], chunksize=1)
-            for function, arguments in ((describe, leaves), (graph, [leaves, *above])):
+                parts = [(here, grid, weak, leaves[i : i + 1]) for i in range(len(leaves))]
+                pool.starmap(generate, parts, chunksize=1)
+            for function, arguments in (
+                (describe, leaves),
+                (graph, [leaves, *tree.levels(leaves)]),
+            ):
                 process = spawn.Process(target=function, args=(here, grid, arguments))
                 process.start()
                 process.join()

@@ -6,7 +6,8 @@
 superblock, files included. ``--blocks``: the whole stitch of a volume of so many blocks of
 16 x 256 x 256 uint64 fragments; the yardstick is a plain zarr copy of the same fragments with the
 same codec and workers, all warmed up (the copy syncs nothing and keeps no journal). ``--memory``:
-peak memory at 67, 537 and 2,147 Mvoxel. ``--waterz``: against waterz.agglomerate over the whole of
+peak memory at 67, 537 and 2,147 Mvoxel. ``--client``: memory of the process that runs the stitch of
+a cube of about so many blocks, and the bytes of its tasks, without voxels. ``--waterz``: against waterz.agglomerate over the whole of
 a volume of 100 x 1024 x 1024 voxels.
 """
 
@@ -15,6 +16,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from client import client
 from graphs import graphs
 from volumes import memory, print_sidecar, volume
 
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--leaf", type=int, nargs=3, default=[8, 8, 8], help="blocks of a leaf")
     parser.add_argument("--blocks", type=int, nargs=3, help="blocks of the volume")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--client", type=float, nargs="*", default=[], help="numbers of blocks")
     parser.add_argument("--waterz", action="store_true")
     parser.add_argument("--workers", type=int, help="default: one a core")
     parser.add_argument("--folder", type=Path, help="where files go (default: temporary)")
@@ -59,6 +62,8 @@ def main() -> None:
             volume(arguments.blocks, arguments.workers, Path(made))
     if arguments.memory:
         memory(SIZES, arguments.workers, arguments.folder)
+    if arguments.client:
+        client([int(n) for n in arguments.client], arguments.leaf, arguments.folder)
     if arguments.waterz:
         from against_waterz import CELLS, against_waterz
 

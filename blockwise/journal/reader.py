@@ -123,9 +123,7 @@ class Journal:
         InputError
             If a block that is done or skipped lies beyond the last: it belongs to another grid.
         """
-        rows = self.rows
-        last = int(rows["block"].max(where=rows["rank"] >= BlockState.SKIPPED, initial=-1))
-        if last >= n_blocks:
+        if (last := self._table.last()) >= n_blocks:
             raise InputError(
                 f"journal {self.folder} has block {last}, but the volume has {n_blocks} blocks: it "
                 "belongs to another grid; use another run folder or start over with --overwrite"
@@ -133,7 +131,11 @@ class Journal:
 
     def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
         """State of each of some blocks; see `BlockState`."""
-        return self._table.ranks(np.asarray(blocks, np.int64))
+        return self._table.values("rank", np.asarray(blocks, np.int64))
+
+    def digests(self, blocks: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Digest of the checksums of each of some blocks; 0 where none is recorded."""
+        return self._table.values("digest", np.asarray(blocks, np.int64))
 
     def counts(self) -> dict[str, int]:
         """Count the blocks ``failed``, ``skipped`` and ``done``."""

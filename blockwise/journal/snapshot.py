@@ -303,17 +303,22 @@ class SnapshotTable:
             self._replaced.put(-1, self._snapshot.row(row))
         self._newer.put(max(row - self._size, -1), values)
 
-    def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """State of each block number, any order; see `BlockState`."""
-        ranks = self._newer.ranks(blocks)
+    def values(self, name: str, blocks: NDArray[np.int64]) -> NDArray[Any]:
+        """Value of a column for each block number, any order; 0 for a block without a row."""
+        values = self._newer.values(name, blocks)
         if self._size:
             old = self._snapshot.column("block")
             row = np.minimum(np.searchsorted(old, blocks), len(old) - 1)
-            states = np.where(old[row] == blocks, self._snapshot.column("rank")[row], 0)
             # A newer row may say open.
-            newer = self._newer.find_all(blocks) >= 0
-            ranks = np.where(newer, ranks, states).astype(np.uint8)
-        return ranks
+            known = (old[row] == blocks) & (self._newer.find_all(blocks) < 0)
+            values[known] = self._snapshot.column(name)[row[known]]
+        return values
+
+    def last(self) -> int:
+        """Largest number of a block that is done or skipped, -1 for none."""
+        blocks, ranks = self._snapshot.column("block"), self._snapshot.column("rank")
+        old = blocks[(ranks >= BlockState.SKIPPED) & (self._newer.find_all(blocks) < 0)]
+        return max(int(old.max(initial=-1)), self._newer.last())
 
     def counts(self) -> dict[str, int]:
         """Count the blocks by state."""

@@ -93,12 +93,17 @@ class BlockTable:
             self._rows[row] = values
         self.version += 1
 
-    def ranks(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """State of each block number, any order; see `BlockState`."""
-        out = np.full(len(blocks), BlockState.OPEN, np.uint8)
+    def values(self, name: str, blocks: NDArray[np.int64]) -> NDArray[Any]:
+        """Value of a column for each block number, any order; 0 for a block without a row."""
+        out = np.zeros(len(blocks), ROW[name])
         row = self.find_all(blocks)
-        out[row >= 0] = self.rows["rank"][row[row >= 0]]
+        out[row >= 0] = self.rows[name][row[row >= 0]]
         return out
+
+    def last(self) -> int:
+        """Largest number of a block that is done or skipped, -1 for none."""
+        rows = self.rows
+        return int(rows["block"].max(where=rows["rank"] >= BlockState.SKIPPED, initial=-1))
 
     def find_all(self, blocks: NDArray[np.int64]) -> NDArray[np.int32]:
         """Row of each block number, any order; -1 for a block without one."""

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.steps import Step
-from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTask, SuperblockTree
-from agq.blockwise.stitch.workers import Task
+from agq.blockwise.stitch.superblocks import StitchFiles, SuperblockTask, SuperblockTree
 from agq.blockwise.storage.arrays import Columns, Ids, Numbers, load_arrays
 from agq.blockwise.storage.files import atomic_file, require_folder, write_atomic
 from agq.blockwise.volumes.triples import Triple, checked_triple
@@ -232,16 +231,14 @@ class FindChanged(SuperblockTask):
 
 
 @dataclass(frozen=True)
-class WriteChanged(Task):
-    """Write which ids changed, in one table; one process holds its rows."""
-
-    items: Sequence[Superblock]
-    run_dir: Path
+class WriteChanged(SuperblockTask):
+    """Write which ids changed in leaves, in one table; one process holds its rows."""
 
     def run(self) -> list[dict[str, Any]]:
         """Return what became of the ids that changed most, by voxels."""
         files = StitchFiles(self.run_dir)
-        tables = [ChangedTable.load(files.changed(leaf), "changed") for leaf in self.items]
+        leaves = self.items.places()
+        tables = [ChangedTable.load(files.changed(leaf), "changed") for leaf in leaves]
         table = ChangedTable.concatenate(tables).summed()
         require_folder(self.run_dir)
         rows = arrow_table([getattr(table, name) for name in table.names()], _SCHEMA)

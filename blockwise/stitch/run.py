@@ -37,10 +37,11 @@ from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from agq.blockwise.blocks import sidecar as sidecar_module
-from agq.blockwise.blocks.grid import GridSpec
+from agq.blockwise.blocks.grid import BlockGrid, GridSpec
 from agq.blockwise.blocks.overlay import require_overlap
 from agq.blockwise.journal.reader import Journal
 from agq.blockwise.journal.records import BlockState
+from agq.blockwise.journal.snapshot import SnapshotError
 from agq.blockwise.stitch import contacts as contacts_module
 from agq.blockwise.stitch.classes import ClassRule, Count, ShareCounts
 from agq.blockwise.stitch.contacts import Collect, PackSidecars
@@ -77,10 +78,12 @@ from agq.blockwise.stitch.settings import (
 )
 from agq.blockwise.stitch.steps import Step, digest
 from agq.blockwise.stitch.superblocks import (
-    Family,
+    MOST_LEAVES,
+    Families,
     StitchFiles,
     SuperblockTask,
     SuperblockTree,
+    doubled,
     leaf_shape,
 )
 from agq.blockwise.stitch.workers import (
@@ -112,9 +115,6 @@ _LAYOUT = 2
 
 _TASKS_PER_CORE = 8
 """Of each level: enough to keep workers busy to the end, few enough for the scheduler."""
-
-_MOST_LEAVES = 50_000
-"""So that no step has more than about 10^5 tasks, and no folder more than that many files."""
 
 _NAMED = 10  # blocks listed in an error
 
@@ -286,7 +286,9 @@ def _told(change: dict[str, Any]) -> str:
     return f"{change['before']} -> {', '.join(map(str, change['after']))}{more}"
 
 
-def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8], Journal]:
+def find_blocks(
+    spec: StitchSpec,
+) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint64]]:
     """Find the blocks of the ROI and how their prediction ended.
 
     Quick, and without dask: callers check with it whether a cluster is worth starting.
@@ -297,8 +299,8 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
         Block numbers, int64.
     ranks
         State of each, as in :class:`agq.blockwise.journal.records.BlockState`.
-    journal
-        Of the prediction, as read.
+    digests
+        Of the checksums of what was written for each.
 
     Raises
     ------
@@ -310,9 +312,10 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
     selected = grid.select(spec.start or (0, 0, 0), spec.stop or grid.volume_shape)
     if not len(selected):
         raise InputError("stitch: the ROI holds no block of the volume")
-    journal = Journal(spec.run_dir / "journal" / "predict")
-    journal.require_grid(grid.n_blocks)
-    ranks = journal.ranks(selected)
+    try:
+        ranks, digests = _how_ended(spec, grid, selected, lazy=True)
+    except SnapshotError:
+        ranks, digests = _how_ended(spec, grid, selected, lazy=False)
     bad = selected[ranks < BlockState.SKIPPED]
     if len(bad) and not spec.allow_missing:
         failed = int((ranks == BlockState.FAILED).sum())
@@ -322,7 +325,15 @@ def find_blocks(spec: StitchSpec) -> tuple[NDArray[np.int64], NDArray[np.uint8],
             f" missing (block {named}{', ...' if len(bad) > _NAMED else ''}): predict again,"
             " or leave them background with --allow-missing"
         )
-    return selected, ranks, journal
+    return selected, ranks, digests
+
+
+def _how_ended(
+    spec: StitchSpec, grid: BlockGrid, selected: NDArray[np.int64], *, lazy: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
+    journal = Journal(spec.run_dir / "journal" / "predict", lazy=lazy)
+    journal.require_grid(grid.n_blocks)
+    return journal.ranks(selected), journal.digests(selected)
 
 
 def run_stitch(
@@ -400,8 +411,8 @@ class _Stitch:
         self.edited_names: dict[int, int] = {}
         self.constraints: Constraints | None = None
         self.leaf_shape: Triple = (1, 1, 1)
-        self.leaves: list[Family] = []
-        self.levels: list[list[Family]] = []
+        self.leaves: Families
+        self.levels: list[Families] = []
 
     def run(self) -> StitchReport:
         spec = self.spec
@@ -436,21 +447,19 @@ class _Stitch:
 
     def _blocks(self) -> tuple[NDArray[np.int64], str]:
         """Return the blocks to stitch, and a digest of what predict wrote for them."""
-        selected, ranks, journal = find_blocks(self.spec)
+        selected, ranks, digests = find_blocks(self.spec)
         self.report.skipped = int((ranks == BlockState.SKIPPED).sum())
         self.report.missing = int((ranks < BlockState.SKIPPED).sum())
-        numbers = selected[ranks == BlockState.DONE]
+        done = ranks == BlockState.DONE
+        numbers = selected[done]
         self.report.blocks = len(numbers)
-        rows = journal.rows
-        rows = rows[np.argsort(rows["block"])]
-        sums = rows["digest"][np.searchsorted(rows["block"], numbers)]
         return numbers, digest(
             [ALGORITHM_VERSION, contacts_module.FORMAT_VERSION, sidecar_module.FORMAT_VERSION],
             # Only such fragments have names.
             *(["names"] if is_import(self.run_dir) else []),
             self.grid.to_dict(),
-            numbers.tobytes(),
-            np.ascontiguousarray(sums).tobytes(),
+            numbers.data,
+            digests[done].data,
         )
 
     def _read_edits(self, numbers: NDArray[np.int64]) -> list[str]:
@@ -478,19 +487,8 @@ class _Stitch:
     def _collect(self, numbers: NDArray[np.int64], key: str) -> str:
         """Find the evidence; return the key of the step."""
         files, spec = self.files, self.spec
-        shape = self.leaf_shape = self._leaf_shape(len(numbers), key)
-        tree = SuperblockTree(self.grid.shape, shape)
-        # Arrays: of millions of blocks, lists of numbers would be most of this process's memory.
-        self.leaves = list(tree.leaves(numbers))
-        if len(self.leaves) > _MOST_LEAVES:
-            raise InputError(
-                f"stitch.superblock: {shape} blocks cut {len(numbers)} blocks into"
-                f" {len(self.leaves)} superblocks, more than {_MOST_LEAVES}; "
-                + ("choose larger ones" if spec.superblock else "name a larger stitch.superblock")
-            )
-        parents = tree.levels([leaf for leaf, _ in self.leaves])
-        self.levels = [self.leaves]
-        self.levels += [list(level.items()) for level in parents]
+        self._cut(numbers, key)
+        shape = self.leaf_shape
         step = Step(self.workers, "contacts", digest(key, shape), [files.contacts])
         result = step.finished()
         if result is None:
@@ -511,6 +509,24 @@ class _Stitch:
         self.report.fragments, self.report.contacts = result["fragments"], result["contacts"]
         self.report.end(step)
         return step.key
+
+    def _cut(self, numbers: NDArray[np.int64], key: str) -> None:
+        """Choose the leaves: as asked for, as begun, or what keeps the workers busy."""
+        asked, grid = self.spec.superblock, self.grid.shape
+        shape = asked or self._begun(key)
+        chosen = shape or leaf_shape(grid, len(numbers), self.workers.cores, self.spec.batch_blocks)
+        tree = SuperblockTree(grid, chosen)
+        leaves = tree.leaves(numbers)
+        while shape is None and len(leaves) > MOST_LEAVES:
+            tree = replace(tree, leaf_shape=doubled(tree.leaf_shape, grid))
+            leaves = tree.leaves(numbers)
+        if len(leaves) > MOST_LEAVES:
+            raise InputError(
+                f"stitch.superblock: {tree.leaf_shape} blocks cut {len(numbers)} blocks into"
+                f" {len(leaves)} superblocks, more than {MOST_LEAVES}; choose larger ones, or none"
+            )
+        self.leaf_shape, self.leaves = tree.leaf_shape, leaves
+        self.levels = [leaves, *tree.levels(leaves)]
 
     def _find_shared(self) -> int:
         """Find the names that several leaves hold; return how many names there are."""
@@ -553,17 +569,15 @@ class _Stitch:
         table = sorted(sorted(pair) for pair in spec.classes_may_merge)
         return [result["checksum"], spec.class_share, table]
 
-    def _leaf_shape(self, blocks: int, key: str) -> Triple:
-        """Return the blocks of a leaf: as asked for, as begun, or what keeps the workers busy."""
-        if self.spec.superblock is not None:
-            return self.spec.superblock
+    def _begun(self, key: str) -> Triple | None:
+        """Return the blocks of a leaf of the evidence that was begun with a key; None: none was."""
         try:
             begun = read_record(self.files.contacts / "layout.json")
         except (FileNotFoundError, DamagedError):
-            begun = {}
-        if begun.get("key") == key:
-            return checked_triple("superblock", begun.get("shape", ()), 1)
-        return leaf_shape(self.grid.shape, blocks, self.workers.cores, self.spec.batch_blocks)
+            return None
+        if begun.get("key") != key:
+            return None
+        return checked_triple("superblock", begun.get("shape", ()), 1)
 
     def _agglomerate(self, key: str) -> tuple[str, Fraction]:
         """Merge down to the lowest margin in use.
@@ -602,7 +616,7 @@ class _Stitch:
                     + ("" if same else " (stitch.margin alone would only cut the stored merges)")
                 )
             # A missing table of a neighbour would look like one without contacts, or classes.
-            for leaf, _ in self.leaves:
+            for leaf in self.leaves.places():
                 for file in (files.evidence(leaf), files.classes(leaf))[: 1 + bool(spec.classes)]:
                     if not file.exists():
                         raise repairable(f"{file}: file is missing", self.run_dir)
@@ -632,7 +646,7 @@ class _Stitch:
         if self.constraints is None:
             return
         if rule is not None:
-            kinds = rule.read(files, (leaf for leaf, _ in self.leaves))
+            kinds = rule.read(files, self.leaves.places())
             assert self.spec.edits is not None
             require_classes(self.spec.edits, self.edits, kinds, self.edited_names)
         files.save(files.edits, self.constraints.arrays("edits"))
@@ -682,7 +696,7 @@ class _Stitch:
             result |= {"blocks": blocks, "leaf": self.leaf_shape}
             if same is not None:
                 self._split_and_run("lut changes", FindChanged(self.leaves, self.run_dir, same))
-                changed = WriteChanged([leaf for leaf, _ in self.leaves], self.run_dir)
+                changed = WriteChanged(self.leaves, self.run_dir)
                 result["ids"]["changed"] = self.workers.run("lut changes", [changed])[0]
             for folder in ("cut", "names", "sorted", "changed"):
                 shutil.rmtree(files.lut / folder, ignore_errors=True)
@@ -749,14 +763,14 @@ class _Stitch:
             pyramid.create(slice(None))
             make_folder(relabelled)
             make_folder(coarse)
-            self._relabel(relabelled)
+            self._relabel(numbers, relabelled)
             step.finish({}, [self.container / pyramid.array(0) / _METADATA])
         self.report.end(step)
         above.begun = time.monotonic()
         if not above_done:
             pyramid.create(slice(1, None))
             make_folder(coarse)
-            chunks = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1)
+            chunks = numbers
             for made in pyramid.passes:
                 chunks = self._coarsen(made, chunks)
             self.workers.end_journal(coarse)
@@ -776,26 +790,18 @@ class _Stitch:
                     " anew in shards, with the same labels"
                 )
 
-    def _relabel(self, folder: Path) -> None:
+    def _relabel(self, numbers: NDArray[np.int64], folder: Path) -> None:
         """Write the full resolution and the levels that are made with it."""
-        journal = Journal(folder)
-        done = journal.done(self.grid.n_blocks)
-        box = np.array(self.pyramid.passes[0].box)
-        numbers = np.sort(np.concatenate([blocks for _, blocks in self.leaves]))
-        index = np.stack(np.unravel_index(numbers, self.grid.shape), axis=1) // box
-        places, which = np.unique(index, axis=0, return_inverse=True)
-        order = np.argsort(which.reshape(-1), kind="stable")
-        held = np.split(numbers[order], np.cumsum(np.bincount(which.reshape(-1)))[:-1])
-        items = [
-            (triple(place), blocks)
-            for place, blocks in zip(places, held, strict=True)
-            if not done[blocks].all()
-        ]
+        done, revision = self._ended("relabel", self.grid.n_blocks)
+        common = self._common(revision, Journal(self.journals / "pyramid").revision)
+        boxes = SuperblockTree(self.grid.shape, self.pyramid.passes[0].box)
+        items = boxes.leaves(numbers)
+        items = items.holding(boxes.leaves(numbers[~done[numbers]]))
         most = max(1, self.spec.batch_blocks // math.prod(self.pyramid.passes[0].box))
         tasks = [
             Relabel(
                 batch,
-                *self._boxes(),
+                *common,
                 run_dir=self.run_dir,
                 source=_FRAGMENTS,
                 leaf_shape=self.leaf_shape,
@@ -806,58 +812,56 @@ class _Stitch:
         self._run_journalled("relabel", tasks, len(numbers), folder)
         self.workers.end_journal(folder)
 
-    def _boxes(self) -> tuple[Pyramid, Downsampling, Path, tuple[int, int]]:
-        """Return what all tasks that write the segmentation are given."""
-        relabel, pyramid = (Journal(self.journals / s).revision for s in ("relabel", "pyramid"))
+    def _ended(self, stage: str, count: int) -> tuple[NDArray[np.bool_], int]:
+        """Return which of so many parts of a stage are done, and what new records must say."""
+        journal = Journal(self.journals / stage)
+        return journal.done(count), journal.revision
+
+    def _common(
+        self, relabel: int, pyramid: int
+    ) -> tuple[Pyramid, Downsampling, Path, tuple[int, int]]:
+        """Return what all tasks that write the segmentation are given, with revisions."""
         return self.pyramid, self.spec.downsampling, self.journals, (relabel, pyramid)
 
     def _coarsen(self, made: Pass, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Write the levels of a pass over some chunks of its base; return those of its last."""
+        """Write the levels of a pass over some chunks of its base; return those of its last.
+
+        Chunks are numbers in the grid of their level, ascending.
+        """
         pyramid, folder = self.pyramid, self.journals / "pyramid"
         levels = range(made.base + 1, made.last + 1)
         if not levels:
             return chunks
-        done = Journal(folder).done(pyramid.first(len(pyramid.levels)))
-        places = np.unique(chunks // np.array(made.box), axis=0)
-        whole = np.all([done[pyramid.numbers(level, places)] for level in levels], axis=0)
-        todo = [triple(place) for place in places[~whole]]
-        sources = self._sources(made, chunks) if todo else {}
+        done, revision = self._ended("pyramid", pyramid.first(len(pyramid.levels)))
+        grid = pyramid.grid(made.base)
+        boxes = SuperblockTree(grid, made.box).leaves(chunks)
+        whole = np.all([done[pyramid.numbers(level, boxes.indices)] for level in levels], axis=0)
+        sources = self._sources(made, boxes.take(~whole))
+        common = self._common(0, revision)  # such tasks write to the journal of the pyramid alone
         tasks = [
-            Coarsen(
-                batch, *self._boxes(), made=made, sources={place: sources[place] for place in batch}
-            )
-            for batch in self.workers.batches(todo, self.spec.batch_blocks, share=4)
+            Coarsen(batch, *common, made=made, sources={place: sources[place] for place in batch})
+            for batch in self.workers.batches(list(sources), self.spec.batch_blocks, share=4)
         ]
         names = "-".join(dict.fromkeys(pyramid.levels[n].name for n in (levels[0], levels[-1])))
-        self._run_journalled(f"pyramid {names}", tasks, len(places), folder)
-        return np.unique(chunks // np.array(pyramid.covered(made.last, made.base)), axis=0)
+        self._run_journalled(f"pyramid {names}", tasks, len(boxes), folder)
+        last = SuperblockTree(grid, pyramid.covered(made.last, made.base)).leaves(chunks).indices
+        return np.ravel_multi_index(tuple(last.T), pyramid.grid(made.last))
 
-    def _sources(
-        self, made: Pass, chunks: NDArray[np.int64]
-    ) -> dict[Triple, list[tuple[Triple, int]]]:
+    def _sources(self, made: Pass, boxes: Families) -> dict[Triple, list[tuple[Triple, int]]]:
         """Return, by box of a pass, the files of its base level with their recorded digests."""
-        pyramid, box, shard = self.pyramid, np.array(made.box), self.pyramid.shard(made.base)
-        rows = np.unique(np.concatenate((chunks // box, chunks // np.array(shard)), axis=1), axis=0)
-        if made.base:
-            numbers = pyramid.numbers(made.base, rows[:, 3:])
-            recorded = self._digests("pyramid")
-        else:
+        if not len(boxes):
+            return {}
+        pyramid, shard = self.pyramid, np.array(self.pyramid.shard(made.base))
+        journal = Journal(self.journals / ("pyramid" if made.base else "relabel"))
+        sources = {}
+        for box, chunks in boxes:
+            places = np.stack(np.unravel_index(chunks, boxes.grid_shape), axis=1) // shard
+            places, first = np.unique(places, axis=0, return_index=True)
             # All blocks of a file have its checksum.
-            of_file, first = np.unique(chunks // np.array(shard), axis=0, return_index=True)
-            known = dict(zip(map(tuple, of_file.tolist()), chunks[first].tolist(), strict=True))
-            indices = np.array([known[tuple(row)] for row in rows[:, 3:].tolist()])
-            numbers = np.ravel_multi_index(tuple(indices.T), self.grid.shape)
-            recorded = self._digests("relabel")
-        sources: dict[Triple, list[tuple[Triple, int]]] = {}
-        for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
-            source = triple(row[3:]), recorded.get(number, 0)
-            sources.setdefault(triple(row[:3]), []).append(source)
+            numbers = pyramid.numbers(made.base, places) if made.base else chunks[first]
+            digests = journal.digests(numbers).tolist()
+            sources[box.index] = list(zip(map(triple, places), digests, strict=True))
         return sources
-
-    def _digests(self, stage: str) -> dict[int, int]:
-        """Return the digests of what the journal of a stage records of files that are done."""
-        rows = Journal(self.journals / stage).rows
-        return dict(zip(rows["block"].tolist(), rows["digest"].tolist(), strict=True))
 
     def _split_and_run(self, name: str, task: SuperblockTask) -> list[Any]:
         return self.workers.run(name, task.split(_TASKS_PER_CORE * self.workers.cores))

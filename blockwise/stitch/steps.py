@@ -22,11 +22,12 @@ _SUMS_BATCH = 256
 
 
 def digest(*parts: Any) -> str:
-    """Return a key of JSON values and bytes (32 hex digits)."""
+    """Return a key of JSON values, bytes and memory of arrays (32 hex digits)."""
     total = hashlib.sha256()
     for part in parts:
-        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
-        total.update(len(data).to_bytes(8, "little"))
+        is_data = isinstance(part, bytes | memoryview)
+        data = memoryview(part if is_data else json.dumps(part, sort_keys=True).encode())
+        total.update(data.nbytes.to_bytes(8, "little"))
         total.update(data)
     return total.hexdigest()[:32]
 

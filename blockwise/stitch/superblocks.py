@@ -29,10 +29,11 @@ the run folder:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ from numpy.typing import NDArray
 from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.arrays import save_arrays
 from agq.blockwise.storage.files import require_folder
-from agq.blockwise.volumes.triples import Triple
+from agq.blockwise.volumes.triples import Triple, triple
 
 
 @dataclass(frozen=True, order=True)
@@ -73,8 +74,79 @@ class Superblock:
         return Superblock(self.level, (z, y, x))
 
 
+MOST_LEAVES = 2**20
+"""More are not made: leaves have more blocks instead. A folder has as many files."""
+
 Family = tuple[Superblock, Any]
-"""A superblock with a sequence of its children, or a leaf with its block numbers, int64 (n,)."""
+"""A superblock with a list of its children, or a leaf with its block numbers, int64 (n,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Families(Sequence[Family]):
+    """Superblocks of a level in C order, each with its children, or a leaf with its blocks.
+
+    Tens of bytes each, as arrays: a volume may have millions. The objects are made when asked for.
+
+    Parameters
+    ----------
+    level
+        Level of the superblocks.
+    indices
+        Their places (z, y, x), int32 (n, 3).
+    bits
+        Which members of each there are: of the box of places that could be, in C order, a bit each
+        as of `np.packbits`; uint8 (n, bytes).
+    box
+        Members on each axis.
+    grid_shape
+        Blocks of the whole volume.
+    """
+
+    level: int
+    indices: NDArray[np.int32]
+    bits: NDArray[np.uint8]
+    box: Triple
+    grid_shape: Triple
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Members of each superblock."""
+        return np.bitwise_count(self.bits).sum(axis=1, dtype=np.int64)
+
+    def places(self) -> Iterator[Superblock]:
+        """Yield the superblocks alone."""
+        return (Superblock(self.level, triple(index)) for index in self.indices)
+
+    def holding(self, others: Families) -> Families:
+        """Return those that are also among others of the same level."""
+        both = np.concatenate((self.indices, others.indices))
+        codes = _codes(both, both.max(axis=0, initial=0) + 1)
+        return self.take(np.isin(codes[: len(self)], codes[len(self) :]))
+
+    def take(self, rows: slice | NDArray[Any]) -> Families:
+        """Return some of them."""
+        return replace(self, indices=self.indices[rows], bits=self.bits[rows])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, row: int) -> Family: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> Families: ...
+
+    def __getitem__(self, row: int | slice) -> Family | Families:
+        if isinstance(row, slice):
+            return self.take(row)
+        member = np.flatnonzero(np.unpackbits(self.bits[row]))
+        corner = self.indices[row].astype(np.int64) * self.box
+        members = np.stack(np.unravel_index(member, self.box), axis=1) + corner
+        superblock = Superblock(self.level, triple(self.indices[row]))
+        if self.level == 0:
+            return superblock, np.ravel_multi_index(tuple(members.T), self.grid_shape)
+        children = [Superblock(self.level - 1, triple(place)) for place in members.tolist()]
+        return superblock, children
 
 
 @dataclass(frozen=True)
@@ -100,32 +172,62 @@ class SuperblockTree:
         )
         return (longest - 1).bit_length() + 1
 
-    def leaves(self, numbers: NDArray[np.int64]) -> list[tuple[Superblock, NDArray[np.int64]]]:
-        """Cut blocks into leaves, in C order of the leaves; blocks ascending."""
-        if not len(numbers):
-            return []
-        numbers = np.sort(numbers)
-        place = np.stack(np.unravel_index(numbers, self.grid_shape), axis=1)
-        index = place // np.array(self.leaf_shape)
-        order = np.lexsort((*index.T[::-1],))
-        index, numbers = index[order], numbers[order]
-        new = np.flatnonzero((index[1:] != index[:-1]).any(axis=1)) + 1
-        corners = index[np.concatenate(([0], new))].tolist()
-        return [
-            (Superblock(0, (z, y, x)), part)
-            for (z, y, x), part in zip(corners, np.split(numbers, new), strict=True)
-        ]
+    def leaves(self, numbers: NDArray[np.int64]) -> Families:
+        """Cut blocks into leaves; memory holds little more than a layer of blocks besides them.
 
-    def levels(self, leaves: Sequence[Superblock]) -> list[dict[Superblock, list[Superblock]]]:
-        """Return, for levels 1, 2, ... up to the root, each superblock and its children."""
-        levels, below = [], sorted(leaves)
-        for _ in range(1, self.depth):
-            level: dict[Superblock, list[Superblock]] = {}
-            for child in below:
-                level.setdefault(child.parent, []).append(child)
-            levels.append(level)
-            below = sorted(level)
+        Parameters
+        ----------
+        numbers
+            Block numbers, ascending and distinct.
+        """
+        # A leaf that is larger than the volume has the same place as one that just holds it.
+        sides = zip(self.leaf_shape, self.grid_shape, strict=True)
+        z, y, x = box = triple(min(leaf, n) for leaf, n in sides)
+        depth, height, width = self.grid_shape
+        rows, columns, layer = -(-height // y), -(-width // x), height * width
+        index, bits = [np.zeros((0, 3), np.int32)], [np.zeros((0, -(-z * y * x // 8)), np.uint8)]
+        # Of a slab of leaves, as many layers of blocks: whether each block is there, leaf by leaf.
+        cuts = np.searchsorted(numbers, np.arange(depth + 1) * layer).tolist()
+        for slab in range(-(-depth // z)):
+            layers = range(slab * z, min((slab + 1) * z, depth))
+            if cuts[layers[0]] == cuts[layers[-1] + 1]:
+                continue
+            present = np.zeros((rows * columns, z * y * x), bool)
+            for i, plane in enumerate(layers):
+                own = numbers[cuts[plane] : cuts[plane + 1]] - plane * layer
+                j, k = np.divmod(own, width)
+                present[j // y * columns + k // x, (i * y + j % y) * x + k % x] = True
+            some = np.flatnonzero(present.any(axis=1))
+            index.append(np.stack((np.full(len(some), slab), *np.divmod(some, columns)), axis=1))
+            bits.append(np.packbits(present[some], axis=1))
+        places = np.concatenate(index).astype(np.int32)
+        return Families(0, places, np.concatenate(bits), box, self.grid_shape)
+
+    def levels(self, leaves: Families) -> list[Families]:
+        """Return the superblocks of levels 1, 2, ... up to the root."""
+        levels, below = [], leaves
+        for level in range(1, self.depth):
+            above, octant = below.indices >> 1, (below.indices & 1) @ (4, 2, 1)
+            grid = above.max(axis=0, initial=0) + 1
+            parents, of = np.unique(_codes(above, grid), return_inverse=True)
+            bits = np.zeros(len(parents), np.uint8)
+            np.bitwise_or.at(bits, of, np.array(128 >> octant, np.uint8))
+            index = np.stack(np.unravel_index(parents, grid), axis=1).astype(np.int32)
+            below = Families(level, index, bits[:, None], (2, 2, 2), self.grid_shape)
+            levels.append(below)
         return levels
+
+
+def _codes(places: NDArray[np.int32], grid: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return numbers of places of a grid, in C order."""
+    return np.ravel_multi_index(tuple(places.T), tuple(grid.tolist()))
+
+
+def doubled(shape: Triple, grid_shape: Triple) -> Triple:
+    """Return a box of twice as many blocks: longer on its shortest axis that can grow."""
+    open_axes = [d for d in range(3) if shape[d] < grid_shape[d]]
+    axis = min(open_axes, key=shape.__getitem__)
+    return triple(n << (d == axis) for d, n in enumerate(shape))
 
 
 def leaf_shape(
@@ -142,16 +244,16 @@ def leaf_shape(
     cores
         Threads of all workers.
     most
-        Most blocks in a box.
+        Most blocks in a box, unless there were more than :data:`MOST_LEAVES` boxes.
     """
     most = min(most, -(-blocks // (4 * cores)))
-    shape = [1, 1, 1]
-    while True:
-        open_axes = [d for d in range(3) if shape[d] < grid_shape[d]]
-        axis = min(open_axes, key=lambda d: shape[d], default=None)
-        if axis is None or 2 * shape[0] * shape[1] * shape[2] > most:
-            return shape[0], shape[1], shape[2]
-        shape[axis] *= 2
+    grid, shape = triple(grid_shape), (1, 1, 1)
+    while any(n < m for n, m in zip(shape, grid, strict=True)):
+        size = math.prod(shape)
+        if 2 * size > most and size * MOST_LEAVES >= blocks:
+            break
+        shape = doubled(shape, grid)
+    return shape
 
 
 class StitchFiles:
@@ -229,18 +331,17 @@ class StitchFiles:
 class SuperblockTask(Task):
     """Work on some superblocks of one level, given with their children; files that exist stay."""
 
-    items: Sequence[Family]
+    items: Families
     run_dir: Path
 
     @property
     def size(self) -> int:
         """Children of the superblocks, or blocks of the leaves."""
-        return sum(len(members) for _, members in self.items)
+        return int(self.items.sizes.sum())
 
     def split(self, tasks: int) -> list[Self]:
         """Cut the work into about so many tasks of similar size."""
-        weights = np.array([len(members) for _, members in self.items], np.int64)
-        return [replace(self, items=self.items[run]) for run in groups(weights, tasks)]
+        return [replace(self, items=self.items[run]) for run in groups(self.items.sizes, tasks)]
 
 
 def groups(weights: NDArray[np.int64], tasks: int) -> list[slice]:

@@ -10,13 +10,14 @@ So this module does not import it, and a small stitch does without.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,10 @@ _LOOK_S: Final = 5.0
 _FEW_BLOCKS: Final = 512
 _FEW_VOXELS: Final = 1 << 24
 
-Item = TypeVar("Item")
+_MOST_SUBMITTED: Final = 2**15
+"""Tasks that the scheduler has at a time, whatever the volume: enough for thousands of workers."""
+
+Items = TypeVar("Items", bound=Sequence[Any])
 
 
 class StitchError(RunStoppedError):
@@ -133,10 +137,11 @@ class Workers(ABC):
     def close(self) -> None:
         """Close what tasks have left open in this process."""
 
-    def batches(self, items: Sequence[Item], most: int, *, share: int) -> list[Sequence[Item]]:
+    def batches(self, items: Items, most: int, *, share: int) -> list[Items]:
         """Cut items into parts of at most ``most``, and at least about ``share`` for each core."""
         size = max(1, min(most, -(-len(items) // (share * self.cores))))
-        return [items[at : at + size] for at in range(0, len(items), size)]
+        parts: list[Any] = [items[at : at + size] for at in range(0, len(items), size)]
+        return parts
 
     def _report(self, step: str, done: int, total: int) -> None:
         if self.on_progress is not None:
@@ -276,16 +281,25 @@ class DaskWorkers(Workers):
         # A random part: dask would otherwise take a task of an earlier stitch for the same one.
         name = f"{step}{_mark(self.folder)}{secrets.token_hex(4)}"
         with _scheduler_may_go():
-            futures = {
-                self.client.submit(task.run, key=f"{name}-{i}", pure=False): task.size
-                for i, task in enumerate(tasks)
-            }
+            waiting = enumerate(tasks)
+            futures: dict[Future, int] = {}
+
+            def submit(count: int) -> list[Future]:
+                new = {
+                    self.client.submit(task.run, key=f"{name}-{i}", pure=False): task.size
+                    for i, task in itertools.islice(waiting, count)
+                }
+                futures.update(new)
+                return list(new)
+
             try:
-                with self._watched(list(futures)) as given_up:
-                    for future in as_completed(list(futures)):
+                with self._watched(futures) as given_up:
+                    ended = as_completed(submit(_MOST_SUBMITTED))
+                    for future in ended:
                         results.append(future.result())
                         done += futures.pop(future)
                         self._report(step, done, total)
+                        ended.update(submit(1))
             except DamagedError as error:
                 raise repairable(error, self.folder) from None
             except KilledWorker as error:
@@ -308,7 +322,7 @@ class DaskWorkers(Workers):
         """Return at once: what tasks have left open goes with the processes of the workers."""
 
     @contextmanager
-    def _watched(self, futures: list[Future]) -> Iterator[list[str]]:
+    def _watched(self, futures: Mapping[Future, int]) -> Iterator[list[str]]:
         """Cancel the tasks if no worker is connected for too long; the list then says so."""
         reasons: list[str] = []
         if self.client.cluster is not None:
@@ -338,7 +352,7 @@ class DaskWorkers(Workers):
                     told = True
                 if time.monotonic() - since > self.wait_s:
                     reasons.append(f"{what} for {self.wait_s:g} s; start some and stitch again")
-                    self.client.cancel(futures)
+                    self.client.cancel(list(futures))
                     return
 
         thread = start_aside("watch-workers", watch)

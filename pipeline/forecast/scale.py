@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.stitch.merge.agglomeration import MAX_EDGES
+from agq.blockwise.stitch.superblocks import leaf_shape
 from agq.blockwise.storage.files import format_bytes
 from agq.blockwise.volumes.triples import Triple
 
@@ -24,7 +25,7 @@ COORDINATOR_BYTES: Final = 77.0
 FIRST_BLOCK_S: Final = 1.4e-6
 """CPU seconds, for each block of the ROI, before the first one is handed out."""
 
-CLIENT_BYTES: Final = 123.0
+CLIENT_BYTES: Final = 60.0
 """Of the process that runs the stitch, for each block."""
 
 BASE_BYTES: Final = 3.0e8
@@ -87,6 +88,12 @@ class Scale(BaseModel):
     client_bytes: int
     """Memory of the process that runs the stitch."""
 
+    leaves: int
+    """Leaf superblocks of the stitch: files that a folder of its tables has."""
+
+    leaf_blocks: int
+    """Blocks of one."""
+
     ledger_bytes: int
     """Of the database, if there is one."""
 
@@ -146,6 +153,8 @@ def scale(
     affinities
         Whether they are kept.
     """
+    leaf = leaf_shape(grid.shape, max(blocks, 1), 1, 512)
+    leaves = math.prod(-(-n // side) for n, side in zip(grid.shape, leaf, strict=True))
     # A part of the grid is taken for a box of its proportions.
     share = (blocks / grid.n_blocks) ** (2 / 3)
     edges = share * cross_sections(grid.shape) * density.edges
@@ -156,6 +165,8 @@ def scale(
         coordinator_bytes=int(BASE_BYTES + COORDINATOR_BYTES * selected),
         first_block_s=FIRST_BLOCK_S * selected,
         client_bytes=int(BASE_BYTES + CLIENT_BYTES * blocks),
+        leaves=min(blocks, leaves),
+        leaf_blocks=math.prod(leaf),
         ledger_bytes=int(LEDGER_BYTES * blocks),
         root_edges=edges,
         root_bytes=int(BASE_BYTES + EDGE_BYTES * edges),

@@ -149,6 +149,7 @@ class Plan(Tabled):
         rows = [
             ("memory: coordinator", format_bytes(dense.coordinator_bytes)),
             ("memory: stitch", format_bytes(dense.client_bytes)),
+            ("leaves of the stitch", f"{dense.leaves:,}, of {dense.leaf_blocks:,} blocks"),
             (
                 "memory: last merge",
                 f"{format_bytes(sparse.root_bytes)} to {format_bytes(dense.root_bytes)}",

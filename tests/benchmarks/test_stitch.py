@@ -10,6 +10,7 @@ from tests.helpers import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "stitch" / "tables.py"
 OPTIONS = ["--edges", "3000", "--leaf", "1", "1", "1", "--blocks", "1", "1", "2", "--workers", "1"]
+OPTIONS += ["--client", "27"]
 
 
 @pytest.mark.slow
@@ -27,4 +28,6 @@ def test_tables(tmp_path):
     assert steps == ["contacts", "agglomerate", "lut", "relabel", "plain copy", "stitch"]
     assert re.search(r"^with pyramid(?: +[\d.]+){5}$", done.stdout, re.MULTILINE)
     assert re.search(r"^\d+ files, [\d.]+ a block$", done.stdout, re.MULTILINE)
+    assert re.search(r"^27 blocks in 27 leaves; \d+ MiB before$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ +all .* bytes a block, \d+ a leaf$", done.stdout, re.MULTILINE)
     assert not any(tmp_path.iterdir())

@@ -40,5 +40,4 @@ def write_leaves(run_dir: Path, shape, leaf, nodes, sizes, rows):
         z, y, x = (contacts(face) for face in faces)
         evidence = Evidence(table, contacts(inner), (z, y, x))
         files.save(files.evidence(place), evidence.arrays(overlap=False))
-    first = [(place, numbers.tolist()) for place, numbers in leaves]
-    return files, [first, *(list(lv.items()) for lv in tree.levels([p for p, _ in leaves]))]
+    return files, [leaves, *tree.levels(leaves)]

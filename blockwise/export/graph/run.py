@@ -26,7 +26,12 @@ from agq.blockwise.stitch.merge.agglomeration import MergeTable, ScoreTable, sco
 from agq.blockwise.stitch.output.relabel import BlockLut
 from agq.blockwise.stitch.settings import HALF_UNITS, Thresholds, exact
 from agq.blockwise.stitch.steps import Step, digest
-from agq.blockwise.stitch.superblocks import StitchFiles, Superblock, SuperblockTree
+from agq.blockwise.stitch.superblocks import (
+    Families,
+    StitchFiles,
+    Superblock,
+    SuperblockTree,
+)
 from agq.blockwise.stitch.workers import AnyClient, Progress, Task, workers_of
 from agq.blockwise.storage.arrays import Numbers, load_arrays, map_array
 from agq.blockwise.storage.files import atomic_file, make_folder, write_atomic
@@ -36,6 +41,9 @@ from agq.errors import DamagedError, InputError, repairable
 from agq.reading import read_record
 
 Box = tuple[Triple, Triple]
+
+_BATCH = 64
+"""Most superblocks of a task."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,9 @@ def export_graph(
     stored = thresholds.model_copy(update={"margin": float(floor)}).units
     shape = checked_triple("shape", read_record(files.contacts / "layout.json")["shape"], 1)
     present = np.flatnonzero(map_array(files.present)).astype(np.int64)
-    chosen = grid.select(*roi) if roi else present
+    chosen = present
+    if roi:
+        chosen = grid.select(*roi)
     if roi and not len(chosen):
         raise InputError("graph: the ROI holds no block of the volume")
     units = math.lcm(stored, thresholds.units)
@@ -108,17 +118,18 @@ def export_graph(
     record["key"] = digest(step["key"], shape)
     _require_same(out, record)
     tree = SuperblockTree(grid.shape, shape)
-    leaves = [(leaf, blocks.tolist()) for leaf, blocks in tree.leaves(present)]
-    kept = set(np.intersect1d(chosen, present).tolist())
-    places = [leaf for leaf, _ in leaves]
-    places += [parent for level in tree.levels(places) for parent in level]
+    leaves = tree.leaves(present)
     raised = exact(thresholds.margin) - floor
     work = _Work(run_dir, out, grid, thresholds, units, units // stored, int(raised * units))
-    items = [(leaf, [n for n in blocks if n in kept]) for leaf, blocks in leaves]
-    tasks: list[Task] = [WriteLeaf([item], work, bool(roi), chosen) for item in items if item[1]]
-    tasks += [WriteMerges([place], work) for place in places]
+    workers = workers_of(client, out, on_progress)
+    held = tree.leaves(np.intersect1d(chosen, present)) if roi else leaves
+    tasks: list[Task] = [
+        WriteLeaf(batch, work, roi) for batch in workers.batches(held, _BATCH, share=8)
+    ]
+    for level in (leaves, *tree.levels(leaves)):
+        tasks += [WriteMerges(batch, work) for batch in workers.batches(level, _BATCH, share=8)]
     try:
-        counts = workers_of(client, out, on_progress).run("graph", tasks)
+        counts = workers.run("graph", tasks)
     finally:
         # Whatever is missing in the tables of a stitch that has gone is not damaged.
         if Step.read(run_dir, "lut") != step:
@@ -180,13 +191,13 @@ class _Work:
 class WriteMerges(Task):
     """Write the merges of superblocks that count at the margin in use."""
 
-    items: Sequence[Superblock]
+    items: Families
     work: _Work
 
     def run(self) -> tuple[int, int, int]:
         """Return how many."""
         total = 0
-        for place in self.items:
+        for place in self.items.places():
             rows = self.work.rows("merges", place)
             if rows < 0:
                 arrays = load_arrays(StitchFiles(self.work.run_dir).merges(place), "merges.")
@@ -207,31 +218,35 @@ def _scored(table: ScoreTable, numerator: Numbers, units: int) -> list[NDArray]:
 class WriteLeaf(Task):
     """Write the fragments of some blocks of leaves, and the edges that begin in them."""
 
-    items: Sequence[tuple[Superblock, list[int]]]
+    items: Families
+    """Leaves with blocks of the ROI."""
+
     work: _Work
-    cropped: bool
-    chosen: NDArray[np.int64]
+    roi: Box | None
 
     def run(self) -> tuple[int, int, int]:
         """Return how many fragments and edges there are."""
         totals = [0, 0]
+        chosen = self.work.grid.select(*self.roi) if self.roi else None
         for leaf, blocks in self.items:
             counts = [self.work.rows(table, leaf) for table in ("fragments", "edges")]
             if min(counts) < 0:
-                counts = self._write(leaf, np.array(blocks, np.int64))
+                counts = self._write(leaf, blocks, chosen)
             totals = [a + b for a, b in zip(totals, counts, strict=True)]
         return totals[0], totals[1], 0
 
-    def _write(self, leaf: Superblock, blocks: NDArray[np.int64]) -> list[int]:
+    def _write(
+        self, leaf: Superblock, blocks: NDArray[np.int64], chosen: NDArray[np.int64] | None
+    ) -> list[int]:
         work, files = self.work, StitchFiles(self.work.run_dir)
         nodes = NodeTable.load(files.evidence(leaf), "nodes")
         contacts = ContactTable.concatenate([load_contacts(files.evidence(leaf), p) for p in PARTS])
         contacts = contacts.take(np.lexsort((contacts.v, contacts.u)))
         lut = BlockLut.open(files.map(leaf))
-        if self.cropped:
-            nodes = nodes.take(np.isin(BlockGrid.split_ids(nodes.ids)[0], self.chosen))
+        if chosen is not None:
+            nodes = nodes.take(np.isin(BlockGrid.split_ids(nodes.ids)[0], chosen))
             ends = [BlockGrid.split_ids(end)[0] for end in (contacts.u, contacts.v)]
-            contacts = contacts.take(np.isin(ends, self.chosen).all(axis=0))
+            contacts = contacts.take(np.isin(ends, chosen).all(axis=0))
         fragments: Any = open_array(work.run_dir / "data.zarr", "fragments", "r")
         points = np.zeros((len(nodes), 3), np.int64)
         found, rows_of = np.zeros((len(contacts), 5), np.int64), _PairRows(contacts.u, contacts.v)

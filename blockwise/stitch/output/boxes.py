@@ -36,7 +36,7 @@ from agq.blockwise.stitch.output.pyramid import (
 )
 from agq.blockwise.stitch.output.relabel import BlockLut, relabel_block
 from agq.blockwise.stitch.settings import Downsampling
-from agq.blockwise.stitch.superblocks import StitchFiles, Superblock
+from agq.blockwise.stitch.superblocks import Families, StitchFiles, Superblock
 from agq.blockwise.stitch.workers import Task
 from agq.blockwise.storage.files import FATAL_ERRNOS, Unsynced
 from agq.blockwise.storage.shards import ChunkFiles
@@ -207,7 +207,7 @@ class Relabel(_Boxes):
     Attributes
     ----------
     items
-        Place of a box, and the numbers of its blocks.
+        Boxes as leaves, with their blocks.
     run_dir, source
         Run folder, and the array of fragments in its container; chunk = block.
     leaf_shape
@@ -216,7 +216,7 @@ class Relabel(_Boxes):
         Blocks of the whole volume.
     """
 
-    items: Sequence[tuple[Triple, Sequence[int] | NDArray[np.int64]]]
+    items: Families
     run_dir: Path
     source: str
     leaf_shape: Triple
@@ -225,7 +225,7 @@ class Relabel(_Boxes):
     @property
     def size(self) -> int:
         """Number of blocks."""
-        return sum(len(numbers) for _, numbers in self.items)
+        return int(self.items.sizes.sum())
 
     def run(self) -> int:
         """Return how many blocks failed."""
@@ -237,7 +237,8 @@ class Relabel(_Boxes):
         raw = np.empty(source.chunks, source.dtype)
         out = np.empty(maker.files[0].chunks, maker.files[0].dtype)
         failed = 0
-        for place, numbers in self.items:
+        for box, numbers in self.items:
+            place = box.index
             process_journal(self.journals / "relabel", self.revisions[0]).require_place()
             began, unsynced, current = time.time(), Unsynced(), int(numbers[0])
             blocks = {self.grid.index(number): int(number) for number in numbers}

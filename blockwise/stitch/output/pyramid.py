@@ -339,7 +339,7 @@ class Pyramid:
         """Return the number in the journal of a level's first file: all count, from ``s1`` on."""
         return sum(math.prod(self.shards(i)) for i in range(1, level))
 
-    def numbers(self, level: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    def numbers(self, level: int, places: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Return the numbers in the journal of files of a level, given by their places (n, 3)."""
         flat = np.ravel_multi_index(tuple(places.T), self.shards(level))
         return self.first(level) + flat.astype(np.int64)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from agq.blockwise.journal.reader import Journal, compact
-from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.records import BlockRecord, BlockState, WorkerInfo
 from agq.blockwise.journal.snapshot import SNAPSHOT, SnapshotError, SnapshotTable
 from agq.blockwise.journal.writer import JournalWriter
+from agq.errors import InputError
 from agq.pipeline.folder import RunFolder
 from agq.pipeline.status.monitor import Monitor, load_status
 from tests.helpers.runs import kill_after
@@ -54,6 +55,13 @@ def same(lazy: Journal, whole: Journal) -> None:
         assert lazy.recent(since) == whole.recent(since), since
     blocks = np.random.default_rng(0).permutation(260).astype(np.int64)
     assert np.array_equal(lazy.ranks(blocks), whole.ranks(blocks))
+    assert np.array_equal(lazy.digests(blocks), whole.digests(blocks))
+    last = int(blocks[whole.ranks(blocks) >= BlockState.SKIPPED].max(initial=-1))
+    for journal in (lazy, whole):
+        journal.require_grid(last + 1)
+        if last >= 0:
+            with pytest.raises(InputError, match=f"has block {last}, but"):
+                journal.require_grid(last)
     assert lazy.failed() == whole.failed()
     assert (lazy.duplicates, lazy.conflicts) == (whole.duplicates, whole.conflicts)
     assert lazy.running() == whole.running()

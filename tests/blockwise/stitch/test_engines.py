@@ -5,16 +5,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import dask
 import pytest
 from distributed.security import Security
 
+from agq.blockwise.stitch import workers
 from agq.blockwise.stitch.cluster import dask_client
 from agq.blockwise.stitch.run import run_stitch
 from agq.blockwise.stitch.settings import DaskSettings
-from agq.blockwise.stitch.workers import StitchError, workers_of
+from agq.blockwise.stitch.workers import StitchError, Task, workers_of
 from agq.errors import InputError
 from tests.helpers.fragments import GRID, make_run, write_run
 from tests.helpers.stitch_runs import open_cluster, results
@@ -97,6 +99,30 @@ def test_tasks_of_a_killed_client_are_waited_for(tmp_path):
         workers_of(client, tmp_path, on_note=notes.append).wait_for_stragglers()
         assert (tmp_path / "late").exists()
     assert notes == [f"waiting for 1 tasks that an earlier command left running in {tmp_path}"]
+
+
+@dataclass(frozen=True)
+class Square(Task):
+    """Some work."""
+
+    def run(self) -> int:
+        """Return the square of a number."""
+        return int(self.items[0]) ** 2
+
+
+def test_the_scheduler_has_a_bounded_number_of_tasks(tmp_path, client, monkeypatch):
+    monkeypatch.setattr(workers, "_MOST_SUBMITTED", 3)
+    submitted, told = [], []
+
+    def tell(step: str, done: int, total: int) -> None:
+        submitted.append(sum(step in str(key) for key in client.futures))
+        told.append((done, total))
+
+    some = [Square([n]) for n in range(20)]
+    found = workers_of(client, tmp_path, tell).run("squares", some)
+    assert sorted(found) == [n**2 for n in range(20)]
+    assert told == [(n, 20) for n in range(21)]
+    assert 1 < max(submitted) <= 3
 
 
 def test_a_scheduler_without_workers_is_given_up(tmp_path):

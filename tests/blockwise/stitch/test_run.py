@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from agq.blockwise.blocks.grid import BlockGrid
 from agq.blockwise.blocks.packs import sidecar_path
-from agq.blockwise.journal.reader import Journal
+from agq.blockwise.journal.reader import Journal, compact
 from agq.blockwise.journal.records import BlockRecord, WorkerInfo
+from agq.blockwise.journal.snapshot import SnapshotError
 from agq.blockwise.journal.writer import JournalWriter
 from agq.blockwise.stitch import run as stitch
 from agq.blockwise.stitch.cluster import dask_client
@@ -239,9 +240,27 @@ def test_failed_and_missing_blocks_are_refused(run, tmp_path, client):
     assert np.array_equal(segmentation(tmp_path), expected_segments(run))
 
 
+def test_leaves_grow_where_there_were_too_many(run, run_dir, client, undisturbed, monkeypatch):
+    monkeypatch.setattr(stitch, "MOST_LEAVES", 8)
+    run_stitch(run.spec(run_dir, batch_blocks=1), client)
+    assert 1 < len(list((run_dir / "contacts/0").iterdir())) <= 8
+    assert results(run_dir) == undisturbed
+
+
+def test_a_damaged_snapshot_of_the_journal_is_passed_over(run, run_dir, client):
+    snapshot = compact(run_dir / "journal/predict")
+    data = bytearray(snapshot.read_bytes())
+    data[data.index(b"digest.npy") + 200] ^= 255
+    snapshot.write_bytes(data)
+    with pytest.raises(SnapshotError):
+        Journal(run_dir / "journal/predict", lazy=True).digests(np.arange(GRID.n_blocks))
+    run_stitch(run.spec(run_dir), client)
+    assert np.array_equal(segmentation(run_dir), expected_segments(run))
+
+
 def test_too_many_superblocks_leave_the_evidence_as_it_is(run, run_dir, client, monkeypatch):
     run_stitch(run.spec(run_dir), client)
-    monkeypatch.setattr(stitch, "_MOST_LEAVES", 26)
+    monkeypatch.setattr(stitch, "MOST_LEAVES", 26)
     with pytest.raises(InputError, match="more than 26; choose larger ones"):
         run_stitch(run.spec(run_dir, superblock=(1, 1, 1)), client)
     monkeypatch.undo()
@@ -275,7 +294,7 @@ def test_bad_input_is_one_clear_error(run, run_dir, client, tmp_path, monkeypatc
         run_stitch(StitchSpec(run_dir=run_dir, grid=other), client)
     with pytest.raises(InputError, match="holds no block"):
         run_stitch(run.spec(run_dir, start=(0, 0, 0), stop=(0, 5, 5)), client)
-    monkeypatch.setattr(stitch, "_MOST_LEAVES", 26)
+    monkeypatch.setattr(stitch, "MOST_LEAVES", 26)
     with pytest.raises(InputError, match=r"stitch\.superblock: \(1, 1, 1\) blocks cut 27"):
         run_stitch(run.spec(run_dir, superblock=(1, 1, 1)), client)
     monkeypatch.undo()

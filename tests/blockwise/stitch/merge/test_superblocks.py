@@ -1,6 +1,8 @@
 """The hierarchy against the plain greedy reference: any superblocks, any order of tasks."""
 
 import itertools
+import math
+import pickle
 import random
 from pathlib import Path
 
@@ -77,7 +79,9 @@ def hierarchical(grid_shape, leaf_shape, nodes, rows, shuffle=None, kinds=None, 
     tree, entering = leaf_graphs(grid_shape, leaf_shape, nodes, rows, kinds, edits)
     bars = np.zeros(0, np.uint64) if kinds is None else kinds.bars
     merges: list[MergeTable] = []
-    levels = [{leaf: [] for leaf in entering}, *tree.levels(list(entering))]
+    leaves = tree.leaves(np.unique([node >> LOCAL_BITS for node in nodes]).astype(np.int64))
+    assert set(leaves.places()) == set(entering)
+    levels = [{leaf: [] for leaf in entering}, *map(dict, tree.levels(leaves))]
     residual: dict = {}
     sizes = []
     for level in levels:
@@ -391,17 +395,49 @@ def test_superblocks_hand_up_less_than_they_get():
 
 def test_tree_of_uneven_grids():
     tree = SuperblockTree((5, 1, 9), (2, 2, 2))
-    leaves = tree.leaves(np.array([44, 0, 8, 17]))
+    leaves = tree.leaves(np.array([0, 8, 17, 44]))
     assert [(leaf.index, blocks.tolist()) for leaf, blocks in leaves] == [
         ((0, 0, 0), [0]),
         ((0, 0, 4), [8, 17]),
         ((2, 0, 4), [44]),
     ]
-    levels = tree.levels([leaf for leaf, _ in leaves])
+    levels = tree.levels(leaves)
     assert tree.depth == 4 == len(levels) + 1
-    assert list(levels[-1]) == [Superblock(3, (0, 0, 0))]
-    assert sum(len(children) for children in levels[0].values()) == 3
-    assert tree.leaves(np.zeros(0, np.int64)) == []
+    assert list(levels[-1].places()) == [Superblock(3, (0, 0, 0))]
+    assert levels[0].sizes.sum() == 3
+    none = tree.leaves(np.zeros(0, np.int64))
+    assert [list(level) for level in (none, *tree.levels(none))] == [[]] * 4
+
+
+@st.composite
+def _cut_grids(draw):
+    grid = draw(st.tuples(*[st.integers(1, 7)] * 3))
+    leaf = draw(st.tuples(*[st.integers(1, 9)] * 3))
+    blocks = draw(st.sets(st.integers(0, math.prod(grid) - 1)))
+    return grid, leaf, np.array(sorted(blocks), np.int64)
+
+
+@settings(max_examples=100, deadline=None)
+@given(_cut_grids(), st.integers(0, 20), st.integers(0, 20))
+def test_families_hold_each_block_and_each_child_once(case, first, last):
+    grid, leaf, blocks = case
+    tree = SuperblockTree(grid, leaf)
+    expected: dict = {}
+    for number in blocks.tolist():
+        place = zip(np.unravel_index(number, grid), leaf, strict=True)
+        expected.setdefault(Superblock(0, tuple(int(i) // n for i, n in place)), []).append(number)
+    leaves = tree.leaves(blocks)
+    for level in (leaves, *tree.levels(leaves)):
+        found = {superblock: list(members) for superblock, members in level}
+        assert list(found.items()) == sorted(expected.items())
+        assert list(level.places()) == list(found)
+        assert level.sizes.tolist() == [len(members) for members in found.values()]
+        part = pickle.loads(pickle.dumps(level[first:last]))
+        assert list(part.places()) == list(found)[first:last] == list(level.holding(part).places())
+        expected = {}
+        for superblock in found:
+            expected.setdefault(superblock.parent, []).append(superblock)
+    assert not blocks.size or list(found) == [Superblock(tree.depth - 1, (0, 0, 0))]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
