@@ -7,8 +7,8 @@ superblock, files included. ``--blocks``: the whole stitch of a volume of so man
 16 x 256 x 256 uint64 fragments; the yardstick is a plain zarr copy of the same fragments with the
 same codec and workers, all warmed up (the copy syncs nothing and keeps no journal). ``--memory``:
 peak memory at 67, 537 and 2,147 Mvoxel. ``--client``: memory of the process that runs the stitch of
-a cube of about so many blocks, and the bytes of its tasks, without voxels. ``--waterz``: against waterz.agglomerate over the whole of
-a volume of 100 x 1024 x 1024 voxels.
+a cube of about so many blocks, and the bytes of its tasks, without voxels. ``--waterz``: against
+waterz.agglomerate over the whole of a volume of 100 x 1024 x 1024 voxels.
 """
 
 import argparse
