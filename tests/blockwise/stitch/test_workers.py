@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import numba
 import numpy as np
@@ -32,7 +33,7 @@ from agq.blockwise.stitch.workers import (
 )
 from agq.errors import DamagedError, InputError
 from tests.helpers import ROOT
-from tests.helpers.fragments import GRID, write_run
+from tests.helpers.fragments import GRID, make_run, write_run
 from tests.helpers.stitch_runs import STEPS, open_cluster, results
 
 
@@ -72,7 +73,21 @@ def state() -> dict[str, object]:
     }
 
 
-def test_a_stitch_leaves_its_process_as_it_was(run, tmp_path, monkeypatch):
+def test_a_stitch_leaves_its_process_as_it_was(tmp_path):
+    # In a process of its own: clusters of other tests open files and threads at any time.
+    code = f"""
+import sys
+from pathlib import Path
+from {__name__} import stitch_and_compare
+
+stitch_and_compare(Path(sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code, tmp_path], cwd=ROOT, check=True)
+
+
+def stitch_and_compare(tmp_path: Path) -> None:
+    """Stitch, also with a failure and an interrupt, and compare this process before and after."""
+    run = make_run(GRID, seed=5)
     folders = [tmp_path / name for name in ("first", "second", "failed")]
     for folder in folders:
         write_run(run, folder)
@@ -102,17 +117,15 @@ def test_a_stitch_leaves_its_process_as_it_was(run, tmp_path, monkeypatch):
     def interrupt(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Relabel, "_record", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run_stitch(run.spec(folders[2]), None)
+    with patch.object(Relabel, "_record", interrupt), pytest.raises(KeyboardInterrupt):
+        run_stitch(run.spec(folders[2]), None)
     assert state() == before
 
 
 def test_errors_of_a_task_are_as_those_of_a_worker(run, run_dir, client):
     run_stitch(run.spec(run_dir), None)
-    for file in (run_dir / "contacts" / "0").iterdir():
-        file.write_bytes(b"damaged")
+    # One file: of several, the first that a worker meets is named.
+    min((run_dir / "contacts" / "0").iterdir()).write_bytes(b"damaged")
     said = []
     for which in (None, client):
         with pytest.raises(InputError) as caught:
