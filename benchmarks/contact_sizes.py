@@ -1,10 +1,11 @@
-"""Do thresholds by the size of a contact, or a price of a merge, score better? On one finished run.
+"""Do weights or thresholds by the size of a contact, or prices, score better? On a finished run.
 
     python benchmarks/contact_sizes.py runs/ac4
 
 Each rule keeps scores ratios of additive sums, so that a stitch with it would be exact: a price is
-taken from the sum of every contact; contacts or fragments below a size get another threshold;
-pairs without evidence are added to a contact. For each, the best of the thresholds nearby is
+taken from the sum of every contact; contacts or fragments below a size get another threshold; pairs
+without evidence are added to a contact; a contact counts a power or the logarithm of its pairs
+(`stitch.contact_weight: sqrt` is the power 0.5). For each, the best of the thresholds nearby is
 printed, on the truth of the run's configuration, predicted background filled.
 """
 
@@ -34,7 +35,7 @@ Numbers = NDArray[np.int64]
 Rule = Callable[[Numbers, Numbers, int], tuple[Numbers, Numbers]]
 """Changes numerators and denominators, given the units of an affinity of 1."""
 
-ACROSS, WITHIN = (0.55, 0.6, 0.65), (0.525, 0.55, 0.575, 0.6)
+ACROSS, WITHIN = (0.5, 0.55, 0.6, 0.65), (0.5, 0.525, 0.55, 0.575, 0.6)
 
 
 def price(value: float) -> Rule:
@@ -52,10 +53,23 @@ def prior(pairs: int) -> Rule:
     return lambda top, below, units: (top, below + np.int64(pairs))
 
 
+def weight(of: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Rule:
+    """Let a contact count a function of its pairs."""
+
+    def rule(top: Numbers, below: Numbers, units: int) -> tuple[Numbers, Numbers]:
+        weights = np.rint(64 * of(below.astype(float))).astype(np.int64)
+        return np.rint(top * (weights / np.maximum(below, 1))).astype(np.int64), weights
+
+    return rule
+
+
 def rules(contacts: ContactTable, smaller: Numbers) -> Iterator[tuple[str, Rule]]:
     """Yield what is tried, with its name."""
     pairs = contacts.across_count + contacts.within_count
     yield "as it is", price(0)
+    for exponent in (0.75, 0.5, 0.25, 0):
+        yield f"weight n^{exponent}", weight(lambda n, e=exponent: (n > 0) * n**e)  # type: ignore[misc]
+    yield "weight log(1 + n)", weight(np.log1p)
     for value in (0.5, 1, 2, 5):
         yield f"price {value}", price(value)
     for what, size, limits in (
@@ -80,7 +94,7 @@ def main() -> None:
     u, v = positions(ids, contacts.u), positions(ids, contacts.v)
 
     def score(rule: Rule, across: float, within: float) -> Point:
-        thresholds = thresholds_of(base, across=across, within=within)
+        thresholds = thresholds_of(base, across=across, within=within, contact_weight="voxels")
         changed = rule(*scores(contacts, thresholds), thresholds.units)
         table = ScoreTable(contacts.u, contacts.v, *changed)
         merges, _ = contract(Graph.of_fragments(ids, table.take(table.denominator > 0)))
