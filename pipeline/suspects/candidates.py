@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from agq.blockwise.stitch.merge.agglomeration import ROOTS
 from agq.pipeline.suspects.cuts import Cuts, find_cuts
 from agq.pipeline.suspects.evidence import SegmentEvidence, Segments
 
@@ -151,7 +152,7 @@ class Finder:
         # Best score of each segment, and the best without the pair that has it.
         best = np.full((len(segments.ids), 2), -np.inf)
         for table in tables:
-            strength = _strength(table, self.evidence.thresholds.units)
+            strength = self._strength(table)
             for end in ("a", "b"):
                 raise_best(best, segments.rows(table[end]), strength)
         return [self._of_pairs(table, segments, best) for table in tables]
@@ -164,6 +165,18 @@ class Finder:
         both = np.maximum(end.min(axis=1) - begin.max(axis=1), 0)
         beside = both / np.maximum((end - begin).min(axis=1), 1)
         return np.column_stack((ends, (ends >= 2).all(axis=1), beside))
+
+    def _touching(self, weights: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return voxel pairs of contacts of a weight: as many as one contact of it would have."""
+        if self.evidence.thresholds.contact_weight == "sqrt":
+            return (weights / ROOTS) ** 2
+        return weights.astype(np.float64)
+
+    def _strength(self, table: NDArray) -> NDArray[np.float64]:
+        """Return scores as if each contact had some more voxel pairs at the threshold."""
+        score = _affinity(table["numerator"], table["denominator"], self.evidence.thresholds.units)
+        pairs = self._touching(table["denominator"])
+        return score * (pairs / (pairs + _PRIOR))
 
     def _of_cuts(self, cuts: Cuts, inside: NDArray, part: int) -> Candidates:
         """Return the cuts that leave enough on both sides and part no name or group of edits."""
@@ -184,7 +197,7 @@ class Finder:
             (
                 _affinity(cuts.numerator[keep], cuts.denominator[keep], units),
                 _affinity(cuts.merge_numerator[keep], cuts.merge_denominator[keep], units),
-                np.log(cuts.denominator[keep]),
+                np.log(self._touching(cuts.denominator[keep])),
                 *np.log(rows["sides"]).T,
                 np.log(cuts.pairs[keep]),
                 *self.shape(boxes).T,
@@ -202,7 +215,7 @@ class Finder:
         place[swap] = place[swap, ::-1]
         voxels = np.sort(voxels, axis=1)
         units = self.evidence.thresholds.units
-        strength = _strength(table, units)
+        strength = self._strength(table)
         other = best[place]  # (n, side, best and second)
         rival = np.where(other[..., 0] == strength[:, None], other[..., 1], other[..., 0])
         ahead = strength[:, None] - np.maximum(rival, -1.0)
@@ -214,7 +227,7 @@ class Finder:
         features = np.stack(
             (
                 _affinity(table["numerator"], contacts, units),
-                np.log(contacts),
+                np.log(self._touching(contacts)),
                 *np.log(voxels).T,
                 contacts / np.maximum(segments.contacts[place[:, 0]], 1),
                 *ahead.T,
@@ -228,10 +241,6 @@ class Finder:
 def _affinity(numerator: Any, denominator: Any, units: int) -> NDArray[np.float64]:
     score: NDArray[np.float64] = numerator / denominator / units
     return score
-
-
-def _strength(table: NDArray, units: int) -> NDArray[np.float64]:
-    return _affinity(table["numerator"], table["denominator"] + _PRIOR, units)
 
 
 def raise_best(

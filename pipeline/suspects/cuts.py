@@ -221,13 +221,15 @@ def _roots(start: Any, parent: Any) -> Any:
 @numba.njit(cache=True)
 def _crossing(start: Any, parent: Any, u: Any, v: Any, numerator: Any, denominator: Any) -> Any:
     """Return numerator, denominator and number of the contacts that leave each subtree."""
-    depth = np.zeros(len(start), np.int64)
+    depth, root = np.zeros(len(start), np.int64), _roots(start, parent)
     for node in start:
         if parent[node] >= 0:
             depth[node] = depth[parent[node]] + 1
     total = np.zeros((len(start), 3), np.int64)
     for k in range(len(u)):
         a, b = u[k], v[k]
+        if root[a] != root[b]:
+            continue  # between two trees: on no side of a cut
         # Contacts are between neighbours, so their paths through the tree are short.
         while a != b:
             if depth[a] < depth[b]:

@@ -260,9 +260,7 @@ class SegmentEvidence:
         contacts = ContactTable.concatenate(
             [load_contacts(files.evidence(leaf), part) for part in PARTS]
         )
-        # Every voxel pair counts here, whatever it counts in the stitch: an estimate, no decision.
-        by_voxels = self.thresholds.model_copy(update={"contact_weight": "voxels"})
-        scored = score_contacts(contacts, by_voxels)
+        scored = score_contacts(contacts, self.thresholds)
         u, v = np.searchsorted(nodes.ids, scored.u), np.searchsorted(nodes.ids, scored.v)
         rows = np.zeros(len(scored), CONTACT)
         rows["a"], rows["b"] = np.minimum(owner[u], owner[v]), np.maximum(owner[u], owner[v])

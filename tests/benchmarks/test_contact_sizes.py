@@ -22,7 +22,7 @@ def test_it_scores_as_the_stitch_does_and_then_tries_every_rule(tmp_path: Path) 
     command = [sys.executable, str(ROOT / "benchmarks" / "contact_sizes.py"), str(tmp_path / "run")]
     told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     lines = told.splitlines()
-    assert len(lines) == 1 + 4 + 16 + 16 + 5
+    assert len(lines) == 1 + 5 + 4 + 16 + 16 + 5
     best = [float(re.findall(r"= ([\d.]+),", line)[0]) for line in lines]
     report = RunFolder(tmp_path / "run").record()["stages"]["evaluate"]["report"]
     stitched = report["scores"]["background_filled"]["voi_sum"]

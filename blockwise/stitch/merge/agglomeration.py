@@ -102,7 +102,7 @@ _NONE = np.zeros(0, np.uint64)
 MAX_EDGES = 2**30
 """Edges that one process can agglomerate (half-edges are numbered in 32 bits)."""
 
-_ROOTS = 64
+ROOTS = 64
 """Weight of a contact of one voxel pair, where weights are square roots."""
 
 SAME = 2**20
@@ -160,7 +160,7 @@ def scores(
     scale = units // HALF_UNITS
     sums = largest(rows.across_sum, rows.within_sum)
     counts = largest(rows.across_count, rows.within_count, rows.overlap, rows.size_u, rows.size_v)
-    most = _ROOTS if thresholds.contact_weight == "sqrt" else 1
+    most = ROOTS if thresholds.contact_weight == "sqrt" else 1
     if (2 * sums * scale + 6 * counts * units) * most >= LARGEST_SUM:
         raise InputError(TOO_LARGE)
     weight = rows.across_count
@@ -178,7 +178,7 @@ def scores(
     numerator = value + scale * rows.within_sum - within * rows.within_count
     denominator = weight + rows.within_count
     if thresholds.contact_weight == "sqrt":
-        roots = np.sqrt((_ROOTS**2 * denominator).astype(np.float64)).astype(np.int64)
+        roots = np.sqrt((ROOTS**2 * denominator).astype(np.float64)).astype(np.int64)
         # In two parts, of which neither overflows: a contact has fewer than 2**36 pairs.
         whole, rest = np.divmod(numerator, np.maximum(denominator, 1))
         numerator = whole * roots - (-rest * roots // np.maximum(denominator, 1))

@@ -28,6 +28,13 @@ def test_a_cut_counts_all_contacts_between_its_sides(seed: int) -> None:
         row["u"], row["v"] = nodes["id"][i], nodes["id"][j]
         row["denominator"] = random.integers(1, 30)
         row["numerator"] = row["denominator"] * random.integers(1, 200)
+    # Contacts that join no two trees count on no side.
+    apart = np.zeros(2, CONTACT)
+    ends = [np.flatnonzero(groups == g)[0] for g in sorted(set(groups.tolist()))[:2]]
+    apart["a"] = apart["b"] = groups[ends[0]]
+    apart["u"], apart["v"] = np.sort(nodes["id"][ends])
+    apart["denominator"], apart["numerator"] = 1, -1
+    inside = np.concatenate((inside, apart[:1]))
     random.shuffle(inside)
     cuts = find_cuts(nodes, inside)
     assert len(cuts.begin) == len(groups) - 3  # trees of three segments
