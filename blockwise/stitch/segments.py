@@ -201,17 +201,14 @@ class LeafSegments:
 def plan_ranges(leaves: Sequence[LeafSegments]) -> list[tuple[IdRange, list[Superblock]]]:
     """Return ranges of segments for tasks, and the leaves in which some of each begin."""
     ranges = ranges_of([leaf.sample for leaf in leaves], sum(leaf.count for leaf in leaves))
-    return [
-        (
-            (i, first, last),
-            [
-                one.leaf
-                for one in leaves
-                if one.ends and one.ends[0] <= last and one.ends[1] >= first
-            ],
-        )
-        for i, first, last in ranges
-    ]
+    filled = [leaf for leaf in leaves if leaf.ends]
+    # Arrays: there may be a million leaves, and thousands of ranges.
+    ends = np.array([leaf.ends for leaf in filled], np.uint64).reshape(-1, 2)
+    found = []
+    for i, first, last in ranges:
+        begin = (ends[:, 0] <= np.uint64(last)) & (ends[:, 1] >= np.uint64(first))
+        found.append(((i, first, last), [filled[k].leaf for k in np.flatnonzero(begin)]))
+    return found
 
 
 @dataclass(frozen=True)
