@@ -73,7 +73,8 @@ def test_a_plan_times_a_block_in_a_job_and_the_run_is_compared_with_it(quiet, tm
     assert "cpu (gpu" in said, "on a node of the cluster"
     for word in ("GPU hours", "cost", "3 with a GPU each", "stitch", "pyramid", "disk: all"):
         assert word in said
-    assert not run.queue()
+    # The result is there before SLURM has taken the job off the queue.
+    wait_for(lambda: not run.queue(), 60)
     plan = json.loads(agq("plan", run.config, "--json").stdout)
     assert plan["timing"]["host"].startswith("gpu")
     assert 0.3 <= plan["seconds_per_block"] < 5
